@@ -1,0 +1,185 @@
+"""The command line: run, check, init."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from funcprobe.types import InputError
+
+from .config import commented_config, read_config
+from .console import Narrator
+
+if TYPE_CHECKING:
+    from funcprobe.checks import Check
+
+    from .run import Plan
+
+app = typer.Typer(
+    help="How the next optimizer step changes the entropy of a policy in RL training: predicted to "
+    "first order with a standard error, and measured by importance sampling, without taking the step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CFG.TOML", help="Configuration; see init.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the configuration, as --set sampling.B_E=64. May be repeated.",
+    ),
+]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load, check and plan; sample and write nothing.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compute every stage again, also those already stored.")
+    ] = False,
+) -> None:
+    """Predict and measure the entropy change of the next step; write RUN.FOLDER/RUN.NAME.
+
+    Stages whose inputs have not changed are taken from RUN.FOLDER/.stages.
+    """
+    parsed = read_config(config, overrides or ())
+    from . import run as probe  # torch and transformers load here, not for --help
+
+    narrator = Narrator()
+    if dry_run:
+        _print_plan(probe.load(parsed, narrator))
+        return
+    document, folder = probe.run(parsed, narrator, fresh=fresh)
+    print_results(document, Console(highlight=False))
+    failed = [check["name"] for check in document["checks"] if not check["passed"]]
+    if failed:
+        narrator.say(
+            f"{len(failed)} sanity checks failed ({', '.join(failed)}): see {folder}/results.json"
+        )
+    total = sum(narrator.seconds.values())
+    narrator.say(f"wrote {folder} in {total:.1f} s")
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run the sanity checks alone, on small batches; write nothing. Exit status 1 if one fails."""
+    parsed = read_config(config, overrides or ())
+    from . import run as probe
+
+    seen = probe.check_alone(parsed, Narrator())
+    print_checks(seen, Console(highlight=False))
+    if not all(one.passed for one in seen):
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("funcprobe.toml"),
+) -> None:
+    """Write a configuration file with every key, its default and what it means."""
+    if path.exists():
+        raise InputError(f"{path} exists: give another name, or delete it")
+    path.write_text(commented_config(), encoding="utf-8")
+    typer.echo(f"wrote {path}: edit it, then funcprobe run {path}")
+
+
+def print_results(document: dict[str, Any], console: Console) -> None:
+    """The final table and the lines under it."""
+    per = document["conventions"]["entropy"]["per"]
+    table = Table(title=f"Entropy change of the next step, nats per {per}", title_justify="left")
+    for column in ("eta", "predicted", "std. error", "measured", "ratio", "ESS"):
+        table.add_column(column, justify="right")
+    for row in document["sweep"]:
+        mark = " (next lr)" if row["is_next_lr"] else ""
+        table.add_row(
+            f"{row['eta']:.3g}{mark}",
+            f"{row['predicted']['value']:+.4e}",
+            f"{row['se_total']['value']:.1e}",
+            f"{row['measured']['value']:+.4e}" + (" (rounding)" if row["rounding"] else ""),
+            f"{row['ratio']['value']:.6f}",
+            f"{row['ess']['value']:.1f}",
+        )
+    console.print(table)
+    for line in _summary(document):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def print_checks(seen: "list[Check]", console: Console) -> None:
+    """Every check with what it saw; what a failure means, where one failed."""
+    table = Table(title="Sanity checks", title_justify="left")
+    for column in ("", "check", "saw", "bound"):
+        table.add_column(column)
+    for one in seen:
+        table.add_row("pass" if one.passed else "FAIL", one.name, one.saw, one.bound)
+    console.print(table)
+    for one in seen:
+        if not one.passed:
+            console.print(f"{one.name} failed, which usually means: {one.failure_means}", markup=False)
+
+
+def main() -> None:
+    """Entry point. A problem of the user's input is one line on stderr and exit status 2."""
+    try:
+        app(prog_name="funcprobe")
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:  # a folder that cannot be written, a disk that fills up
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}; nothing was left half written")
+
+
+def _summary(document: dict[str, Any]) -> list[str]:
+    first, fit = document["first_order"], document["fit"]
+    unit = document["entropy"]["unit"]
+    passed = sum(check["passed"] for check in document["checks"])
+    lines = [
+        f"entropy {document['entropy']['value']:.4f} {unit}; derivative along v "
+        f"{first['derivative']['value']:+.4e} per unit of lr, standard error "
+        f"{first['se_given_U']['value']:.1e} given U, {first['se_over_U']['value']:.1e} over U",
+        f"of it: update {first['from_update']['value']:+.3e}, "
+        f"momentum {first['from_momentum']['value']:+.3e}, "
+        f"weight decay {first['from_weight_decay']['value']:+.3e}",
+    ]
+    for key, text in (
+        ("measured_against_eta", "log-log slope of measured against eta"),
+        ("deviation_against_eta", "log-log slope of |ratio - 1| against eta"),
+    ):
+        if fit[key]:
+            line = fit[key]
+            lines.append(
+                f"{text} {line['slope']:.4f}, R^2 {line['r_squared']:.6f}, {line['points']} points"
+            )
+    if fit["rounding_eta"]:
+        lines.append(
+            f"rounding takes over below eta = {fit['rounding_eta']['value']:.1e} (10 % of the change)"
+        )
+    lines.append(f"sanity checks: {passed} of {len(document['checks'])} passed")
+    return lines
+
+
+def _print_plan(plan: "Plan") -> None:
+    sampling, brought = plan.config.sampling, plan.config.rollouts
+    eval_source = brought.eval or f"{sampling.B_E} prompts of {len(plan.prompts)}, one response each"
+    update_source = brought.update or f"{sampling.B_U} prompts, {sampling.G} responses each"
+    longest = max(len(ids) for ids in plan.prompt_ids)
+    typer.echo(f"E: {eval_source}")
+    typer.echo(f"U: {update_source}")
+    typer.echo(f"longest prompt {longest} tokens, responses up to {sampling.max_new_tokens}")
+    typer.echo(f"step: {plan.step.rule}, next lr {plan.next_lr:g}; objective: {plan.objective}")
+    typer.echo(f"measured at eta = {', '.join(f'{eta:g}' for eta in plan.etas)}")
+    folder = Path(plan.config.run.folder) / plan.config.run.name
+    typer.echo(f"would write {folder}; nothing was sampled or written")
+
+
+def _fail(message: str) -> None:
+    typer.echo("funcprobe: " + " ".join(message.split()), err=True)
+    sys.exit(2)

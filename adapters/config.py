@@ -1,0 +1,287 @@
+"""The configuration: TOML -> a frozen, validated model. Every key is documented here and only here.
+
+`funcprobe init` writes a commented file from these descriptions.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from funcprobe.types import InputError, Integrand, Per, Rule, Weights
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of the file: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where the run goes and what it runs on."""
+
+    name: str = Field("probe", pattern=r"^[\w.-]+$", description="Name of the run's folder.")
+    folder: str = Field("runs", description="Folder that holds the runs.")
+    seed: int = Field(0, ge=0, description="Seed of prompts and sampling: same seed, same batches.")
+    device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".')
+    max_tokens: Positive = Field(8192, description="Padded tokens of one microbatch, at most.")
+
+
+class PolicyConfig(Section):
+    """The checkpoint: base model and LoRA adapter."""
+
+    checkpoint: str = Field(
+        "toy",
+        description='Folder (or hub id) with the adapter; "toy" is the built-in policy.',
+    )
+    base: str | None = Field(None, description="Base model; default: the one the adapter names.")
+    adapter: str = Field("default", description='Adapter; other than "default": that subfolder.')
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32",
+        description="float64 is exact to rounding; in bfloat16 measured changes drown in rounding.",
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation.")
+    trust_remote_code: bool = Field(False, description="Run modelling code that the hub id brings.")
+    max_trainable: Positive = Field(
+        50_000_000, description="Refuse more trainable parameters than this."
+    )
+
+
+class OptimizerConfig(Section):
+    """Adam's state and the rule that makes the step of it."""
+
+    state: str | None = Field(None, description="optimizer.pt; default: the one in the checkpoint.")
+    rule: Rule = Field(
+        "adamw",
+        description='"adamw": the exact next step; "precondition": P Y, no momentum; "sgd": Y.',
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping, as trained; 0: off.")
+    lr: float | None = Field(None, gt=0, description="Next step's learning rate; default: the file's.")
+    betas: tuple[float, float] | None = Field(None, description="Default: the file's.")
+    eps: float | None = Field(None, gt=0, description="Default: the file's.")
+    weight_decay: float | None = Field(None, ge=0, description="Default: the file's.")
+    checkpoint_step: int | None = Field(
+        None, ge=0, description="Steps taken, where the file has none (for bias correction)."
+    )
+    min_coverage: float = Field(
+        0.9, ge=0, le=1, description="Least share of parameters that must have Adam state."
+    )
+    on_low_coverage: Literal["stop", "identity"] = Field(
+        "stop", description='Below min_coverage: "stop", or "identity", the raw gradient (said so).'
+    )
+    max_scale: float = Field(
+        1000.0, ge=0, description='Cap of 1/(sqrt(nu)+eps) for "precondition"; 0: off.'
+    )
+
+
+class PromptsConfig(Section):
+    """The prompts E and U are drawn from."""
+
+    source: str = Field(
+        "toy",
+        description='JSONL or Parquet file, dataset name ("openai/gsm8k:main"), or "toy".',
+    )
+    split: str = Field("train", description="Split of a dataset by name.")
+    prompt_column: str = Field("prompt", description="Column with the question.")
+    template: str | None = Field(
+        None, description='Text around columns, as "Q: {prompt} A:"; default: the column alone.'
+    )
+    chat: bool = Field(False, description="Render as a user message in the tokenizer's chat template.")
+    system_prompt: str | None = Field(None, description="System message, with chat = true.")
+    max_prompt_tokens: Positive | None = Field(None, description="Refuse longer prompts than this.")
+
+
+class RewardConfig(Section):
+    """Rewards of U's responses."""
+
+    function: str = Field(
+        "numeric",
+        description='"numeric" (last number, #### first), "math" (math-verify), or "module:function".',
+    )
+    answer_column: str = Field("answer", description="Column with the reference answer.")
+
+
+class SamplingConfig(Section):
+    """How E and U are sampled from the current policy."""
+
+    B_E: Annotated[int, Field(ge=2)] = Field(
+        512, description="Prompts of E, drawn with replacement, one response each."
+    )
+    B_U: Annotated[int, Field(ge=2)] = Field(16, description="Prompts of U, distinct.")
+    G: Annotated[int, Field(ge=2)] = Field(8, description="Responses per prompt of U.")
+    temperature: float = Field(1.0, gt=0, description="Of sampling; the policy is softmax(logits/T).")
+    top_p: float = Field(1.0, gt=0, le=1, description="Must stay 1 where E is sampled here.")
+    top_k: int = Field(0, ge=0, description="0: off. Must stay off where E is sampled here.")
+    max_new_tokens: Positive = Field(256, description="Longest response, its end of sequence included.")
+    generation_batch: Positive = Field(64, description="Sequences generated at once.")
+
+
+class RolloutsConfig(Section):
+    """Batches brought from elsewhere instead of being sampled (Parquet as a run writes it)."""
+
+    eval: str | None = Field(None, description="E; its sampler_logp column makes the ratios, if any.")
+    update: str | None = Field(None, description="U, with rewards.")
+
+
+class ObjectiveConfig(Section):
+    """The RL objective J on U."""
+
+    preset: Literal["grpo", "dapo", "dr_grpo", "rloo"] = Field(
+        "dapo", description="Advantage and normalisation by the name of the method."
+    )
+    advantage: Literal["mean", "mean_std", "leave_one_out"] | None = Field(
+        None, description="Overrides the preset's."
+    )
+    normalisation: Literal["sequence", "token_mean", "sequence_mean", "longest", "constant"] | None = (
+        Field(None, description="Overrides the preset's.")
+    )
+    constant: float | None = Field(
+        None, gt=0, description='L of normalisation "constant"; default: max_new_tokens.'
+    )
+
+
+class EntropyConfig(Section):
+    """Which estimator of the entropy."""
+
+    per: Per = Field("token", description='"token" (nats per token, as trainers log) or "sequence".')
+    integrand: Integrand = Field(
+        "rao_blackwell", description='Full next-token entropy, or "sampled": -log p of the token.'
+    )
+    weights: Weights = Field(
+        "per_decision", description='Importance weight of the prefix, or of the whole "sequence".'
+    )
+    clip: float | None = Field(
+        None, gt=1, description="Upper bound of importance weights; biases, so off by default."
+    )
+
+
+class MeasureConfig(Section):
+    """Where the true change is measured."""
+
+    etas: tuple[float, ...] = Field(
+        (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), description="Learning rates of the sweep."
+    )
+    next_lr: bool = Field(True, description="Measure at the next step's own learning rate as well.")
+
+    @field_validator("etas")
+    @classmethod
+    def _positive_and_distinct(cls, etas: tuple[float, ...]) -> tuple[float, ...]:
+        if not etas:
+            raise ValueError("the list is empty, at least one learning rate is expected")
+        for eta in etas:
+            if not (eta > 0 and math.isfinite(eta)):
+                raise ValueError(f"eta {eta:g} is not positive: 0 changes nothing, leave it out")
+        if twice := [eta for i, eta in enumerate(etas) if eta in etas[:i]]:
+            raise ValueError(f"eta {twice[0]:g} stands twice, distinct values are expected")
+        return etas
+
+
+class Config(Section):
+    """A whole configuration file."""
+
+    run: RunConfig = RunConfig()
+    policy: PolicyConfig = PolicyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollouts: RolloutsConfig = RolloutsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    measure: MeasureConfig = MeasureConfig()
+
+    @model_validator(mode="after")
+    def _sampled_from_the_policy(self) -> "Config":
+        if self.rollouts.eval is None and (self.sampling.top_p < 1 or self.sampling.top_k):
+            raise ValueError(
+                f"sampling.top_p = {self.sampling.top_p:g}, top_k = {self.sampling.top_k}: E must be "
+                "sampled with top_p = 1 and top_k = 0, else its importance weights are ratios "
+                "against the wrong distribution; set both, or bring E with rollouts.eval"
+            )
+        return self
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """TOML file and `section.key=value` overrides -> Config; InputError, one line, if invalid."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give the path of a TOML file") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _set(tables, override)
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_one_line(error)}") from error
+
+
+def commented_config() -> str:
+    """A TOML file with every key at its default and what it means; unset keys are commented out."""
+    document = tomlkit.document()
+    for name, section in Config.model_fields.items():
+        model = section.annotation
+        assert isinstance(model, type) and issubclass(model, Section)  # noqa: PT018  for the type checker
+        table = tomlkit.table()
+        table.comment((model.__doc__ or "").strip().splitlines()[0])
+        for key, field in model.model_fields.items():
+            table.add(tomlkit.comment(field.description or ""))
+            if field.default is None:
+                table.add(tomlkit.comment(f"{key} = "))
+            else:
+                value = list(field.default) if isinstance(field.default, tuple) else field.default
+                table.add(key, value)
+        document.add(name, table)
+    return tomlkit.dumps(document)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; keys that are unset are left out."""
+    return tomlkit.dumps(config.model_dump(exclude_none=True, mode="json"))
+
+
+def _set(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise InputError(f'--set {override}: expected section.key=value, as "sampling.B_E=64"')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string, so that shells need no nested quotes
+    table = tables.setdefault(parts[0], {})
+    if not isinstance(table, dict):
+        raise InputError(f"--set {override}: {parts[0]} is not a section")
+    table[parts[1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first, *rest = error.errors()
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key {where}{_nearest(first['loc'])}"
+    else:
+        said = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+        found = first["input"]
+        shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+        message = f"{where}: {said}{shown}" if where else said
+    return message + (f"; and {len(rest)} more" if rest else "")
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    section = Config.model_fields.get(str(loc[0])) if len(loc) > 1 else None
+    model = section.annotation if section else Config
+    known = list(getattr(model, "model_fields", {}))
+    folded = {key.casefold(): key for key in known}
+    close = difflib.get_close_matches(str(loc[-1]).casefold(), folded, n=1, cutoff=0.5)
+    return f": did you mean {folded[close[0]]}?" if close else f": known keys are {', '.join(known)}"

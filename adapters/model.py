@@ -1,0 +1,212 @@
+"""Checkpoint folder or hub id -> a policy ready to be bound: adapter active, frozen base, eval mode."""
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from funcprobe.policy import trainable_params
+from funcprobe.types import InputError, Params
+
+from .config import PolicyConfig
+from .prompts import check_vocabulary
+
+LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+
+
+class Policy(NamedTuple):
+    """A loaded policy and what the report says about it."""
+
+    model: PeftModel
+    tokenizer: Any
+    params: Params  # the registry
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    base: str
+    lines: tuple[str, ...]
+
+
+def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
+    """Load base, adapter and tokenizer (A1, A3 to A7 of REQUIREMENTS.md).
+
+    Every adapter tensor must find a parameter of its name and shape, and every LoRA parameter a
+    tensor. Raises InputError, one line, for what cannot be loaded, an adapter of another base, a
+    quantised base, no LoRA parameters, or more than `max_trainable`.
+    """
+    disable_progress_bar()
+    subfolder = None if config.adapter == "default" else config.adapter
+    adapter_config = _adapter_config(config.checkpoint, subfolder)
+    base_id = config.base or adapter_config.base_model_name_or_path
+    if not base_id:
+        raise InputError(f"{config.checkpoint} does not name its base model: set policy.base")
+    base = _load_base(base_id, config)
+    tokenizer = _load_tokenizer(config, base_id)
+    check_vocabulary(tokenizer, base.get_input_embeddings().weight.shape[0])
+    eos_ids = _eos_ids(tokenizer, base)
+    # generate() fills every unset option from here; a base's own top_p or repetition penalty would
+    # sample from another distribution than the one whose ratios are taken.
+    base.generation_config = GenerationConfig()
+    model = _attach_adapter(base, adapter_config, config, base_id, subfolder)
+    if config.dtype == "float64":
+        model = model.double()
+    model.config.use_cache = False
+    model = model.to(device).eval()
+    params = trainable_params(model)
+    check_registry(params, config.max_trainable)
+    lines = (
+        f"base {base_id}: {sum(p.numel() for p in base.parameters()):,} parameters, {config.dtype}, "
+        f"{config.attention} attention, on {device}",
+        f"adapter {config.checkpoint} ({config.adapter}): {len(params)} tensors, "
+        f"{sum(t.numel() for t in params.values()):,} trainable parameters",
+    )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    return Policy(model, tokenizer, params, eos_ids, pad_id, base_id, lines)
+
+
+def check_registry(params: Params, max_trainable: int) -> None:
+    """InputError unless some parameter is LoRA's and at most `max_trainable` are trainable (A5)."""
+    largest = max(params, key=lambda n: params[n].numel(), default="")
+    if not any(part in name for name in params for part in LORA_PARTS):
+        found = f"{len(params)} trainable tensors, as {largest}" if params else "nothing trainable"
+        raise InputError(f"no LoRA parameters ({found}): give a checkpoint with a LoRA adapter")
+    total = sum(t.numel() for t in params.values())
+    if total > max_trainable:
+        raise InputError(
+            f"{total:,} parameters in {len(params)} tensors are trainable (largest: {largest}, "
+            f"{params[largest].numel():,}), more than policy.max_trainable = {max_trainable:,}: "
+            "raise it if this is meant"
+        )
+
+
+def _adapter_config(checkpoint: str, subfolder: str | None) -> PeftConfig:
+    folder = Path(checkpoint).expanduser()
+    looks_local = folder.exists() or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
+    if looks_local:
+        place = folder / (subfolder or "")
+        if not place.is_dir():
+            raise InputError(f"{place}: no such folder; set policy.checkpoint to a checkpoint folder")
+        if not (place / "adapter_config.json").is_file():
+            raise InputError(
+                f"{place} has no adapter_config.json: a LoRA checkpoint as peft or a trainer writes "
+                "it is expected (adapter_config.json and adapter_model.safetensors)"
+            )
+    try:
+        adapter_config: PeftConfig = PeftConfig.from_pretrained(
+            str(folder if looks_local else checkpoint), subfolder=subfolder
+        )
+    except (OSError, ValueError, TypeError, KeyError, HFValidationError) as error:
+        raise InputError(
+            f"the adapter's configuration cannot be loaded from {checkpoint} ({_short(error)}): "
+            "expected a checkpoint folder, or a hub id that this machine can reach"
+        ) from error
+    adapter_config.inference_mode = False  # trainers write true; the registry wants its gradients
+    return adapter_config
+
+
+def _load_base(base_id: str, config: PolicyConfig) -> Any:
+    remote = {"trust_remote_code": config.trust_remote_code}
+    cure = "set policy.base to a model folder or hub id"
+    try:
+        base_config = AutoConfig.from_pretrained(base_id, **remote)
+    except (OSError, ValueError, KeyError, HFValidationError) as error:
+        raise InputError(
+            f"the base model's configuration cannot be loaded from {base_id} ({_short(error)}): {cure}"
+        ) from error
+    if getattr(base_config, "quantization_config", None) is not None:
+        raise InputError(
+            f"base {base_id} is quantised: set policy.base to the plain model it was made from"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base_id,
+            config=base_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            **remote,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"the base model cannot be loaded from {base_id} ({_short(error)}): {cure}"
+        ) from error
+
+
+def _load_tokenizer(config: PolicyConfig, base_id: str) -> Any:
+    folder = Path(config.checkpoint).expanduser()
+    source = str(folder) if (folder / "tokenizer_config.json").is_file() else base_id
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(f"the tokenizer cannot be loaded from {source} ({_short(error)})") from error
+
+
+def _attach_adapter(
+    base: Any, adapter_config: PeftConfig, config: PolicyConfig, base_id: str, subfolder: str | None
+) -> PeftModel:
+    source = str(Path(config.checkpoint).expanduser())
+    source = source if Path(source).exists() else config.checkpoint
+    try:
+        weights = load_peft_weights(source, device="cpu", subfolder=subfolder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"the adapter's weights cannot be loaded from {source} ({_short(error)})"
+        ) from error
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft draws the initial LoRA weights, replaced below, and asks transformers 5.23 for an
+            # attribute that warns of its age.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(base, adapter_config, adapter_name=config.adapter)
+    except ValueError as error:
+        raise InputError(
+            f"the adapter in {source} does not fit base {base_id} ({_short(error)}): "
+            "set policy.base to the model it was trained on"
+        ) from error
+    expected = get_peft_model_state_dict(model, adapter_name=config.adapter)
+    _require_same_tensors(expected, weights, source, base_id)
+    set_peft_model_state_dict(model, weights, adapter_name=config.adapter)
+    return model
+
+
+def _require_same_tensors(
+    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], source: str, base_id: str
+) -> None:
+    cure = f"base {base_id} is not the model this adapter was trained on: set policy.base"
+    if differ := sorted(expected.keys() ^ found.keys()):
+        side = "the base has no place for it" if differ[0] in found else "the file lacks it"
+        raise InputError(
+            f"adapter {source}: {len(differ)} tensors do not match, as {differ[0]} ({side}); {cure}"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise InputError(
+                f"adapter {source}: {name} has shape {tuple(found[name].shape)}, the base expects "
+                f"{tuple(tensor.shape)}; {cure}"
+            )
+        if not bool(found[name].isfinite().all()):
+            raise InputError(f"adapter {source}: {name} holds a non-finite number: it is damaged")
+
+
+def _eos_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
+    configured = getattr(base.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    found = sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    if not found:
+        raise InputError("neither tokenizer nor model has an end-of-sequence token: responses need one")
+    return tuple(found)
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,374 @@
+"""Adam's state from a training run's file, attached to the registry by name."""
+
+import pickle
+import re
+import struct
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from funcprobe.types import AdamGroup, AdamState, InputError, Params
+
+
+class AdamOverrides(NamedTuple):
+    """What the config says in place of the file; None = from the file.
+
+    `lr` is the first group's, the others keep their ratio to it (to its initial_lr, if it is 0).
+    `weight_decay` leaves a group without decay (norms, biases) at 0 beside one with decay.
+    `checkpoint_step`, in optimizer steps, is used only where the file has no step.
+    """
+
+    lr: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    checkpoint_step: int | None = None
+
+
+class OptimizerReport(NamedTuple):
+    """How the state was attached: for the reader of the results, not for computing."""
+
+    path: Path
+    format: str  # "Hugging Face Trainer" or "torch.optim"
+    route: str
+    positional: bool  # True: the order rests on the replay, equal shapes cannot be told apart
+    parameters: int  # in the registry
+    coverage: dict[str, int]  # of them, how many have exp_avg_sq, exp_avg, step in the file
+    notes: tuple[str, ...]
+
+
+_Groups = list[dict[str, Any]]
+_Entries = list[dict[str, Any]]  # one for each position in the groups, {} where the file has none
+
+_FROM_FILE = AdamOverrides()
+_TRAINER, _TORCH = "Hugging Face Trainer", "torch.optim"
+_BY_NAME = "by name (param_names)"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OTHERS = {  # a key of an optimizer's state -> which optimizer
+    "__bnb_optimizer_quant_state__": "bitsandbytes (not supported yet)",
+    "state1": "bitsandbytes (not supported yet)",
+    "exp_avg_sq_row": "Adafactor",
+    "row_var": "Adafactor",
+    "momentum_buffer": "SGD with momentum",
+    "mu_product": "NAdam",
+    "exp_inf": "Adamax",
+    "square_avg": "RMSprop or Adadelta",
+    "sum": "Adagrad",
+}
+_HUGE = 1e300  # a Python integer from a file may be too large for a float
+_REMEDY = 'train with torch.optim.AdamW, or set rule = "sgd", which needs no optimizer state'
+_FOREIGN = "this state is of another adapter or another order"
+_EXPECTED = "expected what torch.save(optimizer.state_dict()) writes"
+
+
+def find_optimizer_file(checkpoint: Path) -> Path:
+    """`optimizer.pt` in a Trainer's checkpoint folder.
+
+    Raises InputError where there is none, with why that happens and what to set.
+    """
+    if (path := checkpoint / "optimizer.pt").is_file():
+        return path
+    inside = sorted(checkpoint.glob("checkpoint-*/optimizer.pt"), key=lambda p: p.stat().st_mtime)
+    why = (
+        "none is written under save_only_model = True, nor by save_model(); train with "
+        "save_only_model = False and give a checkpoint-N folder, or set "
+        'rule = "sgd", which needs no optimizer state'
+    )
+    if inside:
+        why = f"give {inside[-1].parent.name}, which holds one"
+    elif not checkpoint.is_dir():
+        why = "it is not a folder; give a trainer's checkpoint folder"
+    raise _located(checkpoint, f"no optimizer.pt: {why}")
+
+
+def read_adam_state(
+    path: Path,
+    model: torch.nn.Module,
+    params: Params,
+    *,
+    overrides: AdamOverrides = _FROM_FILE,
+    min_coverage: float = 0.9,
+    allow_low_coverage: bool = False,
+) -> tuple[AdamState, OptimizerReport]:
+    """The AdamW state saved in `path`, attached to names; moments are the file's, bit for bit.
+
+    `model` is the module that was trained: its named_parameters() give positions their names.
+    `params` is the registry. Coverage is the share of the registry that has exp_avg and
+    exp_avg_sq. A name whose step neither the file nor `checkpoint_step` gives is left out of
+    `step`, with a note.
+
+    Raises InputError, one line, for a file that is no plain torch checkpoint; for another
+    optimizer, amsgrad, maximize, or weight decay that is not decoupled; for other names, groups
+    or shapes than the registry's; for coverage under `min_coverage` unless `allow_low_coverage`.
+    """
+    least = 0.0 if allow_low_coverage else min_coverage
+    try:
+        groups, state = _entries(_load(path))
+        _require_adam(groups, state)
+        names, format_, route = _names(groups, model, params)
+        entries = _by_name(list(chain(*names)), state, params)
+        notes: list[str] = []
+        exp_avg = _moments("exp_avg", entries, params, notes)
+        exp_avg_sq = _moments("exp_avg_sq", entries, params, notes)
+        saved = {
+            name: int(_number(entry["step"], f"step of {name}", whole=True))
+            for name, entry in entries.items()
+            if entry.get("step") is not None
+        }
+        coverage = {"exp_avg_sq": len(exp_avg_sq), "exp_avg": len(exp_avg), "step": len(saved)}
+        _require_coverage(coverage, params, exp_avg.keys() & exp_avg_sq.keys(), least)
+        step = _with_given_step(saved, params, overrides.checkpoint_step, notes)
+        used = _adam_groups(groups, names, params, format_, overrides, notes)
+    except InputError as error:
+        raise _located(path, error) from error.__cause__
+    if positional := route != _BY_NAME:
+        notes.append("positions follow the installed modelling code: equal shapes look alike")
+    report = OptimizerReport(path, format_, route, positional, len(params), coverage, tuple(notes))
+    return AdamState(exp_avg, exp_avg_sq, step, used), report
+
+
+def _load(path: Path) -> dict[str, Any]:
+    scalar = np.float64(0).__reduce__()[0]  # how numpy pickles a learning rate computed with it
+    allowed: list[Any] = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        wants = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"asks for {wants[1]:.80}, only tensors and numbers are read" if wants else "is damaged"
+        raise InputError(f"no plain torch checkpoint: it {why}; {_EXPECTED}") from error
+    # What damaged bytes raise in torch's unpickler, its zip reader and its legacy reader (2.13).
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"damaged, or no torch checkpoint; {_EXPECTED}") from error
+    except (EOFError, AssertionError, struct.error, OverflowError, MemoryError) as error:
+        raise InputError("empty or cut short: copy it again") from error
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        kind = (
+            f"a dict of {_some(saved) or 'nothing'}"
+            if isinstance(saved, dict)
+            else type(saved).__name__
+        )
+        raise InputError(f"holds {kind}, without state and param_groups; {_EXPECTED}")
+    return saved
+
+
+def _entries(saved: dict[str, Any]) -> tuple[_Groups, _Entries]:
+    groups, state = saved["param_groups"], saved["state"]
+    well_formed = (
+        isinstance(groups, list)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+        and isinstance(state, dict)
+        and all(isinstance(entry, dict) for entry in state.values())
+    )
+    if not well_formed:
+        raise InputError(f"state or param_groups are of another form; {_EXPECTED}")
+    if state.keys() & _OTHERS.keys():
+        return groups, [state]
+    ids = [i for group in groups for i in group["params"]]
+    if not all(type(i) is int for i in ids) or len(set(ids)) < len(ids) or state.keys() - set(ids):
+        raise InputError(f"positions in param_groups and in state do not match; {_EXPECTED}")
+    return groups, [state.get(i, {}) for i in ids]
+
+
+def _require_adam(groups: _Groups, state: _Entries) -> None:
+    keys = set(chain(*state))
+    unknown = keys - {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    if not keys:
+        found = "no state: it was saved before the first step, or by SGD without momentum"
+    elif others := sorted(_OTHERS[key] for key in keys & _OTHERS.keys()):
+        found = f"state of {others[0]}"
+    elif keys & {"exp_avg", "exp_avg_sq"} == {"exp_avg"}:
+        found = "state of Lion (exp_avg without exp_avg_sq)"
+    elif unknown or "exp_avg_sq" not in keys:
+        found = f"state of an unknown optimizer, with {_some(keys)}"
+    elif "max_exp_avg_sq" in keys or any(group.get("amsgrad", False) is not False for group in groups):
+        found = "amsgrad = True"
+    elif any(group.get("maximize", False) is not False for group in groups):
+        found = "maximize = True"
+    elif not all("amsgrad" in group for group in groups):
+        # RAdam's and LAMB's state has AdamW's keys; of them only Adam and AdamW write amsgrad.
+        found = "a relative of AdamW (RAdam, LAMB, ...), without amsgrad in its param_groups"
+    else:
+        return
+    raise InputError(f"{found}; expected AdamW's state after a step: {_REMEDY}")
+
+
+def _names(groups: _Groups, model: torch.nn.Module, params: Params) -> tuple[list[list[str]], str, str]:
+    """(names of each group's positions, frozen ones included; the format; the route)."""
+    sizes = [len(group["params"]) for group in groups]
+    if any("param_names" in group for group in groups):
+        named = [group.get("param_names") for group in groups]
+        if [len(n) if isinstance(n, list) else None for n in named] != sizes:
+            raise InputError(f"param_names and params of a group differ in length; {_EXPECTED}")
+        return [[_unwrapped(n) for n in names or ()] for names in named], _TORCH, _BY_NAME
+    everything = [name for name, _ in model.named_parameters()]
+    order = [name for name in everything if name in params]
+    decay = _decay_names(model)
+    replayed = [[n for n in order if n in decay], [n for n in order if n not in decay]]
+    expected = [len(names) for names in replayed]
+    if sizes == expected and _number(groups[1].get("weight_decay"), "weight_decay") == 0:
+        return replayed, _TRAINER, "by position, the Trainer's [decay, no-decay] grouping replayed"
+    if sizes == [len(order)]:
+        return [order], _TORCH, "by position, one group in named_parameters() order"
+    if sizes == [len(everything)]:
+        return [everything], _TORCH, "by position, one group of all in named_parameters() order"
+    raise InputError(
+        f"holds {sum(sizes)} tensors in groups of {_and(sizes)}, the adapter has {len(order)} "
+        f"trainable ones ({_and(expected)} in the Trainer's groups): {_FOREIGN}; give its own, or "
+        "build the optimizer from named_parameters(), so that names are saved"
+    )
+
+
+def _by_name(names: list[str], state: _Entries, params: Params) -> dict[str, dict[str, Any]]:
+    entries = dict(zip(names, state, strict=True))
+    if len(entries) < len(names):
+        raise InputError(f"a name stands twice in param_names; {_EXPECTED}")
+    if missing := params.keys() - entries.keys():
+        raise InputError(
+            f"{len(missing)} of the adapter's {len(params)} trainable parameters are not among the "
+            f"optimizer's {len(names)}: {_some(missing)}; {_FOREIGN}"
+        )
+    if extra := [name for name, entry in entries.items() if entry and name not in params]:
+        raise InputError(f"state for what the adapter does not train: {_some(extra)}; {_FOREIGN}")
+    return {name: entries[name] for name in sorted(params)}
+
+
+def _moments(key: str, entries: dict[str, dict[str, Any]], params: Params, notes: list[str]) -> Params:
+    found = {name: entry[key] for name, entry in entries.items() if entry.get(key) is not None}
+    suspect = 0
+    for name, moment in found.items():
+        plain = isinstance(moment, torch.Tensor) and moment.layout is torch.strided
+        if not plain or moment.dtype not in _DTYPES or moment.device.type != "cpu":
+            raise InputError(f"{key} of {name} is not a plain floating point tensor; {_EXPECTED}")
+        if moment.shape != params[name].shape:
+            raise InputError(
+                f"{key} of {name} has shape {tuple(moment.shape)}, the adapter's has "
+                f"{tuple(params[name].shape)}: {_FOREIGN}"
+            )
+        negative = key == "exp_avg_sq" and bool((moment < 0).any())
+        suspect += negative or not bool(moment.isfinite().all())
+    if suspect:
+        notes.append(f"{key} has negative or non-finite entries in {suspect} tensors")
+    return {name: moment.detach() for name, moment in found.items()}
+
+
+def _require_coverage(
+    coverage: dict[str, int], params: Params, covered: set[str], least: float
+) -> None:
+    if len(covered) < least * len(params):
+        table = ", ".join(f"{key} {count}" for key, count in coverage.items())
+        raise InputError(
+            f"{table} of {len(params)} parameters, expected {least:g} of them (min_coverage); "
+            f"without: {_some(params.keys() - covered)}; give a complete state, or set "
+            'on_low_coverage = "identity"'
+        )
+
+
+def _with_given_step(
+    step: dict[str, int], params: Params, given: int | None, notes: list[str]
+) -> dict[str, int]:
+    missing = len(params) - len(step)
+    if missing and given is None:
+        notes.append(f"no step for {missing} parameters, in the file or as checkpoint_step")
+    if not missing or given is None:
+        return step
+    filled = int(_number(given, "checkpoint_step", least=1, whole=True))
+    notes.append(f"step of {missing} parameters is the config's checkpoint_step, {filled}")
+    return {name: step.get(name, filled) for name in params}
+
+
+def _adam_groups(
+    groups: _Groups,
+    names: list[list[str]],
+    params: Params,
+    format_: str,
+    overrides: AdamOverrides,
+    notes: list[str],
+) -> tuple[AdamGroup, ...]:
+    """The groups that hold anything of the registry, with the config's numbers where it has any."""
+    no_decay = groups[1] if format_ == _TRAINER else None
+    kept = [tuple(name for name in group if name in params) for group in names]
+    groups, kept = [g for g, n in zip(groups, kept, strict=True) if n], [n for n in kept if n]
+    found = [_of_group(group) for group in groups]
+    rates = [hyper["lr"] for hyper in found]
+    if not rates[0]:  # the start of a warm-up or the end of a schedule, which scales initial_lr
+        rates = [_number(group.get("initial_lr", 0.0), "initial_lr") for group in groups]
+    decaying = any(hyper["weight_decay"] for hyper in found)
+    given = {k: v for k, v in overrides._asdict().items() if v is not None and k in found[0]}
+    used = []
+    for group, hyper, rate in zip(groups, found, rates, strict=True):
+        new = dict(given)
+        if "lr" in new:
+            new["lr"] *= rate / rates[0] if rates[0] else 1.0
+        if not hyper["weight_decay"] and (decaying or group is no_decay):
+            new.pop("weight_decay", None)
+        used.append(hyper | new)
+        if used[-1]["weight_decay"] and group.get("decoupled_weight_decay") is False:
+            raise InputError(
+                "torch.optim.Adam with weight decay inside the gradient (decoupled_weight_decay = "
+                "False), expected AdamW's: train with AdamW, or set weight_decay = 0 to leave it out"
+            )
+    notes.append(f"lr in the file is the next step's: {_and(hyper['lr'] for hyper in found)}")
+    for key, value in given.items():
+        if was := {f[key] for f, u in zip(found, used, strict=True) if f[key] != u[key]}:
+            label, values = key.replace("_", " "), _and(sorted(was))
+            notes.append(f"{label} {values} in the file, {value} in the config: the config's is used")
+    return tuple(AdamGroup(n, **hyper) for n, hyper in zip(kept, used, strict=True))
+
+
+def _of_group(group: dict[str, Any]) -> dict[str, float]:
+    if missing := {"lr", "betas", "eps", "weight_decay"} - group.keys():
+        raise InputError(f"a group without {_some(missing)}; {_EXPECTED}")
+    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+        raise InputError(f"betas are {group['betas']!r:.80}, expected two numbers")
+    numbers = {key: _number(group[key], key) for key in ("lr", "eps", "weight_decay")}
+    return numbers | {
+        f"beta{i}": _number(b, f"beta{i}", below=1.0) for i, b in enumerate(group["betas"], 1)
+    }
+
+
+def _number(
+    value: Any, what: str, *, least: float = 0.0, below: float = _HUGE, whole: bool = False
+) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        value = value.item()
+    known = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    if not known or not least <= value < below or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        bound = f" and below {below:g}" if below < _HUGE else ""
+        raise InputError(f"{what} is {value!r:.80}, expected a {kind} from {least:g}{bound}")
+    return float(value)
+
+
+def _decay_names(model: torch.nn.Module) -> set[str]:
+    from transformers import Trainer  # slow to import, and for one route only
+
+    # The method reads nothing of its trainer, and a trainer cannot be built without a run.
+    return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+
+
+def _unwrapped(name: object) -> str:
+    """Without the prefixes of DistributedDataParallel and torch.compile."""
+    return str(name).removeprefix("module.").replace("_orig_mod.", "")
+
+
+def _some(names: Iterable[object], most: int = 3) -> str:
+    shown = sorted(map(str, names))
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(name[:120] for name in shown[:most]) + more
+
+
+def _and(values: Iterable[object]) -> str:
+    return " and ".join(map(str, values))
+
+
+def _located(path: Path, message: object) -> InputError:
+    return InputError("".join(c if c.isprintable() else " " for c in f"{path}: {message}"))

@@ -1,0 +1,221 @@
+"""results.json and manifest.json: every number with its unit, sign convention and normalisation."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats as scipy_stats
+
+import funcprobe
+from funcprobe import tree
+from funcprobe.checks import Check
+from funcprobe.estimators import Measured
+
+if TYPE_CHECKING:
+    from .run import Batches, Plan
+
+PACKAGES = ("funcprobe", "torch", "transformers", "peft", "optree", "safetensors", "scipy", "pyarrow")
+ROUNDING_SHARE = 0.1  # rounding is said to take over where it reaches this share of the change
+MIN_POINTS = 3  # of a straight line, so that R^2 says something
+
+
+class Sweep(NamedTuple):
+    """Measured changes at ascending learning rates; the rounding noise of one of them."""
+
+    etas: tuple[float, ...]
+    measured: tuple[Measured, ...]
+    rounding_noise: float | None  # None where there are fewer than three etas
+
+
+class Line(NamedTuple):
+    """A straight line in log-log coordinates."""
+
+    slope: float
+    r_squared: float
+    points: int
+
+
+def document(
+    plan: "Plan",
+    batches: "Batches",
+    prediction: funcprobe.Prediction,
+    sweep: Sweep,
+    seen: list[Check],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The content of results.json. Only "seconds" differs between two runs of the same seed."""
+    unit = entropy_unit(plan)
+    rate = f"{unit} per unit of learning rate"
+    first, direction = prediction.first_order, prediction.direction
+    over = f"per {plan.entropy.per}, over E"
+    return {
+        "conventions": {
+            "sign": "positive: the step raises the entropy; v is theta_next - theta per unit of lr",
+            "entropy": plan.entropy._asdict(),
+            "step": plan.step._asdict(),
+            "objective": plan.objective._asdict(),
+            "se": "one standard error; sampling units are prompts",
+        },
+        "counts": {
+            "E_sequences": len(batches.eval_batch.prompt_N),
+            "E_prompts": len(batches.eval_batch.prompt_N.unique()),
+            "E_tokens": int(batches.eval_batch.response_length_N.sum()),
+            "U_sequences": len(batches.update.batch.prompt_N),
+            "U_prompts": len(batches.update.batch.prompt_N.unique()),
+            "U_tokens": int(batches.update.batch.response_length_N.sum()),
+            "U_groups_of_equal_rewards": batches.equal_groups,
+            "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
+            "model_passes": {
+                "over_E": 3 + len(sweep.etas) + min(3, len(sweep.etas)) // 3 * 3,
+                "over_U": 2,
+            },
+        },
+        "entropy": quantity(prediction.entropy, unit, over),
+        "mean_reward": quantity(
+            float(np.mean(batches.update_rollouts.reward or [])), "reward", "per response, over U"
+        ),
+        "first_order": {
+            "derivative": quantity(prediction.derivative, rate, over),
+            "bars_dot": quantity(prediction.bars_dot, rate, over),
+            "bars_dot_identity": quantity(prediction.bars_dot_identity, rate, f"{over}, v = Y"),
+            "from_update": quantity(prediction.from_update, rate, f"{over}, <X, P Y>"),
+            "from_momentum": quantity(prediction.from_momentum, rate, f"{over}, <X, v_momentum>"),
+            "from_weight_decay": quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
+            "se_given_U": quantity(first.se, rate, "prompts of E, delta method"),
+            "se_given_U_jackknife": quantity(first.se_jackknife, rate, "prompts of E, delete one"),
+            "se_over_U": quantity(prediction.se_over_u, rate, "prompts of U, P fixed"),
+            "se_total": quantity(prediction.se_total, rate, "root of the sum of squares"),
+        },
+        "norms": {
+            name: quantity(tree.norm(value), "Euclidean norm over all tensors", normalised)
+            for name, value, normalised in (
+                ("X", prediction.X, unit),
+                ("Y", prediction.Y, f"objective {plan.config.objective.preset}"),
+                ("v", direction.total, "per unit of learning rate"),
+            )
+        },
+        "clip_coefficient": direction.clip_coefficient,
+        "preconditioner": direction.info._asdict() if direction.info else None,
+        "next_lr": quantity(plan.next_lr, "learning rate", "the next step's, as saved or configured"),
+        "sweep": [
+            _row(eta, measured, plan, prediction, sweep)
+            for eta, measured in zip(sweep.etas, sweep.measured, strict=True)
+        ],
+        "fit": _fits(prediction, sweep, unit),
+        "checks": [check._asdict() for check in seen],
+        "seconds": dict(seconds),
+    }
+
+
+def quantity(value: float, unit: str, normalised_by: str) -> dict[str, Any]:
+    """A number with its unit and what it is normalised by."""
+    return {"value": value, "unit": unit, "normalised_by": normalised_by}
+
+
+def entropy_unit(plan: "Plan") -> str:
+    """nats per token or nats per sequence."""
+    return f"nats per {plan.entropy.per}"
+
+
+def manifest(plan: "Plan") -> dict[str, Any]:
+    """What the run was made with: versions, seed, device, git commit, hashes of the input files."""
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "seed": plan.config.run.seed,
+        "device": str(next(iter(plan.policy.params.values())).device),
+        "torch_threads": torch.get_num_threads(),
+        "git": _git_commit(),
+        "optimizer": plan.optimizer._replace(path=str(plan.optimizer.path))._asdict()  # type: ignore[arg-type]
+        if plan.optimizer
+        else None,
+        "inputs": plan.inputs,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages the numbers depend on."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def log_log(x: list[float], y: list[float]) -> Line | None:
+    """Least squares of log |y| on log x; None for fewer than three points or a zero among them."""
+    if len(x) < MIN_POINTS or not all(y):
+        return None
+    fit = scipy_stats.linregress(np.log(x), np.log(np.abs(y)))
+    return Line(float(fit.slope), float(fit.rvalue) ** 2, len(x))
+
+
+def _row(
+    eta: float, measured: Measured, plan: "Plan", prediction: funcprobe.Prediction, sweep: Sweep
+) -> dict[str, Any]:
+    unit, over = entropy_unit(plan), f"per {plan.entropy.per}, over E"
+    predicted = eta * prediction.derivative
+    return {
+        "eta": eta,
+        "is_next_lr": eta == plan.next_lr,
+        "predicted": quantity(predicted, unit, over),
+        "se_given_U": quantity(eta * prediction.first_order.se, unit, "prompts of E"),
+        "se_total": quantity(eta * prediction.se_total, unit, "prompts of E and of U"),
+        "measured": quantity(measured.delta, unit, over),
+        "ratio": quantity(measured.delta / predicted, "1", "measured / predicted"),
+        "ess": quantity(measured.ess, "sequences", "whole-response importance weights"),
+        "max_weight": quantity(measured.max_weight, "1", "mean weight"),
+        "clipped": quantity(measured.clipped, "sequences", "entropy.clip"),
+        "rounding": _is_rounding(measured.delta, sweep.rounding_noise),
+    }
+
+
+def _is_rounding(delta: float, noise: float | None) -> bool:
+    return noise is not None and noise > ROUNDING_SHARE * abs(delta)
+
+
+def _fits(prediction: funcprobe.Prediction, sweep: Sweep, unit: str) -> dict[str, Any]:
+    noise = sweep.rounding_noise
+    kept = [
+        (eta, m.delta)
+        for eta, m in zip(sweep.etas, sweep.measured, strict=True)
+        if not _is_rounding(m.delta, noise)
+    ]
+    curve = log_log([eta for eta, _ in kept], [delta for _, delta in kept])
+    # |ratio - 1| says something where rounding is a small share of the deviation itself.
+    deviations = [
+        (eta, delta / (eta * prediction.derivative) - 1, delta - eta * prediction.derivative)
+        for eta, delta in kept
+    ]
+    clear = [(eta, r) for eta, r, d in deviations if noise is None or noise < ROUNDING_SHARE * abs(d)]
+    bend = log_log([eta for eta, _ in clear], [r for _, r in clear])
+    floor = None
+    if noise is not None:
+        floor = noise / (ROUNDING_SHARE * abs(prediction.derivative))
+    return {
+        "measured_against_eta": _line(curve, "log |measured| on log eta; 1 is linear"),
+        "deviation_against_eta": _line(bend, "log |ratio - 1| on log eta; 1 is a quadratic term"),
+        "rounding_noise": None if noise is None else quantity(noise, unit, "one measured change"),
+        "rounding_eta": None
+        if floor is None
+        else quantity(floor, "learning rate", f"rounding = {ROUNDING_SHARE:.0%} of the change"),
+    }
+
+
+def _line(line: Line | None, what: str) -> dict[str, Any] | None:
+    return None if line is None else {"what": what, **line._asdict()}
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,76 @@
+"""Responses from the current policy: the one place that generates."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from .config import SamplingConfig
+from .model import Policy
+
+
+class Responses(NamedTuple):
+    """Token ids of each response, its first end-of-sequence token included; whether it has one."""
+
+    ids: list[list[int]]
+    finished: list[bool]
+
+
+def sample_responses(
+    policy: Policy,
+    prompt_ids: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Responses:
+    """One response per prompt from softmax(logits / temperature), after top_k and top_p if set.
+
+    The same seed, prompts and `generation_batch` give the same responses; the global random state is
+    left as it was. `advance` is called with the number of sequences done after each batch.
+    """
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=1.0,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=list(policy.eos_ids),
+        pad_token_id=policy.pad_id,
+        use_cache=True,
+    )
+    ids: list[list[int]] = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompt_ids), config.generation_batch):
+            part = prompt_ids[start : start + config.generation_batch]
+            ids += _generate(policy, part, generation)
+            advance(len(part))
+    cut = [_through_first_eos(response, policy.eos_ids) for response in ids]
+    return Responses(cut, [response[-1] in policy.eos_ids for response in cut])
+
+
+def _generate(
+    policy: Policy, prompt_ids: Sequence[Sequence[int]], generation: GenerationConfig
+) -> list[list[int]]:
+    device = next(policy.model.parameters()).device
+    longest = max(len(ids) for ids in prompt_ids)
+    padding = [longest - len(ids) for ids in prompt_ids]
+    tokens_NL = torch.tensor(
+        [[policy.pad_id] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)]
+    )
+    mask_NL = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+    out_NL = policy.model.generate(
+        input_ids=tokens_NL.to(device),
+        attention_mask=mask_NL.to(device),
+        generation_config=generation,
+    )
+    return [row[longest:] for row in out_NL.tolist()]
+
+
+def _through_first_eos(response: list[int], eos_ids: Sequence[int]) -> list[int]:
+    for k, token in enumerate(response):
+        if token in eos_ids:
+            return response[: k + 1]
+    return response

@@ -1,0 +1,157 @@
+"""The run folder, whole or not there, and the stages that need not be computed again."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from funcprobe.types import InputError, Params
+
+
+class Stages(NamedTuple):
+    """Results of stages, one file each, named by the hash of everything that went into them.
+
+    A file appears under its name only when whole, so that an interrupted run loses one stage at most.
+    Without a folder nothing is kept.
+    """
+
+    folder: Path | None
+    fresh: bool = False  # compute again, whatever is there
+
+    def tensors(self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any]) -> Any:
+        """compute(), a tree of tensors shaped as the tree `like`, from the file if it is there."""
+        if self.folder is None:
+            return compute()
+        path = _stage_path(self.folder, stage, inputs, "safetensors")
+        if path.is_file() and not self.fresh:
+            try:
+                stored = load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"{path} cannot be read ({error}): delete it, or use --fresh"
+                ) from error
+            return optree.tree_unflatten(
+                optree.tree_structure(like), [stored[key] for key in sorted(stored)]
+            )
+        value = compute()
+        leaves = {f"{i:06d}": leaf.contiguous() for i, leaf in enumerate(optree.tree_leaves(value))}
+        _write_whole(path, lambda target: save_file(leaves, target))
+        return value
+
+    @contextmanager
+    def file(
+        self, stage: str, inputs: Any, suffix: str, compute: Callable[[Path], None]
+    ) -> Iterator[Path]:
+        """The path of a file that compute(path) writes, computed only if it is not there."""
+        if self.folder is None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{stage}.{suffix}"
+                compute(path)
+                yield path
+            return
+        path = _stage_path(self.folder, stage, inputs, suffix)
+        if self.fresh or not path.is_file():
+            _write_whole(path, compute)
+        yield path
+
+
+def require_writable(final: Path) -> None:
+    """InputError unless the run folder can be made, asked before hours are spent on its content."""
+    if final.exists() and not (final / "manifest.json").is_file():
+        raise InputError(f"{final} exists and is no run folder: choose another run.name")
+    parent = next(p for p in final.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{final} cannot be written: {parent} is no writable folder; set run.folder")
+
+
+@contextmanager
+def run_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `final` when the block ends well and vanishes otherwise."""
+    require_writable(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)  # mkdtemp makes it private
+        old = staging.with_name(f"{staging.name}.old")
+        if final.exists():
+            final.replace(old)
+        staging.replace(final)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-able value, tensors by their bytes."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def fingerprint_params(params: Params) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes."""
+    return fingerprint({name: params[name] for name in sorted(params)})
+
+
+def fingerprint_path(path: Path) -> dict[str, str]:
+    """File name -> SHA-256, for a file or the files of a folder.
+
+    Files over 256 MiB (a base's weights) go by size and modification time: hashing them would take
+    longer than a pass.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return {file.name: _file_hash(file) for file in files}
+
+
+def write_json(value: Any, path: Path) -> None:
+    """JSON with a final newline; NaN and infinity are refused, since JSON has neither."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_params(params: Params, path: Path) -> None:
+    """Safetensors by name."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in params.items()}, path)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+
+
+def _stage_path(folder: Path, stage: str, inputs: Any, suffix: str) -> Path:
+    return folder / f"{stage}-{fingerprint(inputs)[:20]}.{suffix}"
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(target)
+        target.replace(path)
+    except SafetensorError as error:  # its own type for a full disk, too
+        raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def _file_hash(file: Path) -> str:
+    stat = file.stat()
+    if stat.st_size > 256 * 2**20:
+        return f"size {stat.st_size}, modified {stat.st_mtime_ns}"
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(data.tobytes()).hexdigest()]
+    raise TypeError(f"{type(value).__name__} has no fingerprint")

@@ -1,0 +1,176 @@
+"""Sanity checks: each a function that returns what it saw, the bound, and what a failure means."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import tree
+from .estimators import Measured
+from .gradients import weighted_grad
+from .layout import response_mask, select
+from .logprobs import token_stats
+from .policy import Forward
+from .probe import Prediction, measure
+from .tangents import alpha_vjp
+from .types import Batch, Entropy, Params, TokenStats
+
+
+class Check(NamedTuple):
+    """One check. `passed` is `saw` held against `bound`."""
+
+    name: str
+    passed: bool
+    saw: str
+    bound: str
+    failure_means: str
+
+
+def adapter_changes_logits(
+    params: Params, batch: Batch, stats: TokenStats, forward: Forward, max_tokens: int
+) -> Check:
+    """max |l(theta) - l(theta with every lora_B = 0)| over response tokens; 0 means no adapter."""
+    off = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in params.items()}
+    without = token_stats(off, batch, forward, max_tokens)
+    largest = float((stats.logp_NR - without.logp_NR).abs().max())
+    return Check(
+        "adapter on/off changes the logits",
+        largest > 0,
+        f"largest change of a log-probability {largest:.3g} nats",
+        "> 0",
+        "the adapter is not active, or was never trained (lora_B = 0)",
+    )
+
+
+def gradients_reach(name: str, grads: Params) -> Check:
+    """How many tensors of a gradient are not all zero."""
+    nonzero = sum(bool(g.any()) for g in grads.values())
+    return Check(
+        f"gradient {name} is nonzero",
+        nonzero > 0 and math.isfinite(tree.norm(grads)),
+        f"{nonzero} of {len(grads)} tensors, norm {tree.norm(grads):.3g}",
+        "at least one tensor, finite",
+        "the adapter is cut off from the loss, every advantage is 0, or the forward overflows",
+    )
+
+
+def alpha_cases(
+    params: Params, batch: Batch, mu: Params, forward: Forward, max_tokens: int, most: int = 4
+) -> Check:
+    """alpha_vjp at alpha = ones, random and a basis vector against per-sequence gradients.
+
+    On the first `most` sequences, f_i = S_i; the largest difference relative to the largest |s_i|.
+    """
+    part = select(batch, torch.arange(min(most, len(batch.prompt_N))))
+    count = len(part.prompt_N)
+    loop_N = torch.tensor(
+        [
+            tree.dot(_one_gradient(params, select(part, torch.tensor([i])), forward, max_tokens), mu)
+            for i in range(count)
+        ],
+        dtype=torch.float64,
+    )
+    generator = torch.Generator().manual_seed(0)
+    alphas = (
+        torch.ones(count).double(),
+        torch.randn(count, generator=generator).double(),
+        torch.eye(count)[0].double(),
+    )
+    worst = max(
+        float((alpha_vjp(params, part, mu, forward, max_tokens, alpha_N=alpha_N) - loop_N).abs().max())
+        for alpha_N in alphas
+    ) / float(loop_N.abs().max())
+    bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(_dtype(params), 0.05)
+    return Check(
+        "alpha trick = per-sequence gradients",
+        worst < bound,
+        f"largest relative difference {worst:.2g}",
+        f"< {bound:g}",
+        "an operation without a correct second derivative (attention kernel, custom function)",
+    )
+
+
+def routes_agree(prediction: Prediction) -> Check:
+    """|<X, v> - sum of tangents| / |<X, v>|: reverse route = forward route."""
+    bound = {torch.float64: 1e-9, torch.float32: 1e-3}.get(_dtype(prediction.Y), 0.05)
+    difference = abs(prediction.bars_dot - prediction.derivative) / abs(prediction.bars_dot)
+    return Check(
+        "reverse route = forward route",
+        difference < bound,
+        f"relative difference {difference:.2g}",
+        f"< {bound:g}",
+        "a wrong derivative in one mode, or parameters and direction that do not line up",
+    )
+
+
+def identity_against_adam(prediction: Prediction) -> Check:
+    """|<X, v>| / |<X, Y>|: what Adam does to the size of the effect."""
+    ratio = abs(prediction.bars_dot / prediction.bars_dot_identity)
+    return Check(
+        "Adam against identity",
+        ratio < 1000,
+        f"<X, v> = {prediction.bars_dot:.3g}, <X, Y> = {prediction.bars_dot_identity:.3g}, "
+        f"ratio {ratio:.3g}",
+        "< 1000",
+        "second moments near 0 amplify the gradient by 1/eps: state of another adapter, or of step 1",
+    )
+
+
+def eta_zero(
+    params: Params,
+    batch: Batch,
+    direction: Params,
+    stats: TokenStats,
+    forward: Forward,
+    *,
+    entropy: Entropy,
+    max_tokens: int,
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+) -> Check:
+    """The measured change at eta = 0 is exactly 0; ESS = N where the policy itself sampled."""
+    seen: Measured = measure(
+        params,
+        batch,
+        direction,
+        0.0,
+        stats,
+        forward,
+        entropy=entropy,
+        max_tokens=max_tokens,
+        sampler_logp_NR=sampler_logp_NR,
+    )
+    count = len(batch.prompt_N)
+    own = sampler_logp_NR is None
+    return Check(
+        "eta = 0 changes nothing",
+        seen.delta == 0 and (not own or seen.ess == count),
+        f"change {seen.delta:g}, ESS {seen.ess:g} of {count}",
+        "change 0" + (f", ESS {count}" if own else ""),
+        "a forward that is not deterministic, or parameters that are not the sampled ones",
+    )
+
+
+def repeat_is_identical(
+    params: Params, batch: Batch, stats: TokenStats, forward: Forward, max_tokens: int
+) -> Check:
+    """A second forward gives the same bits."""
+    again = token_stats(params, batch, forward, max_tokens)
+    largest = max(float((a - b).abs().max()) for a, b in zip(stats, again, strict=True))
+    return Check(
+        "a repeated forward is identical",
+        largest == 0,
+        f"largest difference {largest:g} nats",
+        "0",
+        "dropout is on, or a kernel whose order of summation varies",
+    )
+
+
+def _one_gradient(params: Params, one: Batch, forward: Forward, max_tokens: int) -> Params:
+    p_NR = response_mask(one).double()
+    return weighted_grad(params, one, p_NR, torch.zeros_like(p_NR), forward, max_tokens)
+
+
+def _dtype(params: Params) -> torch.dtype:
+    return next(iter(params.values())).dtype

@@ -1,0 +1,147 @@
+"""A frozen model -> pure functions of (params, rows). The only file that calls functional_call."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .layout import Rows, collate, microbatches
+from .precision import arithmetic_of
+from .tree import require_same
+from .types import InputError, Params
+
+
+class Forward(NamedTuple):
+    """A policy with everything but its trainable parameters applied.
+
+    hidden(params, rows) -> hidden_TD, the backbone where response tokens are predicted;
+    logits(params, hidden_TD) -> logits_TV, of p_theta = softmax(logits): divided by `temperature`.
+    """
+
+    hidden: Callable[..., Tensor]
+    logits: Callable[..., Tensor]
+
+
+def trainable_params(model: nn.Module) -> Params:
+    """The registry: the trainable parameters by their names, sorted, detached, sharing storage."""
+    named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return dict(sorted(named.items()))
+
+
+def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -> Forward:
+    """Bind the model: its pure functions take exactly the names and shapes of `params`.
+
+    The model is a Hugging Face causal language model, with or without peft around it. It is never
+    changed. Raises InputError where its numbers would silently be others than the policy's: training
+    mode, gradient checkpointing, adapters merged, disabled or not active, or logits that are not the
+    output embedding of the backbone's hidden state.
+    """
+    if not temperature > 0:
+        raise InputError(f"temperature = {temperature}: a positive number is expected")
+    _refuse_unsuitable(model, params)
+    backbone, head = _Backbone(model), _Head(model)
+
+    def call(module: nn.Module, given: Params, *args: Tensor) -> Tensor:
+        # functional_call ignores names it does not know, and the result is then silently wrong.
+        require_same(params, given)
+        with arithmetic_of(given):
+            out: Tensor = functional_call(module, {f"model.{n}": t for n, t in given.items()}, args)
+        return out
+
+    def hidden(given: Params, rows: Rows) -> Float[Tensor, "T D"]:
+        device = next(iter(given.values())).device
+        hidden_NLD = call(backbone, given, rows.tokens_NL.to(device))
+        return hidden_NLD[rows.row_T.to(device), rows.position_T.to(device)]
+
+    def logits(given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+        return call(head, given, hidden_TD) / temperature
+
+    forward = Forward(hidden, logits)
+    _refuse_other_logits(model, params, forward, temperature)
+    return forward
+
+
+class _Backbone(nn.Module):
+    """tokens_NL -> last hidden state, before the output embedding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_NL: Tensor) -> Tensor:
+        causal_lm = _causal_lm(self.model)
+        backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+        hidden_NLD: Tensor = backbone(input_ids=tokens_NL, use_cache=False).last_hidden_state
+        return hidden_NLD
+
+
+class _Head(nn.Module):
+    """hidden_TD -> logits_TV: output embedding, then Gemma's softcap where the config has one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        causal_lm = _causal_lm(self.model)
+        logits_TV: Tensor = causal_lm.get_output_embeddings()(hidden_TD)
+        softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+        return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _refuse_unsuitable(model: nn.Module, params: Params) -> None:
+    if not params:
+        raise InputError("the model has no trainable parameters: load the adapter as trainable")
+    if model.training:
+        raise InputError("the model is in training mode, so dropout is on: call model.eval()")
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise InputError(
+            "gradient checkpointing is on, which torch.func cannot differentiate: "
+            "call gradient_checkpointing_disable() and disable_input_require_grads()"
+        )
+    names = {name for name, _ in model.named_parameters()}
+    if unknown := sorted(params.keys() - names):
+        raise InputError(f"{unknown[0]} is no parameter of this model: take names from the model")
+    for name, module in model.named_modules():
+        adapters = getattr(module, "lora_A", None)
+        if not isinstance(adapters, nn.ModuleDict):
+            continue
+        used = {a for a in adapters if f"{name}.lora_A.{a}.weight" in params}
+        active: set[str] = set(getattr(module, "active_adapters", []))
+        if used - active or getattr(module, "disable_adapters", False):
+            raise InputError(
+                f"{name}: adapter {', '.join(sorted(used - active)) or 'layers'} not active, so its "
+                "parameters would be ignored: call set_adapter() and leave disable_adapter()"
+            )
+        if getattr(module, "merged", False):
+            raise InputError(f"{name}: the adapter is merged into the base: call unmerge_adapter()")
+
+
+def _refuse_other_logits(
+    model: nn.Module, params: Params, forward: Forward, temperature: float
+) -> None:
+    """Compare with the model's own forward, once, on four tokens."""
+    device = next(iter(params.values())).device
+    vocabulary = _causal_lm(model).get_output_embeddings().weight.shape[0]
+    tokens = [i % vocabulary for i in range(5)]
+    (rows,) = microbatches(collate([tokens[:1]], [tokens[1:]], [0]), max_tokens=5)
+    with torch.no_grad(), arithmetic_of(params):
+        read_NL = rows.tokens_NL.to(device)
+        theirs_TV = model(input_ids=read_NL, use_cache=False).logits[0] / temperature
+    with torch.no_grad():
+        ours_TV = forward.logits(params, forward.hidden(params, rows))
+    # Same operations in the same precision: only the order of sums may differ.
+    tolerance = 100 * torch.finfo(theirs_TV.dtype).eps * float(theirs_TV.abs().max())
+    worst = float((ours_TV - theirs_TV).abs().max())
+    if not worst <= tolerance:
+        raise InputError(
+            f"{type(_causal_lm(model)).__name__}: logits are not the output embedding of the last "
+            f"hidden state (largest difference {worst:.3g}): this architecture is not supported"
+        )

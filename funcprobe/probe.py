@@ -1,0 +1,234 @@
+"""The composed probe: predict the entropy change of the next step, measure it, bind a model."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import adam, estimators, gradients, logprobs, tree
+from .adam import UpdateDirection
+from .estimators import FirstOrder, Measured
+from .layout import response_mask
+from .policy import Forward, frozen_forward, trainable_params
+from .tangents import alpha_vjp, tangents
+from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
+
+
+class Prediction(NamedTuple):
+    """First-order entropy change per unit of learning rate, with everything it was made of.
+
+    Errors: `first_order.se` given U, over E's prompts; `se_over_u` over U's prompts at fixed P;
+    `se_total` the root of the sum of their squares. Units: the entropy estimator's, per unit of eta.
+    """
+
+    derivative: float  # d/d eta of the entropy along v, by tangents
+    bars_dot: float  # the same number as <X, v>, by the gradient
+    bars_dot_identity: float  # <X, Y>: what the step would do without Adam
+    from_momentum: float  # <X, v_momentum>
+    from_decay: float  # <X, v_decay>
+    from_update: float  # <X, P Y>
+    entropy: float  # H(theta) on E
+    se_over_u: float
+    se_total: float
+    first_order: FirstOrder  # with the error given U
+    t_N: Float[Tensor, " N"]  # <P X, Y_n> for every sequence of U
+    X: Params
+    Y: Params
+    direction: UpdateDirection
+    stats: TokenStats  # of E at theta
+
+
+class Passes(NamedTuple):
+    """What the model is needed for, as tensors alone: everything else follows by arithmetic."""
+
+    Y: Params  # grad of J on U
+    stats: TokenStats  # of E at theta
+    tangent: TokenStats  # of E along v
+    X: Params  # grad of the entropy estimator on E
+    along_PX: TokenStats  # tangents of U along P X
+
+
+def first_order_passes(
+    params: Params,
+    eval_batch: Batch,
+    update: UpdateBatch,
+    adam_state: AdamState,
+    forward: Forward,
+    *,
+    entropy: Entropy = Entropy(),
+    step: Step = Step(),
+    max_tokens: int = 8192,
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+) -> Passes:
+    """Five passes: Y on U, statistics and tangents along v on E, X on E, tangents along P X on U.
+
+    Raises InputError where a gradient is zero everywhere or not finite.
+    """
+    Y = gradients.grad_Y(params, update, forward, max_tokens)
+    require_gradients("Y (of the objective on U)", Y)
+    direction = adam.update_direction(params, Y, adam_state, **step._asdict())
+    # Not the values that come with the tangents: those are made by another attention kernel, and
+    # ratios at eta = 0 must be exactly 1.
+    stats = logprobs.token_stats(params, eval_batch, forward, max_tokens)
+    _, tangent = tangents(params, eval_batch, direction.total, forward, max_tokens)
+    p_NR, q_NR = estimators.gradient_coefficients(
+        stats, response_mask(eval_batch), entropy, _log_ratio(stats, sampler_logp_NR)
+    )
+    X = gradients.weighted_grad(params, eval_batch, p_NR, q_NR, forward, max_tokens)
+    require_gradients("X (of the entropy on E)", X)
+    PX = tree.multiply(direction.scale, X)
+    _, along_PX = tangents(params, update.batch, PX, forward, max_tokens)
+    return Passes(Y, stats, tangent, X, along_PX)
+
+
+def summarise(
+    params: Params,
+    passes: Passes,
+    eval_batch: Batch,
+    update: UpdateBatch,
+    adam_state: AdamState,
+    *,
+    entropy: Entropy = Entropy(),
+    step: Step = Step(),
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+) -> Prediction:
+    """The prediction from the passes, by the formulas of DESIGN.md section 2; no model needed."""
+    Y, stats, tangent, X, along_PX = passes
+    direction = adam.update_direction(params, Y, adam_state, **step._asdict())
+    mask_NR, log_ratio_NR = response_mask(eval_batch), _log_ratio(stats, sampler_logp_NR)
+    first = estimators.first_order(stats, tangent, mask_NR, eval_batch.prompt_N, entropy, log_ratio_NR)
+    t_N = (update.coef_NR * along_PX.logp_NR).sum(1)
+    se_over_u = estimators.sum_se(t_N, update.batch.prompt_N)
+    return Prediction(
+        derivative=first.derivative,
+        bars_dot=tree.dot(X, direction.total),
+        bars_dot_identity=tree.dot(X, Y),
+        from_momentum=tree.dot(X, direction.momentum),
+        from_decay=tree.dot(X, direction.decay),
+        from_update=tree.dot(tree.multiply(direction.scale, X), Y),
+        entropy=estimators.entropy_value(stats, mask_NR, entropy, log_ratio_NR),
+        se_over_u=se_over_u,
+        se_total=math.hypot(first.se, se_over_u),
+        first_order=first,
+        t_N=t_N,
+        X=X,
+        Y=Y,
+        direction=direction,
+        stats=stats,
+    )
+
+
+def predict(
+    params: Params,
+    eval_batch: Batch,
+    update: UpdateBatch,
+    adam_state: AdamState,
+    forward: Forward,
+    *,
+    entropy: Entropy = Entropy(),
+    step: Step = Step(),
+    max_tokens: int = 8192,
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+) -> Prediction:
+    """delta_H1 / eta of DESIGN.md section 2: the derivative of the estimator that measures, along v.
+
+    Pure: E, U and Adam's state in; delta_H1, bars_dot, X, Y and their errors out. Raises what
+    `first_order_passes` and `update_direction` raise.
+    """
+    choices: dict[str, Any] = {"entropy": entropy, "step": step, "sampler_logp_NR": sampler_logp_NR}
+    passes = first_order_passes(
+        params, eval_batch, update, adam_state, forward, max_tokens=max_tokens, **choices
+    )
+    return summarise(params, passes, eval_batch, update, adam_state, **choices)
+
+
+def measure(
+    params: Params,
+    eval_batch: Batch,
+    direction: Params,
+    eta: float,
+    stats: TokenStats,
+    forward: Forward,
+    *,
+    entropy: Entropy = Entropy(),
+    max_tokens: int = 8192,
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+) -> Measured:
+    """H(theta + eta v) - H(theta) by importance sampling: one forward at moved parameters.
+
+    `stats` are E's at theta, from the same `forward`. The model is not touched: the moved parameters
+    are a second dict of adapter size.
+    """
+    moved = logprobs.token_stats(tree.axpy(eta, direction, params), eval_batch, forward, max_tokens)
+    log_ratio_NR = _log_ratio(stats, sampler_logp_NR)
+    return estimators.measured_change(stats, moved, response_mask(eval_batch), entropy, log_ratio_NR)
+
+
+class Probe(NamedTuple):
+    """The core's functions with the model applied; see the functions of the same names."""
+
+    params: Params
+    forward: Forward
+    token_stats: Callable[[Params, Batch], TokenStats]
+    seq_logprobs: Callable[[Params, Batch], Float[Tensor, " N"]]
+    weighted_grad: Callable[[Params, Batch, Tensor, Tensor], Params]
+    grad_X: Callable[[Params, Batch], Params]
+    grad_Y: Callable[[Params, UpdateBatch], Params]
+    tangents: Callable[[Params, Batch, Params], tuple[TokenStats, TokenStats]]
+    alpha_vjp: Callable[..., Float[Tensor, " N"]]
+    predict: Callable[..., Prediction]
+    measure: Callable[..., Measured]
+
+
+def bind(
+    model: nn.Module,
+    *,
+    temperature: float = 1.0,
+    entropy: Entropy = Entropy(),
+    max_tokens: int = 8192,
+) -> Probe:
+    """Pull the registry out of a model (in eval mode, adapter active) and apply it to the core.
+
+    `max_tokens` bounds the padded tokens of a microbatch. The model is read, never changed; the
+    registry shares its storage. Raises InputError where the model's numbers would silently not be
+    the policy's (see `policy.frozen_forward`).
+    """
+    params = trainable_params(model)
+    forward = frozen_forward(model, params, temperature)
+    fixed: dict[str, Any] = {"forward": forward, "max_tokens": max_tokens}
+    return Probe(
+        params=params,
+        forward=forward,
+        token_stats=partial(logprobs.token_stats, **fixed),
+        seq_logprobs=partial(logprobs.seq_logprobs, **fixed),
+        weighted_grad=partial(gradients.weighted_grad, **fixed),
+        grad_X=partial(gradients.grad_X, entropy=entropy, **fixed),
+        grad_Y=partial(gradients.grad_Y, **fixed),
+        tangents=partial(tangents, **fixed),
+        alpha_vjp=partial(alpha_vjp, **fixed),
+        predict=partial(predict, entropy=entropy, **fixed),
+        measure=partial(measure, entropy=entropy, **fixed),
+    )
+
+
+def _log_ratio(stats: TokenStats, sampler_logp_NR: Tensor | None) -> Tensor | None:
+    return None if sampler_logp_NR is None else stats.logp_NR - sampler_logp_NR
+
+
+def require_gradients(name: str, grads: Params) -> None:
+    """InputError if a gradient is zero everywhere, or on every LoRA tensor, or not finite (B4)."""
+    lora = {n: g for n, g in grads.items() if "lora_" in n}
+    for which, part in (("every tensor", grads), ("every LoRA tensor", lora)):
+        if part and not any(bool(g.any()) for g in part.values()):
+            raise InputError(
+                f"the gradient {name} is zero on {which} ({len(part)}): is the adapter active, are its "
+                "parameters the ones the forward uses, are there nonzero advantages?"
+            )
+    if bad := [n for n, g in grads.items() if not bool(g.isfinite().all())]:
+        raise InputError(
+            f"the gradient {name} is not finite in {len(bad)} of {len(grads)} tensors, as {bad[0]}: "
+            'use policy.dtype = "float32", or look for damaged weights'
+        )

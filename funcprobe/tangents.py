@@ -1,0 +1,104 @@
+"""Derivatives along one direction: of every token (forward mode), of every sequence (alpha trick)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import tree
+from .head import chunks, token_head
+from .layout import Rows, gather, microbatches, response_mask, scatter
+from .policy import Forward
+from .types import Batch, Params, TokenStats
+
+
+def tangents(
+    params: Params, batch: Batch, direction: Params, forward: Forward, max_tokens: int
+) -> tuple[TokenStats, TokenStats]:
+    """(l, h) and (l', h') = d/d eta of l and h at theta + eta * direction, eta = 0, [N, R] each.
+
+    The pair is torch.func.jvp's: values, then their tangents, in nats and nats per unit of eta.
+    One forward-mode pass; no graph is kept, so memory does not grow with the batch. Raises
+    ValueError where `direction` has other names or shapes than `params`.
+    """
+    direction = _aligned(direction, params)
+    parts = microbatches(batch, max_tokens)
+    columns: list[list[Tensor]] = []
+    for rows in parts:
+        # The fused attention kernels have no forward mode (FACTS.md; pytorch #128971).
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            hidden_TD, tangent_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
+        outs = []
+        for c in chunks(len(rows.target_T)):
+            head = partial(token_head, target_T=rows.target_T[c], forward=forward)
+            with torch.no_grad():
+                value, tangent = jvp(head, (params, hidden_TD[c]), (direction, tangent_TD[c]))  # type: ignore[misc]
+            outs.append((*value, *tangent))
+        columns.append([torch.cat(column) for column in zip(*outs, strict=True)])
+    logp, entropy, dlogp, dentropy = (
+        scatter(values, parts, batch) for values in zip(*columns, strict=True)
+    )
+    return TokenStats(logp, entropy), TokenStats(dlogp, dentropy)
+
+
+def alpha_vjp(
+    params: Params,
+    batch: Batch,
+    mu: Params,
+    forward: Forward,
+    max_tokens: int,
+    *,
+    p_NR: Float[Tensor, "N R"] | None = None,
+    q_NR: Float[Tensor, "N R"] | None = None,
+    alpha_N: Float[Tensor, " N"] | None = None,
+) -> Float[Tensor, " N"]:
+    """s_i = <grad f_i, mu> for every sequence at once, f_i = sum_k (p_ik l_ik + q_ik h_ik).
+
+    The reverse-reverse twin of `tangents`: h(alpha) = <d/d theta sum_i alpha_i f_i, mu> is linear in
+    alpha, and s = dh/d alpha is the vjp of a vjp, with no per-sequence gradients. `alpha_N` (default
+    ones) is where dh/d alpha is taken; the result must not depend on it. By default f_i = S_i, the
+    log-probability of the response. Raises ValueError where `mu` does not match `params`.
+    """
+    mu = _aligned(mu, params)
+    p_NR = response_mask(batch).double() if p_NR is None else p_NR
+    q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
+    alpha_N = torch.ones(len(p_NR)).double() if alpha_N is None else alpha_N
+    s_N = torch.zeros(len(p_NR), dtype=torch.float64)
+    for rows in microbatches(batch, max_tokens):
+        sequence_n, index_T = rows.sequence_T.unique(return_inverse=True)
+        f = partial(_sequence_sums, rows=rows, index_T=index_T, p_NR=p_NR, q_NR=q_NR, forward=forward)
+        # The fused attention kernels have no double backward (FACTS.md; pytorch #117629).
+        with sdpa_kernel(SDPBackend.MATH):
+            h, pull_alpha = vjp(partial(_alpha_gradient_dot, f, params, mu), alpha_N[sequence_n])  # type: ignore[misc]
+            with torch.no_grad():
+                (s_n,) = pull_alpha(torch.ones_like(h))
+        s_N[sequence_n] = s_n.to(device="cpu", dtype=torch.float64)
+    return s_N
+
+
+def _sequence_sums(
+    params: Params, *, rows: Rows, index_T: Tensor, p_NR: Tensor, q_NR: Tensor, forward: Forward
+) -> Float[Tensor, " n"]:
+    """f_i = sum_k (p_ik l_ik + q_ik h_ik) of a microbatch's sequences."""
+    logp_T, entropy_T = token_head(params, forward.hidden(params, rows), rows.target_T, forward)
+    f_T = gather(p_NR, rows).to(logp_T) * logp_T + gather(q_NR, rows).to(logp_T) * entropy_T
+    return f_T.new_zeros(int(index_T.max()) + 1).index_add(0, index_T.to(f_T.device), f_T)
+
+
+def _alpha_gradient_dot(
+    f: Callable[[Params], Tensor], params: Params, mu: Params, alpha_n: Tensor
+) -> Float[Tensor, ""]:
+    """h(alpha) = <d/d theta sum_i alpha_i f_i, mu>."""
+    f_n, pull = vjp(f, params)  # type: ignore[misc]
+    (grads,) = pull(alpha_n.to(f_n))
+    return torch.stack([(grads[name] * mu[name]).sum() for name in params]).sum()
+
+
+def _aligned(direction: Params, params: Params) -> Params:
+    """The direction in the parameters' order, dtypes and devices: jvp and vjp insist on all three."""
+    tree.require_same(params, direction, "direction")
+    return {n: direction[n].to(dtype=t.dtype, device=t.device) for n, t in params.items()}

@@ -1,0 +1,102 @@
+"""The types that travel between the pure functions, and the legend of their shapes.
+
+Shape suffixes on tensor names:
+
+    N  sequences            R  response positions (padded to the longest response)
+    L  positions of a row   T  response tokens of a microbatch, packed
+    V  vocabulary           D  hidden width
+    B  prompts              G  responses per prompt
+    M  sampling units (prompts, as clusters of sequences)
+
+Statistics (`*_NR`) are float64 on the CPU, zero past the end of a response.
+"""
+
+from typing import Literal, NamedTuple, TypeAlias
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Params: TypeAlias = dict[str, Tensor]
+"""The registry: name -> tensor, keys sorted. Names are those of `named_parameters()`."""
+
+Per: TypeAlias = Literal["token", "sequence"]
+Integrand: TypeAlias = Literal["rao_blackwell", "sampled"]
+Weights: TypeAlias = Literal["per_decision", "sequence"]
+Rule: TypeAlias = Literal["adamw", "precondition", "sgd"]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: what was found, what was expected, what to change."""
+
+
+class Batch(NamedTuple):
+    """Sequences, each a prompt followed at once by its response, padded on the right.
+
+    Padding on the right keeps every real token out of sight of every pad token under causal
+    attention, so that no attention mask and no position ids are needed.
+    """
+
+    tokens_NL: Int[Tensor, "N L"]
+    prompt_length_N: Int[Tensor, " N"]
+    response_length_N: Int[Tensor, " N"]  # T_i, the first EOS included
+    prompt_N: Int[Tensor, " N"]  # which prompt; equal numbers are one sampling unit
+
+
+class UpdateBatch(NamedTuple):
+    """U: sequences and the fixed coefficient c of every response token in J = sum c l."""
+
+    batch: Batch
+    coef_NR: Float[Tensor, "N R"]
+
+
+class TokenStats(NamedTuple):
+    """Log-probability and full next-token entropy of every response token, nats.
+
+    The same type carries their tangents (derivatives along a direction).
+    """
+
+    logp_NR: Float[Tensor, "N R"]
+    entropy_NR: Float[Tensor, "N R"]
+
+
+class Entropy(NamedTuple):
+    """Which estimator of the policy's entropy (DESIGN.md, section 2)."""
+
+    per: Per = "token"
+    integrand: Integrand = "rao_blackwell"
+    weights: Weights = "per_decision"
+    clip: float | None = None  # upper bound of importance weights; it biases, so off by default
+
+
+class Step(NamedTuple):
+    """Which direction v the next parameters theta + eta v lie in (DESIGN.md, section 2)."""
+
+    rule: Rule = "adamw"
+    max_grad_norm: float | None = None  # clipping of "adamw"; None: off
+    max_scale: float | None = 1000.0  # cap of the scale of "precondition"; None: off
+
+
+class AdamGroup(NamedTuple):
+    """Hyper-parameters of one optimizer group and the registry names it holds."""
+
+    names: tuple[str, ...]
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class AdamState(NamedTuple):
+    """Adam's state by name, in the signs of the *loss* (exp_avg averages the gradient of -J).
+
+    `step` counts the steps taken so far. A name may be missing where the state is incomplete.
+    """
+
+    exp_avg: Params
+    exp_avg_sq: Params
+    step: dict[str, int]
+    groups: tuple[AdamGroup, ...]
+
+
+ResponseMask: TypeAlias = Bool[Tensor, "N R"]
