@@ -15,7 +15,7 @@ from .gradients import grad_X, grad_Y, weighted_grad
 from .layout import collate, response_mask, select
 from .logprobs import seq_logprobs, token_stats
 from .objective import PRESETS, Objective, advantages, coefficients
-from .policy import Forward, frozen_forward, trainable_params
+from .policy import Forward, frozen_forward, lora_params, trainable_params
 from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
 from .tangents import alpha_vjp, tangents
 from .types import (
@@ -59,6 +59,7 @@ __all__ = [
     "grad_X",
     "grad_Y",
     "gradient_coefficients",
+    "lora_params",
     "measure",
     "measured_change",
     "precondition",

@@ -31,6 +31,11 @@ def trainable_params(model: nn.Module) -> Params:
     return dict(sorted(named.items()))
 
 
+def lora_params(params: Params) -> Params:
+    """The LoRA tensors of a registry, and a trainable lm_head if it has one."""
+    return {n: t for n, t in params.items() if "lora_" in n or "lm_head" in n}
+
+
 def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -> Forward:
     """Bind the model: its pure functions take exactly the names and shapes of `params`.
 

@@ -12,7 +12,7 @@ from . import adam, estimators, gradients, logprobs, tree
 from .adam import UpdateDirection
 from .estimators import FirstOrder, Measured
 from .layout import response_mask
-from .policy import Forward, frozen_forward, trainable_params
+from .policy import Forward, frozen_forward, lora_params, trainable_params
 from .tangents import alpha_vjp, tangents
 from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
 
@@ -60,7 +60,7 @@ def first_order_passes(
     *,
     entropy: Entropy = Entropy(),
     step: Step = Step(),
-    max_tokens: int = 8192,
+    max_tokens: int = 2048,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> Passes:
     """Five passes: Y on U, statistics and tangents along v on E, X on E, tangents along P X on U.
@@ -130,7 +130,7 @@ def predict(
     *,
     entropy: Entropy = Entropy(),
     step: Step = Step(),
-    max_tokens: int = 8192,
+    max_tokens: int = 2048,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> Prediction:
     """delta_H1 / eta of DESIGN.md section 2: the derivative of the estimator that measures, along v.
@@ -154,7 +154,7 @@ def measure(
     forward: Forward,
     *,
     entropy: Entropy = Entropy(),
-    max_tokens: int = 8192,
+    max_tokens: int = 2048,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> Measured:
     """H(theta + eta v) - H(theta) by importance sampling: one forward at moved parameters.
@@ -188,7 +188,7 @@ def bind(
     *,
     temperature: float = 1.0,
     entropy: Entropy = Entropy(),
-    max_tokens: int = 8192,
+    max_tokens: int = 2048,
 ) -> Probe:
     """Pull the registry out of a model (in eval mode, adapter active) and apply it to the core.
 
@@ -220,8 +220,7 @@ def _log_ratio(stats: TokenStats, sampler_logp_NR: Tensor | None) -> Tensor | No
 
 def require_gradients(name: str, grads: Params) -> None:
     """InputError if a gradient is zero everywhere, or on every LoRA tensor, or not finite (B4)."""
-    lora = {n: g for n, g in grads.items() if "lora_" in n}
-    for which, part in (("every tensor", grads), ("every LoRA tensor", lora)):
+    for which, part in (("every tensor", grads), ("every LoRA tensor", lora_params(grads))):
         if part and not any(bool(g.any()) for g in part.values()):
             raise InputError(
                 f"the gradient {name} is zero on {which} ({len(part)}): is the adapter active, are its "
