@@ -16,7 +16,7 @@ from .console import Narrator
 if TYPE_CHECKING:
     from funcprobe.checks import Check
 
-    from .run import Plan
+    from .plan import Plan
 
 app = typer.Typer(
     help="How the next optimizer step changes the entropy of a policy in RL training: predicted to "
@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CFG.TOML", help="Configuration; see init.")]
 Overrides = Annotated[
@@ -53,14 +55,14 @@ def run(
     Stages whose inputs have not changed are taken from RUN.FOLDER/.stages.
     """
     parsed = read_config(config, overrides or ())
-    from . import run as probe  # torch and transformers load here, not for --help
+    from . import run as probe  # transformers and peft load here, not for --help
 
     narrator = Narrator()
     if dry_run:
-        _print_plan(probe.load(parsed, narrator))
+        _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
         return
     document, folder = probe.run(parsed, narrator, fresh=fresh)
-    print_results(document, Console(highlight=False))
+    print_results(document, _stdout())
     failed = [check["name"] for check in document["checks"] if not check["passed"]]
     if failed:
         narrator.say(
@@ -77,7 +79,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     from . import run as probe
 
     seen = probe.check_alone(parsed, Narrator())
-    print_checks(seen, Console(highlight=False))
+    print_checks(seen, _stdout())
     if not all(one.passed for one in seen):
         raise typer.Exit(1)
 
@@ -134,7 +136,14 @@ def main() -> None:
     except InputError as error:
         _fail(str(error))
     except OSError as error:  # a folder that cannot be written, a disk that fills up
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}; nothing was left half written")
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; nothing was left half written")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's, on KeyboardInterrupt
+            typer.echo(
+                "funcprobe: interrupted; finished stages are kept, nothing half written", err=True
+            )
+        raise
 
 
 def _summary(document: dict[str, Any]) -> list[str]:
@@ -166,17 +175,22 @@ def _summary(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _print_plan(plan: "Plan") -> None:
+def _stdout() -> Console:
+    """As wide as the terminal; in a file or a pipe, as wide as the tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _print_plan(plan: "Plan", folder: Path) -> None:
     sampling, brought = plan.config.sampling, plan.config.rollouts
     eval_source = brought.eval or f"{sampling.B_E} prompts of {len(plan.prompts)}, one response each"
     update_source = brought.update or f"{sampling.B_U} prompts, {sampling.G} responses each"
-    longest = max(len(ids) for ids in plan.prompt_ids)
     typer.echo(f"E: {eval_source}")
     typer.echo(f"U: {update_source}")
-    typer.echo(f"longest prompt {longest} tokens, responses up to {sampling.max_new_tokens}")
+    if plan.prompt_ids:
+        longest = max(len(ids) for ids in plan.prompt_ids)
+        typer.echo(f"longest prompt {longest} tokens, responses up to {sampling.max_new_tokens}")
     typer.echo(f"step: {plan.step.rule}, next lr {plan.next_lr:g}; objective: {plan.objective}")
     typer.echo(f"measured at eta = {', '.join(f'{eta:g}' for eta in plan.etas)}")
-    folder = Path(plan.config.run.folder) / plan.config.run.name
     typer.echo(f"would write {folder}; nothing was sampled or written")
 
 

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from funcprobe.types import InputError, Integrand, Per, Rule, Weights
 
 Positive = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -23,31 +25,48 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_nul(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:  # no path, name or prompt has one
+            raise ValueError("holds a NUL character, plain text is expected")
+        return value
+
 
 class RunConfig(Section):
     """Where the run goes and what it runs on."""
 
-    name: str = Field("probe", pattern=r"^[\w.-]+$", description="Name of the run's folder.")
-    folder: str = Field("runs", description="Folder that holds the runs.")
+    name: str = Field(
+        "probe", pattern=r"^\w[\w.-]*$", max_length=100, description="Name of the run's folder."
+    )
+    folder: Text = Field("runs", description="Folder that holds the runs.")
     seed: int = Field(0, ge=0, description="Seed of prompts and sampling: same seed, same batches.")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".')
-    max_tokens: Positive = Field(8192, description="Padded tokens of one microbatch, at most.")
+    max_tokens: Positive = Field(
+        2048, description="Padded tokens of one microbatch, at most; more needs more memory."
+    )
 
 
 class PolicyConfig(Section):
     """The checkpoint: base model and LoRA adapter."""
 
-    checkpoint: str = Field(
+    checkpoint: Text = Field(
         "toy",
         description='Folder (or hub id) with the adapter; "toy" is the built-in policy.',
     )
-    base: str | None = Field(None, description="Base model; default: the one the adapter names.")
-    adapter: str = Field("default", description='Adapter; other than "default": that subfolder.')
+    base: Text | None = Field(None, description="Base model; default: the one the adapter names.")
+    adapter: str = Field(
+        "default",
+        pattern=r"^[^.]+$",  # it becomes the name of a torch module
+        description='Adapter; other than "default": that subfolder.',
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32",
         description="float64 is exact to rounding; in bfloat16 measured changes drown in rounding.",
     )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation.")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="Attention; second derivatives get a kernel that has them either way."
+    )
     trust_remote_code: bool = Field(False, description="Run modelling code that the hub id brings.")
     max_trainable: Positive = Field(
         50_000_000, description="Refuse more trainable parameters than this."
@@ -57,14 +76,14 @@ class PolicyConfig(Section):
 class OptimizerConfig(Section):
     """Adam's state and the rule that makes the step of it."""
 
-    state: str | None = Field(None, description="optimizer.pt; default: the one in the checkpoint.")
+    state: Text | None = Field(None, description="optimizer.pt; default: the one in the checkpoint.")
     rule: Rule = Field(
         "adamw",
         description='"adamw": the exact next step; "precondition": P Y, no momentum; "sgd": Y.',
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping, as trained; 0: off.")
     lr: float | None = Field(None, gt=0, description="Next step's learning rate; default: the file's.")
-    betas: tuple[float, float] | None = Field(None, description="Default: the file's.")
+    betas: tuple[Decay, Decay] | None = Field(None, description="Default: the file's.")
     eps: float | None = Field(None, gt=0, description="Default: the file's.")
     weight_decay: float | None = Field(None, ge=0, description="Default: the file's.")
     checkpoint_step: int | None = Field(
@@ -84,7 +103,7 @@ class OptimizerConfig(Section):
 class PromptsConfig(Section):
     """The prompts E and U are drawn from."""
 
-    source: str = Field(
+    source: Text = Field(
         "toy",
         description='JSONL or Parquet file, dataset name ("openai/gsm8k:main"), or "toy".',
     )
@@ -116,7 +135,9 @@ class SamplingConfig(Section):
     )
     B_U: Annotated[int, Field(ge=2)] = Field(16, description="Prompts of U, distinct.")
     G: Annotated[int, Field(ge=2)] = Field(8, description="Responses per prompt of U.")
-    temperature: float = Field(1.0, gt=0, description="Of sampling; the policy is softmax(logits/T).")
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="Of sampling; the policy is softmax(logits/T)."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Must stay 1 where E is sampled here.")
     top_k: int = Field(0, ge=0, description="0: off. Must stay off where E is sampled here.")
     max_new_tokens: Positive = Field(256, description="Longest response, its end of sequence included.")
@@ -126,8 +147,8 @@ class SamplingConfig(Section):
 class RolloutsConfig(Section):
     """Batches brought from elsewhere instead of being sampled (Parquet as a run writes it)."""
 
-    eval: str | None = Field(None, description="E; its sampler_logp column makes the ratios, if any.")
-    update: str | None = Field(None, description="U, with rewards.")
+    eval: Text | None = Field(None, description="E; its sampler_logp column makes the ratios, if any.")
+    update: Text | None = Field(None, description="U, with rewards.")
 
 
 class ObjectiveConfig(Section):
@@ -256,9 +277,11 @@ def _set(tables: dict[str, Any], override: str) -> None:
     if not equals or len(parts) != 2 or not all(parts):
         raise InputError(f'--set {override}: expected section.key=value, as "sampling.B_E=64"')
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string, so that shells need no nested quotes
+        parsed = {}
+    # A bare word is a string, so that shells need no nested quotes; so is what spans lines.
+    value = parsed["value"] if len(parsed) == 1 else text.strip()
     table = tables.setdefault(parts[0], {})
     if not isinstance(table, dict):
         raise InputError(f"--set {override}: {parts[0]} is not a section")

@@ -20,6 +20,6 @@ def resolve_device(name: str) -> torch.device:
             f'run.device = "{name}", but torch sees {torch.cuda.device_count()} CUDA devices: '
             'use "auto" or "cpu", or install a CUDA build of torch'
         )
-    if device.type not in {"cpu", "cuda"}:
-        raise InputError(f'run.device = "{name}": only "cpu" and "cuda" devices are supported')
+    if device.type not in {"cpu", "cuda"} or (device.type == "cpu" and device.index):
+        raise InputError(f'run.device = "{name}": expected "auto", "cpu", "cuda" or "cuda:N"')
     return device

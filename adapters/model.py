@@ -1,12 +1,13 @@
 """Checkpoint folder or hub id -> a policy ready to be bound: adapter active, frozen base, eval mode."""
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from peft import (
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -14,17 +15,17 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from funcprobe.policy import trainable_params
 from funcprobe.types import InputError, Params
 
+from .base import UNLOADABLE, is_local, load_base, load_tokenizer, short
 from .config import PolicyConfig
 from .prompts import check_vocabulary
 
-LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Policy(NamedTuple):
@@ -36,6 +37,7 @@ class Policy(NamedTuple):
     eos_ids: tuple[int, ...]
     pad_id: int
     base: str
+    commit: str | None  # of a hub id
     lines: tuple[str, ...]
 
 
@@ -52,8 +54,10 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     base_id = config.base or adapter_config.base_model_name_or_path
     if not base_id:
         raise InputError(f"{config.checkpoint} does not name its base model: set policy.base")
-    base = _load_base(base_id, config)
-    tokenizer = _load_tokenizer(config, base_id)
+    base_id = str(Path(str(base_id)).expanduser())
+    base, ignored = load_base(base_id, config)
+    base_size = sum(p.numel() for p in base.parameters())
+    tokenizer = load_tokenizer(config.checkpoint, base_id, trust_remote_code=config.trust_remote_code)
     check_vocabulary(tokenizer, base.get_input_embeddings().weight.shape[0])
     eos_ids = _eos_ids(tokenizer, base)
     # generate() fills every unset option from here; a base's own top_p or repetition penalty would
@@ -66,20 +70,23 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     model = model.to(device).eval()
     params = trainable_params(model)
     check_registry(params, config.max_trainable)
+    _require_finite(model, base_id, config.dtype)
     lines = (
-        f"base {base_id}: {sum(p.numel() for p in base.parameters()):,} parameters, {config.dtype}, "
-        f"{config.attention} attention, on {device}",
+        f"base {base_id}: {base_size:,} parameters, {config.dtype}, "
+        f"{base.config._attn_implementation} attention, on {device}",
         f"adapter {config.checkpoint} ({config.adapter}): {len(params)} tensors, "
         f"{sum(t.numel() for t in params.values()):,} trainable parameters",
+        *ignored,
     )
+    commit = getattr(base.config, "_commit_hash", None)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    return Policy(model, tokenizer, params, eos_ids, pad_id, base_id, lines)
+    return Policy(model, tokenizer, params, eos_ids, pad_id, base_id, commit, lines)
 
 
 def check_registry(params: Params, max_trainable: int) -> None:
     """InputError unless some parameter is LoRA's and at most `max_trainable` are trainable (A5)."""
     largest = max(params, key=lambda n: params[n].numel(), default="")
-    if not any(part in name for name in params for part in LORA_PARTS):
+    if not any("lora_" in name for name in params):
         found = f"{len(params)} trainable tensors, as {largest}" if params else "nothing trainable"
         raise InputError(f"no LoRA parameters ({found}): give a checkpoint with a LoRA adapter")
     total = sum(t.numel() for t in params.values())
@@ -93,8 +100,8 @@ def check_registry(params: Params, max_trainable: int) -> None:
 
 def _adapter_config(checkpoint: str, subfolder: str | None) -> PeftConfig:
     folder = Path(checkpoint).expanduser()
-    looks_local = folder.exists() or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
-    if looks_local:
+    local = is_local(checkpoint)
+    if local:
         place = folder / (subfolder or "")
         if not place.is_dir():
             raise InputError(f"{place}: no such folder; set policy.checkpoint to a checkpoint folder")
@@ -105,73 +112,47 @@ def _adapter_config(checkpoint: str, subfolder: str | None) -> PeftConfig:
             )
     try:
         adapter_config: PeftConfig = PeftConfig.from_pretrained(
-            str(folder if looks_local else checkpoint), subfolder=subfolder
+            str(folder if local else checkpoint), subfolder=subfolder
         )
-    except (OSError, ValueError, TypeError, KeyError, HFValidationError) as error:
+    except UNLOADABLE as error:
         raise InputError(
-            f"the adapter's configuration cannot be loaded from {checkpoint} ({_short(error)}): "
+            f"the adapter's configuration cannot be loaded from {checkpoint} ({short(error)}): "
             "expected a checkpoint folder, or a hub id that this machine can reach"
         ) from error
+    if not isinstance(adapter_config, LoraConfig):
+        kind = getattr(adapter_config.peft_type, "value", adapter_config.peft_type)
+        raise InputError(
+            f"{checkpoint} has no LoRA parameters: its adapter_config.json says peft_type = {kind}; "
+            "give a checkpoint with a LoRA adapter"
+        )
     adapter_config.inference_mode = False  # trainers write true; the registry wants its gradients
     return adapter_config
-
-
-def _load_base(base_id: str, config: PolicyConfig) -> Any:
-    remote = {"trust_remote_code": config.trust_remote_code}
-    cure = "set policy.base to a model folder or hub id"
-    try:
-        base_config = AutoConfig.from_pretrained(base_id, **remote)
-    except (OSError, ValueError, KeyError, HFValidationError) as error:
-        raise InputError(
-            f"the base model's configuration cannot be loaded from {base_id} ({_short(error)}): {cure}"
-        ) from error
-    if getattr(base_config, "quantization_config", None) is not None:
-        raise InputError(
-            f"base {base_id} is quantised: set policy.base to the plain model it was made from"
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            base_id,
-            config=base_config,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-            **remote,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"the base model cannot be loaded from {base_id} ({_short(error)}): {cure}"
-        ) from error
-
-
-def _load_tokenizer(config: PolicyConfig, base_id: str) -> Any:
-    folder = Path(config.checkpoint).expanduser()
-    source = str(folder) if (folder / "tokenizer_config.json").is_file() else base_id
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(f"the tokenizer cannot be loaded from {source} ({_short(error)})") from error
 
 
 def _attach_adapter(
     base: Any, adapter_config: PeftConfig, config: PolicyConfig, base_id: str, subfolder: str | None
 ) -> PeftModel:
-    source = str(Path(config.checkpoint).expanduser())
-    source = source if Path(source).exists() else config.checkpoint
+    local = is_local(config.checkpoint)
+    source = str(Path(config.checkpoint).expanduser()) if local else config.checkpoint
+    place = Path(source) / (subfolder or "")
+    if local and not any((place / name).is_file() for name in ADAPTER_FILES):
+        raise InputError(f"{place} has neither {' nor '.join(ADAPTER_FILES)}: copy it again")
     try:
         weights = load_peft_weights(source, device="cpu", subfolder=subfolder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*UNLOADABLE, pickle.UnpicklingError, RuntimeError, EOFError) as error:  # .bin is a pickle
         raise InputError(
-            f"the adapter's weights cannot be loaded from {source} ({_short(error)})"
+            f"the adapter's weights cannot be loaded from {source} ({short(error)})"
         ) from error
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             # peft draws the initial LoRA weights, replaced below, and asks transformers 5.23 for an
             # attribute that warns of its age.
             warnings.simplefilter("ignore", FutureWarning)
+            adapter_config.base_model_name_or_path = base_id  # peft warns where it has to change it
             model = get_peft_model(base, adapter_config, adapter_name=config.adapter)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: a damaged configuration
         raise InputError(
-            f"the adapter in {source} does not fit base {base_id} ({_short(error)}): "
+            f"the adapter in {source} does not fit base {base_id} ({short(error)}): "
             "set policy.base to the model it was trained on"
         ) from error
     expected = get_peft_model_state_dict(model, adapter_name=config.adapter)
@@ -199,6 +180,19 @@ def _require_same_tensors(
             raise InputError(f"adapter {source}: {name} holds a non-finite number: it is damaged")
 
 
+def _require_finite(model: PeftModel, base_id: str, dtype: str) -> None:
+    """One forward: damaged weights and overflow show before anything is sampled."""
+    embeddings = model.get_input_embeddings().weight
+    few = torch.arange(min(5, len(embeddings)), device=embeddings.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=few, use_cache=False).logits
+    if not bool(logits.isfinite().all()):
+        raise InputError(
+            f"base {base_id} gives logits that are not finite in {dtype}: its weights are damaged, or "
+            'too large for this type; try policy.dtype = "float32"'
+        )
+
+
 def _eos_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
     configured = getattr(base.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -206,7 +200,3 @@ def _eos_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
     if not found:
         raise InputError("neither tokenizer nor model has an end-of-sequence token: responses need one")
     return tuple(found)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

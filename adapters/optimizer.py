@@ -1,17 +1,15 @@
 """Adam's state from a training run's file, attached to the registry by name."""
 
-import pickle
-import re
-import struct
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from funcprobe.types import AdamGroup, AdamState, InputError, Params
+
+from .optimizer_file import EXPECTED, Entries, Groups, load_entries, located, number, some
 
 
 class AdamOverrides(NamedTuple):
@@ -42,48 +40,11 @@ class OptimizerReport(NamedTuple):
     notes: tuple[str, ...]
 
 
-_Groups = list[dict[str, Any]]
-_Entries = list[dict[str, Any]]  # one for each position in the groups, {} where the file has none
-
 _FROM_FILE = AdamOverrides()
 _TRAINER, _TORCH = "Hugging Face Trainer", "torch.optim"
 _BY_NAME = "by name (param_names)"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_OTHERS = {  # a key of an optimizer's state -> which optimizer
-    "__bnb_optimizer_quant_state__": "bitsandbytes (not supported yet)",
-    "state1": "bitsandbytes (not supported yet)",
-    "exp_avg_sq_row": "Adafactor",
-    "row_var": "Adafactor",
-    "momentum_buffer": "SGD with momentum",
-    "mu_product": "NAdam",
-    "exp_inf": "Adamax",
-    "square_avg": "RMSprop or Adadelta",
-    "sum": "Adagrad",
-}
-_HUGE = 1e300  # a Python integer from a file may be too large for a float
-_REMEDY = 'train with torch.optim.AdamW, or set rule = "sgd", which needs no optimizer state'
 _FOREIGN = "this state is of another adapter or another order"
-_EXPECTED = "expected what torch.save(optimizer.state_dict()) writes"
-
-
-def find_optimizer_file(checkpoint: Path) -> Path:
-    """`optimizer.pt` in a Trainer's checkpoint folder.
-
-    Raises InputError where there is none, with why that happens and what to set.
-    """
-    if (path := checkpoint / "optimizer.pt").is_file():
-        return path
-    inside = sorted(checkpoint.glob("checkpoint-*/optimizer.pt"), key=lambda p: p.stat().st_mtime)
-    why = (
-        "none is written under save_only_model = True, nor by save_model(); train with "
-        "save_only_model = False and give a checkpoint-N folder, or set "
-        'rule = "sgd", which needs no optimizer state'
-    )
-    if inside:
-        why = f"give {inside[-1].parent.name}, which holds one"
-    elif not checkpoint.is_dir():
-        why = "it is not a folder; give a trainer's checkpoint folder"
-    raise _located(checkpoint, f"no optimizer.pt: {why}")
 
 
 def read_adam_state(
@@ -108,15 +69,14 @@ def read_adam_state(
     """
     least = 0.0 if allow_low_coverage else min_coverage
     try:
-        groups, state = _entries(_load(path))
-        _require_adam(groups, state)
+        groups, state = load_entries(path)
         names, format_, route = _names(groups, model, params)
         entries = _by_name(list(chain(*names)), state, params)
         notes: list[str] = []
         exp_avg = _moments("exp_avg", entries, params, notes)
         exp_avg_sq = _moments("exp_avg_sq", entries, params, notes)
         saved = {
-            name: int(_number(entry["step"], f"step of {name}", whole=True))
+            name: int(number(entry["step"], f"step of {name}", whole=True))
             for name, entry in entries.items()
             if entry.get("step") is not None
         }
@@ -125,96 +85,27 @@ def read_adam_state(
         step = _with_given_step(saved, params, overrides.checkpoint_step, notes)
         used = _adam_groups(groups, names, params, format_, overrides, notes)
     except InputError as error:
-        raise _located(path, error) from error.__cause__
+        raise located(path, error) from error.__cause__
     if positional := route != _BY_NAME:
         notes.append("positions follow the installed modelling code: equal shapes look alike")
     report = OptimizerReport(path, format_, route, positional, len(params), coverage, tuple(notes))
     return AdamState(exp_avg, exp_avg_sq, step, used), report
 
 
-def _load(path: Path) -> dict[str, Any]:
-    scalar = np.float64(0).__reduce__()[0]  # how numpy pickles a learning rate computed with it
-    allowed: list[Any] = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
-    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        wants = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"asks for {wants[1]:.80}, only tensors and numbers are read" if wants else "is damaged"
-        raise InputError(f"no plain torch checkpoint: it {why}; {_EXPECTED}") from error
-    # What damaged bytes raise in torch's unpickler, its zip reader and its legacy reader (2.13).
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"damaged, or no torch checkpoint; {_EXPECTED}") from error
-    except (EOFError, AssertionError, struct.error, OverflowError, MemoryError) as error:
-        raise InputError("empty or cut short: copy it again") from error
-    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
-        kind = (
-            f"a dict of {_some(saved) or 'nothing'}"
-            if isinstance(saved, dict)
-            else type(saved).__name__
-        )
-        raise InputError(f"holds {kind}, without state and param_groups; {_EXPECTED}")
-    return saved
-
-
-def _entries(saved: dict[str, Any]) -> tuple[_Groups, _Entries]:
-    groups, state = saved["param_groups"], saved["state"]
-    well_formed = (
-        isinstance(groups, list)
-        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
-        and isinstance(state, dict)
-        and all(isinstance(entry, dict) for entry in state.values())
-    )
-    if not well_formed:
-        raise InputError(f"state or param_groups are of another form; {_EXPECTED}")
-    if state.keys() & _OTHERS.keys():
-        return groups, [state]
-    ids = [i for group in groups for i in group["params"]]
-    if not all(type(i) is int for i in ids) or len(set(ids)) < len(ids) or state.keys() - set(ids):
-        raise InputError(f"positions in param_groups and in state do not match; {_EXPECTED}")
-    return groups, [state.get(i, {}) for i in ids]
-
-
-def _require_adam(groups: _Groups, state: _Entries) -> None:
-    keys = set(chain(*state))
-    unknown = keys - {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
-    if not keys:
-        found = "no state: it was saved before the first step, or by SGD without momentum"
-    elif others := sorted(_OTHERS[key] for key in keys & _OTHERS.keys()):
-        found = f"state of {others[0]}"
-    elif keys & {"exp_avg", "exp_avg_sq"} == {"exp_avg"}:
-        found = "state of Lion (exp_avg without exp_avg_sq)"
-    elif unknown or "exp_avg_sq" not in keys:
-        found = f"state of an unknown optimizer, with {_some(keys)}"
-    elif "max_exp_avg_sq" in keys or any(group.get("amsgrad", False) is not False for group in groups):
-        found = "amsgrad = True"
-    elif any(group.get("maximize", False) is not False for group in groups):
-        found = "maximize = True"
-    elif not all("amsgrad" in group for group in groups):
-        # RAdam's and LAMB's state has AdamW's keys; of them only Adam and AdamW write amsgrad.
-        found = "a relative of AdamW (RAdam, LAMB, ...), without amsgrad in its param_groups"
-    else:
-        return
-    raise InputError(f"{found}; expected AdamW's state after a step: {_REMEDY}")
-
-
-def _names(groups: _Groups, model: torch.nn.Module, params: Params) -> tuple[list[list[str]], str, str]:
+def _names(groups: Groups, model: torch.nn.Module, params: Params) -> tuple[list[list[str]], str, str]:
     """(names of each group's positions, frozen ones included; the format; the route)."""
     sizes = [len(group["params"]) for group in groups]
     if any("param_names" in group for group in groups):
         named = [group.get("param_names") for group in groups]
         if [len(n) if isinstance(n, list) else None for n in named] != sizes:
-            raise InputError(f"param_names and params of a group differ in length; {_EXPECTED}")
+            raise InputError(f"param_names and params of a group differ in length; {EXPECTED}")
         return [[_unwrapped(n) for n in names or ()] for names in named], _TORCH, _BY_NAME
     everything = [name for name, _ in model.named_parameters()]
     order = [name for name in everything if name in params]
     decay = _decay_names(model)
     replayed = [[n for n in order if n in decay], [n for n in order if n not in decay]]
     expected = [len(names) for names in replayed]
-    if sizes == expected and _number(groups[1].get("weight_decay"), "weight_decay") == 0:
+    if sizes == expected and number(groups[1].get("weight_decay"), "weight_decay") == 0:
         return replayed, _TRAINER, "by position, the Trainer's [decay, no-decay] grouping replayed"
     if sizes == [len(order)]:
         return [order], _TORCH, "by position, one group in named_parameters() order"
@@ -227,17 +118,17 @@ def _names(groups: _Groups, model: torch.nn.Module, params: Params) -> tuple[lis
     )
 
 
-def _by_name(names: list[str], state: _Entries, params: Params) -> dict[str, dict[str, Any]]:
+def _by_name(names: list[str], state: Entries, params: Params) -> dict[str, dict[str, Any]]:
     entries = dict(zip(names, state, strict=True))
     if len(entries) < len(names):
-        raise InputError(f"a name stands twice in param_names; {_EXPECTED}")
+        raise InputError(f"a name stands twice in param_names; {EXPECTED}")
     if missing := params.keys() - entries.keys():
         raise InputError(
             f"{len(missing)} of the adapter's {len(params)} trainable parameters are not among the "
-            f"optimizer's {len(names)}: {_some(missing)}; {_FOREIGN}"
+            f"optimizer's {len(names)}: {some(missing)}; {_FOREIGN}"
         )
     if extra := [name for name, entry in entries.items() if entry and name not in params]:
-        raise InputError(f"state for what the adapter does not train: {_some(extra)}; {_FOREIGN}")
+        raise InputError(f"state for what the adapter does not train: {some(extra)}; {_FOREIGN}")
     return {name: entries[name] for name in sorted(params)}
 
 
@@ -247,7 +138,7 @@ def _moments(key: str, entries: dict[str, dict[str, Any]], params: Params, notes
     for name, moment in found.items():
         plain = isinstance(moment, torch.Tensor) and moment.layout is torch.strided
         if not plain or moment.dtype not in _DTYPES or moment.device.type != "cpu":
-            raise InputError(f"{key} of {name} is not a plain floating point tensor; {_EXPECTED}")
+            raise InputError(f"{key} of {name} is not a plain floating point tensor; {EXPECTED}")
         if moment.shape != params[name].shape:
             raise InputError(
                 f"{key} of {name} has shape {tuple(moment.shape)}, the adapter's has "
@@ -267,7 +158,7 @@ def _require_coverage(
         table = ", ".join(f"{key} {count}" for key, count in coverage.items())
         raise InputError(
             f"{table} of {len(params)} parameters, expected {least:g} of them (min_coverage); "
-            f"without: {_some(params.keys() - covered)}; give a complete state, or set "
+            f"without: {some(params.keys() - covered)}; give a complete state, or set "
             'on_low_coverage = "identity"'
         )
 
@@ -280,13 +171,13 @@ def _with_given_step(
         notes.append(f"no step for {missing} parameters, in the file or as checkpoint_step")
     if not missing or given is None:
         return step
-    filled = int(_number(given, "checkpoint_step", least=1, whole=True))
+    filled = int(number(given, "checkpoint_step", least=1, whole=True))
     notes.append(f"step of {missing} parameters is the config's checkpoint_step, {filled}")
     return {name: step.get(name, filled) for name in params}
 
 
 def _adam_groups(
-    groups: _Groups,
+    groups: Groups,
     names: list[list[str]],
     params: Params,
     format_: str,
@@ -300,7 +191,7 @@ def _adam_groups(
     found = [_of_group(group) for group in groups]
     rates = [hyper["lr"] for hyper in found]
     if not rates[0]:  # the start of a warm-up or the end of a schedule, which scales initial_lr
-        rates = [_number(group.get("initial_lr", 0.0), "initial_lr") for group in groups]
+        rates = [number(group.get("initial_lr", 0.0), "initial_lr") for group in groups]
     decaying = any(hyper["weight_decay"] for hyper in found)
     given = {k: v for k, v in overrides._asdict().items() if v is not None and k in found[0]}
     used = []
@@ -326,26 +217,13 @@ def _adam_groups(
 
 def _of_group(group: dict[str, Any]) -> dict[str, float]:
     if missing := {"lr", "betas", "eps", "weight_decay"} - group.keys():
-        raise InputError(f"a group without {_some(missing)}; {_EXPECTED}")
+        raise InputError(f"a group without {some(missing)}; {EXPECTED}")
     if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
         raise InputError(f"betas are {group['betas']!r:.80}, expected two numbers")
-    numbers = {key: _number(group[key], key) for key in ("lr", "eps", "weight_decay")}
+    numbers = {key: number(group[key], key) for key in ("lr", "eps", "weight_decay")}
     return numbers | {
-        f"beta{i}": _number(b, f"beta{i}", below=1.0) for i, b in enumerate(group["betas"], 1)
+        f"beta{i}": number(b, f"beta{i}", below=1.0) for i, b in enumerate(group["betas"], 1)
     }
-
-
-def _number(
-    value: Any, what: str, *, least: float = 0.0, below: float = _HUGE, whole: bool = False
-) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        value = value.item()
-    known = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
-    if not known or not least <= value < below or (whole and value != int(value)):
-        kind = "whole number" if whole else "number"
-        bound = f" and below {below:g}" if below < _HUGE else ""
-        raise InputError(f"{what} is {value!r:.80}, expected a {kind} from {least:g}{bound}")
-    return float(value)
 
 
 def _decay_names(model: torch.nn.Module) -> set[str]:
@@ -360,15 +238,5 @@ def _unwrapped(name: object) -> str:
     return str(name).removeprefix("module.").replace("_orig_mod.", "")
 
 
-def _some(names: Iterable[object], most: int = 3) -> str:
-    shown = sorted(map(str, names))
-    more = f" and {len(shown) - most} more" if len(shown) > most else ""
-    return ", ".join(name[:120] for name in shown[:most]) + more
-
-
 def _and(values: Iterable[object]) -> str:
     return " and ".join(map(str, values))
-
-
-def _located(path: Path, message: object) -> InputError:
-    return InputError("".join(c if c.isprintable() else " " for c in f"{path}: {message}"))

@@ -1,5 +1,6 @@
 """results.json and manifest.json: every number with its unit, sign convention and normalisation."""
 
+import math
 import platform
 import subprocess
 from importlib import metadata
@@ -14,9 +15,11 @@ import funcprobe
 from funcprobe import tree
 from funcprobe.checks import Check
 from funcprobe.estimators import Measured
+from funcprobe.types import InputError
 
 if TYPE_CHECKING:
-    from .run import Batches, Plan
+    from .batches import Batches
+    from .plan import Plan
 
 PACKAGES = ("funcprobe", "torch", "transformers", "peft", "optree", "safetensors", "scipy", "pyarrow")
 ROUNDING_SHARE = 0.1  # rounding is said to take over where it reaches this share of the change
@@ -47,12 +50,22 @@ def document(
     seen: list[Check],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of results.json. Only "seconds" differs between two runs of the same seed."""
+    """The content of results.json. Only "seconds" differs between two runs of the same seed.
+
+    Raises InputError for a number that is not finite, with its place, and for a predicted change
+    of 0, of which nothing is a multiple.
+    """
+    for eta in sweep.etas:
+        if not eta * prediction.derivative:
+            raise InputError(
+                f"the change predicted at eta = {eta:g} is 0, with derivative "
+                f"{prediction.derivative:g}: leave this eta out of measure.etas"
+            )
     unit = entropy_unit(plan)
     rate = f"{unit} per unit of learning rate"
     first, direction = prediction.first_order, prediction.direction
     over = f"per {plan.entropy.per}, over E"
-    return {
+    written = {
         "conventions": {
             "sign": "positive: the step raises the entropy; v is theta_next - theta per unit of lr",
             "entropy": plan.entropy._asdict(),
@@ -99,7 +112,7 @@ def document(
             )
         },
         "clip_coefficient": direction.clip_coefficient,
-        "preconditioner": direction.info._asdict() if direction.info else None,
+        "second_moments": _second_moments(plan, prediction),
         "next_lr": quantity(plan.next_lr, "learning rate", "the next step's, as saved or configured"),
         "sweep": [
             _row(eta, measured, plan, prediction, sweep)
@@ -109,6 +122,8 @@ def document(
         "checks": [check._asdict() for check in seen],
         "seconds": dict(seconds),
     }
+    _require_finite(written, "results.json")
+    return written
 
 
 def quantity(value: float, unit: str, normalised_by: str) -> dict[str, Any]:
@@ -144,10 +159,15 @@ def versions() -> dict[str, str]:
 
 
 def log_log(x: list[float], y: list[float]) -> Line | None:
-    """Least squares of log |y| on log x; None for fewer than three points or a zero among them."""
+    """Least squares of log |y| on log x.
+
+    None for fewer than three points, a zero among them, or values that are all equal.
+    """
     if len(x) < MIN_POINTS or not all(y):
         return None
     fit = scipy_stats.linregress(np.log(x), np.log(np.abs(y)))
+    if not math.isfinite(fit.rvalue):
+        return None
     return Line(float(fit.slope), float(fit.rvalue) ** 2, len(x))
 
 
@@ -169,6 +189,34 @@ def _row(
         "clipped": quantity(measured.clipped, "sequences", "entropy.clip"),
         "rounding": _is_rounding(measured.delta, sweep.rounding_noise),
     }
+
+
+def _second_moments(plan: "Plan", prediction: funcprobe.Prediction) -> dict[str, Any] | None:
+    """C5 of REQUIREMENTS.md: what the saved second moments do to a gradient."""
+    if not plan.adam_state.exp_avg_sq:
+        return None
+    _, info = funcprobe.preconditioner(plan.policy.params, plan.adam_state, plan.step.max_scale)
+    zero = sum(int((v == 0).sum()) for v in prediction.direction.total.values())
+    return {
+        **info._asdict(),
+        "zero_outputs": zero,
+        "healthy": "coverage near 1, max_scale up to 100; over 1000 is suspect",
+    }
+
+
+def _require_finite(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        place = f" at eta = {value['eta']:g}" if "eta" in value else ""
+        for key, item in value.items():
+            _require_finite(item, f"{where}{place}, {key}")
+    elif isinstance(value, list):
+        for item in value:
+            _require_finite(item, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(
+            f"{where}, is {value}, a finite number is expected: numbers overflow or vanish on the way, "
+            "look at measure.etas, optimizer.lr, optimizer.weight_decay and sampling.temperature"
+        )
 
 
 def _is_rounding(delta: float, noise: float | None) -> bool:
@@ -208,10 +256,13 @@ def _line(line: Line | None, what: str) -> dict[str, Any] | None:
 
 
 def _git_commit() -> str | None:
+    source = Path(__file__).parents[1]
+    if not (source / ".git").exists():  # installed, perhaps inside a repository of something else
+        return None
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
+            cwd=source,
             capture_output=True,
             text=True,
             check=False,

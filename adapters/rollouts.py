@@ -1,5 +1,6 @@
 """Sampled batches as they are stored: token by token, in Parquet, and as the core's Batch."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,26 +77,21 @@ def save_rollouts(rollouts: Rollouts, path: Path) -> None:
 def load_rollouts(path: Path, vocabulary: int, *, rewards: bool) -> Rollouts:
     """Read Parquet in SCHEMA; `rewards` says whether they are needed (U).
 
-    Raises InputError, one line, for a file that is not Parquet, missing columns, responses of zero
-    tokens, ids outside the vocabulary, several temperatures, or log-probabilities that do not match.
+    Raises InputError, one line, for a file that is not Parquet, missing or ill-typed columns, no
+    rows, an index that stands for two prompts, responses of zero tokens, ids outside the vocabulary,
+    several temperatures, rewards that are not finite, or log-probabilities that do not match.
     """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:200]}): give rollouts "
-            "as a run writes them"
-        ) from error
+    table = _read(path)
     needed = (*REQUIRED, "reward") if rewards else REQUIRED
     if missing := [name for name in needed if name not in table.column_names]:
         raise InputError(f"{path} has no column {missing[0]}: needed are {', '.join(needed)}")
-    columns: dict[str, Any] = {
-        name: table[name].to_pylist() if name in table.column_names else [None] * len(table)
-        for name in SCHEMA.names
+    count = len(table)
+    columns: dict[str, list[Any]] = {
+        field.name: _column(path, table, field) if field.name in table.column_names else [None] * count
+        for field in SCHEMA
     }
     _check(path, columns, needed, vocabulary)
     known: dict[str, Any] = {k: None if any(v is None for v in c) else c for k, c in columns.items()}
-    count = len(table)
     return Rollouts(
         prompt_index=columns["prompt_index"],
         prompt=known["prompt"] or [""] * count,
@@ -105,8 +101,32 @@ def load_rollouts(path: Path, vocabulary: int, *, rewards: bool) -> Rollouts:
         finish_reason=known["finish_reason"] or ["unknown"] * count,
         temperature=columns["temperature"][0],
         reward=known["reward"],
+        advantage=known["advantage"],
         sampler_logp=known["sampler_logp"],
     )
+
+
+def _read(path: Path) -> pa.Table:
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give rollouts as a run writes them (Parquet)")
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:200]}): give rollouts "
+            "as a run writes them"
+        ) from error
+
+
+def _column(path: Path, table: pa.Table, field: pa.Field) -> list[Any]:
+    try:
+        values: list[Any] = table[field.name].cast(field.type).to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path}: column {field.name} is {table.schema.field(field.name).type}, {field.type} is "
+            "expected"
+        ) from error
+    return values
 
 
 def _check(path: Path, columns: dict[str, list[Any]], needed: tuple[str, ...], vocabulary: int) -> None:
@@ -115,19 +135,43 @@ def _check(path: Path, columns: dict[str, list[Any]], needed: tuple[str, ...], v
     for name in needed:
         if None in columns[name]:
             raise InputError(f"{path}: row {columns[name].index(None)} has no {name}")
-    for i, (x, y) in enumerate(zip(columns["prompt_ids"], columns["response_ids"], strict=True)):
+    prompts: dict[int, list[int]] = {}
+    for i, index in enumerate(columns["prompt_index"]):
+        x, y = columns["prompt_ids"][i], columns["response_ids"][i]
         if not x or not y:
             part = "response" if x else "prompt"
             raise InputError(f"{path}: row {i} has a {part} of zero tokens: at least one is needed")
-        if min(*x, *y) < 0 or max(*x, *y) >= vocabulary:
+        if not all(token is not None and 0 <= token < vocabulary for token in (*x, *y)):
             raise InputError(
                 f"{path}: row {i} has a token id outside the model's {vocabulary}: these rollouts "
                 "were made with another tokenizer"
             )
-        logp = columns["sampler_logp"][i]
-        if logp is not None and len(logp) != len(y):
+        if prompts.setdefault(index, x) != x:
             raise InputError(
-                f"{path}: row {i} has {len(logp)} sampler_logp for {len(y)} response tokens"
+                f"{path}: row {i} has another prompt than the rows before it with prompt_index {index}"
             )
-    if len(temperatures := sorted(set(columns["temperature"]))) > 1:
-        raise InputError(f"{path} mixes temperatures {temperatures}: one is expected")
+    temperatures = sorted(set(columns["temperature"]))
+    if len(temperatures) > 1 or not 0 < temperatures[0] < math.inf:
+        shown = ", ".join(f"{t:g}" for t in temperatures)
+        raise InputError(f"{path} has temperature {shown}: one positive number is expected")
+    if "reward" in needed:
+        for i, reward in enumerate(columns["reward"]):
+            if not math.isfinite(reward):
+                raise InputError(f"{path}: row {i} has reward {reward}, a finite number is expected")
+    _check_sampler_logp(path, columns)
+
+
+def _check_sampler_logp(path: Path, columns: dict[str, list[Any]]) -> None:
+    rows = columns["sampler_logp"]
+    if all(row is None for row in rows):
+        return
+    for i, (row, y) in enumerate(zip(rows, columns["response_ids"], strict=True)):
+        if row is None or len(row) != len(y):
+            found = 0 if row is None else len(row)
+            raise InputError(f"{path}: row {i} has {found} sampler_logp for {len(y)} response tokens")
+        # Half precision rounds a certain token's 0 to a little above it.
+        if not all(logp is not None and -math.inf < logp < 0.01 for logp in row):
+            raise InputError(
+                f"{path}: row {i} has a sampler_logp that is no log-probability: finite numbers, at "
+                "most 0, are expected (nats)"
+            )

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from funcprobe.types import InputError
+
 from .config import SamplingConfig
 from .model import Policy
 
@@ -27,7 +29,8 @@ def sample_responses(
     """One response per prompt from softmax(logits / temperature), after top_k and top_p if set.
 
     The same seed, prompts and `generation_batch` give the same responses; the global random state is
-    left as it was. `advance` is called with the number of sequences done after each batch.
+    left as it was. `advance` is called with the number of sequences done after each batch. Raises
+    InputError where the probabilities overflow.
     """
     generation = GenerationConfig(
         do_sample=True,
@@ -61,11 +64,19 @@ def _generate(
         [[policy.pad_id] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)]
     )
     mask_NL = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
-    out_NL = policy.model.generate(
-        input_ids=tokens_NL.to(device),
-        attention_mask=mask_NL.to(device),
-        generation_config=generation,
-    )
+    try:
+        out_NL = policy.model.generate(
+            input_ids=tokens_NL.to(device),
+            attention_mask=mask_NL.to(device),
+            generation_config=generation,
+        )
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):  # torch.multinomial, on the CPU
+            raise
+        raise InputError(
+            "the policy's probabilities are not finite: its weights are damaged, or too large for "
+            'policy.dtype; try "float32"'
+        ) from error
     return [row[longest:] for row in out_NL.tolist()]
 
 

@@ -67,12 +67,21 @@ class Stages(NamedTuple):
 
 
 def require_writable(final: Path) -> None:
-    """InputError unless the run folder can be made, asked before hours are spent on its content."""
-    if final.exists() and not (final / "manifest.json").is_file():
-        raise InputError(f"{final} exists and is no run folder: choose another run.name")
-    parent = next(p for p in final.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{final} cannot be written: {parent} is no writable folder; set run.folder")
+    """InputError unless the run folder can be made, asked before hours are spent on its content.
+
+    Tried with an empty folder beside it, since permissions alone do not tell of a name that is too
+    long or a file system that is read-only.
+    """
+    parent = final.absolute().parent
+    try:
+        if final.exists() and not (final / "manifest.json").is_file():
+            raise InputError(f"{final} exists and is no run folder: choose another run.name")
+        parent = next(p for p in final.absolute().parents if p.exists())
+        Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=parent)).rmdir()
+    except OSError as error:
+        raise InputError(
+            f"{final} cannot be written: {parent}: {error.strerror}; set run.folder or run.name"
+        ) from error
 
 
 @contextmanager
@@ -81,15 +90,17 @@ def run_folder(final: Path) -> Iterator[Path]:
     require_writable(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    old = staging.with_name(f"{staging.name}.old")
     try:
         yield staging
         staging.chmod(0o755)  # mkdtemp makes it private
-        old = staging.with_name(f"{staging.name}.old")
         if final.exists():
             final.replace(old)
         staging.replace(final)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not final.exists():
+            old.replace(final)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -9,12 +9,12 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 
 from funcprobe.types import InputError
@@ -23,9 +23,9 @@ Rows: TypeAlias = list[dict[str, str]]  # {"prompt": "12+7=", "answer": "19"}
 Report: TypeAlias = Callable[[str], None]
 
 MAX_NEW_TOKENS = 16
-"""Room for the longest response taught, "160+18=178" and the EOS, and for a few slips."""
+"""Room for the longest response taught, "120+18=138" and the EOS, and for a few slips."""
 
-VERSION = "1"
+VERSION = "2"
 """Part of the default folder's name: raise it with every change to what is written."""
 
 
@@ -40,11 +40,11 @@ class Toy(NamedTuple):
 class Recipe(NamedTuple):
     """What is trained and for how long; one recipe gives the same bits again on one machine."""
 
-    seed: int = 1
+    seed: int = 0
     hidden: int = 128
     layers: int = 4
     supervised_steps: int = 1500  # at most
-    accuracy: float = 0.4  # at which supervised steps end; the adapter adds to it
+    accuracy: float = 0.36  # at which supervised steps end; the adapter adds to it
     policy_steps: int = 20
 
 
@@ -55,14 +55,10 @@ def ensure_toy(
 ) -> Toy:
     """The toy in `folder` (by default in the user's cache), made first if it is not there.
 
-    Making it takes about half a minute on two cores and leaves the global random state alone; the
+    Making it takes about 40 s of one core and leaves the global random state alone; the
     folder appears whole or not at all. Raises InputError if `folder` holds something else.
     """
-    if folder is None:
-        from platformdirs import user_cache_path
-
-        folder = user_cache_path("funcprobe") / f"toy-{VERSION}"
-    folder = folder.absolute()
+    folder = (folder or user_cache_path("funcprobe") / f"toy-{VERSION}").absolute()
     toy = _layout(folder, recipe)
     if _is_whole(toy):
         return toy
@@ -72,16 +68,22 @@ def ensure_toy(
             f"and {toy.prompts.name}: remove it, or name another folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # One thread: the same bits on any number of cores; and with two on two busy cores a policy
+    # step took 11 s in place of 0.2, for matrices as small as these.
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         draft = Path(temporary) / "toy"
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _one_thread():
-            _make(_layout(draft, recipe), toy.base, recipe, report)
         try:
+            torch.set_num_threads(1)
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                _make(_layout(draft, recipe), toy.base, recipe, report)
             draft.replace(folder)
         except OSError:
             # Another process may have put its own there meanwhile: either is as good.
             if not _is_whole(toy):
                 raise
+        finally:
+            torch.set_num_threads(threads)
     return toy
 
 
@@ -91,22 +93,7 @@ def _layout(folder: Path, recipe: Recipe) -> Toy:
 
 
 def _is_whole(toy: Toy) -> bool:
-    files = (toy.base / "config.json", toy.checkpoint / "trainer_state.json", toy.prompts)
-    return all(file.is_file() for file in files)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The same bits on any number of cores, and matrices this small wait for no other thread.
-
-    With two threads on two busy cores a policy step took 11 s in place of 0.2.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return all(path.exists() for path in toy)
 
 
 def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
@@ -117,8 +104,9 @@ def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
     base = _teach(tokenizer, rng, recipe, report)
     base.save_pretrained(toy.base)
     model, optimizer, scheduler, state = _train_adapter(base, tokenizer, prompts, recipe, report)
-    # Where the base will lie, not where it is written or what get_peft_model guessed.
-    model.peft_config["default"].base_model_name_or_path = str(final_base)
+    lora = model.peft_config["default"]
+    lora.base_model_name_or_path = str(final_base)  # not where it lies while it is being made
+    lora.target_modules = sorted(lora.target_modules)  # a set: its order is the process's own
     # "auto" would look for that base, and then on the hub, to compare vocabularies.
     model.save_pretrained(toy.checkpoint, save_embedding_layers=False)
     for folder in (toy.base, toy.checkpoint):
@@ -132,7 +120,7 @@ def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
 def _draw_prompts(rng: random.Random, count: int) -> Rows:
     pairs: dict[tuple[int, int], None] = {}  # a set that keeps its order
     while len(pairs) < count:
-        pairs[rng.randint(2, 99), rng.randint(2, 99)] = None
+        pairs[rng.randint(2, 69), rng.randint(2, 69)] = None
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
@@ -147,20 +135,18 @@ def _write_response(prompt: str, answer: str, rng: random.Random) -> str:
 
 
 def _tokenizer() -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """Qwen2's byte-level BPE without merges: a token a character, and any text has tokens.
 
-    pieces = ["<pad>", "<eos>", "<unk>", *"0123456789+="]
+    AutoTokenizer (transformers 5.23) reads every tokenizer beside a Qwen2 model as this class, and
+    a WordLevel one changed silently on the way.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    pieces = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    special: dict[str, Any] = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": None}
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=characters,
-        **{"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"},
-        model_max_length=64,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=64, **special)
 
 
 def _teach(tokenizer: Any, rng: random.Random, recipe: Recipe, report: Report) -> Any:
@@ -170,19 +156,18 @@ def _teach(tokenizer: Any, rng: random.Random, recipe: Recipe, report: Report) -
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
-        intermediate_size=4 * recipe.hidden,
+        intermediate_size=3 * recipe.hidden,
         num_hidden_layers=recipe.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        initializer_range=recipe.hidden**-0.5,  # the usual 0.02 learns half as fast
+        initializer_range=recipe.hidden**-0.5,  # with 0.02 the steps are 1.5 times as many
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     for step in range(1, recipe.supervised_steps + 1):
         rows = _draw_prompts(rng, 64)
         texts = [row["prompt"] + _write_response(**row, rng=rng) + "<eos>" for row in rows]
@@ -285,7 +270,6 @@ def _policy_step(
         "loss": loss.item(),
         "grad_norm": _step(optimizer, loss),
         "reward": reward_N.mean().item(),
-        "reward_std": std_B1.mean().item(),
         "frac_reward_zero_std": (std_B1 == 0).float().mean().item(),
         "completions/mean_length": mask_NL.sum().item() / len(mask_NL),
         "entropy": ((entropy_NL * mask_NL).sum() / mask_NL.sum()).item(),

@@ -16,13 +16,13 @@ class PreconditionerInfo(NamedTuple):
     """
 
     coverage: float  # share of tensors whose exp_avg_sq was used
-    identity: tuple[str, ...]  # tensors left as the raw gradient: missing, all-zero or non-finite
+    identity: tuple[str, ...]  # left as the raw gradient: nu missing, all zero, negative, non-finite
     max_scale: float  # largest 1 / (sqrt(nu_hat) + eps) before the cap
     min_denominator: float  # smallest sqrt(nu_hat) + eps
     capped: int  # entries cut at the cap
     zero_second_moments: int
     tiny_second_moments: int  # 0 < nu_hat < eps^2: eps rules the denominator
-    without_step: tuple[str, ...]  # tensors whose nu was used without bias correction
+    without_step: tuple[str, ...]  # nu used without bias correction: step missing or 0
 
 
 class UpdateDirection(NamedTuple):
@@ -36,7 +36,6 @@ class UpdateDirection(NamedTuple):
     decay: Params
     scale: Params
     clip_coefficient: float  # 1 where the gradient is not clipped
-    info: PreconditionerInfo | None  # for the rule "precondition"
 
 
 def preconditioner(
@@ -44,9 +43,9 @@ def preconditioner(
 ) -> tuple[Params, PreconditionerInfo]:
     """P = 1 / (sqrt(nu_hat) + eps), nu_hat = exp_avg_sq / (1 - beta2^step), entries capped.
 
-    A tensor whose second moment is missing, all zero or not finite gets P = 1. Without a step there
-    is no bias correction. Arithmetic in float64. `max_scale = None` takes the cap off. Raises
-    ValueError where a second moment has another shape than its parameter.
+    A tensor whose second moment is missing, all zero, negative or not finite gets P = 1. Without a
+    step, or at step 0, there is no bias correction. Arithmetic in float64. `max_scale = None` takes
+    the cap off. Raises ValueError where a second moment has another shape than its parameter.
     """
     scale: Params = {}
     identity, without_step = [], []
@@ -58,14 +57,14 @@ def preconditioner(
             raise ValueError(
                 f"exp_avg_sq of {name} has shape {tuple(nu.shape)}, expected {tuple(param.shape)}"
             )
-        if nu is None or not bool(nu.isfinite().all()) or not bool(nu.any()):
+        if nu is None or not bool((nu.isfinite() & (nu >= 0)).all()) or not bool(nu.any()):
             identity.append(name)
             scale[name] = torch.ones(param.shape, dtype=torch.float64)
             continue
         group, step = group_of[name], adam_state.step.get(name)
-        if step is None:
+        if not step:  # at 0 the correction would be 1 - beta2^0 = 0, and P = 0 or NaN
             without_step.append(name)
-        nu_hat = tree.f64(nu) / (1.0 if step is None else 1 - group.beta2**step)
+        nu_hat = tree.f64(nu) / (1 - group.beta2**step if step else 1.0)
         denominator = nu_hat.sqrt() + group.eps
         p = 1 / denominator
         largest, smallest = max(largest, float(p.max())), min(smallest, float(denominator.min()))
@@ -115,7 +114,7 @@ def update_direction(
     tree.require_same(params, grads, "grads")
     ratio = _lr_ratios(params, adam_state)
     zero = {n: torch.zeros_like(g) for n, g in grads.items()}
-    info, clip = None, 1.0
+    clip = 1.0
     if rule == "adamw":
         clip = _clip_coefficient(grads, max_grad_norm)
         momentum, decay, scale = _adamw(params, grads, adam_state, clip)
@@ -123,7 +122,7 @@ def update_direction(
         momentum, decay = zero, zero
         scale = {n: torch.ones(g.shape, dtype=torch.float64) for n, g in grads.items()}
         if rule == "precondition":
-            scale, info = preconditioner(params, adam_state, max_scale)
+            scale, _ = preconditioner(params, adam_state, max_scale)
     momentum, decay, scale = (
         {n: ratio[n] * t for n, t in part.items()} for part in (momentum, decay, scale)
     )
@@ -131,7 +130,7 @@ def update_direction(
         n: (tree.f64(momentum[n]) + tree.f64(decay[n]) + scale[n] * tree.f64(g)).to(g.dtype)
         for n, g in grads.items()
     }
-    return UpdateDirection(total, momentum, decay, scale, clip, info)
+    return UpdateDirection(total, momentum, decay, scale, clip)
 
 
 def fresh_adam_state(params: Params, groups: tuple[AdamGroup, ...]) -> AdamState:
@@ -205,7 +204,10 @@ def _lr_ratios(params: Params, adam_state: AdamState) -> dict[str, float]:
 
 
 def _group_of(adam_state: AdamState) -> dict[str, AdamGroup]:
-    return {name: group for group in adam_state.groups for name in group.names}
+    group_of = {name: group for group in adam_state.groups for name in group.names}
+    if len(group_of) < sum(len(group.names) for group in adam_state.groups):
+        raise ValueError("a parameter is in two optimizer groups, each must be in one")
+    return group_of
 
 
 def _times(scale: Params, grads: Params) -> Params:

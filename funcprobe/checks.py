@@ -19,13 +19,14 @@ from .types import Batch, Entropy, Params, TokenStats
 
 
 class Check(NamedTuple):
-    """One check. `passed` is `saw` held against `bound`."""
+    """One check: `saw` held against `bound`. Where it is advisory, failing is suspect, no more."""
 
     name: str
     passed: bool
     saw: str
     bound: str
     failure_means: str
+    advisory: bool = False
 
 
 def adapter_changes_logits(
@@ -78,10 +79,8 @@ def alpha_cases(
         torch.randn(count, generator=generator).double(),
         torch.eye(count)[0].double(),
     )
-    worst = max(
-        float((alpha_vjp(params, part, mu, forward, max_tokens, alpha_N=alpha_N) - loop_N).abs().max())
-        for alpha_N in alphas
-    ) / float(loop_N.abs().max())
+    found = [alpha_vjp(params, part, mu, forward, max_tokens, alpha_N=alpha_N) for alpha_N in alphas]
+    worst = _relative(float((torch.stack(found) - loop_N).abs().max()), float(loop_N.abs().max()))
     bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(_dtype(params), 0.05)
     return Check(
         "alpha trick = per-sequence gradients",
@@ -95,7 +94,7 @@ def alpha_cases(
 def routes_agree(prediction: Prediction) -> Check:
     """|<X, v> - sum of tangents| / |<X, v>|: reverse route = forward route."""
     bound = {torch.float64: 1e-9, torch.float32: 1e-3}.get(_dtype(prediction.Y), 0.05)
-    difference = abs(prediction.bars_dot - prediction.derivative) / abs(prediction.bars_dot)
+    difference = _relative(prediction.bars_dot - prediction.derivative, prediction.bars_dot)
     return Check(
         "reverse route = forward route",
         difference < bound,
@@ -107,14 +106,16 @@ def routes_agree(prediction: Prediction) -> Check:
 
 def identity_against_adam(prediction: Prediction) -> Check:
     """|<X, v>| / |<X, Y>|: what Adam does to the size of the effect."""
-    ratio = abs(prediction.bars_dot / prediction.bars_dot_identity)
+    ratio = _relative(prediction.bars_dot, prediction.bars_dot_identity)
     return Check(
         "Adam against identity",
         ratio < 1000,
         f"<X, v> = {prediction.bars_dot:.3g}, <X, Y> = {prediction.bars_dot_identity:.3g}, "
         f"ratio {ratio:.3g}",
         "< 1000",
-        "second moments near 0 amplify the gradient by 1/eps: state of another adapter, or of step 1",
+        "second moments near 0 amplify the gradient by 1/eps: state of another adapter, or of step 1; "
+        "or <X, Y> is small by chance, or gradients are (Adam's scale is about 1 / |gradient|)",
+        advisory=True,
     )
 
 
@@ -157,7 +158,7 @@ def repeat_is_identical(
 ) -> Check:
     """A second forward gives the same bits."""
     again = token_stats(params, batch, forward, max_tokens)
-    largest = max(float((a - b).abs().max()) for a, b in zip(stats, again, strict=True))
+    largest = float((torch.stack(again) - torch.stack(stats)).abs().max())
     return Check(
         "a repeated forward is identical",
         largest == 0,
@@ -170,6 +171,11 @@ def repeat_is_identical(
 def _one_gradient(params: Params, one: Batch, forward: Forward, max_tokens: int) -> Params:
     p_NR = response_mask(one).double()
     return weighted_grad(params, one, p_NR, torch.zeros_like(p_NR), forward, max_tokens)
+
+
+def _relative(difference: float, size: float) -> float:
+    """|difference / size|; NaN, which passes no bound, where nothing was there to compare with."""
+    return abs(difference / size) if size else math.nan
 
 
 def _dtype(params: Params) -> torch.dtype:

@@ -1,6 +1,7 @@
 """A frozen model -> pure functions of (params, rows). The only file that calls functional_call."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,9 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
     """Bind the model: its pure functions take exactly the names and shapes of `params`.
 
     The model is a Hugging Face causal language model, with or without peft around it. It is never
-    changed. Raises InputError where its numbers would silently be others than the policy's: training
-    mode, gradient checkpointing, adapters merged, disabled or not active, or logits that are not the
-    output embedding of the backbone's hidden state.
+    changed. Raises InputError, here and at every call, where its numbers would silently be others
+    than the policy's: training mode, gradient checkpointing, adapters merged, disabled or not active;
+    here, where logits are not the output embedding of the backbone's hidden state.
     """
     if not temperature > 0:
         raise InputError(f"temperature = {temperature}: a positive number is expected")
@@ -57,6 +58,8 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
         return out
 
     def hidden(given: Params, rows: Rows) -> Float[Tensor, "T D"]:
+        # Again, as the caller may have left eval mode, or entered disable_adapter(), since.
+        _refuse_unsuitable(model, params)
         device = next(iter(given.values())).device
         hidden_NLD = call(backbone, given, rows.tokens_NL.to(device))
         return hidden_NLD[rows.row_T.to(device), rows.position_T.to(device)]
@@ -104,22 +107,39 @@ def _causal_lm(model: Any) -> Any:
 def _refuse_unsuitable(model: nn.Module, params: Params) -> None:
     if not params:
         raise InputError("the model has no trainable parameters: load the adapter as trainable")
-    if model.training:
-        raise InputError("the model is in training mode, so dropout is on: call model.eval()")
+    if any(module.training for module in model.modules()):
+        raise InputError(
+            "the model, or a module of it, is in training mode, so dropout is on: call model.eval()"
+        )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise InputError(
             "gradient checkpointing is on, which torch.func cannot differentiate: "
             "call gradient_checkpointing_disable() and disable_input_require_grads()"
         )
+    if getattr(_causal_lm(model), "_require_grads_hooks", None):
+        raise InputError(
+            "input gradients are required, which torch.func cannot differentiate: "
+            "call disable_input_require_grads()"
+        )
     names = {name for name, _ in model.named_parameters()}
     if unknown := sorted(params.keys() - names):
         raise InputError(f"{unknown[0]} is no parameter of this model: take names from the model")
+    prefixes = {p for n in params for p in accumulate(n.split("."), "{}.{}".format)}
     for name, module in model.named_modules():
-        adapters = getattr(module, "lora_A", None)
-        if not isinstance(adapters, nn.ModuleDict):
+        if not hasattr(module, "active_adapters"):
             continue
-        used = {a for a in adapters if f"{name}.lora_A.{a}.weight" in params}
-        active: set[str] = set(getattr(module, "active_adapters", []))
+        # lora_A, lora_embedding_A, modules_to_save, ...: each a dict of adapters.
+        dicts = {
+            f"{name}.{kind}": adapters
+            for kind, adapters in module.named_children()
+            if isinstance(adapters, nn.ModuleDict | nn.ParameterDict)
+        }
+        if not dicts:
+            continue
+        used = {
+            a for prefix, adapters in dicts.items() for a in adapters if f"{prefix}.{a}" in prefixes
+        }
+        active: set[str] = set(module.active_adapters)
         if used - active or getattr(module, "disable_adapters", False):
             raise InputError(
                 f"{name}: adapter {', '.join(sorted(used - active)) or 'layers'} not active, so its "

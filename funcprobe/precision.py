@@ -27,12 +27,22 @@ class StayFloat64(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.float:
             return torch.Tensor.double(*args, **(kwargs or {}))
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        wide = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        return func(*args, **wide)
+        widen = _wide_model if func in (torch.Tensor.to, torch.Tensor.type_as) else _wide
+        wide = {k: widen(v) for k, v in (kwargs or {}).items()}
+        return func(*args[:1], *(widen(a) for a in args[1:]), **wide)
 
 
 def arithmetic_of(params: Params) -> AbstractContextManager[Any]:
     """StayFloat64 where the parameters are float64, nothing otherwise."""
     is_float64 = any(t.dtype == torch.float64 for t in params.values())
     return StayFloat64() if is_float64 else nullcontext()
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
+
+
+def _wide_model(argument: Any) -> Any:
+    """For x.to(other) and x.type_as(other), which ask for the dtype of a tensor."""
+    is_float32 = isinstance(argument, torch.Tensor) and argument.dtype is torch.float32
+    return argument.double() if is_float32 else _wide(argument)

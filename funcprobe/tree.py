@@ -30,7 +30,8 @@ def tree_map(f: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
     """{name: f(first[name], rest[0][name], ...)}, names and shapes checked, keys sorted."""
     for other in rest:
         require_same(first, other)
-    # optree sorts the keys of a dict.
+    # optree visits the keys of a dict in sorted order, but returns them in the first one's.
+    first = dict(sorted(first.items()))
     return cast(Params, optree.tree_map(f, cast(Any, first), *cast(Any, rest)))
 
 
@@ -82,11 +83,6 @@ def zeros(like: Params, dtype: torch.dtype | None = None) -> Params:
 def f64(t: Tensor) -> Tensor:
     """A tensor's values in float64 on the CPU, where sums and statistics are made."""
     return t.detach().to(device="cpu", dtype=torch.float64)
-
-
-def to(x: Params, like: Params) -> Params:
-    """x in the dtypes and on the devices of `like`."""
-    return tree_map(lambda t, model: t.to(dtype=model.dtype, device=model.device), x, like)
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

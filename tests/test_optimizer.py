@@ -20,7 +20,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
-from funcprobe.adapters.optimizer import AdamOverrides, find_optimizer_file, read_adam_state
+from funcprobe.adapters.optimizer import AdamOverrides, read_adam_state
+from funcprobe.adapters.optimizer_file import find_optimizer_file
 from funcprobe.types import InputError, Params
 
 ADAPTERS: dict[str, dict[str, Any]] = {

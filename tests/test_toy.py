@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from funcprobe.adapters.toy import MAX_NEW_TOKENS, Recipe, Toy, ensure_toy
 from funcprobe.types import InputError
 
 TINY = Recipe(seed=3, hidden=32, layers=2, supervised_steps=6, policy_steps=2)
+SAMPLE = toy_module._sample
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -38,11 +40,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(socket.socket, "connect", refuse)
-        toy = ensure_toy(folder, recipe=TINY)
+        toy = build(folder)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), torch.get_num_threads()) == before[1:]
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     return toy
+
+
+def build(folder: Path, recipe: Recipe = TINY) -> Toy:
+    """A tiny toy. Six steps teach it no sums: it is rewarded for odd lengths, to have gradients."""
+
+    def sample(*args: Any) -> toy_module._Samples:
+        samples = SAMPLE(*args)
+        return samples._replace(reward_N=samples.response_NL.sum(dim=1).remainder(2).float())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_module, "_sample", sample)
+        return ensure_toy(folder, recipe=recipe)
 
 
 def load(toy: Toy):
@@ -73,8 +87,7 @@ def test_checkpoint_is_laid_out_as_the_trainer_leaves_it(tiny: Toy) -> None:
         state = saved["state"][index]
         assert state["step"].item() == 2
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
-    # The moments belong to the parameters in this order: A's of layer 0 have not B's gradients.
-    assert any(state["exp_avg"].abs().max() > 0 for state in saved["state"].values())
+        assert state["exp_avg_sq"].max() > 0
 
     trainer = json.loads((tiny.checkpoint / "trainer_state.json").read_text())
     assert (trainer["global_step"], trainer["max_steps"]) == (2, 4)
@@ -94,8 +107,8 @@ def test_tokens_are_characters_and_nothing_is_added(tiny: Toy) -> None:
         assert tokenizer("12+7=").input_ids == tokenizer("12+7=", add_special_tokens=False)["input_ids"]
         assert len(tokenizer("12+7=").input_ids) == 5
         assert tokenizer.decode(tokenizer("12+7=").input_ids) == "12+7="
-        assert len({tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}) == 3
-        assert tokenizer("a b").input_ids == [tokenizer.unk_token_id] * 3
+        assert tokenizer.eos_token_id != tokenizer.pad_token_id
+        assert tokenizer.decode(tokenizer("Two é?").input_ids) == "Two é?"  # nothing is dropped
 
 
 def test_prompts_are_distinct_and_their_answers_right(tiny: Toy) -> None:
@@ -122,11 +135,11 @@ def test_responses_taught_end_in_the_answer_and_fit() -> None:
 
 def test_the_same_recipe_gives_the_same_bits(tiny: Toy, tmp_path: Path) -> None:
     torch.manual_seed(99)  # the caller's random state has no say
-    again = ensure_toy(tmp_path / "again", recipe=TINY)
+    again = build(tmp_path / "again")
     first, second = files(tiny.base.parent), files(again.base.parent)
     paths = str(tiny.base).encode(), str(again.base).encode()  # in the adapter's config and card
     assert {name: data.replace(paths[0], paths[1]) for name, data in first.items()} == second
-    other = ensure_toy(tmp_path / "other", recipe=TINY._replace(seed=4))
+    other = build(tmp_path / "other", TINY._replace(seed=4))
     weights = "base/model.safetensors"
     assert files(other.base.parent)[weights] != first[weights]
 
@@ -141,7 +154,7 @@ def test_a_whole_toy_is_reused(tiny: Toy, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_default_folder_is_the_users_cache(
     tiny: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(toy_module, "user_cache_path", lambda name: tmp_path / name)
     monkeypatch.setattr(
         toy_module, "_make", lambda draft, *_: shutil.copytree(tiny.base.parent, draft.base.parent)
     )

@@ -1,0 +1,242 @@
+"""Everything a run needs before a token is sampled: loaded, checked against each other, described."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import funcprobe
+from funcprobe.objective import PRESETS, Objective
+from funcprobe.policy import Forward
+from funcprobe.types import AdamGroup, AdamState, Entropy, InputError, Step
+
+from . import store
+from .config import Config
+from .console import Narrator
+from .devices import resolve_device
+from .model import Policy, load_policy
+from .optimizer import AdamOverrides, OptimizerReport, read_adam_state
+from .optimizer_file import find_optimizer_file
+from .prompts import Prompt, encode_prompts, load_prompts
+from .rewards import Reward, load_reward
+from .rollouts import Rollouts, load_rollouts
+from .toy import ensure_toy
+
+
+class Plan(NamedTuple):
+    """What is known before a token is sampled."""
+
+    config: Config  # "toy" replaced by its paths
+    policy: Policy
+    forward: Forward  # at the temperature of E and U
+    temperature: float
+    adam_state: AdamState
+    optimizer: OptimizerReport | None
+    step: Step
+    objective: Objective
+    entropy: Entropy
+    prompts: list[Prompt]  # none where E and U are brought
+    prompt_ids: list[list[int]]
+    reward: Reward | None  # None where U is brought
+    brought_eval: Rollouts | None
+    brought_update: Rollouts | None
+    etas: tuple[float, ...]  # ascending, the next step's lr among them
+    next_lr: float
+    inputs: dict[str, Any]  # hashes of the files the numbers depend on
+
+
+def load(config: Config, narrator: Narrator) -> Plan:
+    """Policy, optimizer state, prompts, rewards and rollouts that are brought.
+
+    Everything that can be refused without sampling is: InputError, one line.
+    """
+    sampled = config.rollouts.eval is None or config.rollouts.update is None
+    config = _with_toy(config, narrator, prompts=sampled)
+    reward = None
+    if config.rollouts.update is None:
+        reward = load_reward(config.reward.function, answer_column=config.reward.answer_column)
+    device = resolve_device(config.run.device)
+    with narrator.phase("load"):
+        policy = load_policy(config.policy, device)
+        adam_state, report, step = _optimizer(config, policy)
+        prompts, prompt_ids = _prompts(config, policy) if sampled else ([], [])
+        brought_eval = _brought(config.rollouts.eval, policy, rewards=False)
+        brought_update = _brought(config.rollouts.update, policy, rewards=True)
+        temperature = _temperature(config, brought_eval, brought_update)
+        _require_positions(config, policy, prompt_ids, brought_eval, brought_update)
+        forward = funcprobe.frozen_forward(policy.model, policy.params, temperature)
+    for line in (*policy.lines, *_optimizer_lines(report, step)):
+        narrator.say(line)
+    if config.policy.dtype in {"bfloat16", "float16"}:
+        narrator.say(f"warning: in {config.policy.dtype} measured differences drown in rounding")
+    first = next((group.lr for group in adam_state.groups if group.names), 0.0)
+    next_lr = config.optimizer.lr or first
+    etas = {*config.measure.etas, *([next_lr] if config.measure.next_lr and next_lr > 0 else [])}
+    return Plan(
+        config=config,
+        policy=policy,
+        forward=forward,
+        temperature=temperature,
+        adam_state=adam_state,
+        optimizer=report,
+        step=step,
+        objective=_objective(config),
+        entropy=Entropy(**config.entropy.model_dump()),
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        reward=reward,
+        brought_eval=brought_eval,
+        brought_update=brought_update,
+        etas=tuple(sorted(etas)),
+        next_lr=next_lr,
+        inputs=_inputs(config, policy, report, prompts, prompt_ids),
+    )
+
+
+def vocabulary(policy: Policy) -> int:
+    """Rows of the model's input embedding."""
+    return int(policy.model.get_input_embeddings().weight.shape[0])
+
+
+def _with_toy(config: Config, narrator: Narrator, *, prompts: bool) -> Config:
+    policy = config.policy.checkpoint == "toy"
+    prompts = prompts and config.prompts.source == "toy"
+    if not policy and not prompts:
+        return config
+    if not policy:
+        raise InputError(
+            f'policy.checkpoint is {config.policy.checkpoint}, prompts.source still "toy", whose sums '
+            "are for the toy policy: set prompts.source to your prompts"
+        )
+    with narrator.phase("make the toy policy (once)"):
+        toy = ensure_toy(report=narrator.say)
+    chosen = config.policy.model_copy(update={"checkpoint": str(toy.checkpoint)})
+    changes: dict[str, Any] = {"policy": chosen}
+    if prompts:
+        changes["prompts"] = config.prompts.model_copy(update={"source": str(toy.prompts)})
+    return config.model_copy(update=changes)
+
+
+def _optimizer(config: Config, policy: Policy) -> tuple[AdamState, OptimizerReport | None, Step]:
+    chosen = config.optimizer
+    step = Step(chosen.rule, chosen.max_grad_norm or None, chosen.max_scale or None)
+    if chosen.rule == "sgd":
+        group = AdamGroup(tuple(policy.params), chosen.lr or 0.0, 0.9, 0.999, 1e-8, 0.0)
+        return AdamState({}, {}, {}, (group,)), None, step
+    path = Path(chosen.state).expanduser() if chosen.state else None
+    path = path or find_optimizer_file(Path(config.policy.checkpoint).expanduser())
+    beta1, beta2 = chosen.betas or (None, None)
+    adam_state, report = read_adam_state(
+        path,
+        policy.model,
+        policy.params,
+        overrides=AdamOverrides(
+            chosen.lr, beta1, beta2, chosen.eps, chosen.weight_decay, chosen.checkpoint_step
+        ),
+        min_coverage=chosen.min_coverage,
+        allow_low_coverage=chosen.on_low_coverage == "identity",
+    )
+    covered = min(report.coverage["exp_avg"], report.coverage["exp_avg_sq"])
+    if covered < chosen.min_coverage * report.parameters:
+        step = step._replace(rule="sgd")
+    return adam_state, report, step
+
+
+def _optimizer_lines(report: OptimizerReport | None, step: Step) -> list[str]:
+    if report is None:
+        return ['optimizer: rule "sgd", no state is read']
+    covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
+    lines = [
+        f"optimizer {report.path.name}: {report.format}, names {report.route}; of {report.parameters} "
+        f"parameters have {covered}",
+        *report.notes,
+    ]
+    if step.rule == "sgd":
+        lines.append("warning: coverage is low and on_low_coverage is identity: v is the raw gradient")
+    return lines
+
+
+def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
+    chosen = config.prompts
+    prompts = load_prompts(
+        chosen.source,
+        prompt_column=chosen.prompt_column,
+        split=chosen.split,
+        template=chosen.template,
+        chat=chosen.chat,
+        system_prompt=chosen.system_prompt,
+        tokenizer=policy.tokenizer,
+    )
+    if config.rollouts.update is None and len(prompts) < config.sampling.B_U:
+        raise InputError(
+            f"{chosen.source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
+            "distinct ones are asked for: lower B_U or give more prompts"
+        )
+    ids = encode_prompts(
+        prompts, policy.tokenizer, chat=chosen.chat, max_prompt_tokens=chosen.max_prompt_tokens
+    )
+    return prompts, ids
+
+
+def _brought(path: str | None, policy: Policy, *, rewards: bool) -> Rollouts | None:
+    if path is None:
+        return None
+    return load_rollouts(Path(path).expanduser(), vocabulary(policy), rewards=rewards)
+
+
+def _temperature(
+    config: Config, brought_eval: Rollouts | None, brought_update: Rollouts | None
+) -> float:
+    """That of E and of U, which must be samples of one policy."""
+    of_eval, of_update = (
+        brought.temperature if brought else config.sampling.temperature
+        for brought in (brought_eval, brought_update)
+    )
+    if of_eval != of_update:
+        raise InputError(
+            f"E has temperature {of_eval:g} and U {of_update:g}, both must be samples of one policy: "
+            "set sampling.temperature to that of the rollouts that are brought, or bring others"
+        )
+    return of_eval
+
+
+def _require_positions(
+    config: Config, policy: Policy, prompt_ids: list[list[int]], *brought: Rollouts | None
+) -> None:
+    """A table of positions ends; rotary positions do not (transformers warns, and goes on)."""
+    if getattr(policy.model.config, "rope_parameters", None) is not None:
+        return
+    most = getattr(policy.model.config, "max_position_embeddings", None)
+    lengths = [len(ids) + config.sampling.max_new_tokens for ids in prompt_ids]
+    for rollouts in filter(None, brought):
+        pairs = zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)
+        lengths += [len(x) + len(y) for x, y in pairs]
+    if most is not None and max(lengths) > most:
+        raise InputError(
+            f"the longest prompt and response may have {max(lengths)} tokens, the model has {most} "
+            "positions: lower sampling.max_new_tokens, or drop long prompts"
+        )
+
+
+def _objective(config: Config) -> Objective:
+    chosen, preset = config.objective, PRESETS[config.objective.preset]
+    return Objective(
+        chosen.advantage or preset.advantage,
+        chosen.normalisation or preset.normalisation,
+        chosen.constant or float(config.sampling.max_new_tokens),
+    )
+
+
+def _inputs(
+    config: Config,
+    policy: Policy,
+    report: OptimizerReport | None,
+    prompts: list[Prompt],
+    prompt_ids: list[list[int]],
+) -> dict[str, Any]:
+    base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
+    return {
+        "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
+        "adapter": store.fingerprint(policy.params),
+        "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
+        "optimizer": store.fingerprint_path(report.path) if report else {},
+        "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),
+    }

@@ -1,0 +1,400 @@
+"""The bound forward: the peft model's own logits, a refusal where it would lie, and no trace left."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_batch, random_like, tiny_policy
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import funcprobe
+from funcprobe import AdamGroup, InputError, UpdateBatch
+from funcprobe.layout import microbatches
+from funcprobe.policy import frozen_forward, trainable_params
+from funcprobe.precision import arithmetic_of
+
+SHAPE = {
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+GPT2 = {
+    "vocab_size": 11,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+    "initializer_range": 0.3,
+}
+
+
+def with_lora(base, dtype, targets="all-linear", **lora):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM", **lora)
+    model = get_peft_model(base, config)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.to(dtype).eval()
+
+
+def llama(dtype):
+    return with_lora(LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)), dtype)
+
+
+def gemma2(dtype):
+    # A cap of 0.8 bends logits of this size visibly; the true 30 would hardly.
+    config = Gemma2Config(
+        **SHAPE, head_dim=8, final_logit_softcapping=0.8, attn_implementation="eager", sliding_window=4
+    )
+    return with_lora(Gemma2ForCausalLM(config), dtype)
+
+
+def gpt2(dtype):
+    return with_lora(
+        GPT2LMHeadModel(GPT2Config(**GPT2)), dtype, ["c_attn", "c_fc"], fan_in_fan_out=True
+    )
+
+
+def llama_with_lora_on_the_head(dtype):
+    return with_lora(LlamaForCausalLM(LlamaConfig(**SHAPE)), dtype, ["q_proj", "lm_head"])
+
+
+def llama_with_a_trainable_head(dtype):
+    return with_lora(
+        LlamaForCausalLM(LlamaConfig(**SHAPE)), dtype, ["v_proj"], modules_to_save=["lm_head"]
+    )
+
+
+def qwen2(dtype):
+    return tiny_policy(dtype=dtype)
+
+
+BUILDERS = [qwen2, llama, gemma2, gpt2, llama_with_lora_on_the_head, llama_with_a_trainable_head]
+
+
+def built(build, dtype=torch.float64):
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return build(dtype)
+
+
+BATCH = random_batch([(0, 3, 4), (1, 5, 1), (2, 1, 6), (0, 3, 2)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_logits_are_the_models_own(build, dtype, temperature):
+    model = built(build, dtype)
+    params = trainable_params(model)
+    forward = frozen_forward(model, params, temperature)
+    # Other parameters than the model's: handed over, and written into a second model.
+    moved = {n: t + 0.2 * random_like(params)[n] for n, t in params.items()}
+    reference = built(build, dtype)
+    for n, p in reference.named_parameters():
+        if n in moved:
+            p.data.copy_(moved[n])
+    (rows,) = microbatches(BATCH, 64)
+    with torch.no_grad():
+        ours_TV = forward.logits(moved, forward.hidden(moved, rows))
+        before_TV = forward.logits(params, forward.hidden(params, rows))
+        with arithmetic_of(moved):
+            theirs_NLV = reference(input_ids=rows.tokens_NL).logits / temperature
+            # Alone and unpadded, the second sequence must not see its neighbours.
+            alone_NLV = reference(input_ids=BATCH.tokens_NL[1:2, :6]).logits / temperature
+    theirs_TV = theirs_NLV[rows.row_T, rows.position_T]
+    assert ours_TV.dtype == dtype
+    # The same operations on the same rows; a matrix product over packed rows may sum in another
+    # order, 16 to 24 terms of size 1.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours_TV, theirs_TV, rtol=50 * eps, atol=50 * eps)
+    (token,) = (rows.sequence_T == 1).nonzero().flatten().tolist()
+    torch.testing.assert_close(ours_TV[token], alone_NLV[0, 4], rtol=500 * eps, atol=500 * eps)
+    assert float((ours_TV - before_TV).abs().max()) > 1e-2  # the parameters do something
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_every_trainable_parameter_is_used(build):
+    model = built(build)
+    probe = funcprobe.bind(model, max_tokens=64)
+    p_NR = random_like({"p": funcprobe.response_mask(BATCH).double()})["p"]
+    grads = probe.weighted_grad(probe.params, BATCH, p_NR, torch.zeros_like(p_NR))
+    assert list(grads) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    assert all(bool(g.any()) for g in grads.values())
+
+
+def test_temperature_divides_the_logits():
+    model = built(qwen2)
+    params = trainable_params(model)
+    (rows,) = microbatches(BATCH, 64)
+    plain, hot = (frozen_forward(model, params, t) for t in (1.0, 4.0))
+    with torch.no_grad():
+        hidden_TD = plain.hidden(params, rows)
+        # a division by a power of two is exact
+        assert torch.equal(plain.logits(params, hidden_TD), 4 * hot.logits(params, hidden_TD))
+        assert torch.equal(hidden_TD, hot.hidden(params, rows))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(InputError, match="temperature"):
+        funcprobe.bind(built(qwen2), temperature=temperature)
+
+
+def granite(dtype):
+    return with_lora(GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)), dtype)
+
+
+def cohere(dtype):
+    return with_lora(CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.25)), dtype)
+
+
+class ShiftedLlama(LlamaForCausalLM):
+    """Its logits differ from the head's in one entry, by little."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits[..., 3] += 1e-4
+        return out
+
+
+def shifted(dtype):
+    return with_lora(ShiftedLlama(LlamaConfig(**SHAPE)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("build", "name"), [(granite, "GraniteFor"), (cohere, "CohereFor"), (shifted, "ShiftedLlama")]
+)
+def test_logits_that_are_not_the_heads_are_refused(build, name, dtype):
+    with pytest.raises(InputError, match=f"{name}.*logits are not the output embedding"):
+        funcprobe.bind(built(build, dtype))
+
+
+def in_training(model):
+    model.train()
+
+
+def an_adapter_added_later(model):
+    # its new modules, dropout among them, are born in training mode
+    model.add_adapter("other", model.peft_config["default"])
+
+
+def checkpointing(model):
+    model.gradient_checkpointing_enable()
+
+
+def inputs_require_grads(model):
+    model.enable_input_require_grads()
+
+
+def other_adapter(model):
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    model.eval()
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+SPOILED = [
+    (in_training, r"training mode.*model\.eval\(\)"),
+    (an_adapter_added_later, r"training mode.*model\.eval\(\)"),
+    (checkpointing, r"gradient checkpointing is on"),
+    (inputs_require_grads, r"disable_input_require_grads\(\)"),
+    (other_adapter, r"adapter default not active"),
+    (merged, r"merged into the base"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "says"), SPOILED)
+def test_a_model_whose_forward_would_be_another_is_refused(spoil, says):
+    model = built(qwen2)
+    params = trainable_params(model)
+    spoil(model)
+    with pytest.raises(InputError, match=says):
+        frozen_forward(model, params)
+
+
+@pytest.mark.parametrize(("spoil", "says"), SPOILED)
+def test_a_model_that_changes_after_binding_is_refused(spoil, says):
+    model = built(qwen2)
+    probe = funcprobe.bind(model)
+    probe.token_stats(probe.params, BATCH)
+    spoil(model)
+    with pytest.raises(InputError, match=says):
+        probe.token_stats(probe.params, BATCH)
+
+
+def test_a_disabled_adapter_is_refused():
+    model = built(qwen2)
+    params = trainable_params(model)
+    bound = funcprobe.bind(model)
+    with model.disable_adapter():
+        with pytest.raises(InputError, match=r"not active.*leave disable_adapter\(\)"):
+            frozen_forward(model, params)
+        # functional_call would give the base model, and zero gradients
+        with pytest.raises(InputError, match="not active"):
+            bound.token_stats(params, BATCH)
+    frozen_forward(model, params)
+    bound.token_stats(params, BATCH)
+
+
+def test_a_second_adapter_is_the_registry_when_it_is_active():
+    model = built(qwen2)
+    other_adapter(model)
+    params = trainable_params(model)
+    assert params
+    assert all(".other." in n for n in params)
+    frozen_forward(model, params)
+    model.set_adapter("default")
+    with pytest.raises(InputError, match="adapter other not active"):
+        frozen_forward(model, params)
+
+
+@pytest.mark.parametrize("kind", ["lora_embedding_A", "lora_B", "modules_to_save"])
+def test_parameters_of_every_kind_must_be_of_an_active_adapter(kind):
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = with_lora(base, torch.float64, ["embed_tokens", "v_proj"], modules_to_save=["lm_head"])
+    params = {n: t for n, t in trainable_params(model).items() if kind in n}
+    assert params
+    frozen_forward(model, params)
+    other_adapter(model)
+    with pytest.raises(InputError, match="adapter default not active"):
+        frozen_forward(model, params)
+
+
+def test_no_trainable_parameters_are_refused():
+    with pytest.raises(InputError, match="no trainable parameters"):
+        funcprobe.bind(built(qwen2).requires_grad_(False))
+
+
+def test_parameters_of_other_names_or_shapes_are_refused():
+    model = built(qwen2)
+    probe = funcprobe.bind(model)
+    params = probe.params
+    name = next(iter(params))
+    wrong = {
+        "unknown": (params | {"lm_head.other": params[name]}, "unexpected lm_head.other"),
+        "frozen": (
+            params | {"base_model.model.lm_head.weight": torch.zeros(11, 16)},
+            "unexpected base_model",
+        ),
+        "missing": ({n: t for n, t in params.items() if n != name}, f"missing {name}"),
+        "without the adapter's name": (
+            {n.replace(".default", ""): t for n, t in params.items()},
+            "names do not match",
+        ),
+        "transposed": (params | {name: params[name].T}, f"{name} has shape"),
+    }
+    for given, says in wrong.values():
+        for call in (probe.token_stats, probe.seq_logprobs):
+            with pytest.raises(ValueError, match=says):
+                call(given, BATCH)
+        with pytest.raises(ValueError, match=says):
+            probe.tangents(params, BATCH, given)
+        with pytest.raises(ValueError, match=says):
+            probe.alpha_vjp(params, BATCH, given)
+    with pytest.raises(InputError, match=r"nowhere\.weight is no parameter"):
+        frozen_forward(model, {"nowhere.weight": torch.zeros(2)})
+
+
+def test_the_registry_is_sorted_and_shares_storage():
+    model = built(qwen2)
+    params = trainable_params(model)
+    named = dict(model.named_parameters())
+    assert list(params) == sorted(n for n, p in named.items() if p.requires_grad)
+    for n, t in params.items():
+        assert t.data_ptr() == named[n].data_ptr()
+        assert not t.requires_grad
+
+
+def snapshot(model):
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {n: (t, t.detach().clone(), t._version, t.requires_grad, t.grad) for n, t in named.items()}
+
+
+def require_untouched(model, before):
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    for n, (tensor, copy, version, requires_grad, grad) in before.items():
+        assert after[n] is tensor, n
+        assert torch.equal(tensor, copy), n
+        assert tensor._version == version, n
+        assert tensor.requires_grad == requires_grad, n
+        assert tensor.grad is grad is None, n
+    assert not any(module.training for module in model.modules())
+
+
+def everything(probe):
+    params = probe.params
+    v = random_like(params)
+    p_NR = funcprobe.response_mask(BATCH).double()
+    update = UpdateBatch(BATCH, random_like({"c": p_NR})["c"] * p_NR)
+    state = funcprobe.fresh_adam_state(params, (AdamGroup(tuple(params), 1e-3, 0.9, 0.99, 1e-8, 0.1),))
+    stats = probe.token_stats(params, BATCH)
+    return {
+        "token_stats": lambda: probe.token_stats(params, BATCH),
+        "weighted_grad": lambda: probe.weighted_grad(params, BATCH, p_NR, 2 * p_NR),
+        "grad_X": lambda: probe.grad_X(params, BATCH),
+        "grad_Y": lambda: probe.grad_Y(params, update),
+        "tangents": lambda: probe.tangents(params, BATCH, v),
+        "alpha_vjp": lambda: probe.alpha_vjp(params, BATCH, v),
+        "predict": lambda: probe.predict(params, BATCH, update, state),
+        "measure": lambda: probe.measure(params, BATCH, v, 0.3, stats),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_model_is_untouched(dtype):
+    model = built(qwen2, dtype)
+    before = snapshot(model)
+    calls = everything(funcprobe.bind(model, max_tokens=16))
+    require_untouched(model, before)
+    for call in calls.values():
+        call()
+        require_untouched(model, before)
+
+
+def test_the_model_is_untouched_by_a_call_that_fails():
+    model = built(qwen2)
+    calls = everything(funcprobe.bind(model, max_tokens=16))
+    before = snapshot(model)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    # In the middle of the second layer, with the parameters swapped in; in the head; nowhere.
+    modules = dict(model.named_modules())
+    places = [n for n in modules if n.endswith(("layers.1.mlp", "lm_head"))]
+    assert len(places) == 2
+    for place in places:
+        handle = modules[place].register_forward_hook(fail)
+        for call in calls.values():
+            with pytest.raises(ZeroDivisionError):
+                call()
+            require_untouched(model, before)
+        handle.remove()
+    for call in calls.values():
+        call()

@@ -1,0 +1,384 @@
+"""A whole run: what it writes, what it leaves alone, what it does not compute again."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Checkpoint, sets
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import funcprobe
+from funcprobe.adapters import batches, plan
+from funcprobe.adapters import run as run_module
+from funcprobe.adapters.config import read_config
+from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
+
+
+@pytest.fixture
+def probe(checkpoint, tmp_path, monkeypatch):
+    """Runs with the fixture's settings and changes to them, in tmp_path; gives results.json."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(
+        name: str, *, fresh: bool = False, of: Checkpoint = checkpoint, **changes: Any
+    ) -> dict[str, Any]:
+        given = of.settings() | {"run.name": name}
+        given |= {key.replace("__", "."): value for key, value in changes.items()}
+        Path("c.toml").touch()
+        config = read_config(Path("c.toml"), sets(given)[1::2])
+        document, folder = run_module.run(config, Narrator(), fresh=fresh)
+        written: dict[str, Any] = json.loads((folder / "results.json").read_text())
+        assert written == json.loads(json.dumps(document))
+        return written
+
+    return call
+
+
+def without_seconds(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key != "seconds"}
+
+
+def derivative(document: dict[str, Any]) -> float:
+    return document["first_order"]["derivative"]["value"]
+
+
+def rollout_bytes(name: str) -> list[bytes]:
+    return [Path(f"runs/{name}/rollouts/{x}.parquet").read_bytes() for x in ("eval", "update")]
+
+
+# What it writes
+
+
+def test_the_run_folder_holds_what_was_run(probe, checkpoint) -> None:
+    document = probe("one", run__seed=3)
+    folder = Path("runs/one")
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    assert found == [
+        "config.toml",
+        "direction.safetensors",
+        "manifest.json",
+        "results.json",
+        "rollouts/eval.parquet",
+        "rollouts/update.parquet",
+        "run.log",
+    ]
+    config = read_config(folder / "config.toml")
+    assert (config.run.seed, config.run.name) == (3, "one")
+    assert config.policy.checkpoint == str(checkpoint.adapter)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["seed"] == 3
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["optimizer"]["positional"] is True
+    assert manifest["inputs"]["optimizer"].keys() == {"optimizer.pt"}
+    update = load_rollouts(folder / "rollouts/update.parquet", 14, rewards=True)
+    assert update.reward == [float(len(text)) for text in update.response]
+    assert sum(update.advantage) == pytest.approx(0, abs=1e-12)
+    assert [update.prompt_index.count(i) for i in set(update.prompt_index)] == [3] * 4
+    evaluated = load_rollouts(folder / "rollouts/eval.parquet", 14, rewards=False)
+    assert len(evaluated.prompt_index) == 12
+    assert document["counts"]["E_tokens"] == sum(map(len, evaluated.response_ids))
+    assert document["counts"]["U_tokens"] == sum(map(len, update.response_ids))
+    assert document["mean_reward"]["value"] == pytest.approx(sum(update.reward) / 12)
+    assert all(check["passed"] for check in document["checks"])
+
+
+def every_number(value: Any, path: str = "") -> dict[str, float]:
+    if isinstance(value, dict):
+        return {k: v for key, x in value.items() for k, v in every_number(x, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, x in enumerate(value) for k, v in every_number(x, f"{path}/{i}").items()}
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {path: float(value)} if is_number else {}
+
+
+def test_every_quantity_has_its_unit_and_normalisation(probe) -> None:
+    document = probe("one")
+
+    def quantities(value: Any) -> list[dict[str, Any]]:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        own = [value] if isinstance(value, dict) and "value" in value else []
+        return own + [q for x in inner for q in quantities(x)]
+
+    found = quantities(document)
+    assert len(found) > 40
+    for quantity in found:
+        assert quantity["unit"]
+        assert quantity["normalised_by"]
+    assert "raises the entropy" in document["conventions"]["sign"]
+
+
+def test_prediction_and_measurement_meet_at_a_small_eta(probe) -> None:
+    document = probe("one", measure__etas=[1e-9, 1e-8, 1e-7])
+    ratios = [row["ratio"]["value"] for row in document["sweep"]]
+    # The deviation is linear in eta; at 1e-9 it is 1e-6 of the change and rounding is 1e-5 of it.
+    assert abs(ratios[0] - 1) < 1e-4
+    first = document["first_order"]
+    assert first["bars_dot"]["value"] == pytest.approx(derivative(document), rel=1e-9)
+    parts = [first[f"from_{part}"]["value"] for part in ("update", "momentum", "weight_decay")]
+    assert all(parts)
+    assert sum(parts) == pytest.approx(derivative(document), rel=1e-9)
+
+
+def test_the_direction_is_what_torchs_adamw_does(probe, checkpoint) -> None:
+    """An optimizer restored from the file takes the step on the run's own U, by plain autograd."""
+    document = probe("one", policy__dtype="float32", optimizer__max_grad_norm=0.01)
+    assert document["clip_coefficient"] < 0.5  # clipping has something to do
+    folder = Path("runs/one")
+    update = load_rollouts(folder / "rollouts/update.parquet", 14, rewards=True)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.base)
+    model = PeftModel.from_pretrained(base, checkpoint.adapter, is_trainable=True).eval()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": list(named.values())}, {"params": []}]
+    optimizer = torch.optim.AdamW(groups)
+    optimizer.load_state_dict(torch.load(checkpoint.adapter / "optimizer.pt", weights_only=True))
+    lr = optimizer.param_groups[0]["lr"]
+    tokens = sum(map(len, update.response_ids))
+    loss = torch.zeros(())
+    for x, y, advantage in zip(update.prompt_ids, update.response_ids, update.advantage, strict=True):
+        logits = model(torch.tensor([[*x, *y]])).logits[0, len(x) - 1 : -1]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum()
+        loss = loss - advantage * logp / tokens  # "dapo"
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(named.values(), 0.01)
+    before = {n: p.detach().clone() for n, p in named.items()}
+    optimizer.step()
+    direction = load_file(folder / "direction.safetensors")
+    assert direction.keys() == named.keys()
+    for name, v in direction.items():
+        taken = (named[name].detach() - before[name]).double() / lr
+        # theta of about 1 is stored to 6e-8, which at lr 1e-3 is 6e-5 of v, entries about 1.
+        assert float((taken - v).abs().max()) < 5e-4, name
+        assert float(v.abs().max()) > 0.1
+
+
+def test_the_entropy_is_that_of_the_policy_that_was_sampled(probe, checkpoint) -> None:
+    """At temperature 0.5: the mean entropy of softmax(logits / 0.5), by peft's own model."""
+    document = probe("one", policy__dtype="float32", sampling__temperature=0.5)
+    drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.base)
+    model = PeftModel.from_pretrained(base, checkpoint.adapter).eval()
+    entropies: list[float] = []
+    for x, y in zip(drawn.prompt_ids, drawn.response_ids, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*x, *y]])).logits[0, len(x) - 1 : -1]
+        entropies += torch.distributions.Categorical(logits=logits / 0.5).entropy().tolist()
+    # float32: about 1e-6 for each of some fifty entropies around 1
+    assert document["entropy"]["value"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+
+
+# What it leaves alone
+
+
+def test_parameters_buffers_and_random_state_are_bit_identical(probe, monkeypatch) -> None:
+    seen: dict[str, Any] = {}
+    load_policy = plan.load_policy
+
+    def remembering(*args: Any) -> Any:
+        policy = load_policy(*args)
+        tensors = (*policy.model.named_parameters(), *policy.model.named_buffers())
+        seen.update(model=policy.model, before={n: t.clone() for n, t in tensors})
+        return policy
+
+    monkeypatch.setattr(plan, "load_policy", remembering)
+    torch.manual_seed(8)
+    state = torch.get_rng_state()
+    probe("one")
+    assert torch.equal(torch.get_rng_state(), state)
+    after = dict((*seen["model"].named_parameters(), *seen["model"].named_buffers()))
+    assert after.keys() == seen["before"].keys()
+    assert len(after) > 30
+    for name, tensor in after.items():
+        assert torch.equal(tensor, seen["before"][name]), name
+        assert tensor.grad is None, name
+
+
+# The same again, and what may not matter
+
+
+def test_the_same_seed_gives_the_same_results(probe) -> None:
+    one, two, other = probe("one", fresh=True), probe("two", fresh=True), probe("three", run__seed=1)
+    assert without_seconds(one) == without_seconds(two)
+    assert rollout_bytes("one") == rollout_bytes("two")
+    assert derivative(other) != derivative(one)
+    assert rollout_bytes("three") != rollout_bytes("one")
+
+
+@pytest.mark.parametrize(
+    "entropy",
+    [
+        {},
+        {"entropy__per": "sequence", "entropy__weights": "sequence"},
+        {"entropy__integrand": "sampled", "optimizer__rule": "precondition"},
+    ],
+)
+def test_the_size_of_a_microbatch_does_not_matter(probe, entropy) -> None:
+    whole, split = probe("one", **entropy), probe("two", run__max_tokens=11, **entropy)
+    assert rollout_bytes("one") == rollout_bytes("two")
+    a, b = (every_number(x["first_order"] | {"norms": x["norms"]}) for x in (whole, split))
+    assert a.keys() == b.keys()
+    assert len(a) > 10
+    for key, value in a.items():
+        assert b[key] == pytest.approx(value, rel=1e-9), key
+    noise = whole["fit"]["rounding_noise"]["value"]
+    for one, two in zip(whole["sweep"], split["sweep"], strict=True):
+        expected = one["measured"]["value"]
+        assert two["measured"]["value"] == pytest.approx(expected, rel=1e-9, abs=50 * noise)
+
+
+def test_the_size_of_a_generation_batch_is_part_of_the_seed(probe) -> None:
+    probe("one")
+    probe("two", sampling__generation_batch=5)
+    assert rollout_bytes("one") != rollout_bytes("two")
+
+
+# Stages
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """How often the three expensive things are done."""
+    seen: Counter = Counter()
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            seen[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(batches, "sample_responses")
+    count(funcprobe, "first_order_passes")
+    count(funcprobe, "token_stats")
+    return seen
+
+
+def test_stages_whose_inputs_are_the_same_are_not_computed_again(probe, calls, damaged) -> None:
+    def done(name: str, **kwargs: Any) -> tuple[int, int, int]:
+        """Batches sampled, first orders computed, forwards of the sweep (the checks' left out)."""
+        calls.clear()
+        probe(name, of=damaged, measure__next_lr=False, **kwargs)
+        return calls["sample_responses"], calls["first_order_passes"], calls["token_stats"] - 1
+
+    first = {"measure__etas": [1e-5, 1e-4]}
+    assert done("one", **first) == (2, 1, 2)
+    before = without_seconds(json.loads(Path("runs/one/results.json").read_text()))
+    assert done("one", **first) == (0, 0, 0)
+    assert without_seconds(json.loads(Path("runs/one/results.json").read_text())) == before
+    assert done("two", measure__etas=[1e-5, 1e-4, 1e-3]) == (0, 0, 1 + 3)  # and three mirrored
+    assert done("two", optimizer__rule="sgd", **first) == (0, 1, 2)
+    assert done("two", optimizer__rule="precondition", **first) == (0, 1, 2)
+    assert done("two", entropy__per="sequence", **first) == (0, 1, 0)  # same v: arithmetic alone
+    assert done("two", objective__preset="rloo", **first) == (0, 1, 2)
+    assert done("two", sampling__B_E=13, **first)[0] == 2
+    assert done("two", fresh=True, **first) == (2, 1, 2)
+    state = torch.load(damaged.adapter / "optimizer.pt", weights_only=True)
+    state["state"][0]["exp_avg"] *= 2
+    torch.save(state, damaged.adapter / "optimizer.pt")
+    assert done("two", **first) == (0, 1, 2)
+    damaged.rewards.write_text(damaged.rewards.read_text().replace("len(text)", "len(text) ** 2"))
+    assert done("two", **first) == (0, 1, 2)
+    damaged.prompts.write_text(damaged.prompts.read_text().replace("3+4", "5+5"))
+    assert done("two", **first) == (2, 1, 2)
+    weights = damaged.base / "model.safetensors"
+    assert done("two", **first) == (0, 0, 0)
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1  # one bit of one weight
+    weights.write_bytes(data)
+    assert done("two", **first) == (2, 1, 2)
+
+
+# Rollouts that are brought
+
+
+def test_brought_rollouts_are_as_good_as_the_sampled_ones_they_are(probe, calls) -> None:
+    sampled = probe("one", sampling__temperature=0.8)
+    calls.clear()
+    brought = {
+        "rollouts__eval": "runs/one/rollouts/eval.parquet",
+        "rollouts__update": "runs/one/rollouts/update.parquet",
+        "prompts__source": "/gone.jsonl",  # not needed any more, nor is the reward
+        "reward__function": "gone:gone",
+    }
+    again = probe("two", **brought)
+    assert calls["sample_responses"] == 0
+    assert without_seconds(again) == without_seconds(sampled)
+    assert rollout_bytes("one") == rollout_bytes("two")
+    half = probe("three", rollouts__eval=brought["rollouts__eval"], sampling__temperature=0.8)
+    assert without_seconds(half) == without_seconds(sampled)
+
+
+def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> None:
+    sampled = probe("one")
+    path = Path("runs/one/rollouts/eval.parquet")
+    drawn = load_rollouts(path, 14, rewards=False)
+    config = read_config(Path("runs/one/config.toml"))
+    policy = plan.load_policy(config.policy, torch.device("cpu"))
+    bound = funcprobe.bind(policy.model, max_tokens=config.run.max_tokens)
+    logp_NR = bound.token_stats(bound.params, to_batch(drawn)).logp_NR
+    own = [row[: len(y)].tolist() for row, y in zip(logp_NR, drawn.response_ids, strict=True)]
+    save_rollouts(drawn._replace(sampler_logp=own), Path("own.parquet"))
+    same = probe("two", rollouts__eval="own.parquet")
+    for part in ("first_order", "sweep"):  # every ratio is exp(0), and 1.0 changes no product
+        assert same[part] == sampled[part]
+
+    # A sampler that was half as sure of every first token: ratios of 2 for all, which cancel.
+    halved = [[row[0] - 0.6931471805599453, *row[1:]] for row in own]
+    save_rollouts(drawn._replace(sampler_logp=halved), Path("halved.parquet"))
+    even = probe("three", rollouts__eval="halved.parquet", entropy__weights="sequence")
+    plain = probe("four", entropy__weights="sequence")
+    assert derivative(even) == pytest.approx(derivative(plain), rel=1e-9)
+
+    # One that favoured the first response alone changes the result.
+    skewed = [[logp / 2 for logp in own[0]], *own[1:]]
+    save_rollouts(drawn._replace(sampler_logp=skewed), Path("skewed.parquet"))
+    other = probe("five", rollouts__eval="skewed.parquet")
+    assert abs(derivative(other) / derivative(sampled) - 1) > 1e-3
+    assert all(check["passed"] for check in other["checks"])
+
+
+def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
+    probe("one", sampling__temperature=0.5)
+    update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)
+    firsts = slice(0, None, 3)
+    single = update._replace(
+        **{k: v[firsts] for k, v in update._asdict().items() if isinstance(v, list)}
+    )
+    save_rollouts(single, Path("single.parquet"))
+    one_prompt = update._replace(
+        **{k: v[:3] for k, v in update._asdict().items() if isinstance(v, list)}
+    )
+    save_rollouts(one_prompt, Path("one_prompt.parquet"))
+    for given, said in (
+        ({"rollouts.update": "runs/one/rollouts/update.parquet"}, "E has temperature 1 and U 0.5"),
+        (
+            {"rollouts.update": "single.parquet", "sampling.temperature": 0.5},
+            "has one response",
+        ),
+        (
+            {"rollouts.update": "one_prompt.parquet", "sampling.temperature": 0.5},
+            "U has responses to one prompt only",
+        ),
+        ({"rollouts.update": "runs/one/rollouts/eval.parquet"}, "row 0 has no reward"),
+    ):
+        outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
+        assert (outcome.status, outcome.out) == (2, "")
+        assert said in outcome.err.splitlines()[-1]
+        assert not Path("runs/probe").exists()
+
+
+def test_without_optimizer_state_the_gradient_is_the_direction(probe, damaged) -> None:
+    (damaged.adapter / "optimizer.pt").unlink()
+    document = probe("one", of=damaged, optimizer__rule="sgd", optimizer__max_grad_norm=0.0)
+    first = document["first_order"]
+    assert first["bars_dot"]["value"] == first["bars_dot_identity"]["value"]
+    assert first["from_momentum"]["value"] == first["from_weight_decay"]["value"] == 0
+    assert document["norms"]["v"]["value"] == document["norms"]["Y"]["value"]
+    assert not any(row["is_next_lr"] for row in document["sweep"])
