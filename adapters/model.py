@@ -16,7 +16,6 @@ from peft import (
 )
 from peft.utils import load_peft_weights
 from transformers import GenerationConfig
-from transformers.utils.logging import disable_progress_bar
 
 from funcprobe.policy import trainable_params
 from funcprobe.types import InputError, Params
@@ -48,7 +47,6 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     tensor. Raises InputError, one line, for what cannot be loaded, an adapter of another base, a
     quantised base, no LoRA parameters, or more than `max_trainable`.
     """
-    disable_progress_bar()
     subfolder = None if config.adapter == "default" else config.adapter
     adapter_config = _adapter_config(config.checkpoint, subfolder)
     base_id = config.base or adapter_config.base_model_name_or_path

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers.utils.logging import disable_progress_bar
+
 import funcprobe
 from funcprobe.objective import PRESETS, Objective
 from funcprobe.policy import Forward
@@ -48,6 +50,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
 
     Everything that can be refused without sampling is: InputError, one line.
     """
+    disable_progress_bar()  # transformers' own, between the lines of ours
     sampled = config.rollouts.eval is None or config.rollouts.update is None
     config = _with_toy(config, narrator, prompts=sampled)
     reward = None

@@ -163,6 +163,10 @@ def _text(row: Row, number: int, source: str, prompt_column: str, template: str 
         ) from error
     if not text.strip():
         raise InputError(f"{where}: template {template!r} gives an empty prompt: add a column")
+    try:
+        text.encode()  # JSON can write half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: not Unicode text ({error.reason}): mend or drop the row") from error
     return text
 
 
@@ -213,6 +217,10 @@ def _json(path: Path) -> list[Row]:
                 f"{path}, line {number + error.lineno - 1}: {error.msg}; expected one JSON object "
                 "per line, or one array of objects: mend or drop the line"
             ) from error
+        except RecursionError as error:
+            raise InputError(
+                f"{path}, line {number}: nested too deeply: mend or drop the line"
+            ) from error
         rows += found if whole else [found]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -233,6 +241,7 @@ def _dataset(source: str, split: str) -> list[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    datasets.disable_progress_bars()
     name, _, configuration = source.partition(":")
     try:
         found = datasets.load_dataset(name, configuration or None, split=split)

@@ -31,6 +31,7 @@ class Sweep(NamedTuple):
 
     etas: tuple[float, ...]
     measured: tuple[Measured, ...]
+    mirrored: int  # how many of the smallest were measured at -eta too
     rounding_noise: float | None  # None where there are fewer than three etas
 
 
@@ -82,10 +83,7 @@ def document(
             "U_tokens": int(batches.update.batch.response_length_N.sum()),
             "U_groups_of_equal_rewards": batches.equal_groups,
             "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
-            "model_passes": {
-                "over_E": 3 + len(sweep.etas) + min(3, len(sweep.etas)) // 3 * 3,
-                "over_U": 2,
-            },
+            "model_passes": {"over_E": 3 + len(sweep.etas) + sweep.mirrored, "over_U": 2},
         },
         "entropy": quantity(prediction.entropy, unit, over),
         "mean_reward": quantity(

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -226,8 +225,10 @@ def _checked(spec: str, result: Any, count: int) -> Tensor:
             raise InputError(
                 f"reward {spec!r} returned {type(value).__name__} for response {i}, expected a number"
             )
-        if not math.isfinite(value):
-            raise InputError(f"reward {spec!r} returned {value} for response {i}, expected finite")
+        # NaN compares false; an integer may be too large for a float, and too long to print.
+        if not bool(abs(value) <= sys.float_info.max):  # type: ignore[arg-type, operator]
+            found = value if isinstance(value, float) else "a number out of range"
+            raise InputError(f"reward {spec!r} returned {found} for response {i}, expected finite")
     return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
@@ -236,7 +237,7 @@ def _users_code(run: Callable[[], Any], what: str, hint: str = "") -> Any:
         return run()
     # Broad, because it is the user's code, which may raise anything, and nothing goes on from
     # here: the exception comes back as what it is, an input that cannot be used.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raised = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{what} raised {raised}{hint}") from error
 

@@ -205,7 +205,7 @@ def _sweep(
         noise = estimators.rounding_noise(
             mirrored, [m.delta for m in plus[: len(mirrored)]], [m.delta for m in minus]
         )
-    return results.Sweep(plan.etas, tuple(plus), noise)
+    return results.Sweep(plan.etas, tuple(plus), len(mirrored), noise)
 
 
 def _state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import random
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -230,7 +231,11 @@ def _train_adapter(
     from transformers import TrainerState, get_scheduler
 
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora).eval()
+    with (
+        warnings.catch_warnings()
+    ):  # peft asks transformers 5.23 for an attribute that warns of its age
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(base, lora).eval()
     # The Trainer's two groups; LoRA has neither biases nor norms, so that the second is empty.
     decay = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": decay, "weight_decay": 0.01}, {"params": [], "weight_decay": 0.0}]

@@ -105,12 +105,12 @@ def routes_agree(prediction: Prediction) -> Check:
 
 
 def identity_against_adam(prediction: Prediction) -> Check:
-    """|<X, v>| / |<X, Y>|: what Adam does to the size of the effect."""
-    ratio = _relative(prediction.bars_dot, prediction.bars_dot_identity)
+    """|<X, P Y>| / |<X, Y>|: how much the preconditioner enlarges the effect of the gradient."""
+    ratio = _relative(prediction.from_update, prediction.bars_dot_identity)
     return Check(
         "Adam against identity",
         ratio < 1000,
-        f"<X, v> = {prediction.bars_dot:.3g}, <X, Y> = {prediction.bars_dot_identity:.3g}, "
+        f"<X, P Y> = {prediction.from_update:.3g}, <X, Y> = {prediction.bars_dot_identity:.3g}, "
         f"ratio {ratio:.3g}",
         "< 1000",
         "second moments near 0 amplify the gradient by 1/eps: state of another adapter, or of step 1; "

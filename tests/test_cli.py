@@ -446,7 +446,8 @@ def test_check_writes_nothing_and_fails_by_its_status(command, checkpoint, monke
     outcome = command("check", "c.toml", *sets(checkpoint.settings()))
     assert outcome.status == 0
     assert [path.name for path in Path.cwd().iterdir()] == ["c.toml"]
-    assert outcome.out.count("pass") == 9
+    assert outcome.out.count("pass") == 10
+    assert "sanity checks: 9 of 9 passed" in outcome.out
     assert "FAIL" not in outcome.out
     gradients_reach = run_module.checks.gradients_reach
     monkeypatch.setattr(
@@ -456,8 +457,19 @@ def test_check_writes_nothing_and_fails_by_its_status(command, checkpoint, monke
     )
     outcome = command("check", "c.toml", *sets(checkpoint.settings()))
     assert outcome.status == 1
-    assert outcome.out.count("FAIL") == 1
-    assert "gradient X is nonzero failed, which usually means: the adapter is cut off" in outcome.out
+    assert outcome.out.count("FAIL") == 2  # in the table and below it
+    assert "FAIL: gradient X is nonzero: " in outcome.out
+    assert "this usually means: the adapter is cut off" in outcome.out
+    monkeypatch.setattr(run_module.checks, "gradients_reach", gradients_reach)
+    identity_against_adam = run_module.checks.identity_against_adam
+    monkeypatch.setattr(
+        run_module.checks,
+        "identity_against_adam",
+        lambda prediction: identity_against_adam(prediction)._replace(passed=False),
+    )
+    outcome = command("check", "c.toml", *sets(checkpoint.settings()))
+    assert outcome.status == 0
+    assert "suspect: Adam against identity: " in outcome.out
 
 
 # The disk fills up
@@ -592,7 +604,7 @@ def test_the_table_and_the_summary(command, checkpoint) -> None:
     assert outcome.status == 0
     document = json.loads(Path("runs/one/results.json").read_text())
     for row in document["sweep"]:
-        (line,) = [x for x in outcome.out.splitlines() if f"{row['ratio']['value']:.6f}" in x]
+        (line,) = [x for x in outcome.out.splitlines() if f"{row['ratio']['value']:.7f}" in x]
         assert f"{row['predicted']['value']:+.4e}" in line
         assert f"{row['measured']['value']:+.4e}" in line
         assert ("(next lr)" in line) == row["is_next_lr"]

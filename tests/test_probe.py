@@ -419,8 +419,8 @@ def test_check_routes_agree(healthy):
 
 def test_check_identity_against_adam(healthy):
     assert checks.identity_against_adam(healthy).passed
-    for bars_dot in (2000 * healthy.bars_dot_identity, -2000 * healthy.bars_dot_identity, math.nan):
-        assert not checks.identity_against_adam(healthy._replace(bars_dot=bars_dot)).passed
+    for found in (2000 * healthy.bars_dot_identity, -2000 * healthy.bars_dot_identity, math.nan):
+        assert not checks.identity_against_adam(healthy._replace(from_update=found)).passed
     assert not checks.identity_against_adam(healthy._replace(bars_dot_identity=0.0)).passed
 
 

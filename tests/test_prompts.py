@@ -141,6 +141,8 @@ def test_a_null_in_the_template(tmp_path):
         ('[{"q": "a"}, "b"]', "x.json", "row 2: str, expected a JSON object"),
         (b'{"q": "\xff"}', "x.jsonl", "expected UTF-8 text"),
         ("", "x.jsonl", "has no rows"),
+        ('{"q": "a"}\n{"q": "\\ud800"}', "x.jsonl", "row 2 of .*not Unicode text"),
+        ("[" * 100_000, "x.jsonl", "line 1: nested too deeply"),
         ("not parquet", "x.parquet", "cannot be read as Parquet"),
         ("q\na\n", "x.csv", "expected a file of type .jsonl, .json, .parquet"),
     ],
