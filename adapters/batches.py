@@ -111,14 +111,17 @@ def _sampled(
         rollouts.save_rollouts(drawn, path)
 
     inputs = {
-        **{key: plan.inputs[key] for key in ("base", "adapter", "prompts")},
-        "policy": plan.config.policy.model_dump(),
-        "sampling": plan.config.sampling.model_dump(),
+        "policy": plan.inputs["policy"],
+        "prompt_ids": [plan.prompt_ids[i] for i in index],
+        "sampling": plan.config.sampling.model_dump(exclude={"B_E", "B_U", "G"}),
         "index": index,
         "seed": seed,
     }
     with stages.file(f"rollouts-{name}", inputs, "parquet", generate) as path:
-        return rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
+        try:
+            return rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
+        except InputError as error:
+            raise InputError(f"stored stage is damaged ({error}): delete it, or use --fresh") from error
 
 
 def _seed(seed: int, purpose: str) -> int:

@@ -91,8 +91,9 @@ def init(
 
 def print_results(document: dict[str, Any], console: Console) -> None:
     """The final table and the lines under it."""
-    per = document["conventions"]["entropy"]["per"]
-    table = Table(title=f"Entropy change of the next step, nats per {per}", title_justify="left")
+    rule, unit = document["conventions"]["step"]["rule"], document["entropy"]["unit"]
+    what = "of the next step" if rule == "adamw" else f'along v of rule "{rule}"'
+    table = Table(title=f"Entropy change {what}, {unit}", title_justify="left")
     for column in ("eta", "predicted", "std. error", "measured", "ratio", "ESS"):
         table.add_column(column, justify="right")
     for row in document["sweep"]:
@@ -156,13 +157,15 @@ def main() -> None:
 def _summary(document: dict[str, Any]) -> list[str]:
     first, fit = document["first_order"], document["fit"]
     unit = document["entropy"]["unit"]
-    lines = [
-        f"next step (lr {row['eta']:g}): entropy {document['entropy']['value']:.4f} {unit}, "
-        f"predicted to change by {row['predicted']['value']:+.2e} +- {row['se_total']['value']:.1e}, "
-        f"measured {row['measured']['value']:+.2e}"
-        for row in document["sweep"]
-        if row["is_next_lr"]
-    ]
+    step, second = document["conventions"]["step"], document["second_moments"]
+    lines = []
+    for row in (row for row in document["sweep"] if row["is_next_lr"]):
+        lines.append(
+            f"{'next step' if step['rule'] == 'adamw' else 'v'} (lr {row['eta']:g}): entropy "
+            f"{document['entropy']['value']:.4f} {unit}, predicted to change by "
+            f"{row['predicted']['value']:+.2e} +- {row['se_total']['value']:.1e}, measured "
+            f"{row['measured']['value']:+.2e}{' (rounding)' if row['rounding'] else ''}"
+        )
     lines += [
         f"derivative along v {first['derivative']['value']:+.4e} per unit of lr, standard error "
         f"{first['se_given_U']['value']:.1e} given U, {first['se_over_U']['value']:.1e} over U",
@@ -170,6 +173,17 @@ def _summary(document: dict[str, Any]) -> list[str]:
         f"momentum {first['from_momentum']['value']:+.3e}, "
         f"weight decay {first['from_weight_decay']['value']:+.3e}",
     ]
+    if step["rule"] == "adamw" and step["max_grad_norm"]:
+        lines.append(
+            f"gradient norm {document['norms']['Y']['value']:.3g}, clip coefficient "
+            f"{document['clip_coefficient']:.3g} at the configured max_grad_norm "
+            f"{step['max_grad_norm']:g}"
+        )
+    if second and second["capped"]:
+        lines.append(
+            f"{second['capped']} of {document['counts']['trainable_parameters']} scales of P capped at "
+            f"{step['max_scale']:g}: set optimizer.max_scale = 0 for P Y itself"
+        )
     for key, text in (
         ("measured_against_eta", "log-log slope of measured against eta"),
         ("deviation_against_eta", "log-log slope of |ratio - 1| against eta"),

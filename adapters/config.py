@@ -74,18 +74,21 @@ class PolicyConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Adam's state and the rule that makes the step of it."""
+    """Adam's state and the rule that makes the step v of it and of the gradient Y on U."""
 
     state: Text | None = Field(None, description="optimizer.pt; default: the one in the checkpoint.")
     rule: Rule = Field(
         "adamw",
-        description='"adamw": the exact next step; "precondition": P Y, no momentum; "sgd": Y.',
+        description='"adamw": the exact next step; "precondition": Y/(sqrt(nu)+eps), nu as saved, no '
+        'momentum; "sgd": Y.',
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping, as trained; 0: off.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradient clipping, as the run was trained; 0: off."
+    )
     lr: float | None = Field(None, gt=0, description="Next step's learning rate; default: the file's.")
     betas: tuple[Decay, Decay] | None = Field(None, description="Default: the file's.")
     eps: float | None = Field(None, gt=0, description="Default: the file's.")
-    weight_decay: float | None = Field(None, ge=0, description="Default: the file's.")
+    weight_decay: float | None = Field(None, ge=0, le=1e3, description="Default: the file's.")
     checkpoint_step: int | None = Field(
         None, ge=0, description="Steps taken, where the file has none (for bias correction)."
     )
@@ -122,13 +125,14 @@ class RewardConfig(Section):
 
     function: str = Field(
         "numeric",
-        description='"numeric" (last number, #### first), "math" (math-verify), or "module:function".',
+        description='"numeric" (last number, #### first), "math" (math-verify), "module:function", '
+        'or "path/to/file.py:function", called as TRL calls it.',
     )
     answer_column: str = Field("answer", description="Column with the reference answer.")
 
 
 class SamplingConfig(Section):
-    """How E and U are sampled from the current policy."""
+    """How E (which estimates the entropy) and U (which makes the step) are sampled from the policy."""
 
     B_E: Annotated[int, Field(ge=2)] = Field(
         512, description="Prompts of E, drawn with replacement, one response each."
@@ -152,16 +156,20 @@ class RolloutsConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """The RL objective J on U."""
+    """The RL objective J on U: rewards to advantages, and what the sum over tokens is divided by."""
 
     preset: Literal["grpo", "dapo", "dr_grpo", "rloo"] = Field(
         "dapo", description="Advantage and normalisation by the name of the method."
     )
     advantage: Literal["mean", "mean_std", "leave_one_out"] | None = Field(
-        None, description="Overrides the preset's."
+        None, description='"mean", "mean_std" or "leave_one_out"; default: the preset\'s.'
     )
     normalisation: Literal["sequence", "token_mean", "sequence_mean", "longest", "constant"] | None = (
-        Field(None, description="Overrides the preset's.")
+        Field(
+            None,
+            description='"sequence", "token_mean", "sequence_mean", "longest" or "constant"; default: '
+            "the preset's.",
+        )
     )
     constant: float | None = Field(
         None, gt=0, description='L of normalisation "constant"; default: max_new_tokens.'

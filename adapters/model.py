@@ -37,11 +37,12 @@ class Policy(NamedTuple):
     pad_id: int
     base: str
     commit: str | None  # of a hub id
+    attention: str
     lines: tuple[str, ...]
 
 
 def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
-    """Load base, adapter and tokenizer (A1, A3 to A7 of REQUIREMENTS.md).
+    """Load base, adapter and tokenizer: the adapter active, the base frozen, no dropout, no caches.
 
     Every adapter tensor must find a parameter of its name and shape, and every LoRA parameter a
     tensor. Raises InputError, one line, for what cannot be loaded, an adapter of another base, a
@@ -49,7 +50,8 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     """
     subfolder = None if config.adapter == "default" else config.adapter
     adapter_config = _adapter_config(config.checkpoint, subfolder)
-    base_id = config.base or adapter_config.base_model_name_or_path
+    named = adapter_config.base_model_name_or_path
+    base_id = config.base or named
     if not base_id:
         raise InputError(f"{config.checkpoint} does not name its base model: set policy.base")
     base_id = str(Path(str(base_id)).expanduser())
@@ -69,20 +71,25 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     params = trainable_params(model)
     check_registry(params, config.max_trainable)
     _require_finite(model, base_id, config.dtype)
+    attention = str(base.config._attn_implementation)
     lines = (
-        f"base {base_id}: {base_size:,} parameters, {config.dtype}, "
-        f"{base.config._attn_implementation} attention, on {device}",
+        f"base {base_id}: {base_size:,} parameters, {config.dtype}, {attention} attention, on {device}",
         f"adapter {config.checkpoint} ({config.adapter}): {len(params)} tensors, "
         f"{sum(t.numel() for t in params.values()):,} trainable parameters",
         *ignored,
+        *(
+            [f"note: the adapter names another base, {named}"]
+            if named and base_id != str(named)
+            else []
+        ),
     )
     commit = getattr(base.config, "_commit_hash", None)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    return Policy(model, tokenizer, params, eos_ids, pad_id, base_id, commit, lines)
+    return Policy(model, tokenizer, params, eos_ids, pad_id, base_id, commit, attention, lines)
 
 
 def check_registry(params: Params, max_trainable: int) -> None:
-    """InputError unless some parameter is LoRA's and at most `max_trainable` are trainable (A5)."""
+    """InputError unless some parameter is LoRA's and at most `max_trainable` are trainable."""
     largest = max(params, key=lambda n: params[n].numel(), default="")
     if not any("lora_" in name for name in params):
         found = f"{len(params)} trainable tensors, as {largest}" if params else "nothing trainable"

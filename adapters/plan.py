@@ -8,18 +8,18 @@ from transformers.utils.logging import disable_progress_bar
 import funcprobe
 from funcprobe.objective import PRESETS, Objective
 from funcprobe.policy import Forward
-from funcprobe.types import AdamGroup, AdamState, Entropy, InputError, Step
+from funcprobe.types import AdamState, Entropy, InputError, Step
 
-from . import store
+from . import results, store
 from .config import Config
 from .console import Narrator
 from .devices import resolve_device
 from .model import Policy, load_policy
-from .optimizer import AdamOverrides, OptimizerReport, read_adam_state
-from .optimizer_file import find_optimizer_file
-from .prompts import Prompt, encode_prompts, load_prompts
-from .rewards import Reward, load_reward
+from .optimizer import OptimizerReport
+from .prompts import Prompt, encode_prompts, load_prompts, missing_column
+from .rewards import BUILT_IN, Reward, load_reward
 from .rollouts import Rollouts, load_rollouts
+from .step import load_step, step_lines
 from .toy import ensure_toy
 
 
@@ -59,19 +59,25 @@ def load(config: Config, narrator: Narrator) -> Plan:
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
         policy = load_policy(config.policy, device)
-        adam_state, report, step = _optimizer(config, policy)
+        adam_state, report, step = load_step(config, policy)
         prompts, prompt_ids = _prompts(config, policy) if sampled else ([], [])
         brought_eval = _brought(config.rollouts.eval, policy, rewards=False)
         brought_update = _brought(config.rollouts.update, policy, rewards=True)
         temperature = _temperature(config, brought_eval, brought_update)
         _require_positions(config, policy, prompt_ids, brought_eval, brought_update)
-        forward = funcprobe.frozen_forward(policy.model, policy.params, temperature)
-    for line in (*policy.lines, *_optimizer_lines(report, step)):
+        forward = funcprobe.bind(policy.model, temperature=temperature).forward
+    for line in (*policy.lines, *step_lines(config, adam_state, report, step)):
         narrator.say(line)
+    if brought_update is not None:
+        narrator.say("U is brought: its advantages are made of its rewards, by [objective]")
     if config.policy.dtype in {"bfloat16", "float16"}:
         narrator.say(f"warning: in {config.policy.dtype} measured differences drown in rounding")
     first = next((group.lr for group in adam_state.groups if group.names), 0.0)
     next_lr = config.optimizer.lr or first
+    if config.measure.next_lr and not next_lr:
+        narrator.say(
+            "the next step's lr is 0 or not known, so it is not in the table: set optimizer.lr"
+        )
     etas = {*config.measure.etas, *([next_lr] if config.measure.next_lr and next_lr > 0 else [])}
     return Plan(
         config=config,
@@ -118,45 +124,6 @@ def _with_toy(config: Config, narrator: Narrator, *, prompts: bool) -> Config:
     return config.model_copy(update=changes)
 
 
-def _optimizer(config: Config, policy: Policy) -> tuple[AdamState, OptimizerReport | None, Step]:
-    chosen = config.optimizer
-    step = Step(chosen.rule, chosen.max_grad_norm or None, chosen.max_scale or None)
-    if chosen.rule == "sgd":
-        group = AdamGroup(tuple(policy.params), chosen.lr or 0.0, 0.9, 0.999, 1e-8, 0.0)
-        return AdamState({}, {}, {}, (group,)), None, step
-    path = Path(chosen.state).expanduser() if chosen.state else None
-    path = path or find_optimizer_file(Path(config.policy.checkpoint).expanduser())
-    beta1, beta2 = chosen.betas or (None, None)
-    adam_state, report = read_adam_state(
-        path,
-        policy.model,
-        policy.params,
-        overrides=AdamOverrides(
-            chosen.lr, beta1, beta2, chosen.eps, chosen.weight_decay, chosen.checkpoint_step
-        ),
-        min_coverage=chosen.min_coverage,
-        allow_low_coverage=chosen.on_low_coverage == "identity",
-    )
-    covered = min(report.coverage["exp_avg"], report.coverage["exp_avg_sq"])
-    if covered < chosen.min_coverage * report.parameters:
-        step = step._replace(rule="sgd")
-    return adam_state, report, step
-
-
-def _optimizer_lines(report: OptimizerReport | None, step: Step) -> list[str]:
-    if report is None:
-        return ['optimizer: rule "sgd", no state is read']
-    covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
-    lines = [
-        f"optimizer {report.path.name}: {report.format}, names {report.route}; of {report.parameters} "
-        f"parameters have {covered}",
-        *report.notes,
-    ]
-    if step.rule == "sgd":
-        lines.append("warning: coverage is low and on_low_coverage is identity: v is the raw gradient")
-    return lines
-
-
 def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
     chosen = config.prompts
     prompts = load_prompts(
@@ -173,6 +140,9 @@ def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[in
             f"{chosen.source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
             "distinct ones are asked for: lower B_U or give more prompts"
         )
+    builtin = config.rollouts.update is None and config.reward.function in BUILT_IN
+    if builtin and config.reward.answer_column not in prompts[0].row:
+        raise missing_column(config.reward.answer_column, prompts[0].row, chosen.source)
     ids = encode_prompts(
         prompts, policy.tokenizer, chat=chosen.chat, max_prompt_tokens=chosen.max_prompt_tokens
     )
@@ -182,7 +152,14 @@ def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[in
 def _brought(path: str | None, policy: Policy, *, rewards: bool) -> Rollouts | None:
     if path is None:
         return None
-    return load_rollouts(Path(path).expanduser(), vocabulary(policy), rewards=rewards)
+    found = load_rollouts(Path(path).expanduser(), vocabulary(policy), rewards=rewards)
+    for i, response in enumerate(found.response_ids):
+        if any(token in policy.eos_ids for token in response[:-1]):
+            raise InputError(
+                f"{path}: row {i} has tokens after its first end-of-sequence token (padding?): cut "
+                "response_ids behind it"
+            )
+    return found
 
 
 def _temperature(
@@ -204,19 +181,32 @@ def _temperature(
 def _require_positions(
     config: Config, policy: Policy, prompt_ids: list[list[int]], *brought: Rollouts | None
 ) -> None:
-    """A table of positions ends; rotary positions do not (transformers warns, and goes on)."""
-    if getattr(policy.model.config, "rope_parameters", None) is not None:
-        return
-    most = getattr(policy.model.config, "max_position_embeddings", None)
+    """InputError for sequences longer than a microbatch, or than a table of learned positions.
+
+    Rotary positions have no end (transformers warns, and goes on).
+    """
     lengths = [len(ids) + config.sampling.max_new_tokens for ids in prompt_ids]
     for rollouts in filter(None, brought):
         pairs = zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)
         lengths += [len(x) + len(y) for x, y in pairs]
-    if most is not None and max(lengths) > most:
+    if max(lengths) > config.run.max_tokens:
+        raise InputError(
+            f"the longest prompt and response may have {max(lengths)} tokens, a microbatch "
+            f"{config.run.max_tokens}: raise run.max_tokens, lower sampling.max_new_tokens, or drop "
+            "long prompts"
+        )
+    most = getattr(policy.model.config, "max_position_embeddings", None)
+    rotary = getattr(policy.model.config, "rope_parameters", None) is not None
+    if most is not None and not rotary and max(lengths) > most:
         raise InputError(
             f"the longest prompt and response may have {max(lengths)} tokens, the model has {most} "
             "positions: lower sampling.max_new_tokens, or drop long prompts"
         )
+
+
+def _stable(value: Any) -> str:
+    """Text that does not vary with the order of a set (peft keeps target_modules as one)."""
+    return str(sorted(map(str, value)) if isinstance(value, set) else value)
 
 
 def _objective(config: Config) -> Objective:
@@ -236,9 +226,19 @@ def _inputs(
     prompt_ids: list[list[int]],
 ) -> dict[str, Any]:
     base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
+    lora = policy.model.peft_config[config.policy.adapter].to_dict()
     return {
-        "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
-        "adapter": store.fingerprint(policy.params),
+        # The distribution that is sampled and probed, but for its temperature.
+        "policy": {
+            "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
+            "adapter": store.fingerprint(policy.params),
+            "adapter_config": store.fingerprint({key: _stable(lora[key]) for key in sorted(lora)}),
+            "end_and_padding": [*policy.eos_ids, policy.pad_id],
+            "dtype": config.policy.dtype,
+            "attention": policy.attention,
+            "device": str(policy.model.device),
+            "versions": results.versions(),
+        },
         "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
         "optimizer": store.fingerprint_path(report.path) if report else {},
         "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),

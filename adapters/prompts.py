@@ -59,7 +59,10 @@ def load_prompts(
     texts = [_text(row, i, source, prompt_column, template) for i, row in enumerate(rows, 1)]
     if chat:
         texts = _chat(texts, tokenizer, system_prompt)
-    rest = ({k: v for k, v in row.items() if k != prompt_column} for row in rows)
+    # A reward may ask for any column, but takes the prompt itself as `prompts`, as TRL has it.
+    rest = (
+        {k: v for k, v in row.items() if (k, prompt_column) != ("prompt", "prompt")} for row in rows
+    )
     return [Prompt(text, row) for text, row in zip(texts, rest, strict=True)]
 
 

@@ -31,8 +31,8 @@ class Sweep(NamedTuple):
 
     etas: tuple[float, ...]
     measured: tuple[Measured, ...]
-    mirrored: int  # how many of the smallest were measured at -eta too
-    rounding_noise: float | None  # None where there are fewer than three etas
+    extra: int  # how many more were measured for the rounding noise
+    rounding_noise: float | None  # None where v moves nothing
 
 
 class Line(NamedTuple):
@@ -62,61 +62,41 @@ def document(
                 f"the change predicted at eta = {eta:g} is 0, with derivative "
                 f"{prediction.derivative:g}: leave this eta out of measure.etas"
             )
-    unit = entropy_unit(plan)
-    rate = f"{unit} per unit of learning rate"
-    first, direction = prediction.first_order, prediction.direction
-    over = f"per {plan.entropy.per}, over E"
     written = {
         "conventions": {
             "sign": "positive: the step raises the entropy; v is theta_next - theta per unit of lr",
             "entropy": plan.entropy._asdict(),
             "step": plan.step._asdict(),
             "objective": plan.objective._asdict(),
-            "se": "one standard error; sampling units are prompts",
+            "temperature": plan.temperature,
+            "dtype": plan.config.policy.dtype,
+            "se": "one standard error; sampling units are the draws of E (its prompts, where E is "
+            "brought) and the prompts of U",
+            "names": "X: gradient of the entropy estimator on E; Y: gradient of the objective on U; "
+            "P: diagonal through which Y enters v; <., .>: sum over all parameters",
         },
-        "counts": {
-            "E_sequences": len(batches.eval_batch.prompt_N),
-            "E_prompts": len(batches.eval_batch.prompt_N.unique()),
-            "E_tokens": int(batches.eval_batch.response_length_N.sum()),
-            "U_sequences": len(batches.update.batch.prompt_N),
-            "U_prompts": len(batches.update.batch.prompt_N.unique()),
-            "U_tokens": int(batches.update.batch.response_length_N.sum()),
-            "U_groups_of_equal_rewards": batches.equal_groups,
-            "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
-            "model_passes": {"over_E": 3 + len(sweep.etas) + sweep.mirrored, "over_U": 2},
-        },
-        "entropy": quantity(prediction.entropy, unit, over),
+        "counts": _counts(plan, batches, sweep),
+        "entropy": quantity(prediction.entropy, entropy_unit(plan), f"per {plan.entropy.per}, over E"),
         "mean_reward": quantity(
             float(np.mean(batches.update_rollouts.reward or [])), "reward", "per response, over U"
         ),
-        "first_order": {
-            "derivative": quantity(prediction.derivative, rate, over),
-            "bars_dot": quantity(prediction.bars_dot, rate, over),
-            "bars_dot_identity": quantity(prediction.bars_dot_identity, rate, f"{over}, v = Y"),
-            "from_update": quantity(prediction.from_update, rate, f"{over}, <X, P Y>"),
-            "from_momentum": quantity(prediction.from_momentum, rate, f"{over}, <X, v_momentum>"),
-            "from_weight_decay": quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
-            "se_given_U": quantity(first.se, rate, "prompts of E, delta method"),
-            "se_given_U_jackknife": quantity(first.se_jackknife, rate, "prompts of E, delete one"),
-            "se_over_U": quantity(prediction.se_over_u, rate, "prompts of U, P fixed"),
-            "se_total": quantity(prediction.se_total, rate, "root of the sum of squares"),
-        },
+        "first_order": _first_order(plan, prediction),
         "norms": {
-            name: quantity(tree.norm(value), "Euclidean norm over all tensors", normalised)
-            for name, value, normalised in (
-                ("X", prediction.X, unit),
-                ("Y", prediction.Y, f"objective {plan.config.objective.preset}"),
-                ("v", direction.total, "per unit of learning rate"),
+            name: quantity(tree.norm(value), unit, "Euclidean norm over all tensors")
+            for name, value, unit in (
+                ("X", prediction.X, entropy_unit(plan)),
+                ("Y", prediction.Y, "objective"),
+                ("v", prediction.direction.total, "per unit of learning rate"),
             )
         },
-        "clip_coefficient": direction.clip_coefficient,
+        "clip_coefficient": prediction.direction.clip_coefficient,
         "second_moments": _second_moments(plan, prediction),
         "next_lr": quantity(plan.next_lr, "learning rate", "the next step's, as saved or configured"),
         "sweep": [
             _row(eta, measured, plan, prediction, sweep)
             for eta, measured in zip(sweep.etas, sweep.measured, strict=True)
         ],
-        "fit": _fits(prediction, sweep, unit),
+        "fit": _fits(prediction, sweep, entropy_unit(plan)),
         "checks": [check._asdict() for check in seen],
         "seconds": dict(seconds),
     }
@@ -169,6 +149,38 @@ def log_log(x: list[float], y: list[float]) -> Line | None:
     return Line(float(fit.slope), float(fit.rvalue) ** 2, len(x))
 
 
+def _counts(plan: "Plan", batches: "Batches", sweep: Sweep) -> dict[str, Any]:
+    update_batch = batches.update.batch
+    return {
+        "E_sequences": len(batches.eval_batch.prompt_N),
+        "E_prompts": len(batches.eval_batch.prompt_N.unique()),
+        "E_tokens": int(batches.eval_batch.response_length_N.sum()),
+        "U_sequences": len(update_batch.prompt_N),
+        "U_prompts": len(update_batch.prompt_N.unique()),
+        "U_tokens": int(update_batch.response_length_N.sum()),
+        "U_groups_of_equal_rewards": batches.equal_groups,
+        "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
+        "model_passes": {"over_E": 3 + len(sweep.etas) + sweep.extra, "over_U": 2},
+    }
+
+
+def _first_order(plan: "Plan", prediction: funcprobe.Prediction) -> dict[str, Any]:
+    rate = f"{entropy_unit(plan)} per unit of learning rate"
+    over, first = f"per {plan.entropy.per}, over E", prediction.first_order
+    return {
+        "derivative": quantity(prediction.derivative, rate, over),
+        "bars_dot": quantity(prediction.bars_dot, rate, f"{over}, <X, v>"),
+        "bars_dot_identity": quantity(prediction.bars_dot_identity, rate, f"{over}, <X, Y>"),
+        "from_update": quantity(prediction.from_update, rate, f"{over}, <X, P Y>"),
+        "from_momentum": quantity(prediction.from_momentum, rate, f"{over}, <X, v_momentum>"),
+        "from_weight_decay": quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
+        "se_given_U": quantity(first.se, rate, "units of E, delta method"),
+        "se_given_U_jackknife": quantity(first.se_jackknife, rate, "units of E, delete one"),
+        "se_over_U": quantity(prediction.se_over_u, rate, "prompts of U, P fixed"),
+        "se_total": quantity(prediction.se_total, rate, "root of the sum of squares"),
+    }
+
+
 def _row(
     eta: float, measured: Measured, plan: "Plan", prediction: funcprobe.Prediction, sweep: Sweep
 ) -> dict[str, Any]:
@@ -178,8 +190,8 @@ def _row(
         "eta": eta,
         "is_next_lr": eta == plan.next_lr,
         "predicted": quantity(predicted, unit, over),
-        "se_given_U": quantity(eta * prediction.first_order.se, unit, "prompts of E"),
-        "se_total": quantity(eta * prediction.se_total, unit, "prompts of E and of U"),
+        "se_given_U": quantity(eta * prediction.first_order.se, unit, "units of E"),
+        "se_total": quantity(eta * prediction.se_total, unit, "units of E and prompts of U"),
         "measured": quantity(measured.delta, unit, over),
         "ratio": quantity(measured.delta / predicted, "1", "measured / predicted"),
         "ess": quantity(measured.ess, "sequences", "whole-response importance weights"),
@@ -190,10 +202,12 @@ def _row(
 
 
 def _second_moments(plan: "Plan", prediction: funcprobe.Prediction) -> dict[str, Any] | None:
-    """C5 of REQUIREMENTS.md: what the saved second moments do to a gradient."""
+    """What the saved second moments do to a gradient."""
     if not plan.adam_state.exp_avg_sq:
         return None
-    _, info = funcprobe.preconditioner(plan.policy.params, plan.adam_state, plan.step.max_scale)
+    # The cap is of the rule "precondition" alone.
+    cap = plan.step.max_scale if plan.step.rule == "precondition" else None
+    _, info = funcprobe.preconditioner(plan.policy.params, plan.adam_state, cap)
     zero = sum(int((v == 0).sum()) for v in prediction.direction.total.values())
     return {
         **info._asdict(),

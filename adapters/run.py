@@ -16,7 +16,6 @@ from . import results, rollouts, store
 from .batches import Batches, sample
 from .config import Config, to_toml
 from .console import Narrator
-from .devices import resolve_device
 from .plan import Plan, load
 from .store import Stages
 
@@ -77,7 +76,7 @@ def check(
     prediction: funcprobe.Prediction,
     narrator: Narrator,
 ) -> list[checks.Check]:
-    """The sanity checks of G3, on the run's batches (the slow ones on 32 sequences of E)."""
+    """The sanity checks, on the run's batches (the slow ones on 32 sequences of E)."""
     params, max_tokens, forward = plan.policy.params, plan.config.run.max_tokens, plan.forward
     few = torch.arange(min(32, len(batches.eval_batch.prompt_N)))
     part = select(batches.eval_batch, few)
@@ -91,7 +90,7 @@ def check(
             checks.adapter_changes_logits(params, part, stats, forward, max_tokens),
             checks.gradients_reach("X", prediction.X),
             checks.gradients_reach("Y", prediction.Y),
-            checks.routes_agree(prediction),
+            checks.routes_agree(prediction, plan.forward),
             checks.alpha_cases(params, part, v, forward, max_tokens),
             checks.identity_against_adam(prediction),
             checks.eta_zero(
@@ -118,7 +117,18 @@ def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -
         entropy=plan.entropy,
         step=plan.step,
         sampler_logp_NR=batches.sampler_logp_NR,
+        unit_N=_units(plan, batches),
     )
+
+
+def _units(plan: Plan, batches: Batches) -> torch.Tensor:
+    """Sampling units of E: its draws, independent where it was sampled here; else its prompts.
+
+    Drawn with replacement, two responses to one prompt are as independent as any two; taking prompts
+    as units would count the variance between prompts twice where few prompts are drawn often.
+    """
+    prompt_N = batches.eval_batch.prompt_N
+    return torch.arange(len(prompt_N)) if plan.brought_eval is None else prompt_N
 
 
 def _passes(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Passes:
@@ -168,15 +178,16 @@ def _sweep(
     stages: Stages,
     narrator: Narrator,
 ) -> results.Sweep:
-    """Measured changes at every eta, and at minus the three smallest, which show the rounding."""
+    """Measured changes at every eta, and four at tiny ones of either sign, which show the rounding."""
     params, v = plan.policy.params, prediction.direction.total
-    mirrored = plan.etas[:3] if len(plan.etas) >= 3 else ()
+    tiny = _rounding_eta(prediction, plan.forward)
+    signed = [sign * part * tiny for sign in (1, -1) for part in (0.5, 1)] if tiny else []
     log_ratio_NR = None
     if batches.sampler_logp_NR is not None:
         log_ratio_NR = prediction.stats.logp_NR - batches.sampler_logp_NR
     parts = len(microbatches(batches.eval_batch, plan.config.run.max_tokens))
     inputs = {**_state_inputs(plan, batches), "direction": v}
-    with narrator.phase("measure", parts * (len(plan.etas) + len(mirrored))) as advance:
+    with narrator.phase("measure", parts * (len(plan.etas) + len(signed))) as advance:
 
         def measured(eta: float) -> estimators.Measured:
             moved = stages.tensors(
@@ -198,27 +209,32 @@ def _sweep(
                 log_ratio_NR,
             )
 
-        plus = [measured(eta) for eta in plan.etas]
-        minus = [measured(-eta) for eta in mirrored]
-    noise = None
-    if mirrored:
-        noise = estimators.rounding_noise(
-            mirrored, [m.delta for m in plus[: len(mirrored)]], [m.delta for m in minus]
-        )
-    return results.Sweep(plan.etas, tuple(plus), len(mirrored), noise)
+        found = tuple(measured(eta) for eta in plan.etas)
+        noise = None
+        if signed:
+            up_half, up, down_half, down = (measured(eta).delta for eta in signed)
+            noise = estimators.rounding_noise((up_half, up), (down_half, down))
+    return results.Sweep(plan.etas, found, len(signed), noise)
+
+
+def _rounding_eta(prediction: funcprobe.Prediction, forward: Forward) -> float | None:
+    """Where log-probabilities move by a thousand units in the last place (rms), 1 % at most.
+
+    Every rounding is made anew there, and the curve is straight to far less than that. None where v
+    moves nothing.
+    """
+    slope_NR = prediction.tangent.logp_NR
+    rms = float(slope_NR[slope_NR != 0].square().mean().sqrt()) if bool(slope_NR.any()) else 0.0
+    return min(1e3 * torch.finfo(forward.coarsest).eps, 1e-2) / rms if rms else None
 
 
 def _state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
     return {
-        "base": plan.inputs["base"],
-        "params": plan.policy.params,
-        "policy": plan.config.policy.model_dump(),
-        "device": str(resolve_device(plan.config.run.device)),
+        "policy": plan.inputs["policy"],
         "max_tokens": plan.config.run.max_tokens,
         "eval": batches.eval_batch,
         "temperature": plan.temperature,
         "sampler_logp": batches.sampler_logp_NR,
-        "funcprobe": results.versions(),
     }
 
 

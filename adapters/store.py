@@ -109,11 +109,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-def fingerprint_params(params: Params) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
-    return fingerprint({name: params[name] for name in sorted(params)})
-
-
 def fingerprint_path(path: Path) -> dict[str, str]:
     """File name -> SHA-256, for a file or the files of a folder.
 

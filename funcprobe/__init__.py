@@ -1,4 +1,4 @@
-"""funcprobe: how the next optimizer step changes a policy's entropy, and who causes it.
+"""funcprobe: how the next optimizer step changes the entropy of a policy.
 
 The functional core. Everything here is a pure function of its arguments.
 """

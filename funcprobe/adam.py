@@ -17,8 +17,8 @@ class PreconditionerInfo(NamedTuple):
 
     coverage: float  # share of tensors whose exp_avg_sq was used
     identity: tuple[str, ...]  # left as the raw gradient: nu missing, all zero, negative, non-finite
-    max_scale: float  # largest 1 / (sqrt(nu_hat) + eps) before the cap
-    min_denominator: float  # smallest sqrt(nu_hat) + eps
+    max_scale: float | None  # largest 1 / (sqrt(nu_hat) + eps) before the cap; None: none was used
+    min_denominator: float | None  # smallest sqrt(nu_hat) + eps
     capped: int  # entries cut at the cap
     zero_second_moments: int
     tiny_second_moments: int  # 0 < nu_hat < eps^2: eps rules the denominator
@@ -77,8 +77,8 @@ def preconditioner(
     info = PreconditionerInfo(
         coverage=1 - len(identity) / len(params),
         identity=tuple(identity),
-        max_scale=largest,
-        min_denominator=smallest,
+        max_scale=largest if len(identity) < len(params) else None,
+        min_denominator=smallest if len(identity) < len(params) else None,
         capped=capped,
         zero_second_moments=zero,
         tiny_second_moments=tiny,
@@ -112,6 +112,7 @@ def update_direction(
     where names or shapes differ.
     """
     tree.require_same(params, grads, "grads")
+    require_state(params, adam_state, rule)
     ratio = _lr_ratios(params, adam_state)
     zero = {n: torch.zeros_like(g) for n, g in grads.items()}
     clip = 1.0
@@ -142,7 +143,6 @@ def fresh_adam_state(params: Params, groups: tuple[AdamGroup, ...]) -> AdamState
 def _adamw(
     params: Params, grads: Params, adam_state: AdamState, clip: float
 ) -> tuple[Params, Params, Params]:
-    _refuse_incomplete(params, adam_state)
     momentum, decay, scale = {}, {}, {}
     group_of = _group_of(adam_state)
     for name, grad in grads.items():
@@ -158,7 +158,15 @@ def _adamw(
     return momentum, decay, scale
 
 
-def _refuse_incomplete(params: Params, adam_state: AdamState) -> None:
+def require_state(params: Params, adam_state: AdamState, rule: Rule) -> None:
+    """InputError where the state does not make a step by `rule`: what is missing or damaged.
+
+    Every parameter must be in one group, with learning rates that have a ratio; "adamw" needs every
+    exp_avg, exp_avg_sq and step, finite.
+    """
+    _lr_ratios(params, adam_state)
+    if rule != "adamw":
+        return
     by_name: dict[str, dict[str, Any]] = {
         "exp_avg": adam_state.exp_avg,
         "exp_avg_sq": adam_state.exp_avg_sq,

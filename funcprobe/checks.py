@@ -1,6 +1,7 @@
 """Sanity checks: each a function that returns what it saw, the bound, and what a failure means."""
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from .policy import Forward
 from .probe import Prediction, measure
 from .tangents import alpha_vjp
 from .types import Batch, Entropy, Params, TokenStats
+
+LAST_FACTOR = re.compile(r"lora_(embedding_)?B")  # zero in every untrained adapter
 
 
 class Check(NamedTuple):
@@ -33,7 +36,7 @@ def adapter_changes_logits(
     params: Params, batch: Batch, stats: TokenStats, forward: Forward, max_tokens: int
 ) -> Check:
     """max |l(theta) - l(theta with every lora_B = 0)| over response tokens; 0 means no adapter."""
-    off = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in params.items()}
+    off = {n: torch.zeros_like(t) if LAST_FACTOR.search(n) else t for n, t in params.items()}
     without = token_stats(off, batch, forward, max_tokens)
     largest = float((stats.logp_NR - without.logp_NR).abs().max())
     return Check(
@@ -81,7 +84,7 @@ def alpha_cases(
     )
     found = [alpha_vjp(params, part, mu, forward, max_tokens, alpha_N=alpha_N) for alpha_N in alphas]
     worst = _relative(float((torch.stack(found) - loop_N).abs().max()), float(loop_N.abs().max()))
-    bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(_dtype(params), 0.05)
+    bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(forward.coarsest, 0.05)
     return Check(
         "alpha trick = per-sequence gradients",
         worst < bound,
@@ -91,9 +94,9 @@ def alpha_cases(
     )
 
 
-def routes_agree(prediction: Prediction) -> Check:
+def routes_agree(prediction: Prediction, forward: Forward) -> Check:
     """|<X, v> - sum of tangents| / |<X, v>|: reverse route = forward route."""
-    bound = {torch.float64: 1e-9, torch.float32: 1e-3}.get(_dtype(prediction.Y), 0.05)
+    bound = {torch.float64: 1e-9, torch.float32: 1e-3}.get(forward.coarsest, 0.05)
     difference = _relative(prediction.bars_dot - prediction.derivative, prediction.bars_dot)
     return Check(
         "reverse route = forward route",
@@ -176,7 +179,3 @@ def _one_gradient(params: Params, one: Batch, forward: Forward, max_tokens: int)
 def _relative(difference: float, size: float) -> float:
     """|difference / size|; NaN, which passes no bound, where nothing was there to compare with."""
     return abs(difference / size) if size else math.nan
-
-
-def _dtype(params: Params) -> torch.dtype:
-    return next(iter(params.values())).dtype

@@ -1,4 +1,4 @@
-"""The formulas of DESIGN.md section 2 on arrays [N, R]: no model in sight.
+"""The entropy estimators on arrays [N, R], as README.md derives them: no model in sight.
 
 All eight estimators (per token or sequence; Rao-Blackwell or sampled integrand; per-decision or
 sequence weights) are one form, a sum over groups g of ratios
@@ -11,7 +11,6 @@ end a response adds z = 0 to the numerator and the weight of all its tokens to t
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,7 +84,7 @@ def first_order(
     def ratio_derivative(n: Tensor, d: Tensor, dn: Tensor, dd: Tensor) -> Tensor:
         return (dn - n / d * dd) / d
 
-    totals = [x.sum(0) for x in (n_Mg, d_Mg, dn_Mg, dd_Mg)]
+    totals = [_group(c, entropy) for c in cells]  # not of the units: their order would round
     N, D, dN, dD = totals
     R, F = N / D, ratio_derivative(N, D, dN, dD)
     influence_M = ((dn_Mg - R * dd_Mg - dD / D * (n_Mg - R * d_Mg) - F * d_Mg) / D).sum(1)
@@ -163,16 +162,18 @@ def measured_change(
     )
 
 
-def rounding_noise(etas: Sequence[float], plus: Sequence[float], minus: Sequence[float]) -> float:
-    """Standard deviation of rounding in one measured change, from measurements at +-eta.
+def rounding_noise(plus: tuple[float, float], minus: tuple[float, float]) -> float:
+    """Standard deviation of rounding in one measured change, from four at +-eta/2 and +-eta.
 
-    The even part e = (plus + minus) / 2 is curvature times eta^2 plus rounding; the curvature is
-    taken from the largest eta given, and what it leaves at the others is rounding, averaged over two
-    measurements. Etas ascend, at least two, and should be the smallest of a sweep.
+    The even part (plus + minus) / 2 grows as eta^2 and the odd part (plus - minus) / 2 as eta, so
+    that even(eta/2) - even(eta)/4 and odd(eta) - 2 odd(eta/2) are rounding where eta is so small that
+    higher orders vanish. Their variances are 17/32 and 5/2 of that of one measurement.
     """
     even = [(p + m) / 2 for p, m in zip(plus, minus, strict=True)]
-    left = [e - even[-1] * (eta / etas[-1]) ** 2 for e, eta in zip(even[:-1], etas[:-1], strict=True)]
-    return math.sqrt(2 * sum(x * x for x in left) / len(left))
+    odd = [(p - m) / 2 for p, m in zip(plus, minus, strict=True)]
+    return math.sqrt(
+        ((even[0] - even[1] / 4) ** 2 / (17 / 32) + (odd[1] - 2 * odd[0]) ** 2 / (5 / 2)) / 2
+    )
 
 
 def sum_se(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:

@@ -10,7 +10,7 @@ from torch.func import vjp
 from . import tree
 from .estimators import gradient_coefficients
 from .head import chunks, token_head
-from .layout import gather, microbatches, response_mask
+from .layout import MAX_TOKENS, gather, microbatches, response_mask
 from .logprobs import token_stats
 from .policy import Forward
 from .types import Batch, Entropy, Params, UpdateBatch
@@ -22,7 +22,7 @@ def weighted_grad(
     p_NR: Float[Tensor, "N R"],
     q_NR: Float[Tensor, "N R"],
     forward: Forward,
-    max_tokens: int,
+    max_tokens: int = MAX_TOKENS,
 ) -> Params:
     """d/d theta of sum_ik (p_ik l_ik + q_ik h_ik), the coefficients held fixed.
 
@@ -47,17 +47,21 @@ def weighted_grad(
     return total
 
 
-def grad_X(params: Params, batch: Batch, entropy: Entropy, forward: Forward, max_tokens: int) -> Params:
+def grad_X(
+    params: Params, batch: Batch, entropy: Entropy, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> Params:
     """X = d/d theta of the entropy estimator on E (two passes: coefficients, then gradient).
 
-    DESIGN.md section 2, "By the gradient": <X, v> is the derivative of the estimator along v.
+    <X, v> is the derivative of the estimator along v, as `estimators.first_order` has it by tangents.
     """
     stats = token_stats(params, batch, forward, max_tokens)
     p_NR, q_NR = gradient_coefficients(stats, response_mask(batch), entropy)
     return weighted_grad(params, batch, p_NR, q_NR, forward, max_tokens)
 
 
-def grad_Y(params: Params, update: UpdateBatch, forward: Forward, max_tokens: int) -> Params:
+def grad_Y(
+    params: Params, update: UpdateBatch, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> Params:
     """Y = d/d theta of J = sum_mk c_mk l_mk on U: the policy gradient, the direction of ascent."""
     zero_NR = torch.zeros_like(update.coef_NR)
     return weighted_grad(params, update.batch, update.coef_NR, zero_NR, forward, max_tokens)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .types import Batch, InputError, ResponseMask
 
+MAX_TOKENS = 2048  # padded tokens of a microbatch; the activations of all of them are held at once
+
 
 class Rows(NamedTuple):
     """One microbatch: rows of tokens, and for every response token where it is and where it goes."""

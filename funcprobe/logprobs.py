@@ -5,13 +5,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .head import chunks, token_head
-from .layout import microbatches, scatter
+from .layout import MAX_TOKENS, microbatches, scatter
 from .policy import Forward
 from .types import Batch, Params, TokenStats
 
 
-def token_stats(params: Params, batch: Batch, forward: Forward, max_tokens: int) -> TokenStats:
-    """l_ik and h_ik of DESIGN.md section 2 for every response token, nats, [N, R].
+def token_stats(
+    params: Params, batch: Batch, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> TokenStats:
+    """l_ik = log p(y_ik | x_i, y_i,<k) and h_ik = -sum_u p log p of every response token, nats, [N, R].
 
     Differentiable in `params` with torch.func or autograd; makes no graph unless asked. Raises
     InputError if a sequence is longer than `max_tokens`.
@@ -31,7 +33,7 @@ def token_stats(params: Params, batch: Batch, forward: Forward, max_tokens: int)
 
 
 def seq_logprobs(
-    params: Params, batch: Batch, forward: Forward, max_tokens: int
+    params: Params, batch: Batch, forward: Forward, max_tokens: int = MAX_TOKENS
 ) -> Float[Tensor, " N"]:
     """S_i = sum_k l_ik, the log-probability of each response given its prompt, nats, [N]."""
     return token_stats(params, batch, forward, max_tokens).logp_NR.sum(1)

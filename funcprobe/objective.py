@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .tree import f64
 from .types import InputError
 
 Advantage: TypeAlias = Literal["mean", "mean_std", "leave_one_out"]
@@ -121,7 +122,7 @@ def coefficients(
         )
     z_N = 1 / _divisor(T_N, prompt_N, normalisation, constant)
     real_NR = torch.arange(int(T_N.max()))[None, :] < T_N[:, None]
-    return torch.where(real_NR, (_f64(advantage_N) * z_N)[:, None], 0.0)
+    return torch.where(real_NR, (f64(advantage_N) * z_N)[:, None], 0.0)
 
 
 def _divisor(
@@ -149,7 +150,7 @@ def _divisor(
 def _groups(reward_N: Tensor, prompt_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards as float64, the group number of every sequence, the size of every group."""
     _require_vectors(reward_N, prompt_N)
-    r_N = _f64(reward_N)
+    r_N = f64(reward_N)
     if not bool(r_N.isfinite().all()):
         bad = int((~r_N.isfinite()).nonzero()[0, 0])
         raise InputError(f"the reward of sequence {bad} is {float(r_N[bad])}, expected finite")
@@ -175,7 +176,3 @@ def _require_vectors(*vectors: Tensor) -> None:
 def _require_known(what: str, found: str, known: tuple[str, ...]) -> None:
     if found not in known:
         raise InputError(f"unknown {what} {found!r}: expected one of {', '.join(known)}")
-
-
-def _f64(t: Tensor) -> Tensor:
-    return t.detach().to(device="cpu", dtype=torch.float64)

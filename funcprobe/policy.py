@@ -20,10 +20,12 @@ class Forward(NamedTuple):
 
     hidden(params, rows) -> hidden_TD, the backbone where response tokens are predicted;
     logits(params, hidden_TD) -> logits_TV, of p_theta = softmax(logits): divided by `temperature`.
+    `coarsest` is the least precise dtype that the values pass through.
     """
 
     hidden: Callable[..., Tensor]
     logits: Callable[..., Tensor]
+    coarsest: torch.dtype
 
 
 def trainable_params(model: nn.Module) -> Params:
@@ -67,7 +69,8 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
     def logits(given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         return call(head, given, hidden_TD) / temperature
 
-    forward = Forward(hidden, logits)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    forward = Forward(hidden, logits, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
     _refuse_other_logits(model, params, forward, temperature)
     return forward
 
@@ -140,6 +143,11 @@ def _refuse_unsuitable(model: nn.Module, params: Params) -> None:
             a for prefix, adapters in dicts.items() for a in adapters if f"{prefix}.{a}" in prefixes
         }
         active: set[str] = set(module.active_adapters)
+        if used and f"{name}.lora_magnitude_vector" in dicts and module.lora_magnitude_vector:
+            raise InputError(
+                f"{name}: DoRA is not supported: peft holds its weight norm fixed in derivatives, so "
+                "that they are not those of the policy"
+            )
         if used - active or getattr(module, "disable_adapters", False):
             raise InputError(
                 f"{name}: adapter {', '.join(sorted(used - active)) or 'layers'} not active, so its "
@@ -162,8 +170,10 @@ def _refuse_other_logits(
         theirs_TV = model(input_ids=read_NL, use_cache=False).logits[0] / temperature
     with torch.no_grad():
         ours_TV = forward.logits(params, forward.hidden(params, rows))
-    # Same operations in the same precision: only the order of sums may differ.
-    tolerance = 100 * torch.finfo(theirs_TV.dtype).eps * float(theirs_TV.abs().max())
+    # Same operations in the same precision: only the order of sums may differ. Half precision sums in
+    # float32 and rounds once; more units in the last place would let a factor on the logits pass.
+    eps = torch.finfo(theirs_TV.dtype).eps
+    tolerance = (4 if eps > 1e-4 else 100) * eps * float(theirs_TV.abs().max())
     worst = float((ours_TV - theirs_TV).abs().max())
     if not worst <= tolerance:
         raise InputError(

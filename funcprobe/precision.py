@@ -14,7 +14,7 @@ class StayFloat64(TorchFunctionMode):
     """Every request for float32 becomes one for float64 while the mode is active.
 
     Hugging Face models upcast to float32 inside RMSNorm, softmax and the rotary tables; a model cast
-    to float64 passes through float32 there and keeps only float32's accuracy (FACTS.md: measured /
+    to float64 passes through float32 there and keeps only float32's accuracy (a small Qwen2: measured /
     predicted at eta = 1e-6 is 0.963 without this mode and 1.0000004 with it).
     """
 

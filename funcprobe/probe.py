@@ -5,22 +5,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import adam, estimators, gradients, logprobs, tree
 from .adam import UpdateDirection
 from .estimators import FirstOrder, Measured
-from .layout import response_mask
+from .layout import MAX_TOKENS, response_mask
 from .policy import Forward, frozen_forward, lora_params, trainable_params
-from .tangents import alpha_vjp, tangents
+from .tangents import alpha_vjp, require_derivatives, tangents
 from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
 
 
 class Prediction(NamedTuple):
     """First-order entropy change per unit of learning rate, with everything it was made of.
 
-    Errors: `first_order.se` given U, over E's prompts; `se_over_u` over U's prompts at fixed P;
+    Errors: `first_order.se` given U, over E's sampling units; `se_over_u` over U's prompts at fixed P;
     `se_total` the root of the sum of their squares. Units: the entropy estimator's, per unit of eta.
     """
 
@@ -39,6 +39,7 @@ class Prediction(NamedTuple):
     Y: Params
     direction: UpdateDirection
     stats: TokenStats  # of E at theta
+    tangent: TokenStats  # of E along v
 
 
 class Passes(NamedTuple):
@@ -60,7 +61,7 @@ def first_order_passes(
     *,
     entropy: Entropy = Entropy(),
     step: Step = Step(),
-    max_tokens: int = 2048,
+    max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> Passes:
     """Five passes: Y on U, statistics and tangents along v on E, X on E, tangents along P X on U.
@@ -94,12 +95,24 @@ def summarise(
     entropy: Entropy = Entropy(),
     step: Step = Step(),
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+    unit_N: Int[Tensor, " N"] | None = None,
 ) -> Prediction:
-    """The prediction from the passes, by the formulas of DESIGN.md section 2; no model needed."""
+    """The prediction from the passes, by arithmetic alone; no model needed.
+
+    `unit_N` numbers the sampling units of E, by default its prompts. Where E was drawn with
+    replacement, one response a draw, the draws are independent: give torch.arange(N).
+    """
     Y, stats, tangent, X, along_PX = passes
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
     mask_NR, log_ratio_NR = response_mask(eval_batch), _log_ratio(stats, sampler_logp_NR)
-    first = estimators.first_order(stats, tangent, mask_NR, eval_batch.prompt_N, entropy, log_ratio_NR)
+    first = estimators.first_order(
+        stats,
+        tangent,
+        mask_NR,
+        eval_batch.prompt_N if unit_N is None else unit_N,
+        entropy,
+        log_ratio_NR,
+    )
     t_N = (update.coef_NR * along_PX.logp_NR).sum(1)
     se_over_u = estimators.sum_se(t_N, update.batch.prompt_N)
     return Prediction(
@@ -118,6 +131,7 @@ def summarise(
         Y=Y,
         direction=direction,
         stats=stats,
+        tangent=tangent,
     )
 
 
@@ -130,10 +144,11 @@ def predict(
     *,
     entropy: Entropy = Entropy(),
     step: Step = Step(),
-    max_tokens: int = 2048,
+    max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+    unit_N: Int[Tensor, " N"] | None = None,
 ) -> Prediction:
-    """delta_H1 / eta of DESIGN.md section 2: the derivative of the estimator that measures, along v.
+    """delta_H1 / eta: the derivative along v of the estimator that measures.
 
     Pure: E, U and Adam's state in; delta_H1, bars_dot, X, Y and their errors out. Raises what
     `first_order_passes` and `update_direction` raise.
@@ -142,7 +157,7 @@ def predict(
     passes = first_order_passes(
         params, eval_batch, update, adam_state, forward, max_tokens=max_tokens, **choices
     )
-    return summarise(params, passes, eval_batch, update, adam_state, **choices)
+    return summarise(params, passes, eval_batch, update, adam_state, unit_N=unit_N, **choices)
 
 
 def measure(
@@ -154,7 +169,7 @@ def measure(
     forward: Forward,
     *,
     entropy: Entropy = Entropy(),
-    max_tokens: int = 2048,
+    max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> Measured:
     """H(theta + eta v) - H(theta) by importance sampling: one forward at moved parameters.
@@ -188,7 +203,7 @@ def bind(
     *,
     temperature: float = 1.0,
     entropy: Entropy = Entropy(),
-    max_tokens: int = 2048,
+    max_tokens: int = MAX_TOKENS,
 ) -> Probe:
     """Pull the registry out of a model (in eval mode, adapter active) and apply it to the core.
 
@@ -198,6 +213,7 @@ def bind(
     """
     params = trainable_params(model)
     forward = frozen_forward(model, params, temperature)
+    require_derivatives(params, forward)
     fixed: dict[str, Any] = {"forward": forward, "max_tokens": max_tokens}
     return Probe(
         params=params,
@@ -219,7 +235,7 @@ def _log_ratio(stats: TokenStats, sampler_logp_NR: Tensor | None) -> Tensor | No
 
 
 def require_gradients(name: str, grads: Params) -> None:
-    """InputError if a gradient is zero everywhere, or on every LoRA tensor, or not finite (B4)."""
+    """InputError if a gradient is zero everywhere, or on every LoRA tensor, or not finite."""
     for which, part in (("every tensor", grads), ("every LoRA tensor", lora_params(grads))):
         if part and not any(bool(g.any()) for g in part.values()):
             raise InputError(

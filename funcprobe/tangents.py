@@ -11,13 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import tree
 from .head import chunks, token_head
-from .layout import Rows, gather, microbatches, response_mask, scatter
+from .layout import MAX_TOKENS, Rows, collate, gather, microbatches, response_mask, scatter
 from .policy import Forward
-from .types import Batch, Params, TokenStats
+from .types import Batch, InputError, Params, TokenStats
 
 
 def tangents(
-    params: Params, batch: Batch, direction: Params, forward: Forward, max_tokens: int
+    params: Params, batch: Batch, direction: Params, forward: Forward, max_tokens: int = MAX_TOKENS
 ) -> tuple[TokenStats, TokenStats]:
     """(l, h) and (l', h') = d/d eta of l and h at theta + eta * direction, eta = 0, [N, R] each.
 
@@ -29,7 +29,7 @@ def tangents(
     parts = microbatches(batch, max_tokens)
     columns: list[list[Tensor]] = []
     for rows in parts:
-        # The fused attention kernels have no forward mode (FACTS.md; pytorch #128971).
+        # The fused attention kernels have no forward mode (pytorch #128971).
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             hidden_TD, tangent_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
         outs = []
@@ -50,7 +50,7 @@ def alpha_vjp(
     batch: Batch,
     mu: Params,
     forward: Forward,
-    max_tokens: int,
+    max_tokens: int = MAX_TOKENS,
     *,
     p_NR: Float[Tensor, "N R"] | None = None,
     q_NR: Float[Tensor, "N R"] | None = None,
@@ -71,13 +71,24 @@ def alpha_vjp(
     for rows in microbatches(batch, max_tokens):
         sequence_n, index_T = rows.sequence_T.unique(return_inverse=True)
         f = partial(_sequence_sums, rows=rows, index_T=index_T, p_NR=p_NR, q_NR=q_NR, forward=forward)
-        # The fused attention kernels have no double backward (FACTS.md; pytorch #117629).
+        # The fused attention kernels have no double backward (pytorch #117629).
         with sdpa_kernel(SDPBackend.MATH):
             h, pull_alpha = vjp(partial(_alpha_gradient_dot, f, params, mu), alpha_N[sequence_n])  # type: ignore[misc]
             with torch.no_grad():
                 (s_n,) = pull_alpha(torch.ones_like(h))
         s_N[sequence_n] = s_n.to(device="cpu", dtype=torch.float64)
     return s_N
+
+
+def require_derivatives(params: Params, forward: Forward) -> None:
+    """InputError if the model has no forward or second derivative, tried on five tokens."""
+    batch = collate([[0]], [[0, 0, 0, 0]], [0])
+    try:
+        tangents(params, batch, params, forward)
+        alpha_vjp(params, batch, params, forward)
+    except RuntimeError as error:  # NotImplementedError is one
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"this architecture cannot be differentiated by torch.func: {said}") from error
 
 
 def _sequence_sums(

@@ -60,7 +60,7 @@ class TokenStats(NamedTuple):
 
 
 class Entropy(NamedTuple):
-    """Which estimator of the policy's entropy (DESIGN.md, section 2)."""
+    """Which estimator of the policy's entropy (README.md, "The mathematics")."""
 
     per: Per = "token"
     integrand: Integrand = "rao_blackwell"
@@ -69,7 +69,7 @@ class Entropy(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Which direction v the next parameters theta + eta v lie in (DESIGN.md, section 2)."""
+    """Which direction v the next parameters theta + eta v lie in (README.md, "The mathematics")."""
 
     rule: Rule = "adamw"
     max_grad_norm: float | None = None  # clipping of "adamw"; None: off

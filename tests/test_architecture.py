@@ -1,4 +1,4 @@
-"""Two rooms, one arrow (DESIGN.md, section 3), read from the source."""
+"""Two rooms, one arrow: the shell imports the core and never the reverse, read from the source."""
 
 import ast
 import subprocess

@@ -214,6 +214,55 @@ def test_routes_agree_in_both_precisions(dtype, bound):
     assert abs(other - first.derivative) < bound * abs(other)
 
 
+def test_a_bfloat16_base_with_float32_adapters_is_near_the_float32_one():
+    """What peft loads on a bfloat16 base; 16 roundings of 0.4 % at most, not all of one sign."""
+    exact, half = tiny_policy(dtype=torch.float32), tiny_policy(dtype=torch.bfloat16)
+    for name, p in half.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+            p.data.copy_(dict(exact.named_parameters())[name])
+    batch = random_batch([(i % 7, 1 + i % 7, 1 + i % 6) for i in range(40)])
+    mask = funcprobe.response_mask(batch).double()
+    found = []
+    for model in (exact, half):
+        probe = funcprobe.bind(model, max_tokens=24)  # many microbatches, whose sum must not round
+        assert next(iter(probe.params.values())).dtype == torch.float32
+        found.append(probe.weighted_grad(probe.params, batch, mask, 0.3 * mask))
+        assert all(t.dtype == torch.float32 for t in found[-1].values())
+    assert probe.forward.coarsest == torch.bfloat16
+    difference = tree.norm(tree.axpy(-1.0, found[0], found[1]))
+    assert 0 < difference < 0.1 * tree.norm(found[0])
+
+
+def test_pure_bfloat16_sums_in_float32():
+    """300 equal sequences: a bfloat16 sum would stop growing at 256 times the first."""
+    probe = funcprobe.bind(tiny_policy(dtype=torch.bfloat16), max_tokens=4)
+    one = random_batch([(0, 2, 2)])
+    many = funcprobe.Batch(*(field.expand(300, *field.shape[1:]) for field in one))
+    sums = []
+    for batch in (one, many):
+        mask = funcprobe.response_mask(batch).double()
+        sums.append(probe.weighted_grad(probe.params, batch, mask, 0 * mask))
+    for name, single in sums[0].items():
+        assert sums[1][name].dtype == torch.float32
+        # 300 additions in float32
+        assert torch.allclose(sums[1][name], 300 * single, rtol=1e-4, atol=1e-6)
+
+
+def test_head_works_in_float32_on_half_precision_logits():
+    """log_softmax in bfloat16 would leave three digits; here only the logits' own rounding stays."""
+    probe = funcprobe.bind(tiny_policy(dtype=torch.bfloat16))
+    batch = random_batch([(0, 2, 6), (1, 4, 4)])
+    (rows,) = funcprobe.layout.microbatches(batch, 2048)
+    hidden_TD = probe.forward.hidden(probe.params, rows)
+    logp_T, entropy_T = head.token_head(probe.params, hidden_TD, rows.target_T, probe.forward)
+    logp_TV = probe.forward.logits(probe.params, hidden_TD).double().log_softmax(-1)
+    picked = logp_TV.gather(1, rows.target_T[:, None]).squeeze(1)
+    # float32 over 11 tokens
+    assert torch.allclose(logp_T.double(), picked, atol=1e-6)
+    assert torch.allclose(entropy_T.double(), -(logp_TV.exp() * logp_TV).sum(1), atol=1e-6)
+
+
 def test_a_direction_of_other_names_or_shapes_is_refused(probe64):
     batch = random_batch([(0, 2, 3)])
     v = random_like(probe64.params)

@@ -247,6 +247,32 @@ def test_a_model_that_changes_after_binding_is_refused(spoil, says):
         probe.token_stats(probe.params, BATCH)
 
 
+def test_dora_is_refused():
+    """peft detaches its weight norm: both routes would agree on a derivative that is not one."""
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)).eval()
+    with pytest.raises(InputError, match="DoRA is not supported"):
+        funcprobe.bind(model)
+
+
+def test_an_architecture_without_forward_mode_is_refused_at_once():
+    class NoForwardMode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    model = built(qwen2)
+    norm = model.get_base_model().model.norm
+    inner = norm.forward
+    norm.forward = lambda x: NoForwardMode.apply(inner(x))
+    with pytest.raises(InputError, match=r"cannot be differentiated by torch\.func"):
+        funcprobe.bind(model)
+
+
 def test_a_disabled_adapter_is_refused():
     model = built(qwen2)
     params = trainable_params(model)

@@ -308,7 +308,7 @@ def test_float32_routes_agree(policy32, probe64, step):
     # A two-layer network: some 1e3 roundings of 6e-8, with little cancellation in the sum.
     assert found.bars_dot == pytest.approx(found.derivative, rel=1e-3)
     assert found.derivative == pytest.approx(predicted(probe64, step=step).derivative, rel=1e-3)
-    assert checks.routes_agree(found).passed
+    assert checks.routes_agree(found, probe.forward).passed
 
 
 # Checks: each passes on a healthy policy, and fails on one with its fault.
@@ -323,7 +323,7 @@ def noisy(forward: Forward, size: float = 1e-9) -> Forward:
         hidden_TD = forward.hidden(params, rows)
         return hidden_TD + size * torch.randn_like(hidden_TD)
 
-    return Forward(hidden, forward.logits)
+    return forward._replace(hidden=hidden)
 
 
 class WrongSecondDerivative(torch.autograd.Function):
@@ -343,7 +343,7 @@ class WrongSecondDerivative(torch.autograd.Function):
 
 
 def wrongly_differentiated(forward: Forward) -> Forward:
-    return Forward(lambda p, rows: WrongSecondDerivative.apply(forward.hidden(p, rows)), forward.logits)
+    return forward._replace(hidden=lambda p, rows: WrongSecondDerivative.apply(forward.hidden(p, rows)))
 
 
 @pytest.fixture(scope="module")
@@ -406,15 +406,18 @@ def test_check_alpha_cases_sees_one_bad_sequence(probe64, monkeypatch):
     assert not checks.alpha_cases(probe64.params, E, mu, probe64.forward, 64).passed
 
 
-def test_check_routes_agree(healthy):
-    assert checks.routes_agree(healthy).passed
+def test_check_routes_agree(healthy, probe64):
+    forward = probe64.forward
+    assert checks.routes_agree(healthy, forward).passed
     for bars_dot in (healthy.bars_dot * (1 + 1e-7), -healthy.bars_dot, math.nan, 0.0):
-        assert not checks.routes_agree(healthy._replace(bars_dot=bars_dot)).passed
-    assert not checks.routes_agree(healthy._replace(derivative=math.nan)).passed
-    # float32 numbers are held to float32
-    in_float32 = healthy._replace(Y={n: t.float() for n, t in healthy.Y.items()})
-    assert checks.routes_agree(in_float32._replace(bars_dot=healthy.bars_dot * (1 + 1e-5))).passed
-    assert not checks.routes_agree(in_float32._replace(bars_dot=healthy.bars_dot * 1.01)).passed
+        assert not checks.routes_agree(healthy._replace(bars_dot=bars_dot), forward).passed
+    assert not checks.routes_agree(healthy._replace(derivative=math.nan), forward).passed
+    # Numbers are held to the coarsest precision they passed through.
+    for coarsest, passes, fails in ((torch.float32, 1e-5, 1e-2), (torch.bfloat16, 1e-2, 0.1)):
+        held = forward._replace(coarsest=coarsest)
+        off = [healthy._replace(bars_dot=healthy.bars_dot * (1 + x)) for x in (passes, fails)]
+        assert checks.routes_agree(off[0], held).passed
+        assert not checks.routes_agree(off[1], held).passed
 
 
 def test_check_identity_against_adam(healthy):

@@ -68,8 +68,8 @@ def write_text(tmp_path, text, name="x.jsonl"):
 def test_files_of_every_kind(tmp_path, name):
     prompts = load_prompts(write(tmp_path, name), prompt_column="question")
     assert prompts == [
-        Prompt("How many?", {"answer": "#### 3", "level": 1}),
-        Prompt("Wo\u2028hin, 道?", {"answer": "#### 4", "level": 2}),
+        Prompt("How many?", {"question": "How many?", "answer": "#### 3", "level": 1}),
+        Prompt("Wo\u2028hin, 道?", {"question": "Wo\u2028hin, 道?", "answer": "#### 4", "level": 2}),
     ]
     assert len(load_prompts(write(tmp_path, name), prompt_column="question", limit=1)) == 1
 
@@ -184,7 +184,8 @@ def test_a_dataset_by_name(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", calls)
     prompts = load_prompts("openai/gsm8k:main", prompt_column="question", split="test")
     load_prompts("imdb", prompt_column="question")
-    assert prompts[0] == Prompt("How many?", {"answer": "#### 3", "level": 1})
+    row = {"question": "How many?", "answer": "#### 3", "level": 1}
+    assert prompts[0] == Prompt("How many?", row)
     assert calls == [
         (("openai/gsm8k", "main"), {"split": "test"}),
         (("imdb", None), {"split": "train"}),

@@ -1,0 +1,44 @@
+"""The README's notebook section runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_batch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import funcprobe
+from funcprobe.adapters.optimizer import read_adam_state
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def rows(batch: funcprobe.Batch) -> tuple[list, list, list]:
+    """A batch taken apart again."""
+    parts = []
+    for tokens, x, y in zip(*batch[:3], strict=True):
+        parts.append((tokens[:x].tolist(), tokens[x : x + y].tolist()))
+    return [p for p, _ in parts], [r for _, r in parts], batch.prompt_N.tolist()
+
+
+def test_the_notebook_section_runs(checkpoint, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code = code.replace("checkpoint-500", str(checkpoint.adapter))
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.base, dtype=torch.float64)
+    E = rows(random_batch([(i % 5, 1 + i % 5, 1 + i % 4) for i in range(8)], vocabulary=14))
+    U = rows(random_batch([(i // 2, 1 + i // 2, 1 + i % 3) for i in range(6)], vocabulary=14))
+    names = {
+        "Path": Path,
+        "read_adam_state": read_adam_state,
+        "peft_model": PeftModel.from_pretrained(base, checkpoint.adapter, is_trainable=True),
+        "rewards": [1.0, 0.0, 0.5, 2.0, 0.0, 1.0],
+    }
+    for name, found in (("eval", E), ("update", U)):
+        for key, value in zip(("prompt_ids", "response_ids", "prompt_index"), found, strict=True):
+            names[f"{name}_{key}"] = value
+    exec(code, names)
+    derivative, measured = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines())
+    assert measured / (1e-5 * derivative) == pytest.approx(1, abs=0.05)  # what first order misses
+    assert float((names["tangent"].logp_NR.sum(1) - names["s"]).abs().max()) < 1e-9

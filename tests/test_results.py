@@ -1,0 +1,87 @@
+"""The fits of results.json on curves that are known, and on a run in float64."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import sets
+
+from funcprobe.adapters import results
+from funcprobe.estimators import Measured
+
+
+def fits(etas, curve, noise, derivative=3.0):
+    """`_fits` of measured changes curve(eta)."""
+    measured = tuple(Measured(curve(eta), 10.0, 1.0, 0) for eta in etas)
+    sweep = results.Sweep(tuple(etas), measured, 4, noise)
+    return results._fits(SimpleNamespace(derivative=derivative), sweep, "nats per token")
+
+
+def test_a_power_law_has_its_exponent():
+    x = [1e-6, 1e-5, 1e-3, 1e-2]
+    line = results.log_log(x, [-2 * eta**1.5 for eta in x])
+    assert line.slope == pytest.approx(1.5, rel=1e-12)
+    assert line.r_squared == pytest.approx(1, rel=1e-12)
+    assert line.points == 4
+    crooked = results.log_log([1, 10, 100], [1, 100, 1000])
+    assert crooked.r_squared == pytest.approx(np.corrcoef([0, 1, 2], [0, 2, 3])[0, 1] ** 2)
+
+
+@pytest.mark.parametrize("y", [[1, 2], [1, 0, 2], [5, 5, 5]])
+def test_no_line_through_too_little(y):
+    assert results.log_log([1.0, 2.0, 3.0][: len(y)], y) is None
+
+
+def test_slopes_of_a_quadratic_curve():
+    etas = (1e-6, 1e-5, 1e-4, 1e-3)
+    found = fits(etas, lambda eta: 3 * eta + 7 * eta**2, noise=1e-18)
+    assert found["measured_against_eta"]["slope"] == pytest.approx(1, abs=1e-3)
+    assert found["deviation_against_eta"]["slope"] == pytest.approx(1, abs=1e-9)
+    assert found["deviation_against_eta"]["points"] == 4
+    assert found["rounding_eta"]["value"] == pytest.approx(1e-18 / 0.1 / 3)
+
+
+def test_rounding_keeps_rows_out_of_the_fits():
+    """Noise 1e-9 is 10 % of 3 eta at eta = 3.3e-9, and of 7 eta^2 at eta = 3.8e-5."""
+    etas = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2)
+    found = fits(etas, lambda eta: 3 * eta + 7 * eta**2, noise=1e-9)
+    assert found["measured_against_eta"]["points"] == 4
+    assert found["deviation_against_eta"]["points"] == 3
+    assert found["rounding_eta"]["value"] == pytest.approx(1e-9 / 0.1 / 3)
+    assert fits(etas, lambda eta: 3 * eta, noise=None)["rounding_eta"] is None
+
+
+def test_first_order_is_the_limit_over_four_decades(checkpoint, command):
+    """|ratio - 1| falls in proportion to eta and is under 1e-3 at the smallest."""
+    Path("c.toml").touch()
+    given = checkpoint.settings() | {"measure.etas": [1e-8, 1e-7, 1e-6, 1e-5, 1e-4]}
+    for weights in ("per_decision", "sequence"):
+        name = {"run.name": weights, "entropy.weights": weights, "measure.next_lr": False}
+        assert command("run", "c.toml", *sets(given | name)).status == 0
+        document = json.loads(Path(f"runs/{weights}/results.json").read_text())
+        gaps = [abs(row["ratio"]["value"] - 1) for row in document["sweep"]]
+        assert gaps[0] < 1e-3
+        for small, large in itertools.pairwise(gaps):
+            # Ten, but for the cubic term (1e-4 of a random policy: some percent) and rounding.
+            assert large / small == pytest.approx(10, rel=0.1)
+        fit = document["fit"]
+        # At eta = 1e-4 the ratio is some percent off 1, which tilts the line by as much a decade.
+        assert fit["measured_against_eta"]["slope"] == pytest.approx(1, abs=0.02)
+        assert fit["measured_against_eta"]["r_squared"] > 0.999
+        assert fit["deviation_against_eta"]["slope"] == pytest.approx(1, abs=0.02)
+        assert fit["rounding_eta"]["value"] < 1e-12
+
+
+def test_rounding_takes_over_in_float32_far_earlier(checkpoint, command):
+    Path("c.toml").touch()
+    floor = {}
+    for dtype in ("float64", "float32"):
+        given = checkpoint.settings() | {"run.name": dtype, "policy.dtype": dtype}
+        assert command("run", "c.toml", *sets(given)).status == 0
+        document = json.loads(Path(f"runs/{dtype}/results.json").read_text())
+        floor[dtype] = document["fit"]["rounding_eta"]["value"]
+    # The units in the last place differ by 5e8; a factor of 100 is left to chance.
+    assert 5e6 < floor["float32"] / floor["float64"] < 5e10
