@@ -43,15 +43,31 @@ def sample_responses(
         pad_token_id=policy.pad_id,
         use_cache=True,
     )
-    ids: list[list[int]] = []
+    ids: dict[int, list[int]] = {}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for start in range(0, len(prompt_ids), config.generation_batch):
-            part = prompt_ids[start : start + config.generation_batch]
-            ids += _generate(policy, part, generation)
+        for part in _parts(prompt_ids, config.generation_batch, padded=policy.attention != "eager"):
+            found = _generate(policy, [prompt_ids[i] for i in part], generation)
+            ids.update(zip(part, found, strict=True))
             advance(len(part))
-    cut = [_through_first_eos(response, policy.eos_ids) for response in ids]
+    cut = [_through_first_eos(ids[i], policy.eos_ids) for i in range(len(prompt_ids))]
     return Responses(cut, [response[-1] in policy.eos_ids for response in cut])
+
+
+def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> list[list[int]]:
+    """Which prompts are generated together: in order, or only those of one length.
+
+    Under eager attention a row of nothing but padding is NaN in float64 (transformers 5.23), so that
+    there nothing is padded.
+    """
+    if padded:
+        groups = [list(range(len(prompt_ids)))]
+    else:
+        by_length: dict[int, list[int]] = {}
+        for i, ids in enumerate(prompt_ids):
+            by_length.setdefault(len(ids), []).append(i)
+        groups = list(by_length.values())
+    return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
 
 
 def _generate(

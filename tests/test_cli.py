@@ -441,6 +441,58 @@ def test_a_dry_run_refuses_what_a_run_would(command, checkpoint, other) -> None:
     assert "has shape" in outcome.err
 
 
+def test_a_dry_run_refuses_a_state_that_makes_no_step(command, damaged) -> None:
+    """Before anything is sampled: coverage alone would let these through."""
+    Path("c.toml").touch()
+    file = damaged.adapter / "optimizer.pt"
+    whole = torch.load(file, weights_only=True)
+
+    def refused(**overrides: Any) -> str:
+        outcome = command("run", "c.toml", "--dry-run", *sets(damaged.settings() | overrides))
+        assert (outcome.status, outcome.out) == (2, "")
+        return outcome.err.splitlines()[-1]
+
+    entry = whole["state"].pop(0)
+    torch.save(whole, file)
+    assert "exp_avg of every parameter, 1 of 12 lack it" in refused()
+    entry["exp_avg_sq"][0] = -1
+    whole["state"][0] = entry
+    torch.save(whole, file)
+    assert "holds a negative or non-finite number" in refused()
+
+
+def test_a_dry_run_refuses_a_missing_answer_column(command, checkpoint) -> None:
+    Path("c.toml").touch()
+    given = {"reward.function": "numeric", "reward.answer_column": "answr"}
+    outcome = command("run", "c.toml", "--dry-run", *sets(checkpoint.settings() | given))
+    assert outcome.status == 2
+    assert "no column 'answr'" in outcome.err
+    assert "did you mean 'answer'?" in outcome.err
+
+
+@pytest.mark.parametrize(("written", "warned"), [(2, False), (7, True)])
+def test_a_state_of_another_checkpoint_is_pointed_out(command, damaged, written, warned) -> None:
+    Path("c.toml").touch()
+    (damaged.adapter / "trainer_state.json").write_text(json.dumps({"global_step": written}))
+    outcome = command("run", "c.toml", "--dry-run", *sets(damaged.settings()))
+    assert outcome.status == 0
+    assert ("the optimizer state has taken 2 steps and" in outcome.err) == warned
+    (damaged.adapter / "trainer_state.json").write_text("[]")
+    outcome = command("run", "c.toml", "--dry-run", *sets(damaged.settings()))
+    assert outcome.status == 2
+    assert "has no global_step" in outcome.err
+
+
+def test_a_rule_that_no_trainer_follows_is_not_called_the_next_step(command, checkpoint) -> None:
+    Path("c.toml").touch()
+    given = {"optimizer.rule": "precondition", "optimizer.max_scale": 5.0}
+    outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
+    assert outcome.status == 0
+    assert 'Entropy change along v of rule "precondition", nats per token' in outcome.out
+    assert "next step" not in outcome.out
+    assert "scales of P capped at 5: set optimizer.max_scale = 0" in outcome.out
+
+
 def test_check_writes_nothing_and_fails_by_its_status(command, checkpoint, monkeypatch) -> None:
     Path("c.toml").touch()
     outcome = command("check", "c.toml", *sets(checkpoint.settings()))

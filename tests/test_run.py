@@ -373,6 +373,8 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
         **{k: v[:3] for k, v in update._asdict().items() if isinstance(v, list)}
     )
     save_rollouts(one_prompt, Path("one_prompt.parquet"))
+    padded = [update.response_ids[0], [5, 1, 0], *update.response_ids[2:]]
+    save_rollouts(update._replace(response_ids=padded), Path("padded.parquet"))
     for given, said in (
         ({"rollouts.update": "runs/one/rollouts/update.parquet"}, "E has temperature 1 and U 0.5"),
         (
@@ -384,6 +386,10 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
             "U has responses to one prompt only",
         ),
         ({"rollouts.update": "runs/one/rollouts/eval.parquet"}, "row 0 has no reward"),
+        (
+            {"rollouts.eval": "padded.parquet", "sampling.temperature": 0.5},
+            "row 1 has tokens after its first end-of-sequence token",
+        ),
     ):
         outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
         assert (outcome.status, outcome.out) == (2, "")

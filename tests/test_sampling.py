@@ -3,11 +3,13 @@
 import math
 from collections import Counter
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import Checkpoint, edit_json, make_checkpoint
 from scipy import stats
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import funcprobe
 from funcprobe.adapters.config import PolicyConfig, SamplingConfig
@@ -139,3 +141,30 @@ def test_top_k_and_top_p_reach_the_sampler(policy, option, value) -> None:
     with torch.no_grad():
         logits = policy.model(torch.tensor([prefix])).logits[0, -len(found[0]) :]
     assert logits.argmax(-1).tolist() == found[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eager_attention_is_never_padded(dtype):
+    """Gemma2 has no other; its padded rows are NaN in float64."""
+    config = Gemma2Config(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        attn_implementation="eager",
+    )
+    model = Gemma2ForCausalLM(config).to(dtype).eval()
+    policy = SimpleNamespace(model=model, eos_ids=(1,), pad_id=0, attention="eager")
+    prompts = [[3, 4, 5], [3], [4, 4, 4, 4], [6]]
+    done = []
+    found = sample_responses(
+        policy, prompts, SamplingConfig(max_new_tokens=4), seed=0, advance=done.append
+    )
+    assert done == [1, 2, 1]  # by length, in the order they are met
+    assert len(found.ids) == 4
+    assert all(1 <= len(ids) <= 4 for ids in found.ids)
+    again = sample_responses(policy, prompts[1:2] + prompts[3:], SamplingConfig(), seed=1)
+    assert len(again.ids) == 2
