@@ -1,5 +1,6 @@
 """Folder or hub id -> base model and tokenizer, whole and plain, or an InputError."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,8 +107,9 @@ def load_tokenizer(checkpoint: str, base_id: str, *, trust_remote_code: bool) ->
 
 
 def is_local(name: str) -> bool:
-    """A folder, or what can be nothing else: hub ids have one slash at most."""
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    """A folder, or what can be nothing else: hub ids have one slash at most, trainers write -N."""
+    named_so = name.startswith((".", "/", "~")) or re.search(r"checkpoint-\d+/?$", name) is not None
+    return Path(name).expanduser().exists() or named_so or name.count("/") > 1
 
 
 def short(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The command line: run, check, init."""
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +18,32 @@ from .console import Narrator
 if TYPE_CHECKING:
     from .plan import Plan
 
-app = typer.Typer(
-    help="How the next optimizer step changes the entropy of a policy in RL training: predicted to "
-    "first order with a standard error, and measured by importance sampling, without taking the step.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+ABOUT = (
+    "How the next optimizer step changes the entropy of a policy in RL training: predicted to first "
+    "order with a standard error, and measured by importance sampling, without taking the step."
 )
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"funcprobe {metadata.version('funcprobe')}")
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options before a command."""
+
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CFG.TOML", help="Configuration; see init.")]
 Overrides = Annotated[
@@ -218,7 +236,8 @@ def _print_plan(plan: "Plan", folder: Path) -> None:
     if plan.prompt_ids:
         longest = max(len(ids) for ids in plan.prompt_ids)
         typer.echo(f"longest prompt {longest} tokens, responses up to {sampling.max_new_tokens}")
-    typer.echo(f"step: {plan.step.rule}, next lr {plan.next_lr:g}; objective: {plan.objective}")
+    objective = f"advantage {plan.objective.advantage}, normalisation {plan.objective.normalisation}"
+    typer.echo(f"step: {plan.step.rule}, next lr {plan.next_lr:g}; objective: {objective}")
     typer.echo(f"measured at eta = {', '.join(f'{eta:g}' for eta in plan.etas)}")
     typer.echo(f"would write {folder}; nothing was sampled or written")
 

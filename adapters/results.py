@@ -3,6 +3,7 @@
 import math
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
     from .batches import Batches
     from .plan import Plan
 
-PACKAGES = ("funcprobe", "torch", "transformers", "peft", "optree", "safetensors", "scipy", "pyarrow")
+PACKAGES = (
+    "funcprobe",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "optree",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pyarrow",
+)
 ROUNDING_SHARE = 0.1  # rounding is said to take over where it reaches this share of the change
 MIN_POINTS = 3  # of a straight line, so that R^2 says something
 
@@ -117,6 +129,7 @@ def entropy_unit(plan: "Plan") -> str:
 def manifest(plan: "Plan") -> dict[str, Any]:
     """What the run was made with: versions, seed, device, git commit, hashes of the input files."""
     return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),

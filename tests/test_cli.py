@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -522,6 +523,22 @@ def test_check_writes_nothing_and_fails_by_its_status(command, checkpoint, monke
     outcome = command("check", "c.toml", *sets(checkpoint.settings()))
     assert outcome.status == 0
     assert "suspect: Adam against identity: " in outcome.out
+
+
+def test_version(command) -> None:
+    outcome = command("--version")
+    assert outcome.status == 0
+    assert outcome.out == f"funcprobe {metadata.version('funcprobe')}\n"
+
+
+def test_a_mistyped_checkpoint_is_not_looked_up_on_the_hub(command, checkpoint) -> None:
+    Path("c.toml").touch()
+    given = checkpoint.settings() | {"policy.checkpoint": "out/checkpoint-21"}
+    outcome = command("run", "c.toml", *sets(given))
+    assert outcome.status == 2
+    assert outcome.err == (
+        "funcprobe: out/checkpoint-21: no such folder; set policy.checkpoint to a checkpoint folder\n"
+    )
 
 
 # The disk fills up
