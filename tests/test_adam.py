@@ -367,7 +367,7 @@ orders = st.permutations(list(SHAPES))
 
 
 @given(orders, orders, orders, orders, orders, st.sampled_from(["adamw", "precondition", "sgd"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_order_of_keys_changes_nothing(a, b, c, d, e, rule):
     theta, Y, s = random_params(1), random_grads(2), random_state()
     other = AdamState(
@@ -389,7 +389,7 @@ def test_the_order_of_keys_changes_nothing(a, b, c, d, e, rule):
     st.permutations([0, 1, 2]),
     st.lists(st.sampled_from([1e-6, 3e-5, 0.2, 7.0]), min_size=3, max_size=3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_order_of_groups_changes_the_reference_lr_alone(member, order, lrs):
     hypers = [PLAIN, DECAYED, OTHER]
     groups = [

@@ -76,7 +76,7 @@ def test_the_last_override_wins_over_the_file(tmp_path) -> None:
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     etas=st.lists(st.floats(1e-12, 1e3), min_size=1, max_size=5, unique=True),
     template=st.none() | TEXT,

@@ -36,7 +36,7 @@ def per_sequence_loop(probe, batch, p_NR, q_NR, mu):
     return torch.tensor(s, dtype=torch.float64)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(batches(), st.integers(12, 60), st.integers(0, 99))
 def test_alpha_trick_tangents_loop_and_differences_agree(batch, max_tokens, seed):
     probe = funcprobe.bind(POLICY, max_tokens=max_tokens)

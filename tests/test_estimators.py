@@ -329,7 +329,7 @@ def test_effective_sample_size_and_largest_weight():
     assert seen.max_weight == pytest.approx(float(w.max() / w.mean()))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(4)), st.integers(0, 3), st.sampled_from(ESTIMATORS))
 def test_order_and_padding_change_nothing(order, padding, entropy):
     stats, moved, log_ratio, mask = random_statistics(seed=8)

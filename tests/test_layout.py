@@ -19,7 +19,7 @@ def ragged(lengths):
 
 
 @given(pairs)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_collate_and_mask(lengths):
     prompts, responses, number = ragged(lengths)
     batch = collate(prompts, responses, number)
@@ -36,7 +36,7 @@ def test_collate_and_mask(lengths):
 
 
 @given(pairs, st.integers(0, 60), st.integers(0, 5), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_response_token_is_in_one_microbatch(lengths, room, padding, random):
     prompts, responses, number = ragged(lengths)
     batch = collate(prompts, responses, number)
@@ -73,7 +73,7 @@ def test_every_response_token_is_in_one_microbatch(lengths, room, padding, rando
 
 
 @given(pairs, st.integers(0, 40), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scatter_undoes_gather(lengths, room, seed):
     batch = collate(*ragged(lengths))
     mask_NR = response_mask(batch)
@@ -89,7 +89,7 @@ def test_scatter_undoes_gather(lengths, room, seed):
 
 
 @given(pairs.filter(lambda p: len(p) > 1), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_select_takes_sequences_in_the_order_asked(lengths, data):
     batch = collate(*ragged(lengths))
     index = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6))

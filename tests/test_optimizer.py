@@ -451,7 +451,7 @@ def test_state_of_frozen_positions(tmp_path: Path) -> None:
     refused("does not train: .*embed_tokens", save(optimizer.state_dict(), tmp_path), make_model())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_permuted_positions_of_other_shapes_are_refused(plain: SimpleNamespace, data) -> None:
     saved = plain.optimizer.state_dict()

@@ -71,7 +71,7 @@ def test_a_long_list_of_names_is_cut():
 
 
 @given(shapes, seeds, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_dot_is_a_float64_sum(shapes, seed, dtype):
     a, b = random_tree(shapes, seed, dtype), random_tree(shapes, seed + 1, dtype)
     products = [Fraction(x) * Fraction(y) for x, y in zip(entries(a), entries(b), strict=True)]
@@ -94,7 +94,7 @@ def test_dot_in_float32_would_not_do():
 
 
 @given(shapes, seeds, coefficients, coefficients)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_dot_is_symmetric_and_bilinear(shapes, seed, s, t):
     a, b, c = (random_tree(shapes, seed + i) for i in range(3))
     assert tree.dot(a, b) == tree.dot(b, a)
@@ -107,7 +107,7 @@ def test_dot_is_symmetric_and_bilinear(shapes, seed, s, t):
 
 
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), st.permutations(list(s)))), seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_of_keys_changes_nothing(shapes_and_order, seed):
     shapes, order = shapes_and_order
     a, b = random_tree(shapes, seed), random_tree(shapes, seed + 1)
@@ -126,7 +126,7 @@ def test_the_order_of_keys_changes_nothing(shapes_and_order, seed):
 
 
 @given(shapes, seeds, coefficients, st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_axpy_rounds_once(shapes, seed, alpha, dtype):
     x, y = random_tree(shapes, seed, torch.float32), random_tree(shapes, seed + 1, dtype)
     found = tree.axpy(alpha, x, y)
