@@ -238,6 +238,8 @@ def _inputs(
             "attention": policy.attention,
             "device": str(policy.model.device),
             "versions": results.versions(),
+            # An editable install keeps its version while its formulas change.
+            "core": store.fingerprint_path(Path(funcprobe.__file__).parent),
         },
         "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
         "optimizer": store.fingerprint_path(report.path) if report else {},
