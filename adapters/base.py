@@ -1,7 +1,7 @@
 """Folder or hub id -> base model and tokenizer, whole and plain, or an InputError."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers.utils import logging
 from funcprobe.types import InputError
 
 from .config import PolicyConfig
+from .quantised import quantisation
 
 # What transformers 5.23, huggingface_hub and safetensors raise for files that are missing, damaged,
 # or of another kind: hand-edited JSON comes back as TypeError or KeyError from deep inside them.
@@ -31,13 +32,15 @@ UNLOADABLE = (
 )
 
 
-def load_base(base_id: str, config: PolicyConfig) -> tuple[Any, list[str]]:
+def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple[Any, list[str]]:
     """The base model, and a line if its files hold weights that the model does not use.
 
-    Raises InputError, one line, for what cannot be loaded, a quantised base, and weights that are
-    missing or of another shape than the configuration says.
+    With mode "qlora" it is on `device`, its linear layers bitsandbytes'; float64 is float32 there, for
+    the caller to widen. Raises InputError, one line, for what cannot be loaded, a base quantised
+    otherwise than `mode` says, and weights that are missing or of another shape than the
+    configuration says.
     """
-    remote = {"trust_remote_code": config.trust_remote_code}
+    remote: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     cure = "set policy.base to a model folder or hub id"
     if is_local(base_id) and not Path(base_id).is_dir():
         raise InputError(f"base model {base_id}: no such folder; {cure}")
@@ -47,17 +50,20 @@ def load_base(base_id: str, config: PolicyConfig) -> tuple[Any, list[str]]:
         raise InputError(
             f"the base model's configuration cannot be loaded from {base_id} ({short(error)}): {cure}"
         ) from error
-    if getattr(base_config, "quantization_config", None) is not None:
-        raise InputError(
-            f"base {base_id} is quantised: set policy.base to the plain model it was made from"
-        )
+    dtype = getattr(torch, config.dtype)
+    saved = getattr(base_config, "quantization_config", None)
+    quantise = quantisation(saved, base_id, config.mode, dtype)
+    if config.mode == "qlora":
+        dtype = torch.float32 if dtype is torch.float64 else dtype  # bitsandbytes has no float64
+        # What is quantised on another device may be rounded to another of the sixteen levels.
+        remote |= {"quantization_config": quantise, "device_map": {"": str(device)}}
     loaded: Any
     try:
         with _quiet():
             loaded = AutoModelForCausalLM.from_pretrained(
                 base_id,
                 config=base_config,
-                dtype=getattr(torch, config.dtype),
+                dtype=dtype,
                 attn_implementation=None if config.attention == "auto" else config.attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
@@ -86,10 +92,13 @@ def load_base(base_id: str, config: PolicyConfig) -> tuple[Any, list[str]]:
     return base, [f"base {base_id}: {len(unused)} tensors in its files are not used, as {unused[0]}"]
 
 
-def load_tokenizer(checkpoint: str, base_id: str, *, trust_remote_code: bool) -> Any:
-    """The checkpoint's own tokenizer if it has one, else the base's. InputError for a damaged one."""
-    folder = Path(checkpoint).expanduser()
-    source = str(folder) if (folder / "tokenizer_config.json").is_file() else base_id
+def load_tokenizer(places: Sequence[str], *, trust_remote_code: bool) -> Any:
+    """The tokenizer of the first folder that has one, else of the last place, a hub id perhaps.
+
+    InputError for a damaged one.
+    """
+    found = (place for place in places if (Path(place) / "tokenizer_config.json").is_file())
+    source = next(found, places[-1])
     cure = "put the base's tokenizer files there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

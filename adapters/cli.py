@@ -1,5 +1,6 @@
-"""The command line: run, check, init."""
+"""The command line: run, check, inspect, init."""
 
+import json
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.table import Table
 from funcprobe.checks import Check
 from funcprobe.types import InputError
 
-from .config import commented_config, read_config
+from .config_file import commented_config, read_config
 from .console import Narrator
 
 if TYPE_CHECKING:
@@ -107,6 +108,32 @@ def init(
     typer.echo(f"wrote {path}: edit it, then funcprobe run {path}")
 
 
+@app.command()
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint's folder, or an optimizer state's file or folder.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Base model, in place of the one the adapter names.")
+    ] = None,
+    adapter: Annotated[
+        str, typer.Option(help='Adapter; other than "default": that subfolder.')
+    ] = "default",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what an optimizer's state is: format, names and how sure they are, coverage, statistics.
+
+    Positions get their names from the adapter's and the base's configuration; no weights are read.
+    """
+    from . import inspection
+
+    document = inspection.inspect(path.expanduser(), base=base, adapter=adapter)
+    if as_json:
+        typer.echo(json.dumps(document, indent=2, allow_nan=False))
+    else:
+        inspection.show(document, _stdout())
+
+
 def print_results(document: dict[str, Any], console: Console) -> None:
     """The final table and the lines under it."""
     rule, unit = document["conventions"]["step"]["rule"], document["entropy"]["unit"]
@@ -194,7 +221,7 @@ def _summary(document: dict[str, Any]) -> list[str]:
     if step["rule"] == "adamw" and step["max_grad_norm"]:
         lines.append(
             f"gradient norm {document['norms']['Y']['value']:.3g}, clip coefficient "
-            f"{document['clip_coefficient']:.3g} at the configured max_grad_norm "
+            f"{document['clip_coefficient']:.3g} at max_grad_norm "
             f"{step['max_grad_norm']:g}"
         )
     if second and second["capped"]:

@@ -1,19 +1,14 @@
-"""The configuration: TOML -> a frozen, validated model. Every key is documented here and only here.
+"""The configuration: a frozen, validated model. Every key is documented here and only here.
 
 `funcprobe init` writes a commented file from these descriptions.
 """
 
-import difflib
 import math
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from funcprobe.types import InputError, Integrand, Per, Rule, Weights
+from funcprobe.types import Integrand, Per, Rule, Weights
 
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -60,6 +55,10 @@ class PolicyConfig(Section):
         pattern=r"^[^.]+$",  # it becomes the name of a torch module
         description='Adapter; other than "default": that subfolder.',
     )
+    mode: Literal["lora", "qlora"] = Field(
+        "lora",
+        description='"qlora": the base in 4-bit nf4, double quantisation, or a base saved in nf4.',
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32",
         description="float64 is exact to rounding; in bfloat16 measured changes drown in rounding.",
@@ -76,14 +75,24 @@ class PolicyConfig(Section):
 class OptimizerConfig(Section):
     """Adam's state and the rule that makes the step v of it and of the gradient Y on U."""
 
-    state: Text | None = Field(None, description="optimizer.pt; default: the one in the checkpoint.")
+    state: Text | None = Field(
+        None, description="File or folder with the optimizer's state; default: the checkpoint's own."
+    )
+    accept_positional: bool = Field(
+        False,
+        description="Trust the order of a state without names, where equal shapes cannot show that it "
+        "is right; see funcprobe inspect.",
+    )
     rule: Rule = Field(
         "adamw",
         description='"adamw": the exact next step; "precondition": Y/(sqrt(nu)+eps), nu as saved, no '
         'momentum; "sgd": Y.',
     )
-    max_grad_norm: float = Field(
-        1.0, ge=0, description="Gradient clipping, as the run was trained; 0: off."
+    max_grad_norm: float | None = Field(
+        None,
+        ge=0,
+        description="Gradient clipping, as the run was trained; 0: off; default: what "
+        "optimizer_param_names.json says, else 1.",
     )
     lr: float | None = Field(None, gt=0, description="Next step's learning rate; default: the file's.")
     betas: tuple[Decay, Decay] | None = Field(None, description="Default: the file's.")
@@ -126,9 +135,15 @@ class RewardConfig(Section):
     function: str = Field(
         "numeric",
         description='"numeric" (last number, #### first), "math" (math-verify), "module:function", '
-        'or "path/to/file.py:function", called as TRL calls it.',
+        'or "path/to/file.py:function", called as TRL or, by its parameters, as verl calls it.',
     )
-    answer_column: str = Field("answer", description="Column with the reference answer.")
+    answer_column: str = Field(
+        "answer", description="Column with the reference answer; verl's reward_model goes before it."
+    )
+    conversational: bool = Field(
+        False,
+        description="Your function takes messages, as in TRL where the dataset's prompts are messages.",
+    )
 
 
 class SamplingConfig(Section):
@@ -149,10 +164,12 @@ class SamplingConfig(Section):
 
 
 class RolloutsConfig(Section):
-    """Batches brought from elsewhere instead of being sampled (Parquet as a run writes it)."""
+    """Batches brought from elsewhere instead of being sampled (.parquet or .jsonl, see README)."""
 
     eval: Text | None = Field(None, description="E; its sampler_logp column makes the ratios, if any.")
-    update: Text | None = Field(None, description="U, with rewards.")
+    update: Text | None = Field(
+        None, description="U, with rewards; TRL's completions and verl's dumps are guessed from text."
+    )
 
 
 class ObjectiveConfig(Section):
@@ -161,8 +178,10 @@ class ObjectiveConfig(Section):
     preset: Literal["grpo", "dapo", "dr_grpo", "rloo"] = Field(
         "dapo", description="Advantage and normalisation by the name of the method."
     )
-    advantage: Literal["mean", "mean_std", "leave_one_out"] | None = Field(
-        None, description='"mean", "mean_std" or "leave_one_out"; default: the preset\'s.'
+    advantage: Literal["mean", "mean_std", "leave_one_out", "rollouts"] | None = Field(
+        None,
+        description='"mean", "mean_std" or "leave_one_out"; default: the preset\'s. "rollouts": the '
+        "column advantage of rollouts.update, as it is.",
     )
     normalisation: Literal["sequence", "token_mean", "sequence_mean", "longest", "constant"] | None = (
         Field(
@@ -172,7 +191,9 @@ class ObjectiveConfig(Section):
         )
     )
     constant: float | None = Field(
-        None, gt=0, description='L of normalisation "constant"; default: max_new_tokens.'
+        None,
+        gt=0,
+        description='L of normalisation "constant"; default: max_new_tokens (none if U is brought).',
     )
 
 
@@ -235,84 +256,3 @@ class Config(Section):
                 "against the wrong distribution; set both, or bring E with rollouts.eval"
             )
         return self
-
-
-def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """TOML file and `section.key=value` overrides -> Config; InputError, one line, if invalid."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the path of a TOML file") from error
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
-    for override in overrides:
-        _set(tables, override)
-    try:
-        return Config.model_validate(tables)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_one_line(error)}") from error
-
-
-def commented_config() -> str:
-    """A TOML file with every key at its default and what it means; unset keys are commented out."""
-    document = tomlkit.document()
-    for name, section in Config.model_fields.items():
-        model = section.annotation
-        assert isinstance(model, type) and issubclass(model, Section)  # noqa: PT018  for the type checker
-        table = tomlkit.table()
-        table.comment((model.__doc__ or "").strip().splitlines()[0])
-        for key, field in model.model_fields.items():
-            table.add(tomlkit.comment(field.description or ""))
-            if field.default is None:
-                table.add(tomlkit.comment(f"{key} = "))
-            else:
-                value = list(field.default) if isinstance(field.default, tuple) else field.default
-                table.add(key, value)
-        document.add(name, table)
-    return tomlkit.dumps(document)
-
-
-def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML; keys that are unset are left out."""
-    return tomlkit.dumps(config.model_dump(exclude_none=True, mode="json"))
-
-
-def _set(tables: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) != 2 or not all(parts):
-        raise InputError(f'--set {override}: expected section.key=value, as "sampling.B_E=64"')
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        parsed = {}
-    # A bare word is a string, so that shells need no nested quotes; so is what spans lines.
-    value = parsed["value"] if len(parsed) == 1 else text.strip()
-    table = tables.setdefault(parts[0], {})
-    if not isinstance(table, dict):
-        raise InputError(f"--set {override}: {parts[0]} is not a section")
-    table[parts[1]] = value
-
-
-def _one_line(error: ValidationError) -> str:
-    first, *rest = error.errors()
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        message = f"unknown key {where}{_nearest(first['loc'])}"
-    else:
-        said = first["msg"].removeprefix("Value error, ").replace("\n", " ")
-        found = first["input"]
-        shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
-        message = f"{where}: {said}{shown}" if where else said
-    return message + (f"; and {len(rest)} more" if rest else "")
-
-
-def _nearest(loc: tuple[int | str, ...]) -> str:
-    section = Config.model_fields.get(str(loc[0])) if len(loc) > 1 else None
-    model = section.annotation if section else Config
-    known = list(getattr(model, "model_fields", {}))
-    folded = {key.casefold(): key for key in known}
-    close = difflib.get_close_matches(str(loc[-1]).casefold(), folded, n=1, cutoff=0.5)
-    return f": did you mean {folded[close[0]]}?" if close else f": known keys are {', '.join(known)}"

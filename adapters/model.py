@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -20,11 +19,11 @@ from transformers import GenerationConfig
 from funcprobe.policy import trainable_params
 from funcprobe.types import InputError, Params
 
+from .adapter import ADAPTER_FILES, check_adapter_config, find_adapter, read_adapter_config
 from .base import UNLOADABLE, is_local, load_base, load_tokenizer, short
 from .config import PolicyConfig
 from .prompts import check_vocabulary
-
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+from .quantised import freeze_quantised
 
 
 class Policy(NamedTuple):
@@ -45,36 +44,44 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     """Load base, adapter and tokenizer: the adapter active, the base frozen, no dropout, no caches.
 
     Every adapter tensor must find a parameter of its name and shape, and every LoRA parameter a
-    tensor. Raises InputError, one line, for what cannot be loaded, an adapter of another base, a
-    quantised base, no LoRA parameters, or more than `max_trainable`.
+    tensor. With mode "qlora" the base's linear layers are `quantised.FrozenLinear4bit`. Raises
+    InputError, one line, for what cannot be loaded, an adapter of another base or of another kind, a
+    base quantised otherwise than `mode` says, no LoRA parameters, or more than `max_trainable`.
     """
-    subfolder = None if config.adapter == "default" else config.adapter
-    adapter_config = _adapter_config(config.checkpoint, subfolder)
+    source, subfolder = find_adapter(
+        config.checkpoint, None if config.adapter == "default" else config.adapter
+    )
+    adapter_config = read_adapter_config(source, subfolder)
+    check_adapter_config(adapter_config, config)
     named = adapter_config.base_model_name_or_path
     base_id = config.base or named
     if not base_id:
         raise InputError(f"{config.checkpoint} does not name its base model: set policy.base")
     base_id = str(Path(str(base_id)).expanduser())
-    base, ignored = load_base(base_id, config)
-    base_size = sum(p.numel() for p in base.parameters())
-    tokenizer = load_tokenizer(config.checkpoint, base_id, trust_remote_code=config.trust_remote_code)
+    base, ignored = load_base(base_id, config, device)
+    base_size = base.num_parameters()  # counts a packed 4-bit weight as what it holds
+    places = _tokenizer_places(config.checkpoint, source, base_id)
+    tokenizer = load_tokenizer(places, trust_remote_code=config.trust_remote_code)
     check_vocabulary(tokenizer, base.get_input_embeddings().weight.shape[0])
-    eos_ids = _eos_ids(tokenizer, base)
+    eos_ids = eos_ids_of(tokenizer, base)
     # generate() fills every unset option from here; a base's own top_p or repetition penalty would
     # sample from another distribution than the one whose ratios are taken.
     base.generation_config = GenerationConfig()
-    model = _attach_adapter(base, adapter_config, config, base_id, subfolder)
+    model = _attach_adapter(base, adapter_config, config.adapter, base_id, source, subfolder)
+    check_registry(trainable_params(model), config.max_trainable)
+    if config.mode == "qlora":
+        freeze_quantised(model)
     if config.dtype == "float64":
         model = model.double()
     model.config.use_cache = False
     model = model.to(device).eval()
     params = trainable_params(model)
-    check_registry(params, config.max_trainable)
     _require_finite(model, base_id, config.dtype)
     attention = str(base.config._attn_implementation)
+    precision = f"nf4 in {config.dtype}" if config.mode == "qlora" else config.dtype
     lines = (
-        f"base {base_id}: {base_size:,} parameters, {config.dtype}, {attention} attention, on {device}",
-        f"adapter {config.checkpoint} ({config.adapter}): {len(params)} tensors, "
+        f"base {base_id}: {base_size:,} parameters, {precision}, {attention} attention, on {device}",
+        f"adapter {source} ({config.adapter}): {len(params)} tensors, "
         f"{sum(t.numel() for t in params.values()):,} trainable parameters",
         *ignored,
         *(
@@ -103,45 +110,11 @@ def check_registry(params: Params, max_trainable: int) -> None:
         )
 
 
-def _adapter_config(checkpoint: str, subfolder: str | None) -> PeftConfig:
-    folder = Path(checkpoint).expanduser()
-    local = is_local(checkpoint)
-    if local:
-        place = folder / (subfolder or "")
-        if not place.is_dir():
-            raise InputError(f"{place}: no such folder; set policy.checkpoint to a checkpoint folder")
-        if not (place / "adapter_config.json").is_file():
-            raise InputError(
-                f"{place} has no adapter_config.json: a LoRA checkpoint as peft or a trainer writes "
-                "it is expected (adapter_config.json and adapter_model.safetensors)"
-            )
-    try:
-        adapter_config: PeftConfig = PeftConfig.from_pretrained(
-            str(folder if local else checkpoint), subfolder=subfolder
-        )
-    except UNLOADABLE as error:
-        raise InputError(
-            f"the adapter's configuration cannot be loaded from {checkpoint} ({short(error)}): "
-            "expected a checkpoint folder, or a hub id that this machine can reach"
-        ) from error
-    if not isinstance(adapter_config, LoraConfig):
-        kind = getattr(adapter_config.peft_type, "value", adapter_config.peft_type)
-        raise InputError(
-            f"{checkpoint} has no LoRA parameters: its adapter_config.json says peft_type = {kind}; "
-            "give a checkpoint with a LoRA adapter"
-        )
-    adapter_config.inference_mode = False  # trainers write true; the registry wants its gradients
-    return adapter_config
-
-
 def _attach_adapter(
-    base: Any, adapter_config: PeftConfig, config: PolicyConfig, base_id: str, subfolder: str | None
+    base: Any, adapter_config: LoraConfig, name: str, base_id: str, source: str, subfolder: str | None
 ) -> PeftModel:
-    local = is_local(config.checkpoint)
-    source = str(Path(config.checkpoint).expanduser()) if local else config.checkpoint
-    place = Path(source) / (subfolder or "")
-    if local and not any((place / name).is_file() for name in ADAPTER_FILES):
-        raise InputError(f"{place} has neither {' nor '.join(ADAPTER_FILES)}: copy it again")
+    if is_local(source) and not any((Path(source) / file).is_file() for file in ADAPTER_FILES):
+        raise InputError(f"{source} has neither {' nor '.join(ADAPTER_FILES)}: copy it again")
     try:
         weights = load_peft_weights(source, device="cpu", subfolder=subfolder)
     except (*UNLOADABLE, pickle.UnpicklingError, RuntimeError, EOFError) as error:  # .bin is a pickle
@@ -154,16 +127,24 @@ def _attach_adapter(
             # attribute that warns of its age.
             warnings.simplefilter("ignore", FutureWarning)
             adapter_config.base_model_name_or_path = base_id  # peft warns where it has to change it
-            model = get_peft_model(base, adapter_config, adapter_name=config.adapter)
+            model = get_peft_model(base, adapter_config, adapter_name=name)
     except (ValueError, TypeError, AttributeError) as error:  # the last two: a damaged configuration
         raise InputError(
             f"the adapter in {source} does not fit base {base_id} ({short(error)}): "
             "set policy.base to the model it was trained on"
         ) from error
-    expected = get_peft_model_state_dict(model, adapter_name=config.adapter)
+    expected = get_peft_model_state_dict(model, adapter_name=name)
     _require_same_tensors(expected, weights, source, base_id)
-    set_peft_model_state_dict(model, weights, adapter_name=config.adapter)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
     return model
+
+
+def _tokenizer_places(checkpoint: str, source: str, base_id: str) -> tuple[str, ...]:
+    """Where its files may lie, nearest first: verl keeps them in huggingface/, beside the adapter."""
+    if not is_local(checkpoint):
+        return (base_id,)
+    folder, adapter = Path(checkpoint).expanduser(), Path(source)
+    return str(folder), source, str(adapter.parent / "huggingface"), base_id
 
 
 def _require_same_tensors(
@@ -198,7 +179,7 @@ def _require_finite(model: PeftModel, base_id: str, dtype: str) -> None:
         )
 
 
-def _eos_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
+def eos_ids_of(tokenizer: Any, base: Any) -> tuple[int, ...]:
     configured = getattr(base.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     found = sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})

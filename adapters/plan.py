@@ -11,6 +11,7 @@ from funcprobe.policy import Forward
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
 from . import results, store
+from .brought import bring_eval, bring_update, common_temperature
 from .config import Config
 from .console import Narrator
 from .devices import resolve_device
@@ -18,7 +19,7 @@ from .model import Policy, load_policy
 from .optimizer import OptimizerReport
 from .prompts import Prompt, encode_prompts, load_prompts, missing_column
 from .rewards import BUILT_IN, Reward, load_reward
-from .rollouts import Rollouts, load_rollouts
+from .rollouts import Rollouts
 from .step import load_step, step_lines
 from .toy import ensure_toy
 
@@ -55,21 +56,25 @@ def load(config: Config, narrator: Narrator) -> Plan:
     config = _with_toy(config, narrator, prompts=sampled)
     reward = None
     if config.rollouts.update is None:
-        reward = load_reward(config.reward.function, answer_column=config.reward.answer_column)
+        reward = _reward(config)
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
         policy = load_policy(config.policy, device)
         adam_state, report, step = load_step(config, policy)
         prompts, prompt_ids = _prompts(config, policy) if sampled else ([], [])
-        brought_eval = _brought(config.rollouts.eval, policy, rewards=False)
-        brought_update = _brought(config.rollouts.update, policy, rewards=True)
-        temperature = _temperature(config, brought_eval, brought_update)
+        brought_eval = bring_eval(config, policy, vocabulary(policy))
+        brought_update, guessed = bring_update(config, policy, vocabulary(policy), prompt_ids)
+        objective = _objective(config)
+        temperature = common_temperature(config, brought_eval, brought_update)
         _require_positions(config, policy, prompt_ids, brought_eval, brought_update)
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
-    for line in (*policy.lines, *step_lines(config, adam_state, report, step)):
+    for line in (*policy.lines, *step_lines(config, adam_state, report, step), *guessed):
         narrator.say(line)
     if brought_update is not None:
-        narrator.say("U is brought: its advantages are made of its rewards, by [objective]")
+        source = (
+            "its own" if objective.advantage == "rollouts" else "made of its rewards, by [objective]"
+        )
+        narrator.say(f"U is brought: its advantages are {source}")
     if config.policy.dtype in {"bfloat16", "float16"}:
         narrator.say(f"warning: in {config.policy.dtype} measured differences drown in rounding")
     first = next((group.lr for group in adam_state.groups if group.names), 0.0)
@@ -87,7 +92,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         adam_state=adam_state,
         optimizer=report,
         step=step,
-        objective=_objective(config),
+        objective=objective,
         entropy=Entropy(**config.entropy.model_dump()),
         prompts=prompts,
         prompt_ids=prompt_ids,
@@ -98,6 +103,23 @@ def load(config: Config, narrator: Narrator) -> Plan:
         next_lr=next_lr,
         inputs=_inputs(config, policy, report, prompts, prompt_ids),
     )
+
+
+class EvalSource(NamedTuple):
+    """What E comes from: prompts to sample from, or rollouts that are brought."""
+
+    temperature: float
+    prompt_ids: list[list[int]]  # none where E is brought
+    brought: Rollouts | None
+
+
+def load_eval(config: Config, policy: Policy) -> EvalSource:
+    """E's prompts or rollouts for a policy that is there already; InputError as `load` raises it."""
+    brought = bring_eval(config, policy, vocabulary(policy))
+    prompt_ids = [] if brought else _encoded(config, policy)[1]
+    _require_positions(config, policy, prompt_ids, brought)
+    temperature = brought.temperature if brought else config.sampling.temperature
+    return EvalSource(temperature, prompt_ids, brought)
 
 
 def vocabulary(policy: Policy) -> int:
@@ -124,7 +146,7 @@ def _with_toy(config: Config, narrator: Narrator, *, prompts: bool) -> Config:
     return config.model_copy(update=changes)
 
 
-def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
+def _encoded(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
     chosen = config.prompts
     prompts = load_prompts(
         chosen.source,
@@ -135,47 +157,35 @@ def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[in
         system_prompt=chosen.system_prompt,
         tokenizer=policy.tokenizer,
     )
-    if config.rollouts.update is None and len(prompts) < config.sampling.B_U:
-        raise InputError(
-            f"{chosen.source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
-            "distinct ones are asked for: lower B_U or give more prompts"
-        )
-    builtin = config.rollouts.update is None and config.reward.function in BUILT_IN
-    if builtin and config.reward.answer_column not in prompts[0].row:
-        raise missing_column(config.reward.answer_column, prompts[0].row, chosen.source)
     ids = encode_prompts(
         prompts, policy.tokenizer, chat=chosen.chat, max_prompt_tokens=chosen.max_prompt_tokens
     )
     return prompts, ids
 
 
-def _brought(path: str | None, policy: Policy, *, rewards: bool) -> Rollouts | None:
-    if path is None:
-        return None
-    found = load_rollouts(Path(path).expanduser(), vocabulary(policy), rewards=rewards)
-    for i, response in enumerate(found.response_ids):
-        if any(token in policy.eos_ids for token in response[:-1]):
-            raise InputError(
-                f"{path}: row {i} has tokens after its first end-of-sequence token (padding?): cut "
-                "response_ids behind it"
-            )
-    return found
-
-
-def _temperature(
-    config: Config, brought_eval: Rollouts | None, brought_update: Rollouts | None
-) -> float:
-    """That of E and of U, which must be samples of one policy."""
-    of_eval, of_update = (
-        brought.temperature if brought else config.sampling.temperature
-        for brought in (brought_eval, brought_update)
-    )
-    if of_eval != of_update:
+def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
+    prompts, ids = _encoded(config, policy)
+    source = config.prompts.source
+    if config.rollouts.update is None and len(prompts) < config.sampling.B_U:
         raise InputError(
-            f"E has temperature {of_eval:g} and U {of_update:g}, both must be samples of one policy: "
-            "set sampling.temperature to that of the rollouts that are brought, or bring others"
+            f"{source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
+            "distinct ones are asked for: lower B_U or give more prompts"
         )
-    return of_eval
+    builtin = config.rollouts.update is None and config.reward.function in BUILT_IN
+    if builtin and config.reward.answer_column not in prompts[0].row:
+        raise missing_column(config.reward.answer_column, prompts[0].row, source)
+    return prompts, ids
+
+
+def _reward(config: Config) -> Reward:
+    chosen = config.reward
+    if chosen.conversational and not config.prompts.chat:
+        raise InputError(
+            "reward.conversational = true needs prompts of messages: set prompts.chat = true as well"
+        )
+    return load_reward(
+        chosen.function, answer_column=chosen.answer_column, conversational=chosen.conversational
+    )
 
 
 def _require_positions(
@@ -211,9 +221,21 @@ def _stable(value: Any) -> str:
 
 def _objective(config: Config) -> Objective:
     chosen, preset = config.objective, PRESETS[config.objective.preset]
+    brought = config.rollouts.update is not None
+    if chosen.advantage == "rollouts" and not brought:
+        raise InputError(
+            'objective.advantage = "rollouts" takes the column advantage of rollouts.update, which is '
+            "not set: name the file, or let the advantages be made of the rewards"
+        )
+    normalisation = chosen.normalisation or preset.normalisation
+    if normalisation == "constant" and brought and chosen.constant is None:
+        raise InputError(
+            'normalisation "constant" divides by L, and sampling.max_new_tokens need not be that of '
+            "rollouts.update: set objective.constant to what the trainer used (max_completion_length)"
+        )
     return Objective(
         chosen.advantage or preset.advantage,
-        chosen.normalisation or preset.normalisation,
+        normalisation,
         chosen.constant or float(config.sampling.max_new_tokens),
     )
 
@@ -234,6 +256,7 @@ def _inputs(
             "adapter": store.fingerprint(policy.params),
             "adapter_config": store.fingerprint({key: _stable(lora[key]) for key in sorted(lora)}),
             "end_and_padding": [*policy.eos_ids, policy.pad_id],
+            "mode": config.policy.mode,
             "dtype": config.policy.dtype,
             "attention": policy.attention,
             "device": str(policy.model.device),
@@ -244,4 +267,9 @@ def _inputs(
         "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
         "optimizer": store.fingerprint_path(report.path) if report else {},
         "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),
+        "rollouts": {
+            key: store.fingerprint_path(Path(path).expanduser())
+            for key, path in config.rollouts
+            if path is not None
+        },
     }

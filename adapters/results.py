@@ -89,9 +89,7 @@ def document(
         },
         "counts": _counts(plan, batches, sweep),
         "entropy": quantity(prediction.entropy, entropy_unit(plan), f"per {plan.entropy.per}, over E"),
-        "mean_reward": quantity(
-            float(np.mean(batches.update_rollouts.reward or [])), "reward", "per response, over U"
-        ),
+        "mean_reward": _mean_reward(batches.update_rollouts.reward),
         "first_order": _first_order(plan, prediction),
         "norms": {
             name: quantity(tree.norm(value), unit, "Euclidean norm over all tensors")
@@ -121,6 +119,12 @@ def quantity(value: float, unit: str, normalised_by: str) -> dict[str, Any]:
     return {"value": value, "unit": unit, "normalised_by": normalised_by}
 
 
+def _mean_reward(rewards: list[float] | None) -> dict[str, Any] | None:
+    """None where no response has a reward: of TRL's None, or a U that brings its advantages alone."""
+    known = [reward for reward in rewards or [] if not math.isnan(reward)]
+    return quantity(float(np.mean(known)), "reward", "responses of U that have one") if known else None
+
+
 def entropy_unit(plan: "Plan") -> str:
     """nats per token or nats per sequence."""
     return f"nats per {plan.entropy.per}"
@@ -137,9 +141,7 @@ def manifest(plan: "Plan") -> dict[str, Any]:
         "device": str(next(iter(plan.policy.params.values())).device),
         "torch_threads": torch.get_num_threads(),
         "git": _git_commit(),
-        "optimizer": plan.optimizer._replace(path=str(plan.optimizer.path))._asdict()  # type: ignore[arg-type]
-        if plan.optimizer
-        else None,
+        "optimizer": plan.optimizer.document() if plan.optimizer else None,
         "inputs": plan.inputs,
     }
 
@@ -171,7 +173,7 @@ def _counts(plan: "Plan", batches: "Batches", sweep: Sweep) -> dict[str, Any]:
         "U_sequences": len(update_batch.prompt_N),
         "U_prompts": len(update_batch.prompt_N.unique()),
         "U_tokens": int(update_batch.response_length_N.sum()),
-        "U_groups_of_equal_rewards": batches.equal_groups,
+        "U_groups_without_gradient": batches.equal_groups,
         "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
         "model_passes": {"over_E": 3 + len(sweep.etas) + sweep.extra, "over_U": 2},
     }

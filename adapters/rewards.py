@@ -1,11 +1,13 @@
-"""Rewards of completions: numeric answers, math answers, or a user's own function."""
+"""Rewards of completions: numeric answers, math answers, or a user's own function.
+
+A function is called as the trainer it was written for calls it, TRL or verl.
+"""
 
 import importlib
 import inspect
-import re
 import sys
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from numbers import Real
 from pathlib import Path
@@ -18,26 +20,28 @@ from torch import Tensor
 
 from funcprobe.types import InputError
 
+from .answers import math_score, numeric_score, reference_answer
 from .prompts import missing_column
 
 BUILT_IN = ("numeric", "math")
-ANSWER_MARK = "####"  # GSM8K writes its final answer behind it
 
-
-Texts: TypeAlias = Sequence[str]
+Text: TypeAlias = str | list[dict[str, str]]  # a chat is a list of messages
 Ids: TypeAlias = Sequence[Sequence[int]]
 Rows: TypeAlias = Sequence[dict[str, object]]
 
 
 class Reward(Protocol):
-    """Reward of every completion, [N], float64; `rows[i]` is the dataset's row of prompt i."""
+    """Reward of every completion, [N], float64, NaN where none applies (TRL's None).
+
+    `rows[i]` is the dataset's row of prompt i.
+    """
 
     def __call__(
-        self, prompts: Texts, completions: Texts, completion_ids: Ids, rows: Rows
+        self, prompts: Sequence[Text], completions: Sequence[str], completion_ids: Ids, rows: Rows
     ) -> Float64[Tensor, " N"]: ...
 
 
-def load_reward(spec: str, *, answer_column: str = "answer") -> Reward:
+def load_reward(spec: str, *, answer_column: str = "answer", conversational: bool = False) -> Reward:
     """The reward named by `spec`; the reference answer of the built-in ones is in `answer_column`.
 
     "numeric": 1 if the completion's number equals the reference's as an exact decimal, else 0. The
@@ -48,16 +52,16 @@ def load_reward(spec: str, *, answer_column: str = "answer") -> Reward:
     "math": 1 if `math_verify` finds prediction and reference equal, else 0, also where its own
     limit of 5 seconds runs out. It sets an alarm signal: main thread only.
 
-    "module:function", "path/to/file.py:function": f(prompts, completions, completion_ids,
-    **columns) -> list of float, called as TRL's GRPOTrainer does, with those keywords it takes;
-    the columns are lists with an entry per completion. Completions are plain text here, also for
-    chat prompts, where TRL passes lists of messages.
+    "module:function", "path/to/file.py:function": a function of your own with TRL's signature, or,
+    recognised by the parameters solution_str and ground_truth, with verl's; see `_trl_reward`
+    and `_verl_reward`. `conversational`: TRL's get and give messages, as for a dataset of chats.
 
     Raises InputError if there is no such reward; the reward itself does for a missing column, an
     unusable reference, an exception in the function, a result of another length or not finite.
     """
     if spec in BUILT_IN:
-        score = _numeric_score if spec == "numeric" else _math_score
+        score = numeric_score if spec == "numeric" else math_score
+        _require_text(spec, conversational)
         return _built_in(score, answer_column)
     module, colon, name = spec.rpartition(":")
     if not (colon and module and name):
@@ -65,21 +69,19 @@ def load_reward(spec: str, *, answer_column: str = "answer") -> Reward:
             f'unknown reward {spec!r}: expected one of {", ".join(BUILT_IN)}, "module:function" or '
             '"path/to/file.py:function"'
         )
-    found = _module(module)
-    function = getattr(found, name, None)
-    if not callable(function):
-        there = [n for n, f in vars(found).items() if inspect.isfunction(f)]
-        raise InputError(
-            f"{module} has no function {name!r}, its functions are: "
-            f"{', '.join(sorted(there)) or 'none'}"
-        )
-    return _user_reward(spec, function)
+    function = _function(spec)
+    if {"solution_str", "ground_truth"} <= _signature(function, f"reward {spec!r}").keys():
+        _require_text(spec, conversational)
+        return _verl_reward(spec, function, answer_column=answer_column)
+    return _trl_reward(spec, function, conversational=conversational)
 
 
 def _built_in(score: Callable[[str, str, str], float], answer_column: str) -> Reward:
-    def reward(prompts: Texts, completions: Texts, completion_ids: Ids, rows: Rows) -> Tensor:
+    def reward(
+        prompts: Sequence[Text], completions: Sequence[str], completion_ids: Ids, rows: Rows
+    ) -> Tensor:
         _require_lengths(prompts, completions, completion_ids, rows)
-        references = [_reference(row, i, answer_column) for i, row in enumerate(rows)]
+        references = [reference_answer(row, i, answer_column) for i, row in enumerate(rows)]
         scores = [
             score(completion, reference, f"response {i}: column {answer_column!r}")
             for i, (completion, reference) in enumerate(zip(completions, references, strict=True))
@@ -89,69 +91,100 @@ def _built_in(score: Callable[[str, str, str], float], answer_column: str) -> Re
     return reward
 
 
-def _reference(row: dict[str, object], i: int, column: str) -> str:
-    if column not in row:
-        raise missing_column(column, row, f"the row of response {i}")
-    value = row[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+def _function(spec: str) -> Callable[..., Any]:
+    """What "module:function" or "path/to/file.py:function" names; InputError if it is nothing."""
+    module, _, name = spec.rpartition(":")
+    found = _module(module)
+    function = getattr(found, name, None)
+    if not callable(function):
+        there = [n for n, f in vars(found).items() if inspect.isfunction(f)]
         raise InputError(
-            f"response {i}: column {column!r} holds {type(value).__name__}, expected text or a "
-            "number: choose another answer_column"
+            f"{module} has no function {name!r}, its functions are: "
+            f"{', '.join(sorted(there)) or 'none'}"
         )
-    return str(value).rpartition(ANSWER_MARK)[2].strip()
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__):
+        raise InputError(f"reward {spec!r} is asynchronous, expected a plain function: await inside")
+    return function  # type: ignore[no-any-return]
 
 
-# A comma separates thousands only in groups of the right size (1,234,567 or Indian 12,34,567), so
-# that "1,2" stays two numbers. A minus behind a digit, letter or bracket subtracts, and one before
-# a space marks an item of a list.
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]])[-\u2212])?\$?(?P<sign2>(?<=\$)-)?"
-    r"(?P<digits>(?<![0-9])[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])(?:\.[0-9]+)?"
-    r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-)
+def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool) -> Reward:
+    """f(prompts, completions, completion_ids, **columns) -> list of float or None, called once.
+
+    As TRL 1.16's GRPOTrainer does (`_calculate_rewards`), with those keywords it takes; the columns
+    are lists with an entry per completion. trainer_state is None, since nothing trains here. With
+    `conversational` a completion is a list of one message of the assistant, and prompts come as
+    lists of messages. None is NaN here and in TRL.
+    """
+
+    def reward(
+        prompts: Sequence[Text], completions: Sequence[str], completion_ids: Ids, rows: Rows
+    ) -> Tensor:
+        _require_lengths(prompts, completions, completion_ids, rows)
+        columns = sorted(set().union(*rows))
+        offered: dict[str, object] = {c: [row.get(c) for row in rows] for c in columns}
+        chats = [[{"role": "assistant", "content": text}] for text in completions]
+        arguments: dict[str, object] = {
+            "prompts": list(prompts),
+            "completions": chats if conversational else list(completions),
+            "completion_ids": [list(ids) for ids in completion_ids],
+            "trainer_state": None,
+            "log_extra": _no_log,
+            "log_metric": _no_log,
+        }
+        if taken := arguments.keys() & offered.keys():
+            raise InputError(f"column {min(taken)!r} has an argument's name: rename the column")
+        call = _call(function, offered | arguments, columns, f"reward {spec!r}: the dataset")
+        return _checked(spec, _users_code(call, f"reward {spec!r}"), len(completions))
+
+    return reward
 
 
-def _numeric_score(completion: str, reference: str, where: str) -> float:
-    expected = _exact(reference)
-    if expected is None:
+def _verl_reward(spec: str, function: Callable[..., Any], *, answer_column: str) -> Reward:
+    """compute_score(data_source, solution_str, ground_truth, extra_info) for each completion.
+
+    As verl 0.9.1's reward managers do, with those keywords it takes; the score is what it returns, or
+    the "score" of a dict. data_source and extra_info are the row's columns (extra_info: {} where there
+    is none, and what verl adds of a single turn); ground_truth is that of the column reward_model,
+    where it has one, else `answer_column` as it is.
+    """
+
+    def reward(
+        prompts: Sequence[Text], completions: Sequence[str], completion_ids: Ids, rows: Rows
+    ) -> Tensor:
+        _require_lengths(prompts, completions, completion_ids, rows)
+        scores = []
+        for i, (text, row) in enumerate(zip(completions, rows, strict=True)):
+            offered: dict[str, object] = {
+                "solution_str": text,
+                "ground_truth": _ground_truth(row, i, answer_column),
+                "extra_info": _extra_info(row, i),
+            } | {key: row[key] for key in ("data_source",) if key in row}
+            call = _call(function, offered, row, f"reward {spec!r}: the row of response {i}")
+            result = _users_code(call, f"reward {spec!r}, response {i},")
+            if isinstance(result, dict) and "score" not in result:
+                raise InputError(
+                    f"reward {spec!r} returned a dict without score for response {i}, its keys are: "
+                    f"{', '.join(map(str, result)) or 'none'}; expected a number or a dict with score"
+                )
+            score = result["score"] if isinstance(result, dict) else result
+            scores.append(_number(spec, score, i))
+        return torch.tensor(scores, dtype=torch.float64)
+
+    return reward
+
+
+def _require_text(spec: str, conversational: bool) -> None:
+    if conversational:
         raise InputError(
-            f'{where} ends in {reference[-40:]!r}, expected a number, alone or behind "####": '
-            "choose another answer_column or reward"
+            f"reward {spec!r} reads text; reward.conversational = true gives messages, and only "
+            "to functions with TRL's signature: set it to false"
         )
-    _, mark, tail = completion.rpartition(ANSWER_MARK)
-    numbers = [_decimal(match) for match in _NUMBER.finditer(tail)]
-    if not numbers:
-        return 0.0
-    return float((numbers[0] if mark else numbers[-1]) == expected)
 
 
-def _exact(text: str) -> Decimal | None:
-    match = _NUMBER.fullmatch(text.removesuffix("."))
-    return _decimal(match) if match else None
-
-
-def _decimal(match: re.Match[str]) -> Decimal:
-    value = Decimal(match["digits"].replace(",", ""))
-    # copy_negate, as unary minus would round to the context's 28 digits
-    return value.copy_negate() if match["sign"] or match["sign2"] else value
-
-
-def _math_score(completion: str, reference: str, where: str) -> float:
-    from math_verify import parse, verify  # sympy, only where it is asked for
-
-    # Outside of LaTeX marks the parser looks for a plain number and reads 2\sqrt{3} as 2
-    # (math-verify 0.9.0), so a bare formula is marked; prose is not, or words become products.
-    marked = "$" + reference + "$"
-    has_marks = any(mark in reference for mark in ("$", r"\boxed", r"\(", r"\["))
-    outside_commands = re.sub(r"\\[A-Za-z]+\s*(\{[^{}]*\})?", " ", reference)
-    prose = has_marks or re.search(r"[A-Za-z]{2,}", outside_commands)
-    gold = (parse(reference) or parse(marked)) if prose else (parse(marked) or parse(reference))
-    if not gold:
-        raise InputError(
-            f"{where} ends in {reference[-40:]!r}, which math_verify cannot read: drop the row or "
-            "choose another answer_column"
-        )
-    return float(verify(gold, parse(completion)))
+def _require_lengths(*lists: Sequence[object]) -> None:
+    """InputError unless all have one entry a response."""
+    if len({len(x) for x in lists}) != 1:
+        raise InputError(f"found lists of {[len(x) for x in lists]}, expected one entry a response")
 
 
 def _module(name: str) -> ModuleType:
@@ -172,42 +205,48 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-def _user_reward(spec: str, function: Callable[..., Any]) -> Reward:
+def _signature(function: Callable[..., Any], what: str) -> Mapping[str, inspect.Parameter]:
     try:
-        parameters = inspect.signature(function).parameters.values()
+        return inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise InputError(f"reward {spec!r} has no readable signature: {error}") from error
-    if inspect.iscoroutinefunction(function):
-        raise InputError(f"reward {spec!r} is asynchronous, expected a plain function: await inside")
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        raise InputError(f"{what} has no readable signature: {error}") from error
+
+
+def _call(
+    function: Callable[..., Any], offered: dict[str, object], columns: Iterable[str], where: str
+) -> Callable[[], Any]:
+    """The function with what it takes of `offered`, by name; InputError for what it lacks."""
+    parameters = _signature(function, where).values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for parameter in named:
+        if parameter.name not in offered and parameter.default is parameter.empty:
+            raise missing_column(parameter.name, columns, where)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    wanted = offered.keys() if takes_all else {p.name for p in named} & offered.keys()
+    return partial(function, **{key: offered[key] for key in wanted})
 
-    def reward(prompts: Texts, completions: Texts, completion_ids: Ids, rows: Rows) -> Tensor:
-        _require_lengths(prompts, completions, completion_ids, rows)
-        columns = sorted(set().union(*rows))
-        offered: dict[str, object] = {c: [row.get(c) for row in rows] for c in columns}
-        arguments = {
-            "prompts": list(prompts),
-            "completions": list(completions),
-            "completion_ids": [list(ids) for ids in completion_ids],
-            # What TRL passes too; there is no trainer here, and nothing to log to.
-            "trainer_state": None,
-            "log_extra": _no_log,
-            "log_metric": _no_log,
-        }
-        if taken := arguments.keys() & offered.keys():
-            raise InputError(f"column {min(taken)!r} has an argument's name: rename the column")
-        offered |= arguments
-        for parameter in named:
-            if parameter.name not in offered and parameter.default is parameter.empty:
-                raise missing_column(parameter.name, columns, f"reward {spec!r}: the dataset")
-        wanted = set(offered) if takes_all else {p.name for p in named} & set(offered)
-        result = _users_code(
-            lambda: function(**{key: offered[key] for key in wanted}), f"reward {spec!r}"
+
+def _ground_truth(row: dict[str, object], i: int, answer_column: str) -> object:
+    model = row.get("reward_model")
+    found = model.get("ground_truth") if isinstance(model, dict) else None
+    found = row.get(answer_column) if found is None else found
+    if found is None:
+        raise InputError(
+            f"the row of response {i} has no ground truth, neither in verl's reward_model nor in "
+            f"column {answer_column!r}, its columns are: {', '.join(sorted(row))}; set "
+            "reward.answer_column"
         )
-        return _checked(spec, result, len(completions))
+    return found
 
-    return reward
+
+def _extra_info(row: dict[str, object], i: int) -> dict[str, object]:
+    found = row.get("extra_info")
+    if found is not None and not isinstance(found, dict):
+        raise InputError(
+            f"response {i}: column 'extra_info' holds {type(found).__name__}, verl's is a dict: "
+            "rename it"
+        )
+    return {**(found or {}), "num_turns": None, "rollout_reward_scores": {}}
 
 
 def _checked(spec: str, result: Any, count: int) -> Tensor:
@@ -215,21 +254,30 @@ def _checked(spec: str, result: Any, count: int) -> Tensor:
     if not isinstance(values, list | tuple) or len(values) != count:
         found = f"{len(values)} values" if isinstance(values, list | tuple) else type(values)
         raise InputError(f"reward {spec!r} returned {found}, expected a list of {count} numbers")
-    for i, value in enumerate(values):
-        if value is None:
-            raise InputError(
-                f'reward {spec!r} returned None ("not applicable" to a trainer) for response {i}, '
-                "expected a number: drop such rows, or return a number"
-            )
-        if not isinstance(value, Real) and not (torch.is_tensor(value) and value.numel() == 1):
-            raise InputError(
-                f"reward {spec!r} returned {type(value).__name__} for response {i}, expected a number"
-            )
-        # NaN compares false; an integer may be too large for a float, and too long to print.
-        if not bool(abs(value) <= sys.float_info.max):  # type: ignore[arg-type, operator]
-            found = value if isinstance(value, float) else "a number out of range"
-            raise InputError(f"reward {spec!r} returned {found} for response {i}, expected finite")
-    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if all(value is None for value in values):
+        raise InputError(
+            f'reward {spec!r} returned None ("not applicable" to TRL) for all {count} responses, '
+            "expected numbers: take prompts it applies to"
+        )
+    numbers = [
+        float("nan") if value is None else _number(spec, value, i) for i, value in enumerate(values)
+    ]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _number(spec: str, value: Any, i: int) -> float:
+    size = value.numel() if torch.is_tensor(value) else getattr(value, "size", 0)
+    if size == 1:  # a number of torch or numpy; numpy's bool is no Real
+        value = value.item()
+    if not isinstance(value, Real):
+        raise InputError(
+            f"reward {spec!r} returned {type(value).__name__} for response {i}, expected a number"
+        )
+    # NaN compares false; an integer may be too large for a float, and too long to print.
+    if not bool(abs(value) <= sys.float_info.max):  # type: ignore[operator]
+        found = value if isinstance(value, float) else "a number out of range"
+        raise InputError(f"reward {spec!r} returned {found} for response {i}, expected finite")
+    return float(value)
 
 
 def _users_code(run: Callable[[], Any], what: str, hint: str = "") -> Any:
@@ -240,11 +288,6 @@ def _users_code(run: Callable[[], Any], what: str, hint: str = "") -> Any:
     except (Exception, SystemExit) as error:
         raised = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{what} raised {raised}{hint}") from error
-
-
-def _require_lengths(*lists: Sequence[object]) -> None:
-    if len({len(x) for x in lists}) != 1:
-        raise InputError(f"found lists of {[len(x) for x in lists]}, expected one entry a response")
 
 
 def _no_log(*_: object, **__: object) -> None:

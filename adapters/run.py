@@ -14,7 +14,8 @@ from funcprobe.types import TokenStats
 
 from . import results, rollouts, store
 from .batches import Batches, sample
-from .config import Config, to_toml
+from .config import Config
+from .config_file import to_toml
 from .console import Narrator
 from .plan import Plan, load
 from .store import Stages

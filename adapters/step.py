@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 from funcprobe import adam
+from funcprobe.objective import PRESETS
 from funcprobe.types import AdamGroup, AdamState, InputError, Step
 
 from .config import Config
 from .model import Policy
-from .optimizer import AdamOverrides, OptimizerReport, read_adam_state
-from .optimizer_file import find_optimizer_file
+from .optimizer import AdamOverrides, OptimizerReport, Sidecar, find_state, read_adam_state
+
+DEFAULT_MAX_GRAD_NORM = 1.0  # transformers.TrainingArguments'
 
 
 def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerReport | None, Step]:
@@ -18,12 +20,11 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
     Below `min_coverage`, with on_low_coverage = "identity", the rule becomes "sgd".
     """
     chosen = config.optimizer
-    step = Step(chosen.rule, chosen.max_grad_norm or None, chosen.max_scale or None)
     if chosen.rule == "sgd":
         group = AdamGroup(tuple(policy.params), chosen.lr or 0.0, 0.9, 0.999, 1e-8, 0.0)
-        return AdamState({}, {}, {}, (group,)), None, step
+        return AdamState({}, {}, {}, (group,)), None, _step(config, None)
     path = Path(chosen.state).expanduser() if chosen.state else None
-    path = path or find_optimizer_file(Path(config.policy.checkpoint).expanduser())
+    path = path or _state_of(Path(config.policy.checkpoint).expanduser(), config.policy.adapter)
     beta1, beta2 = chosen.betas or (None, None)
     adam_state, report = read_adam_state(
         path,
@@ -34,12 +35,34 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
         ),
         min_coverage=chosen.min_coverage,
         allow_low_coverage=chosen.on_low_coverage == "identity",
+        accept_positional=chosen.accept_positional,
     )
+    step = _step(config, report.sidecar)
     covered = min(report.coverage["exp_avg"], report.coverage["exp_avg_sq"])
     if covered < chosen.min_coverage * report.parameters:
         step = step._replace(rule="sgd")
     adam.require_state(policy.params, adam_state, step.rule)
     return adam_state, report, step
+
+
+def _state_of(checkpoint: Path, adapter: str) -> Path:
+    """The checkpoint's state, unless that is another adapter's: TRL's ref/ beside the policy's own."""
+    if adapter != "default" and (checkpoint / "adapter_config.json").is_file():
+        raise InputError(
+            f"the optimizer's state in {checkpoint} is of the adapter that lies there, not of "
+            f'{adapter}/: set optimizer.state to that of {adapter}, or rule = "sgd"'
+        )
+    return find_state(checkpoint)
+
+
+def _step(config: Config, sidecar: Sidecar | None) -> Step:
+    chosen = config.optimizer
+    clip = chosen.max_grad_norm
+    if clip is None:
+        clip = sidecar.max_grad_norm if sidecar else None
+    if clip is None:
+        clip = DEFAULT_MAX_GRAD_NORM
+    return Step(chosen.rule, clip or None, chosen.max_scale or None)
 
 
 def step_lines(
@@ -50,13 +73,52 @@ def step_lines(
         return ['optimizer: rule "sgd", no state is read']
     covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
     lines = [
-        f"optimizer {report.path.name}: {report.format}, names {report.route}; of {report.parameters} "
-        f"parameters have {covered}",
+        f"optimizer {report.path.name}: {report.format}; names {report.route}, {report.certainty}; "
+        f"{covered} of {report.parameters} parameters",
         *report.notes,
     ]
     if step.rule == "sgd":
         lines.append("warning: coverage is low and on_low_coverage is identity: v is the raw gradient")
-    return [*lines, *_other_checkpoint(config, adam_state)]
+    return [
+        *lines,
+        *_clipping(config, report.sidecar, step),
+        *_other_settings(config, report.sidecar),
+        *_other_checkpoint(config, adam_state),
+    ]
+
+
+def _clipping(config: Config, sidecar: Sidecar | None, step: Step) -> list[str]:
+    given, saved = config.optimizer.max_grad_norm, sidecar.max_grad_norm if sidecar else None
+    if step.rule != "adamw":
+        return []
+    if given is None and saved is None:
+        return [
+            f"warning: the run's max_grad_norm is not known, {DEFAULT_MAX_GRAD_NORM:g} (the Trainer's "
+            "default) is used: set optimizer.max_grad_norm"
+        ]
+    if None not in (given, saved) and given != saved:
+        return [
+            f"warning: optimizer.max_grad_norm is {given:g}, the run was trained with {saved:g}: the "
+            "config's is used"
+        ]
+    return []
+
+
+def _other_settings(config: Config, sidecar: Sidecar | None) -> list[str]:
+    """Where the run, as its sidecar tells, sampled or summed otherwise than this probe will."""
+    if sidecar is None:
+        return []
+    lines = []
+    was = sidecar.sampling.get("temperature")
+    if was is not None and was != config.sampling.temperature:
+        lines.append(
+            f"warning: the run sampled at temperature {was}, sampling.temperature is "
+            f"{config.sampling.temperature:g}"
+        )
+    loss, objective = sidecar.loss.get("loss_type"), config.objective
+    if loss in PRESETS and loss != objective.preset and objective.normalisation is None:
+        lines.append(f"warning: the run's loss_type was {loss}, objective.preset is {objective.preset}")
+    return lines
 
 
 def _other_checkpoint(config: Config, adam_state: AdamState) -> list[str]:

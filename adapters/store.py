@@ -46,7 +46,7 @@ class Stages(NamedTuple):
             )
         value = compute()
         leaves = {f"{i:06d}": leaf.contiguous() for i, leaf in enumerate(optree.tree_leaves(value))}
-        _write_whole(path, lambda target: save_file(leaves, target))
+        write_whole(path, lambda target: save_file(leaves, target))
         return value
 
     @contextmanager
@@ -62,7 +62,7 @@ class Stages(NamedTuple):
             return
         path = _stage_path(self.folder, stage, inputs, suffix)
         if self.fresh or not path.is_file():
-            _write_whole(path, compute)
+            write_whole(path, compute)
         yield path
 
 
@@ -136,7 +136,7 @@ def _stage_path(folder: Path, stage: str, inputs: Any, suffix: str) -> Path:
     return folder / f"{stage}-{fingerprint(inputs)[:20]}.{suffix}"
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path.with_name(f".{path.name}.{os.getpid()}")
     try:

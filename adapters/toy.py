@@ -20,13 +20,18 @@ from torch import Tensor
 
 from funcprobe.types import InputError
 
+from .optimizer import sidecar
+from .optimizer.names import sidecar_content
+
 Rows: TypeAlias = list[dict[str, str]]  # {"prompt": "12+7=", "answer": "19"}
 Report: TypeAlias = Callable[[str], None]
 
 MAX_NEW_TOKENS = 16
 """Room for the longest response taught, "120+18=138" and the EOS, and for a few slips."""
 
-VERSION = "2"
+MAX_GRAD_NORM = 1.0
+
+VERSION = "3"
 """Part of the default folder's name: raise it with every change to what is written."""
 
 
@@ -113,6 +118,16 @@ def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
     for folder in (toy.base, toy.checkpoint):
         tokenizer.save_pretrained(folder)
     torch.save(optimizer.state_dict(), toy.checkpoint / "optimizer.pt")
+    names = sidecar_content(
+        optimizer,
+        model,
+        ("torch", "transformers", "peft"),
+        global_step=recipe.policy_steps,
+        max_grad_norm=MAX_GRAD_NORM,
+        loss={"loss_type": "dapo"},
+        sampling={"temperature": 1.0, "num_generations": 8, "max_completion_length": MAX_NEW_TOKENS},
+    )
+    (toy.checkpoint / sidecar.FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
     torch.save(scheduler.state_dict(), toy.checkpoint / "scheduler.pt")
     state.save_to_json(str(toy.checkpoint / "trainer_state.json"))
     toy.prompts.write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
@@ -191,7 +206,7 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
     """One clipped step; the norm of the gradient before clipping."""
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
     optimizer.step()
     optimizer.zero_grad()
     return norm

@@ -16,9 +16,12 @@ STD_EPS = 1e-4  # added to the standard deviation by TRL's GRPOTrainer; verl add
 
 
 class Objective(NamedTuple):
-    """How rewards become coefficients. `constant` is L, tokens; only "constant" reads it."""
+    """How rewards become coefficients. `constant` is L, tokens; only "constant" reads it.
 
-    advantage: Advantage
+    Advantage "rollouts": they are not made of rewards but come with the responses.
+    """
+
+    advantage: Advantage | Literal["rollouts"]
     normalisation: Normalisation
     constant: float | None = None
 

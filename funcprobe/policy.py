@@ -29,9 +29,21 @@ class Forward(NamedTuple):
 
 
 def trainable_params(model: nn.Module) -> Params:
-    """The registry: the trainable parameters by their names, sorted, detached, sharing storage."""
-    named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return dict(sorted(named.items()))
+    """The registry: the trainable parameters by their names, sorted, detached, sharing storage.
+
+    Raises InputError where two of them are one memory: an optimizer would move it twice, and the two
+    are no independent coordinates of theta (peft's ensure_weight_tying makes such pairs).
+    """
+    named = {n: p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad}
+    owner: dict[int, str] = {}
+    for name, tensor in named.items():
+        other = owner.setdefault(tensor.data_ptr(), name)
+        if other != name and tensor.data_ptr():  # null on the meta device
+            raise InputError(
+                f"{other} and {name} share memory (ensure_weight_tying?), so that they cannot be moved "
+                "apart: only an adapter whose tensors are its own is supported"
+            )
+    return named
 
 
 def lora_params(params: Params) -> Params:
@@ -45,18 +57,24 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
     The model is a Hugging Face causal language model, with or without peft around it. It is never
     changed. Raises InputError, here and at every call, where its numbers would silently be others
     than the policy's: training mode, gradient checkpointing, adapters merged, disabled or not active;
-    here, where logits are not the output embedding of the backbone's hidden state.
+    here, for packed weights, for peft's variants of LoRA (DoRA and others), and where logits are not
+    the output embedding of the backbone's hidden state.
     """
     if not temperature > 0:
         raise InputError(f"temperature = {temperature}: a positive number is expected")
+    _refuse_unsupported(model)
     _refuse_unsuitable(model, params)
     backbone, head = _Backbone(model), _Head(model)
+    places = _places(model, params)
 
     def call(module: nn.Module, given: Params, *args: Tensor) -> Tensor:
         # functional_call ignores names it does not know, and the result is then silently wrong.
         require_same(params, given)
         with arithmetic_of(given):
-            out: Tensor = functional_call(module, {f"model.{n}": t for n, t in given.items()}, args)
+            # torch 2.13 finds tied weights by itself, but where two names lead to one module (peft's
+            # tied trainable tokens) it swaps twice, and leaves the given tensor in the model.
+            swapped = {f"model.{place}": given[name] for place, name in places.items()}
+            out: Tensor = functional_call(module, swapped, args, tie_weights=False)
         return out
 
     def hidden(given: Params, rows: Rows) -> Float[Tensor, "T D"]:
@@ -103,6 +121,17 @@ class _Head(nn.Module):
         return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
 
 
+def _places(model: nn.Module, params: Params) -> dict[str, str]:
+    """Every place that holds a parameter of the registry, tied ones too, once -> its registry name."""
+    name_of = {id(p): name for name, p in model.named_parameters() if name in params}
+    return {
+        f"{prefix}.{name}" if prefix else name: name_of[id(p)]
+        for prefix, module in model.named_modules()  # each module under its first name only
+        for name, p in module.named_parameters(recurse=False)
+        if id(p) in name_of
+    }
+
+
 def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -143,11 +172,6 @@ def _refuse_unsuitable(model: nn.Module, params: Params) -> None:
             a for prefix, adapters in dicts.items() for a in adapters if f"{prefix}.{a}" in prefixes
         }
         active: set[str] = set(module.active_adapters)
-        if used and f"{name}.lora_magnitude_vector" in dicts and module.lora_magnitude_vector:
-            raise InputError(
-                f"{name}: DoRA is not supported: peft holds its weight norm fixed in derivatives, so "
-                "that they are not those of the policy"
-            )
         if used - active or getattr(module, "disable_adapters", False):
             raise InputError(
                 f"{name}: adapter {', '.join(sorted(used - active)) or 'layers'} not active, so its "
@@ -155,6 +179,30 @@ def _refuse_unsuitable(model: nn.Module, params: Params) -> None:
             )
         if getattr(module, "merged", False):
             raise InputError(f"{name}: the adapter is merged into the base: call unmerge_adapter()")
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    """What no call can change later: packed weights, and forwards that are not W x + s B A x."""
+    for name, p in model.named_parameters():
+        if type(p) is not nn.Parameter or not p.is_floating_point():
+            raise InputError(
+                f"{name} is a {type(p).__name__} of {p.dtype}, a plain floating-point parameter is "
+                "expected: load the base unquantised, or, of bitsandbytes' 4 bits, call "
+                "funcprobe.adapters.quantised.freeze_quantised(model) first"
+            )
+    for name, module in model.named_modules():
+        for adapter, variant in getattr(module, "lora_variant", {}).items():
+            if adapter not in module.active_adapters:
+                continue
+            kind = type(variant).__name__
+            if kind.startswith("Dora"):
+                raise InputError(
+                    f"{name}: DoRA is not supported: peft holds its weight norm fixed in derivatives, "
+                    "so that they are not those of the policy"
+                )
+            raise InputError(
+                f"{name}: peft's {kind} is not supported, its forward is not plain LoRA's W x + s B A x"
+            )
 
 
 def _refuse_other_logits(

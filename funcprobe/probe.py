@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from . import adam, estimators, gradients, logprobs, tree
 from .adam import UpdateDirection
+from .along import EvalPasses, eval_passes, log_ratio, require_gradients, summarise_along
 from .estimators import FirstOrder, Measured
 from .layout import MAX_TOKENS, response_mask
-from .policy import Forward, frozen_forward, lora_params, trainable_params
+from .policy import Forward, frozen_forward, trainable_params
 from .tangents import alpha_vjp, require_derivatives, tangents
-from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
+from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
 
 
 class Prediction(NamedTuple):
@@ -71,15 +72,15 @@ def first_order_passes(
     Y = gradients.grad_Y(params, update, forward, max_tokens)
     require_gradients("Y (of the objective on U)", Y)
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
-    # Not the values that come with the tangents: those are made by another attention kernel, and
-    # ratios at eta = 0 must be exactly 1.
-    stats = logprobs.token_stats(params, eval_batch, forward, max_tokens)
-    _, tangent = tangents(params, eval_batch, direction.total, forward, max_tokens)
-    p_NR, q_NR = estimators.gradient_coefficients(
-        stats, response_mask(eval_batch), entropy, _log_ratio(stats, sampler_logp_NR)
+    stats, tangent, X = eval_passes(
+        params,
+        eval_batch,
+        direction.total,
+        forward,
+        entropy=entropy,
+        max_tokens=max_tokens,
+        sampler_logp_NR=sampler_logp_NR,
     )
-    X = gradients.weighted_grad(params, eval_batch, p_NR, q_NR, forward, max_tokens)
-    require_gradients("X (of the entropy on E)", X)
     PX = tree.multiply(direction.scale, X)
     _, along_PX = tangents(params, update.batch, PX, forward, max_tokens)
     return Passes(Y, stats, tangent, X, along_PX)
@@ -104,34 +105,25 @@ def summarise(
     """
     Y, stats, tangent, X, along_PX = passes
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
-    mask_NR, log_ratio_NR = response_mask(eval_batch), _log_ratio(stats, sampler_logp_NR)
-    first = estimators.first_order(
-        stats,
-        tangent,
-        mask_NR,
-        eval_batch.prompt_N if unit_N is None else unit_N,
-        entropy,
-        log_ratio_NR,
+    along = summarise_along(
+        EvalPasses(stats, tangent, X),
+        Y,
+        direction,
+        eval_batch,
+        entropy=entropy,
+        sampler_logp_NR=sampler_logp_NR,
+        unit_N=unit_N,
     )
     t_N = (update.coef_NR * along_PX.logp_NR).sum(1)
     se_over_u = estimators.sum_se(t_N, update.batch.prompt_N)
     return Prediction(
-        derivative=first.derivative,
-        bars_dot=tree.dot(X, direction.total),
+        **along._asdict(),
         bars_dot_identity=tree.dot(X, Y),
-        from_momentum=tree.dot(X, direction.momentum),
-        from_decay=tree.dot(X, direction.decay),
-        from_update=tree.dot(tree.multiply(direction.scale, X), Y),
-        entropy=estimators.entropy_value(stats, mask_NR, entropy, log_ratio_NR),
         se_over_u=se_over_u,
-        se_total=math.hypot(first.se, se_over_u),
-        first_order=first,
+        se_total=math.hypot(along.first_order.se, se_over_u),
         t_N=t_N,
-        X=X,
         Y=Y,
         direction=direction,
-        stats=stats,
-        tangent=tangent,
     )
 
 
@@ -178,7 +170,7 @@ def measure(
     are a second dict of adapter size.
     """
     moved = logprobs.token_stats(tree.axpy(eta, direction, params), eval_batch, forward, max_tokens)
-    log_ratio_NR = _log_ratio(stats, sampler_logp_NR)
+    log_ratio_NR = log_ratio(stats, sampler_logp_NR)
     return estimators.measured_change(stats, moved, response_mask(eval_batch), entropy, log_ratio_NR)
 
 
@@ -228,22 +220,3 @@ def bind(
         predict=partial(predict, entropy=entropy, **fixed),
         measure=partial(measure, entropy=entropy, **fixed),
     )
-
-
-def _log_ratio(stats: TokenStats, sampler_logp_NR: Tensor | None) -> Tensor | None:
-    return None if sampler_logp_NR is None else stats.logp_NR - sampler_logp_NR
-
-
-def require_gradients(name: str, grads: Params) -> None:
-    """InputError if a gradient is zero everywhere, or on every LoRA tensor, or not finite."""
-    for which, part in (("every tensor", grads), ("every LoRA tensor", lora_params(grads))):
-        if part and not any(bool(g.any()) for g in part.values()):
-            raise InputError(
-                f"the gradient {name} is zero on {which} ({len(part)}): is the adapter active, are its "
-                "parameters the ones the forward uses, are there nonzero advantages?"
-            )
-    if bad := [n for n, g in grads.items() if not bool(g.isfinite().all())]:
-        raise InputError(
-            f"the gradient {name} is not finite in {len(bad)} of {len(grads)} tensors, as {bad[0]}: "
-            'use policy.dtype = "float32", or look for damaged weights'
-        )

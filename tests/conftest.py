@@ -120,6 +120,7 @@ class Checkpoint(NamedTuple):
         return {
             "policy.checkpoint": str(self.adapter),
             "policy.dtype": "float64",
+            "optimizer.accept_positional": True,
             "prompts.source": str(self.prompts),
             "reward.function": f"{self.rewards}:length",
             "sampling.B_E": 12,

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 TOKENS = torch.tensor([[5, 12, 6, 13, 3]])
 
 
-def load(checkpoint: Checkpoint, **changes):
+def load(checkpoint: Checkpoint, /, **changes):
     return load_policy(
         PolicyConfig.model_validate({"checkpoint": str(checkpoint.adapter), **changes}), CPU
     )
@@ -82,14 +82,91 @@ def test_loading_leaves_the_random_state_alone(checkpoint) -> None:
 
 
 def test_an_adapter_in_a_subfolder(damaged) -> None:
-    """TRL's "ref" beside the trained adapter: the tensors of the one that is named."""
-    shutil.copytree(damaged.adapter, damaged.adapter / "ref")
-    path = damaged.adapter / "ref" / "adapter_model.safetensors"
-    save_file({n: 2 * t for n, t in load_file(path).items()}, path)
+    """As TRL saves its reference policy: a second adapter, which peft writes to ref/."""
+    base = AutoModelForCausalLM.from_pretrained(damaged.base)
+    model = PeftModel.from_pretrained(base, damaged.adapter)
+    before = load(damaged).params
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, p in model.named_parameters():
+        if ".ref." in name:
+            p.data = 2 * before[name.replace(".ref.", ".default.")]
+    model.save_pretrained(damaged.adapter)
     ref, own = load(damaged, adapter="ref"), load(damaged)
-    assert all(".ref." in name for name in ref.params)
+    assert own.params.keys() == before.keys()
+    assert all(torch.equal(own.params[n], t) for n, t in before.items())
+    assert {n.replace(".ref.", ".default.") for n in ref.params} == before.keys()
     for name, tensor in ref.params.items():
-        assert torch.equal(tensor, 2 * own.params[name.replace(".ref.", ".default.")])
+        assert torch.equal(tensor, 2 * before[name.replace(".ref.", ".default.")])
+
+
+@pytest.fixture
+def verl(damaged):
+    """verl's layout (earlier FSDP workers, its merger), from its sources: it does not run here."""
+    step = damaged.adapter.parent / "global_step_7"
+    actor = step / "actor"
+    (actor / "lora_adapter").mkdir(parents=True)
+    (actor / "huggingface").mkdir()
+    for file in damaged.adapter.iterdir():
+        kind = "lora_adapter" if file.name.startswith("adapter_") else "huggingface"
+        if file.name != "optimizer.pt":
+            shutil.copy(file, actor / kind)
+    (actor / "model_world_size_1_rank_0.pt").touch()
+    (step / "data.pt").touch()
+    for path in damaged.base.glob("token*"):
+        path.unlink()  # so that those of verl are the ones that are read
+    return step
+
+
+@pytest.mark.parametrize("inside", [".", "actor", "actor/lora_adapter"])
+def test_verls_folders(damaged, verl, inside) -> None:
+    expected = load(damaged)
+    policy = load(damaged, checkpoint=str(verl / inside))
+    assert policy.params.keys() == expected.params.keys()
+    assert all(torch.equal(policy.params[n], t) for n, t in expected.params.items())
+    assert policy.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert str(verl / "actor" / "lora_adapter") in policy.lines[1]
+
+
+def test_verls_shards_alone(damaged, verl) -> None:
+    shutil.rmtree(verl / "actor" / "lora_adapter")
+    with pytest.raises(InputError, match=r"verl's shards and no lora_adapter/: run verl.model_merger"):
+        load(damaged, checkpoint=str(verl / "actor"))
+
+
+def test_several_adapters_are_not_guessed_between(damaged, verl) -> None:
+    output = damaged.adapter.parent
+    shutil.copytree(damaged.adapter, output / "checkpoint-4")
+    says = r"2 of its folders do .checkpoint-2, checkpoint-4.: set policy.checkpoint to the one"
+    with pytest.raises(InputError, match=says):
+        load(damaged, checkpoint=str(output))
+    shutil.copytree(verl / "actor" / "lora_adapter", verl / "lora_adapter")
+    with pytest.raises(
+        InputError, match=r"2 of its folders do .lora_adapter, actor/lora_adapter.: set"
+    ):
+        load(damaged, checkpoint=str(verl))
+    # One alone is not guessed to be the policy either: it may be the reference.
+    (output / "only").mkdir()
+    shutil.copytree(damaged.adapter, output / "only" / "ref")
+    with pytest.raises(InputError, match=r"1 of its folders do .ref.: set policy.checkpoint"):
+        load(damaged, checkpoint=str(output / "only"))
+    load(damaged, checkpoint=str(output / "only"), adapter="ref")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tied_adapters_are_refused(damaged, dtype) -> None:
+    """peft makes two parameters of one memory: an optimizer moves it twice, by two gradients."""
+    edit_json(damaged.base / "config.json", tie_word_embeddings=True)
+    weights = load_file(damaged.base / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, damaged.base / "model.safetensors", metadata={"format": "pt"})
+    base = AutoModelForCausalLM.from_pretrained(damaged.base)
+    targets = ["embed_tokens", "lm_head"]
+    config = LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True)
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = str(damaged.base)
+    model.save_pretrained(damaged.adapter)
+    with pytest.raises(InputError, match=r"embed_tokens.lora_embedding_A.*share memory"):
+        load(damaged, dtype=dtype)
 
 
 def test_another_base_of_the_same_shape_can_be_given(damaged, tmp_path) -> None:

@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import random
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
-from funcprobe.adapters.optimizer import AdamOverrides, read_adam_state
-from funcprobe.adapters.optimizer_file import find_optimizer_file
+from funcprobe.adapters.optimizer import AdamOverrides, find_state, read_adam_state
 from funcprobe.types import InputError, Params
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -91,9 +87,14 @@ def assert_attached(adam, model: torch.nn.Module, optimizer: torch.optim.Optimiz
             assert group[1:] == (saved["lr"], *saved["betas"], saved["eps"], saved["weight_decay"])
 
 
+def read(path: Path, model: torch.nn.Module, params: Params, **options: Any):
+    """By position, where that is all there is: most files here have equal shapes."""
+    return read_adam_state(path, model, params, **{"accept_positional": True, **options})
+
+
 def refused(match: str, path: Path, model: torch.nn.Module, **options: Any) -> str:
     with pytest.raises(InputError, match=match) as caught:
-        read_adam_state(path, model, registry(model), **options)
+        read(path, model, registry(model), **options)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert message.startswith(str(path))
@@ -141,11 +142,11 @@ def state(plain: SimpleNamespace) -> dict[str, Any]:
 
 
 def test_trainer_checkpoint(trained: SimpleNamespace) -> None:
-    path = find_optimizer_file(trained.out / "checkpoint-2")
+    path = find_state(trained.out / "checkpoint-2")
     fresh = make_model(trained.adapter, seed=1)  # names come from a model, not from its weights
     params = registry(fresh)
     assert list(params) != list(trainable(fresh))  # else a wrong order would pass unseen
-    adam, report = read_adam_state(path, fresh, params)
+    adam, report = read(path, fresh, params)
     assert_attached(adam, trained.model, trained.optimizer)
     assert [g.weight_decay for g in adam.groups] == (
         [0.1] if trained.adapter == "plain" else [0.1, 0.0]
@@ -157,7 +158,7 @@ def test_trainer_checkpoint(trained: SimpleNamespace) -> None:
     assert report.parameters == len(params)
     assert report.coverage == dict.fromkeys(("exp_avg_sq", "exp_avg", "step"), len(params))
     assert any("next step's: 5e-05" in note for note in report.notes)
-    assert any("equal shapes look alike" in note for note in report.notes)
+    assert report.twins == len(params) - (5 if trained.adapter == "none" else 0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_one_group_in_named_parameters_order(options: dict[str, Any], tmp_path: 
     model = make_model("norms")
     optimizer = torch.optim.AdamW(trainable(model).values(), **{"lr": 2e-3, **options})
     take_steps(model, optimizer)
-    adam, report = read_adam_state(save(optimizer.state_dict(), tmp_path), model, registry(model))
+    adam, report = read(save(optimizer.state_dict(), tmp_path), model, registry(model))
     assert_attached(adam, model, optimizer)
     assert report.format == "torch.optim"
     assert report.route == "by position, one group in named_parameters() order"
@@ -178,7 +179,7 @@ def test_one_group_of_all_parameters(tmp_path: Path) -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     take_steps(model, optimizer)
-    adam, report = read_adam_state(save(optimizer.state_dict(), tmp_path), model, registry(model))
+    adam, report = read(save(optimizer.state_dict(), tmp_path), model, registry(model))
     assert_attached(adam, model, optimizer)
     assert report.route == "by position, one group of all in named_parameters() order"
     assert report.positional
@@ -196,12 +197,12 @@ def test_two_groups_by_name(prefix: str, tmp_path: Path) -> None:
         lr=1e-3,
     )
     take_steps(model, optimizer)
-    adam, report = read_adam_state(save(optimizer.state_dict(), tmp_path), model, registry(model))
+    adam, report = read(save(optimizer.state_dict(), tmp_path), model, registry(model))
     assert_attached(adam, model, optimizer)
     assert [group.lr for group in adam.groups] == [1.6e-2, 1e-3]
     assert report.route == "by name (param_names)"
     assert not report.positional
-    assert not any("equal shapes" in note for note in report.notes)
+    assert report.certainty == "certain"
 
 
 def test_decay_override_spares_a_group_without_decay_beside_one_with(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_decay_override_spares_a_group_without_decay_beside_one_with(tmp_path: P
     optimizer = torch.optim.AdamW(groups, weight_decay=0.2)
     take_steps(model, optimizer)
     path, overrides = save(optimizer.state_dict(), tmp_path), AdamOverrides(weight_decay=0.3)
-    adam, report = read_adam_state(path, model, registry(model), overrides=overrides)
+    adam, report = read(path, model, registry(model), overrides=overrides)
     assert [group.weight_decay for group in adam.groups] == [0.0, 0.3]
     assert any(note.startswith("weight decay 0.2 in the file, 0.3") for note in report.notes)
 
@@ -223,9 +224,9 @@ def test_by_name_with_frozen_parameters_in_the_optimizer(tmp_path: Path) -> None
     optimizer = torch.optim.AdamW(groups)
     take_steps(model, optimizer)
     path, params = save(optimizer.state_dict(), tmp_path), registry(model)
-    adam, _ = read_adam_state(path, model, params)
+    adam, _ = read(path, model, params)
     assert_attached(adam, model, optimizer)
-    adam, _ = read_adam_state(path, model, params, overrides=AdamOverrides(lr=5e-3))
+    adam, _ = read(path, model, params, overrides=AdamOverrides(lr=5e-3))
     assert [group.lr for group in adam.groups] == [5e-3]
 
 
@@ -236,7 +237,7 @@ def test_adam_without_decay_and_numpy_learning_rate(tmp_path: Path) -> None:
     for lr in (np.float64(0.25), np.float32(0.25)):
         optimizer.param_groups[0]["lr"] = lr
         path = save(optimizer.state_dict(), tmp_path)
-        adam, _ = read_adam_state(path, model, registry(model))
+        adam, _ = read(path, model, registry(model))
         assert adam.groups[0].lr == 0.25
         assert type(adam.groups[0].lr) is float
 
@@ -244,7 +245,7 @@ def test_adam_without_decay_and_numpy_learning_rate(tmp_path: Path) -> None:
 def test_old_file_format(state: dict[str, Any], plain: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "old.pt"
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    assert_attached(read_adam_state(path, plain.model, plain.params)[0], plain.model, plain.optimizer)
+    assert_attached(read(path, plain.model, plain.params)[0], plain.model, plain.optimizer)
 
 
 # Steps and coverage
@@ -253,7 +254,7 @@ def test_old_file_format(state: dict[str, Any], plain: SimpleNamespace, tmp_path
 @pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7.0), torch.tensor(7), torch.tensor([7])])
 def test_step_as_saved(step: object, state, plain, tmp_path: Path) -> None:
     state["state"][3]["step"] = step
-    adam, _ = read_adam_state(save(state, tmp_path), plain.model, plain.params)
+    adam, _ = read(save(state, tmp_path), plain.model, plain.params)
     name = list(trainable(plain.model))[3]
     assert adam.step[name] == 7
     assert sum(adam.step.values()) == 7 + 2 * (len(adam.step) - 1)
@@ -270,11 +271,11 @@ def test_step_that_counts_nothing(step: object, state, plain, tmp_path: Path) ->
 def test_checkpoint_step_fills_in_only_what_is_missing(state, plain, tmp_path: Path) -> None:
     del state["state"][3]["step"]
     path, name = save(state, tmp_path), list(trainable(plain.model))[3]
-    adam, report = read_adam_state(path, plain.model, plain.params)
+    adam, report = read(path, plain.model, plain.params)
     assert adam.step == dict.fromkeys((n for n in plain.params if n != name), 2)
     assert any(note.startswith("no step for 1 parameters") for note in report.notes)
     overrides = AdamOverrides(checkpoint_step=40)
-    adam, report = read_adam_state(path, plain.model, plain.params, overrides=overrides)
+    adam, report = read(path, plain.model, plain.params, overrides=overrides)
     assert adam.step == {n: 40 if n == name else 2 for n in plain.params}
     assert report.coverage["step"] == len(plain.params) - 1  # of the file
     assert any("checkpoint_step, 40" in note for note in report.notes)
@@ -291,7 +292,7 @@ def test_low_coverage(state, plain, tmp_path: Path) -> None:
     assert all(names[position] in message for position in (0, 5))
     assert 'on_low_coverage = "identity"' in message
     for options in ({"min_coverage": 0.8}, {"allow_low_coverage": True}):
-        adam, report = read_adam_state(path, plain.model, plain.params, **options)
+        adam, report = read(path, plain.model, plain.params, **options)
         assert set(adam.exp_avg) == set(adam.exp_avg_sq) == set(names) - {names[0], names[5]}
         assert report.coverage == {"exp_avg_sq": 10, "exp_avg": 10, "step": 10}
         assert set(adam.groups[0].names) == set(names)
@@ -300,7 +301,7 @@ def test_low_coverage(state, plain, tmp_path: Path) -> None:
 def test_unusable_second_moments_are_passed_through_with_a_note(state, plain, tmp_path) -> None:
     state["state"][1]["exp_avg_sq"][0, 0] = -1.0
     state["state"][2]["exp_avg_sq"][0, 0] = float("nan")
-    adam, report = read_adam_state(save(state, tmp_path), plain.model, plain.params)
+    adam, report = read(save(state, tmp_path), plain.model, plain.params)
     assert "exp_avg_sq has negative or non-finite entries in 2 tensors" in report.notes
     assert sum(bool((t < 0).any()) for t in adam.exp_avg_sq.values()) == 1
 
@@ -309,10 +310,10 @@ def test_unusable_second_moments_are_passed_through_with_a_note(state, plain, tm
 
 
 def test_overrides_are_used_and_reported(trained: SimpleNamespace) -> None:
-    path = find_optimizer_file(trained.out / "checkpoint-2")
+    path = find_state(trained.out / "checkpoint-2")
     overrides = AdamOverrides(lr=5e-5, beta2=0.999, weight_decay=0.01)
     model = trained.model
-    adam, report = read_adam_state(path, model, registry(model), overrides=overrides)
+    adam, report = read(path, model, registry(model), overrides=overrides)
     assert [g.weight_decay for g in adam.groups] == [0.01, 0.0][: len(adam.groups)]
     assert {(g.lr, g.beta1, g.beta2, g.eps) for g in adam.groups} == {(5e-5, 0.9, 0.999, 1e-8)}
     told = [note for note in report.notes if "the config's is used" in note]
@@ -323,12 +324,12 @@ def test_overrides_are_used_and_reported(trained: SimpleNamespace) -> None:
 
 
 def test_decay_override_spares_the_no_decay_group_even_if_the_run_had_none(trained) -> None:
-    path = find_optimizer_file(trained.out / "checkpoint-2")
+    path = find_state(trained.out / "checkpoint-2")
     saved = torch.load(path, weights_only=True)
     for group in saved["param_groups"]:
         group["weight_decay"] = 0.0
     model, overrides = trained.model, AdamOverrides(weight_decay=0.3)
-    adam, _ = read_adam_state(save(saved, trained.out), model, registry(model), overrides=overrides)
+    adam, _ = read(save(saved, trained.out), model, registry(model), overrides=overrides)
     assert [g.weight_decay for g in adam.groups] == [0.3, 0.0][: len(adam.groups)]
 
 
@@ -351,9 +352,9 @@ def test_lr_override_keeps_the_ratio_of_groups(rates, initial, expected, tmp_pat
         if initial:
             group["initial_lr"] = initial[i]
     path, params = save(optimizer.state_dict(), tmp_path), registry(model)
-    adam, _ = read_adam_state(path, model, params)
+    adam, _ = read(path, model, params)
     assert tuple(group.lr for group in adam.groups) == rates
-    adam, _ = read_adam_state(path, model, params, overrides=AdamOverrides(lr=5e-3))
+    adam, _ = read(path, model, params, overrides=AdamOverrides(lr=5e-3))
     assert tuple(group.lr for group in adam.groups) == pytest.approx(expected, rel=1e-15)
 
 
@@ -375,7 +376,7 @@ def test_hyper_parameters_that_are_none(key, value, match, state, plain, tmp_pat
     state["param_groups"][0][key] = value
     refused(match, save(state, tmp_path), plain.model)
     del state["param_groups"][0][key]
-    refused(f"a group without {key}", save(state, tmp_path), plain.model)
+    refused(f"a group without .*{key}", save(state, tmp_path), plain.model)
 
 
 @pytest.mark.parametrize("key", ["amsgrad", "maximize"])
@@ -406,7 +407,7 @@ def test_unnamed_groups(state, plain, tmp_path: Path) -> None:
         {**group, "params": group["params"][7:]},
     ]
     message = refused("groups of 7 and 5", save(state, tmp_path), plain.model)
-    assert "build the optimizer from named_parameters()" in message
+    assert "optimizer built from named_parameters()" in message
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
@@ -437,7 +438,7 @@ def test_names_of_another_model(plain, tmp_path: Path) -> None:
     saved["param_groups"][0]["param_names"][0] = "else\n.weight"
     refused("1 of the adapter's 17 trainable parameters", save(saved, tmp_path), model)
     saved["param_groups"][0]["param_names"][0] = saved["param_groups"][0]["param_names"][1]
-    refused("a name stands twice", save(saved, tmp_path), model)
+    refused("stands twice among its names", save(saved, tmp_path), model)
     saved["param_groups"][0]["param_names"].pop()
     refused("differ in length", save(saved, tmp_path), model)
 
@@ -449,28 +450,6 @@ def test_state_of_frozen_positions(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     take_steps(model, optimizer)
     refused("does not train: .*embed_tokens", save(optimizer.state_dict(), tmp_path), make_model())
-
-
-@settings(max_examples=50)
-@given(data=st.data())
-def test_permuted_positions_of_other_shapes_are_refused(plain: SimpleNamespace, data) -> None:
-    saved = plain.optimizer.state_dict()
-    order = data.draw(st.permutations(range(len(saved["state"]))))
-    keys = data.draw(st.sampled_from([("exp_avg",), ("exp_avg_sq",), ("exp_avg", "exp_avg_sq")]))
-    shuffled = copy.deepcopy(saved)
-    for position, source in enumerate(order):
-        for key in keys:
-            shuffled["state"][position][key] = saved["state"][source][key]
-    same = all(
-        saved["state"][i]["exp_avg"].shape == saved["state"][j]["exp_avg"].shape
-        for i, j in enumerate(order)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = save(shuffled, Path(folder))
-        if same:  # shapes cannot tell: the report says that the route is by position
-            assert read_adam_state(path, plain.model, plain.params)[1].positional
-        else:
-            refused("another order", path, plain.model)
 
 
 # Other optimizers
@@ -513,8 +492,6 @@ def test_transformers_adafactor(plain, tmp_path: Path) -> None:
     ("entry", "match"),
     [
         ({"exp_avg": torch.ones(2, 16)}, r"Lion \(exp_avg without exp_avg_sq\)"),
-        ({"state1": torch.ones(4), "state2": torch.ones(4)}, r"bitsandbytes \(not supported yet\)"),
-        ({"__bnb_optimizer_quant_state__": {}, "step": 1}, r"bitsandbytes \(not supported yet\)"),
         ({"exp_avg_sq": torch.ones(2, 16), "z": torch.ones(2, 16)}, "unknown optimizer, with exp_avg"),
         ({"step": 1}, "unknown optimizer, with step"),
         ({}, "no state"),
@@ -523,17 +500,13 @@ def test_transformers_adafactor(plain, tmp_path: Path) -> None:
 def test_state_keys_of_other_libraries(entry, match, state, plain, tmp_path: Path) -> None:
     state["state"] = {i: dict(entry) for i in state["state"]}
     refused(match, save(state, tmp_path), plain.model)
-    if "__bnb_optimizer_quant_state__" in entry:
-        refused(
-            match, save({**state, "state": entry and {next(iter(entry)): {}}}, tmp_path), plain.model
-        )
 
 
 def test_coupled_weight_decay(plain, tmp_path: Path) -> None:
     path = save(step_once(torch.optim.Adam, weight_decay=0.1), tmp_path)
     refused("Adam with weight decay inside the gradient", path, plain.model)
     overrides = AdamOverrides(weight_decay=0.0)
-    adam, _ = read_adam_state(path, plain.model, plain.params, overrides=overrides)
+    adam, _ = read(path, plain.model, plain.params, overrides=overrides)
     assert adam.groups[0].weight_decay == 0.0
 
 
@@ -558,7 +531,7 @@ def test_code_in_the_file(state, plain, tmp_path: Path) -> None:
 def test_files_that_hold_no_optimizer(state, plain, tmp_path: Path) -> None:
     path = tmp_path / "optimizer.pt"
     refused("cannot be read: No such file", path, plain.model)
-    refused("cannot be read: Is a directory", tmp_path, plain.model)
+    refused("none is written", tmp_path, plain.model)
     for content in (b"", b"hello\n", b"PK\x03\x04 and more", b"\x80\x02", b"\x80\x02}q\x00."):
         path.write_bytes(content)
         refused("damaged|cut short|holds", path, plain.model)
@@ -592,7 +565,7 @@ def test_damaged_bytes_give_an_input_error_or_a_whole_state(zipped, state, plain
         path.write_bytes(content)
         message = ""
         try:
-            read_adam_state(path, plain.model, plain.params)
+            read(path, plain.model, plain.params)
         except InputError as error:
             message = str(error)
         refusals += bool(message)
@@ -609,10 +582,10 @@ def test_checkpoint_folders(tmp_path: Path) -> None:
         (tmp_path / "nowhere", "not a folder"),
     ]:
         with pytest.raises(InputError, match=match) as caught:
-            find_optimizer_file(folder)
+            find_state(folder)
         assert len(str(caught.value).splitlines()) == 1
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-20" / "optimizer.pt").touch()
     with pytest.raises(InputError, match="give checkpoint-20, which holds one"):
-        find_optimizer_file(tmp_path)
-    assert find_optimizer_file(tmp_path / "checkpoint-20").name == "optimizer.pt"
+        find_state(tmp_path)
+    assert find_state(tmp_path / "checkpoint-20").name == "optimizer.pt"

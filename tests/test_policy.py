@@ -89,7 +89,27 @@ def qwen2(dtype):
     return tiny_policy(dtype=dtype)
 
 
-BUILDERS = [qwen2, llama, gemma2, gpt2, llama_with_lora_on_the_head, llama_with_a_trainable_head]
+def llama_with_tied_tokens(dtype):
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    return with_lora(base, dtype, ["v_proj"], trainable_token_indices=[3, 7])
+
+
+def llama_with_a_tied_trainable_head(dtype):
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    saved = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    return with_lora(base, dtype, ["v_proj"], **saved)
+
+
+BUILDERS = [
+    qwen2,
+    llama,
+    gemma2,
+    gpt2,
+    llama_with_lora_on_the_head,
+    llama_with_a_trainable_head,
+    llama_with_tied_tokens,
+    llama_with_a_tied_trainable_head,
+]
 
 
 def built(build, dtype=torch.float64):
@@ -255,6 +275,37 @@ def test_dora_is_refused():
         funcprobe.bind(model)
 
 
+def test_another_variant_of_lora_is_refused_by_name():
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    config = LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
+    model = get_peft_model(base, config).eval()
+    with pytest.raises(InputError, match=r"q_proj: peft's ALoraLinearVariant is not supported"):
+        funcprobe.bind(model)
+
+
+def test_two_parameters_of_one_memory_are_refused():
+    model = built(qwen2)
+    params = dict(model.named_parameters())
+    one, two = (f"base_model.model.model.layers.{i}.mlp.up_proj.lora_A.default.weight" for i in (0, 1))
+    params[two].data = params[one].data
+    with pytest.raises(InputError, match=f"{one} and {two} share memory"):
+        funcprobe.bind(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_a_parameter_that_is_no_plain_tensor_is_refused(dtype):
+    """As packed weights are: integers, or a subclass that knows its scales."""
+
+    class Packed(torch.nn.Parameter):
+        pass
+
+    model = built(qwen2)
+    kind = Packed if dtype.is_floating_point else torch.nn.Parameter
+    model.get_base_model().model.norm.extra = kind(torch.zeros(2, dtype=dtype), requires_grad=False)
+    with pytest.raises(InputError, match=rf"norm.extra is a {kind.__name__} of {dtype}, a plain"):
+        funcprobe.bind(model)
+
+
 def test_an_architecture_without_forward_mode_is_refused_at_once():
     class NoForwardMode(torch.autograd.Function):
         @staticmethod
@@ -393,8 +444,9 @@ def everything(probe):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_model_is_untouched(dtype):
-    model = built(qwen2, dtype)
+@pytest.mark.parametrize("build", [qwen2, llama_with_tied_tokens, llama_with_a_tied_trainable_head])
+def test_the_model_is_untouched(build, dtype):
+    model = built(build, dtype)
     before = snapshot(model)
     calls = everything(funcprobe.bind(model, max_tokens=16))
     require_untouched(model, before)

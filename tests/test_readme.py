@@ -23,6 +23,14 @@ def rows(batch: funcprobe.Batch) -> tuple[list, list, list]:
     return [p for p, _ in parts], [r for _, r in parts], batch.prompt_N.tolist()
 
 
+def test_every_test_that_is_named_is_there():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", README.read_text(encoding="utf-8"))
+    assert len(named) >= 15
+    for file, test in named:
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {test}\(", text, re.MULTILINE), (file, test)
+
+
 def test_the_notebook_section_runs(checkpoint, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     code = code.replace("checkpoint-500", str(checkpoint.adapter))

@@ -1,6 +1,7 @@
 """Rewards on real GSM8K rows, on the traps of reading numbers, and with a user's functions."""
 
 import json
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -150,6 +151,7 @@ def call(spec, n=2):
         "import torch\ndef f(level): return torch.tensor([2.0, 5.0])",
         "import numpy\ndef f(level): return [numpy.float32(2), numpy.int64(5)]",
         "import torch\ndef f(level): return [torch.tensor(2.0), True + 4]",
+        "import numpy\ndef f(level): return [numpy.bool_(True) * 2, numpy.array([5])]",
         "class F:\n    def __call__(self, level): return [2, 5]\nf = F()",
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
         "def f(level): return [A(2).x, 5]",
@@ -175,7 +177,8 @@ def test_a_users_function_in_a_module(tmp_path, monkeypatch):
         ("def f(level): return [1.0]", "returned 1 values, expected a list of 2"),
         ("def f(level): return 1.0", "returned <class 'float'>"),
         ("def f(level): pass", "returned <class 'NoneType'>"),
-        ("def f(level): return [1.0, None]", "None .*not applicable.* response 1"),
+        ("def f(level): return [None, None]", "None .*not applicable.* for all 2 responses"),
+        ("import numpy\ndef f(level): return numpy.ones((2, 2))", "returned list for response 0"),
         ("def f(level): return [1.0, 'x']", "returned str for response 1"),
         ("def f(level): return [float('nan'), 1.0]", "returned nan for response 0"),
         ("def f(level): return [0.0, float('-inf')]", "returned -inf for response 1"),
@@ -184,6 +187,11 @@ def test_a_users_function_in_a_module(tmp_path, monkeypatch):
         ("import sys\ndef f(level): sys.exit(3)", "raised SystemExit: 3"),
         ("def f(solution): return [1.0, 1.0]", "no column 'solution', its columns are: answer, l"),
         ("async def f(level): return [1.0, 1.0]", "is asynchronous"),
+        (
+            "class F:\n    async def __call__(self, level): return [1.0, 1.0]\nf = F()",
+            "is asynchronous",
+        ),
+        ("async def f(solution_str, ground_truth): return 1.0", "is asynchronous"),
         ("f = 3", "has no function 'f'"),
         ("import no_such_module_9", "raised ModuleNotFoundError"),
         ("def f(:", "raised SyntaxError"),
@@ -193,6 +201,131 @@ def test_a_users_function_that_cannot_be_used(tmp_path, body, message):
     with pytest.raises(InputError, match=message) as caught:
         call(users_file(tmp_path, body))
     assert "\n" not in str(caught.value)
+
+
+def test_none_is_nan_where_others_are_numbers(tmp_path):
+    found = call(users_file(tmp_path, "def f(level): return [None, -2]"))
+    assert found[0].isnan()
+    assert found[1] == -2
+
+
+@pytest.mark.parametrize("asked", ["prompts, completions, **_", "completions, prompts"])
+def test_messages_where_the_dataset_is_of_chats(tmp_path, asked):
+    body = (
+        f"def f({asked}): return [len(c[0]['content']) + len(p) for c, p in zip(completions, prompts)]"
+    )
+    reward = load_reward(users_file(tmp_path, body), conversational=True)
+    chats = [[{"role": "user", "content": "p"}]] * 2
+    assert reward(chats, ["abc", ""], [[1], [2]], [{}, {}]).tolist() == [4.0, 1.0]
+    with pytest.raises(InputError, match="only to functions with TRL's signature"):
+        load_reward("numeric", conversational=True)
+
+
+# verl's signature. GSM8K as verl 0.9.1 scores it (verl/utils/reward_score/gsm8k.py), in other words:
+# the last "#### number" in the final 300 characters, commas dropped, compared as text.
+VERL = """
+import re
+
+SEEN = []
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    SEEN.append((data_source, solution_str, ground_truth, extra_info))
+    found = re.findall(r"#### (-?[0-9.,]+)", solution_str[-300:])
+    right = bool(found) and found[-1].replace(",", "") == ground_truth
+    return {"score": float(right), "acc": right} if data_source == "dict" else right
+
+def f(solution_str, ground_truth, method="strict", format_score=0.1):
+    return compute_score("", solution_str, ground_truth) or format_score
+
+def g(*, ground_truth, solution_str, **rest):
+    assert sorted(rest) == ["data_source", "extra_info"]
+    return len(rest["extra_info"])
+
+def h(solution_str, ground_truth, data_source, router): return 1
+"""
+
+
+def verl_rows(source="openai/gsm8k"):
+    """As verl's data preparation writes them (examples/data_preprocess/gsm8k.py)."""
+    return [
+        {
+            "data_source": source,
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": truth},
+            "extra_info": {"split": "train", "index": i, "answer": f"so it is\n#### {truth}"},
+            "answer": "not this",
+        }
+        for i, truth in enumerate(["1200", "7", "-3"])
+    ]
+
+
+@pytest.mark.parametrize("source", ["openai/gsm8k", "dict"])
+def test_a_function_of_verls(tmp_path, source):
+    spec = users_file(tmp_path, VERL).replace(":f", ":compute_score")
+    rows = verl_rows(source)
+    completions = ["#### 7\n#### 1,200", "7", "#### -3" + 300 * " "]
+    assert score(load_reward(spec), completions, rows) == [1.0, 0.0, 0.0]
+    seen = sys.modules["funcprobe_reward_my_rewards"].SEEN
+    assert [x[:3] for x in seen] == [
+        (source, text, row["reward_model"]["ground_truth"])
+        for text, row in zip(completions, rows, strict=True)
+    ]
+    added = {"num_turns": None, "rollout_reward_scores": {}}  # by verl's reward managers
+    assert [x[3] for x in seen] == [row["extra_info"] | added for row in rows]
+    assert rows == verl_rows(source)  # and not into the dataset's rows
+
+
+def test_a_function_of_verls_on_other_data(tmp_path):
+    spec = users_file(tmp_path, VERL)
+    rows = [{"truth": "18"}, {"truth": "18", "reward_model": {"style": "rule"}}]
+    reward = load_reward(spec, answer_column="truth")
+    assert score(reward, ["#### 18", "18"], rows) == [1.0, 0.1]
+    rest = load_reward(spec.replace(":f", ":g"))
+    assert score(rest, ["", "", ""], verl_rows()) == [5.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "said"),
+    [
+        (
+            {"data_source": "a"},
+            "f",
+            "response 0 has no ground truth, neither in verl's reward_model nor",
+        ),
+        (
+            {"answer": "1"},
+            "compute_score",
+            "response 0 has no column 'data_source', its columns are: a",
+        ),
+        ({"answer": "1", "data_source": "a"}, "h", "no column 'router'"),
+        ({"answer": "1", "data_source": "", "extra_info": "{}"}, "f", "'extra_info' holds str, verl's"),
+    ],
+)
+def test_rows_that_a_function_of_verls_cannot_use(tmp_path, row, name, said):
+    reward = load_reward(users_file(tmp_path, VERL).replace(":f", f":{name}"))
+    with pytest.raises(InputError) as caught:
+        score(reward, ["1"], [row])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ("{'acc': 1}", "returned a dict without score for response 0, its keys are: acc;"),
+        ("None", "returned NoneType for response 0"),
+        ("{'score': '1'}", "returned str for response 0"),
+        ("float('nan')", "returned nan for response 0"),
+        ("1 / 0", "my_rewards.py:f', response 0, raised ZeroDivisionError"),
+    ],
+)
+def test_scores_that_are_none(tmp_path, result, said):
+    spec = users_file(tmp_path, f"def f(solution_str, ground_truth): return {result}")
+    with pytest.raises(InputError) as caught:
+        score(load_reward(spec), ["1"], [{"answer": "1"}])
+    assert said in str(caught.value)
+    with pytest.raises(InputError, match="only to functions with TRL's signature"):
+        load_reward(spec, conversational=True)
 
 
 def test_the_users_exception_is_the_cause(tmp_path):

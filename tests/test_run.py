@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import funcprobe
 from funcprobe.adapters import batches, plan
 from funcprobe.adapters import run as run_module
-from funcprobe.adapters.config import read_config
+from funcprobe.adapters.config_file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
 

@@ -1,0 +1,242 @@
+"""`funcprobe inspect`: what an optimizer's state is, whose it is, and how sure that is."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from funcprobe import adam
+from funcprobe.types import AdamState, InputError, Params
+
+from .optimizer import (
+    OptimizerReport,
+    Saved,
+    Sidecar,
+    find_sidecar,
+    open_state,
+)
+from .optimizer.attach import attach
+from .optimizer.hyper import AdamOverrides
+from .optimizer.names import Names, name_keys
+from .optimizer.saved import located, number, require_adam
+
+if TYPE_CHECKING:
+    from .skeleton import Skeleton
+
+HEALTHY_SCALE, SUSPECT_SCALE = 100.0, 1000.0  # of 1 / (sqrt(nu_hat) + eps)
+
+
+def inspect(path: Path, *, base: str | None = None, adapter: str = "default") -> dict[str, Any]:
+    """Format, groups, names and how sure they are, coverage, hyper-parameters, statistics, what lacks.
+
+    `path` is a checkpoint's folder, or a state's file or folder. Positions get names from a skeleton
+    of the adapter on its base's configuration (`base` in place of the one the adapter names); no
+    weights are read. Raises InputError, one line, where the state cannot be read or is not AdamW's.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give a checkpoint or an optimizer's state")
+    try:
+        saved = open_state(path)
+        require_adam(saved)
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else located(path, error) from error
+    sidecar = find_sidecar(saved.path)
+    checkpoint = path if path.is_dir() else path.parent
+    missing: list[str] = []
+    skeleton = _skeleton(checkpoint, base, adapter, missing)
+    document = {
+        "path": str(saved.path),
+        "format": saved.format,
+        "groups": [_group(group, saved) for group in saved.groups],
+        "tensors_with_state": len(saved.state),
+        "steps": _steps(saved),
+        "trainer_state_step": _trainer_step(checkpoint, missing),
+        "sidecar": _sidecar(sidecar, missing),
+    }
+    found = _named(saved, skeleton, sidecar)
+    if found is None:
+        missing.append("names: the state has positions only, and no adapter's configuration is here")
+        return document | {
+            "names": None,
+            "second_moments": None,
+            "missing": missing,
+            "notes": saved.notes,
+        }
+    adam_state, report, names = found
+    info = adam.preconditioner(_shapes(adam_state), adam_state, None)[1]
+    return document | {
+        "format": report.format,
+        "names": {
+            "route": report.route,
+            "certainty": report.certainty,
+            "needs_accept_positional": bool(report.twins),
+            "base": skeleton.base if skeleton else None,
+            "parameters": report.parameters,
+            "coverage": report.coverage,
+            "groups": names.groups,
+        },
+        "second_moments": info._asdict() | {"verdict": _verdict(info)},
+        "missing": missing,
+        "notes": report.notes,
+    }
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """The document for a reader."""
+    names, steps, second = document["names"], document["steps"], document["second_moments"]
+    rows = {"state": document["path"], "format": document["format"]}
+    if names:
+        rows["names"] = names["route"]
+        rows["certainty"] = names["certainty"]
+        if names["needs_accept_positional"]:
+            rows["certainty"] += "; a run needs optimizer.accept_positional = true"
+        coverage = ", ".join(f"{key} {count}" for key, count in names["coverage"].items())
+        rows["coverage"] = f"{coverage} of {names['parameters']} parameters"
+    if steps:
+        taken = f"{steps['least']}" + (f" to {steps['most']}" if steps["most"] > steps["least"] else "")
+        trained = document["trainer_state_step"]
+        differ = (
+            "" if trained in (None, steps["most"]) else f"; WARNING: trainer_state.json says {trained}"
+        )
+        rows["steps taken"] = taken + differ
+    if second:
+        rows["scale 1/(sqrt(nu)+eps)"] = (
+            f"largest {_figure(second['max_scale'])}, smallest denominator "
+            f"{_figure(second['min_denominator'])}; entries of nu: "
+            f"{second['zero_second_moments']} zero, {second['tiny_second_moments']} under eps^2"
+        )
+        rows["verdict"] = second["verdict"]
+    if sidecar := document["sidecar"]:
+        rows["max_grad_norm"] = _figure(sidecar["max_grad_norm"])
+        for key in ("loss", "sampling"):
+            rows[f"the run's {key}"] = (
+                ", ".join(f"{k} {v}" for k, v in sidecar[key].items()) or "unknown"
+            )
+    width = max(map(len, rows))
+    for label, text in rows.items():
+        console.print(f"{label:<{width}}  {text}", soft_wrap=True, markup=False)
+    table = Table(title="Groups", title_justify="left")
+    for column in ("", "parameters", "with state", "next lr", "betas", "eps", "weight decay"):
+        table.add_column(column, justify="right")
+    for i, group in enumerate(document["groups"]):
+        cells = [group.get(key, "unknown") for key in ("lr", "betas", "eps", "weight_decay")]
+        shown = [i, group["parameters"], group["with_state"], *cells]
+        table.add_row(*map(str, shown))
+    console.print(table)
+    for label, key in (("note", "notes"), ("missing", "missing")):
+        for line in document[key]:
+            console.print(f"{label}: {line}", soft_wrap=True, markup=False)
+
+
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _named(
+    saved: Saved, skeleton: "Skeleton | None", sidecar: Sidecar | None
+) -> tuple[AdamState, OptimizerReport, Names] | None:
+    """The state by name: of the skeleton's registry, or else of the names that are saved."""
+    try:
+        if skeleton is not None:
+            names = name_keys(saved, skeleton.model, skeleton.params, sidecar)
+            params = skeleton.params
+        elif saved.by_name or sidecar or any("param_names" in group for group in saved.groups):
+            names = name_keys(saved, torch.nn.Module(), {}, sidecar)
+            keys = [key for group in saved.groups for key in group["params"]]
+            flat = [name for group in names.groups for name in group]
+            params = {
+                name: saved.state[key]["exp_avg"]
+                for key, name in zip(keys, flat, strict=True)
+                if "exp_avg" in saved.state.get(key, {})
+            }
+        else:
+            return None
+        return *attach(saved, names, params, AdamOverrides(), 0.0, sidecar), names
+    except InputError as error:
+        raise located(saved.path, error) from error
+
+
+def _skeleton(
+    checkpoint: Path, base: str | None, adapter: str, missing: list[str]
+) -> "Skeleton | None":
+    from .adapter import find_adapter  # transformers and peft load here
+    from .skeleton import skeleton
+
+    try:
+        find_adapter(str(checkpoint), None if adapter == "default" else adapter)
+    except InputError as error:
+        missing.append(f"the adapter, whose parameters the state is to cover: {error}")
+        return None
+    return skeleton(checkpoint, base, adapter)
+
+
+def _shapes(adam_state: AdamState) -> Params:
+    names = [name for group in adam_state.groups for name in group.names]
+    return {name: adam_state.exp_avg_sq.get(name, torch.zeros(0)) for name in names}
+
+
+def _group(group: dict[str, Any], saved: Saved) -> dict[str, Any]:
+    plain = {
+        key: value.tolist() if isinstance(value, torch.Tensor) else value
+        for key, value in group.items()
+        if key not in {"params", "param_names"}
+    }
+    with_state = sum(key in saved.state for key in group["params"])
+    return {"parameters": len(group["params"]), "with_state": with_state, **plain}
+
+
+def _steps(saved: Saved) -> dict[str, int] | None:
+    steps = [
+        int(number(entry["step"], f"step of {key}", whole=True))
+        for key, entry in saved.state.items()
+        if entry.get("step") is not None
+    ]
+    return {"least": min(steps), "most": max(steps), "known": len(steps)} if steps else None
+
+
+def _trainer_step(checkpoint: Path, missing: list[str]) -> int | None:
+    file = checkpoint / "trainer_state.json"
+    if not file.is_file():
+        missing.append("trainer_state.json: nothing to compare the state's step with")
+        return None
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} has no global_step ({error}): mend or delete it") from error
+
+
+def _sidecar(sidecar: Sidecar | None, missing: list[str]) -> dict[str, Any] | None:
+    if sidecar is None:
+        missing.append(
+            "optimizer_param_names.json: names, max_grad_norm, loss and sampling settings of the run "
+            "(ParamNamesCallback writes it)"
+        )
+        return None
+    return {
+        "path": str(sidecar.path),
+        "max_grad_norm": sidecar.max_grad_norm,
+        "loss": sidecar.loss,
+        "sampling": sidecar.sampling,
+        "versions": sidecar.versions,
+    }
+
+
+def _verdict(info: adam.PreconditionerInfo) -> str:
+    """A word on each statistic that is not what a run in good health shows."""
+    said = []
+    if info.identity:
+        said.append(f"{len(info.identity)} tensors without a usable second moment")
+    if info.without_step:
+        said.append(f"{len(info.without_step)} without a step, so without bias correction")
+    largest = info.max_scale or 0.0
+    if largest > SUSPECT_SCALE:
+        said.append(
+            f"largest scale over {SUSPECT_SCALE:g}: suspect, unless gradients are that small "
+            f"(about 1/scale = {1 / largest:.1g})"
+        )
+    elif largest > HEALTHY_SCALE:
+        said.append(f"largest scale between {HEALTHY_SCALE:g} and {SUSPECT_SCALE:g}")
+    return "; ".join(said) or "healthy"

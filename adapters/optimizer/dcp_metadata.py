@@ -1,0 +1,170 @@
+"""`.metadata` of torch.distributed.checkpoint (DCP): which bytes are which chunk of which value.
+
+It is a pickle, and torch's own reader runs whatever it asks for. Here it becomes records that do
+nothing, and may name no other class.
+"""
+
+import io
+import pickle
+import pickletools
+from collections import OrderedDict
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from funcprobe.types import InputError
+
+from .saved import some
+
+METADATA = ".metadata"
+COPY = "copy the whole folder again"
+
+Place: TypeAlias = tuple[str | int, ...]
+"""Where a value lies in the nested dicts and lists that were saved."""
+
+
+class Slice(NamedTuple):
+    """Bytes of a file: one chunk of a tensor, or an object."""
+
+    file: str
+    offset: int
+    length: int
+
+
+class Chunk(NamedTuple):
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    slice: Slice
+
+
+class Item(NamedTuple):
+    """One saved value: an object where `size` is None, else a tensor of that size in chunks."""
+
+    key: str
+    size: tuple[int, ...] | None
+    chunks: tuple[Chunk, ...]
+
+
+def read_index(folder: Path) -> dict[Place, Item]:
+    """What the folder holds, by where it lay in what was saved; nothing of the values is read.
+
+    Raises InputError where there is no .metadata, or it is damaged, or asks for anything but records.
+    """
+    path = folder / METADATA
+    if any(folder.glob(f"__*{METADATA}")):
+        raise InputError("each process saved by itself, expected one .metadata: save with collectives")
+    if not path.is_file():
+        raise InputError(
+            "has no .metadata, which is written last and hidden: the save was cut off, or copying left "
+            f"it out; {COPY}"
+        )
+    try:
+        metadata = _records(path.read_bytes())
+        slices = {
+            (at.fqn, tuple(getattr(at, "offset", ()))): _slice(info)
+            for at, info in metadata.storage_data.items()
+        }
+        places = metadata.planner_data or {}
+        return {
+            tuple(places.get(key, (key,))): _item(key, saved, slices)
+            for key, saved in metadata.state_dict_metadata.items()
+        }
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{METADATA} cannot be read: {error.strerror or error}") from error
+    # What damaged bytes raise in pickle, and records without the attributes DCP's have.
+    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError) as error:
+        raise InputError(f"{METADATA} is damaged or cut short: {COPY}") from error
+    except (AttributeError, OverflowError, MemoryError, RecursionError) as error:
+        raise InputError(f"{METADATA} is damaged or of another version: {COPY}") from error
+
+
+def _slice(info: Any) -> Slice:
+    if getattr(info, "transform_descriptors", None):
+        raise InputError(
+            f"is compressed ({some(info.transform_descriptors)}), which is not read: save it without "
+            "extensions"
+        )
+    file = str(info.relative_path)
+    if PurePath(file).name != file or info.offset < 0 or info.length < 0:
+        raise InputError(f"{METADATA} points out of its folder, to {file:.80}: {COPY}")
+    return Slice(file, int(info.offset), int(info.length))
+
+
+def _item(key: str, saved: Any, slices: dict[tuple[str, tuple[int, ...]], Slice]) -> Item:
+    if not hasattr(saved, "size"):
+        return Item(key, None, (Chunk((), (), slices[key, ()]),))
+    chunks = [
+        Chunk(tuple(c.offsets), tuple(c.sizes), slices[key, tuple(c.offsets)]) for c in saved.chunks
+    ]
+    return Item(key, tuple(saved.size), tuple(chunks))
+
+
+def _records(data: bytes) -> Any:
+    """The pickle, of such operations only as cannot claim more memory than it has bytes."""
+    for operation, argument, _ in pickletools.genops(data):
+        claims = operation.name in ("BINPUT", "LONG_BINPUT") and (argument or 0) > len(data)
+        if operation.name not in _OPERATIONS or claims:
+            raise ValueError(operation.name)
+    return _Records(io.BytesIO(data)).load()
+
+
+class _Record:
+    """A stand-in for a class of DCP's metadata: it keeps what it is given and does nothing."""
+
+    def __init__(self, *values: object) -> None:
+        self.values: object = values
+
+    def __setstate__(self, state: object) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"values": state})
+
+
+class _Records(pickle.Unpickler):
+    """Builds records, sizes and dtypes, and refuses every other global by its name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _RECORDS and name in _RECORDS[module]:
+            return _Record
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        known = {
+            ("torch", "Size"): torch.Size,
+            ("torch.serialization", "_get_layout"): _Record,
+            ("collections", "OrderedDict"): OrderedDict,
+        }
+        if (module, name) not in known:
+            raise InputError(
+                f"{METADATA} asks for {module}.{name}, only DCP's own records are read: it is damaged, "
+                "or not to be trusted"
+            )
+        return known[module, name]
+
+
+# What pickle.dump writes of records, dicts, lists, tuples, text and numbers, in protocols 2 to 5.
+# fmt: off
+_OPERATIONS = {
+    "PROTO", "FRAME", "MARK", "STOP", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+    "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE",
+    "SETITEM", "SETITEMS", "APPEND", "APPENDS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE",
+    "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE",
+    "BINUNICODE",
+}
+# fmt: on
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # The folder it was saved to; pathlib._local in Python 3.13.
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
+}

@@ -1,0 +1,95 @@
+"""Learning rates and the other hyper-parameters of a state's groups, the config's where it has any."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from funcprobe.types import AdamGroup, InputError, Params
+
+from .names import Names
+from .saved import number
+
+
+class AdamOverrides(NamedTuple):
+    """What the config says in place of the file; None = from the file.
+
+    `lr` is the first group's, the others keep their ratio to it (to its initial_lr, if it is 0).
+    `weight_decay` leaves a group without decay (norms, biases) at 0 beside one with decay.
+    `checkpoint_step`, in optimizer steps, is used only where the file has no step.
+    """
+
+    lr: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    checkpoint_step: int | None = None
+
+
+def adam_groups(
+    groups: list[dict[str, Any]],
+    names: Names,
+    params: Params,
+    overrides: AdamOverrides,
+    notes: list[str],
+) -> tuple[AdamGroup, ...]:
+    """The groups that hold anything of the registry, with the config's numbers where it has any."""
+    given = {k: v for k, v in overrides._asdict().items() if v is not None and k != "checkpoint_step"}
+    kept = [
+        (i, group, names_)
+        for i, (group, all_) in enumerate(zip(groups, names.groups, strict=True))
+        if (names_ := tuple(name for name in all_ if name in params))
+    ]
+    found = [_of_group(group, given) for _, group, _ in kept]
+    rates = [hyper["lr"] for hyper in found]
+    if not rates[0]:  # the start of a warm-up or the end of a schedule, which scales initial_lr
+        rates = [number(group.get("initial_lr", 0.0), "initial_lr") for _, group, _ in kept]
+    decaying = any(hyper["weight_decay"] for hyper in found)
+    used = []
+    for (i, group, names_), hyper, rate in zip(kept, found, rates, strict=True):
+        new = dict(given)
+        if "lr" in new:
+            new["lr"] *= rate / rates[0] if rates[0] else 1.0
+        if not hyper["weight_decay"] and (decaying or i == names.no_decay):
+            new.pop("weight_decay", None)
+        used.append(AdamGroup(names_, **hyper | new))
+        if used[-1].weight_decay and group.get("decoupled_weight_decay") is False:
+            raise InputError(
+                "torch.optim.Adam with weight decay inside the gradient (decoupled_weight_decay = "
+                "False), expected AdamW's: train with AdamW, or set weight_decay = 0 to leave it out"
+            )
+    if any("lr" in group for _, group, _ in kept):
+        notes.append(f"lr in the file is the next step's: {_and(hyper['lr'] for hyper in found)}")
+    for key, value in given.items():
+        if was := {f[key] for f, u in zip(found, used, strict=True) if f[key] != getattr(u, key)}:
+            label, values = key.replace("_", " "), _and(sorted(was))
+            notes.append(f"{label} {values} in the file, {value} in the config: the config's is used")
+    return tuple(used)
+
+
+def _of_group(group: dict[str, Any], given: dict[str, float]) -> dict[str, float]:
+    """The group's own numbers; the config's where the format keeps none."""
+    if betas := group.get("betas", ()):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise InputError(f"betas are {betas!r:.80}, expected two numbers")
+        group = group | {"beta1": betas[0], "beta2": betas[1]}
+    keys = ("lr", "beta1", "beta2", "eps", "weight_decay")
+    if missing := [key for key in keys if key not in group and key not in given]:
+        wanted = sorted({"betas" if key.startswith("beta") else key for key in missing})
+        raise InputError(
+            f"has a group without {', '.join(wanted)}: set "
+            f"{' and '.join(f'optimizer.{key}' for key in wanted)} to what the run used"
+        )
+    return {
+        key: (_beta if key.startswith("beta") else number)(group[key], key)
+        if key in group
+        else given[key]
+        for key in keys
+    }
+
+
+def _beta(value: Any, what: str) -> float:
+    return number(value, what, below=1.0)
+
+
+def _and(values: Iterable[object]) -> str:
+    return " and ".join(map(str, values))

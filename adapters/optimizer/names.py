@@ -1,0 +1,183 @@
+"""Which parameter each position of an optimizer's state is, and how sure that is."""
+
+from collections import Counter
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+
+from funcprobe.types import InputError, Params
+
+from .saved import TORCH, TRAINER, Saved, number, some
+from .sidecar import FORMAT, VERSION, Sidecar, named_by
+
+FOREIGN = "this state is of another adapter or another order"
+
+
+class Names(NamedTuple):
+    """A name for each key of the saved groups, frozen parameters included."""
+
+    groups: list[list[str]]
+    format: str
+    route: str
+    positional: bool
+    twins: tuple[
+        str, ...
+    ]  # of the registry: with positions only, those another of their shape could be
+    no_decay: int | None  # the group that the Trainer spares from weight decay
+
+
+def name_keys(saved: Saved, model: torch.nn.Module, params: Params, sidecar: Sidecar | None) -> Names:
+    """Names from the state itself, else from its sidecar, else by replaying how trainers order.
+
+    The replays, tried in this order, are told apart by the groups' sizes: the Trainer's [decay,
+    no decay]; one group of the trainable parameters; LoRA+'s four groups; one group of all parameters;
+    all parameters in [decay, no decay]. Raises InputError where none fits.
+    """
+    sizes = [len(group["params"]) for group in saved.groups]
+    if saved.by_name:
+        named = [[_unwrapped(key) for key in group["params"]] for group in saved.groups]
+        return Names(named, saved.format, "by name (the file's keys)", False, (), None)
+    if any("param_names" in group for group in saved.groups):
+        given = [group.get("param_names") for group in saved.groups]
+        if [len(n) if isinstance(n, list) else None for n in given] != sizes:
+            raise InputError("param_names and params of a group differ in length: the file is damaged")
+        named = [[_unwrapped(n) for n in names or ()] for names in given]
+        return Names(named, saved.format, "by name (param_names)", False, (), None)
+    if sidecar is not None:
+        named = [[_unwrapped(n) for n in names] for names in named_by(sidecar, saved)]
+        return Names(named, saved.format, f"by name ({sidecar.path.name})", False, (), None)
+    return _replayed(saved, sizes, model, params)
+
+
+def _replayed(saved: Saved, sizes: list[int], model: torch.nn.Module, params: Params) -> Names:
+    everything = [name for name, _ in model.named_parameters()]
+    order = [name for name in everything if name in params]
+    decay = _decay_names(model)
+
+    def split(names: list[str]) -> list[list[str]]:
+        return [[n for n in names if n in decay], [n for n in names if n not in decay]]
+
+    trainer = split(order)
+    trainer_format = TRAINER if saved.format == TORCH else saved.format
+    candidates = [  # format, what it is, names, the group without decay
+        (trainer_format, "the Trainer's [decay, no-decay] grouping replayed", trainer, 1),
+        (saved.format, "one group in named_parameters() order", [order], None),
+        (saved.format, "peft's LoRA+ groups replayed", _lora_plus(order, model), 3),
+        (saved.format, "one group of all in named_parameters() order", [everything], None),
+        (saved.format, "all parameters in [decay, no-decay] groups", split(everything), 1),
+    ]
+    for format_, what, groups, no_decay in candidates:
+        if [len(names) for names in groups] != sizes:
+            continue
+        spared = {} if no_decay is None else saved.groups[no_decay]
+        if number(spared.get("weight_decay", 0.0), "weight_decay") == 0:
+            return Names(groups, format_, f"by position, {what}", True, _twins(params), no_decay)
+    raise InputError(
+        f"holds {sum(sizes)} tensors in groups of {_and(sizes)}, the adapter has {len(order)} "
+        f"trainable ones ({_and(map(len, trainer))} in the Trainer's groups) of the model's "
+        f"{len(everything)}: {FOREIGN}; give its own, or save names (ParamNamesCallback, or an "
+        "optimizer built from named_parameters())"
+    )
+
+
+def live_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Names:
+    """Names by the identity of the optimizer's parameters. InputError for one the model lacks."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    groups = [[known.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    if lost := [
+        f"{i} of group {g}" for g, names in enumerate(groups) for i, n in enumerate(names) if not n
+    ]:
+        raise InputError(
+            f"{len(lost)} of the optimizer's parameters are not the model's, as {lost[0]}: give the "
+            "model that is trained, without a wrapper that makes parameters of its own"
+        )
+    return Names(groups, "live optimizer", "by identity", False, (), None)
+
+
+def sidecar_content(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, packages: Iterable[str], **settings: Any
+) -> dict[str, Any]:
+    """What optimizer_param_names.json holds: names and shapes of all positions, versions, `settings`.
+
+    InputError for a parameter of the optimizer that the model lacks.
+    """
+    names = live_names(optimizer, model).groups
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "optimizer": type(optimizer).__name__,
+        "groups": [
+            {"names": of_group, "shapes": [list(p.shape) for p in group["params"]]}
+            for group, of_group in zip(optimizer.param_groups, names, strict=True)
+        ],
+        "versions": {package: metadata.version(package) for package in packages},
+        **settings,
+    }
+
+
+def require_verifiable(names: Names, params: Params, accept_positional: bool) -> None:
+    """InputError where only positions tell parameters of one shape apart, unless that is accepted."""
+    if names.twins and not accept_positional:
+        raise InputError(
+            f"names are {names.route}, not verifiable: {len(names.twins)} of {len(params)} parameters "
+            f"share their shape with another (as {some(names.twins, 2)}), so nothing in the file shows "
+            "that the order is right; save names with ParamNamesCallback, or set "
+            "optimizer.accept_positional = true to trust the order"
+        )
+
+
+def another_order(saved: Saved, names: Names, params: Params) -> bool:
+    """Whether the state has the registry's shapes, each as often, but at other positions."""
+    flat = [name for group in names.groups for name in group]
+    keys = [key for group in saved.groups for key in group["params"]]
+    found = [tuple(getattr(saved.state.get(key, {}).get("exp_avg"), "shape", ())) for key in keys]
+    wanted = Counter(tuple(params[name].shape) for name in flat if name in params)
+    return Counter(shape for shape in found if shape) == wanted
+
+
+def _twins(params: Params) -> tuple[str, ...]:
+    shapes = Counter(tuple(t.shape) for t in params.values())
+    return tuple(name for name, t in params.items() if shapes[tuple(t.shape)] > 1)
+
+
+def _lora_plus(order: list[str], model: torch.nn.Module) -> list[list[str]]:
+    """[A, embeddings, B, B without decay], as peft.optimizers.create_loraplus_optimizer orders.
+
+    Which have decay is not the Trainer's rule: its patterns of names play no part.
+    """
+    from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    decay = {n for n in get_parameter_names(model, ALL_LAYERNORM_LAYERS) if "bias" not in n}
+    groups: dict[str, list[str]] = {"A": [], "embedding": [], "B": [], "B without decay": []}
+    rank = {name: p.ndim for name, p in model.named_parameters()}
+    for name in order:
+        if "lora_embedding" in name:
+            kind = "embedding"
+        elif "lora_B" in name or rank[name] == 1:
+            kind = "B" if name in decay else "B without decay"
+        else:
+            kind = "A"
+        groups[kind].append(name)
+    return list(groups.values())
+
+
+def _decay_names(model: torch.nn.Module) -> set[str]:
+    from transformers import Trainer  # slow to import, and for one route only
+
+    # The method reads nothing of its trainer, and a trainer cannot be built without a run.
+    return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+
+
+def _unwrapped(name: object) -> str:
+    """Without the prefixes of DistributedDataParallel, FSDP, torch.compile and checkpointing."""
+    plain = str(name).removeprefix("module.")
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        plain = plain.replace(wrapper, "")
+    return plain
+
+
+def _and(values: Iterable[object]) -> str:
+    return " and ".join(map(str, values))

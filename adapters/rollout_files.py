@@ -1,0 +1,105 @@
+"""Tables of rollouts on disk, Parquet or JSON lines by the file's ending: columns in, columns out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from funcprobe.types import InputError
+
+ENDINGS = (".parquet", ".jsonl", ".json")
+
+
+class Columns(NamedTuple):
+    """A table as plain values. A value that is not there is None."""
+
+    path: Path
+    place: Sequence[str]  # of every row, for messages: "row 0" of Parquet, "line 1" of JSON lines
+    values: dict[str, list[Any]]
+
+
+def read_columns(path: Path) -> Columns:
+    """Every column of a .parquet, or of a .jsonl or .json file with one object a line.
+
+    JSON numbers keep their kind and every digit of a double; NaN and infinities are not JSON.
+    Raises InputError for a file that is absent, of another type or damaged, with the line.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give rollouts as Parquet or JSON lines")
+    if path.suffix not in ENDINGS:
+        raise InputError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}: rename it")
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+
+
+def write_parquet(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
+    """The columns of `schema`."""
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
+
+
+def write_json(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
+    """One object a line, without the keys that are None. InputError for a number JSON has not."""
+    lines = []
+    for i in range(len(columns[schema.names[0]])):
+        row = {name: columns[name][i] for name in schema.names if columns[name][i] is not None}
+        try:
+            lines.append(json.dumps(row, allow_nan=False) + "\n")
+        except ValueError as error:
+            raise InputError(
+                f"row {i} holds a number that is not finite ({error}): write Parquet"
+            ) from error
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _read_parquet(path: Path) -> Columns:
+    try:
+        table = pq.read_table(path)
+        names = table.column_names
+        values = {name: column.to_pylist() for name, column in zip(names, table.columns, strict=True)}
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:200]}): write it again"
+        ) from error
+    return Columns(path, [f"row {i}" for i in range(len(table))], values)
+
+
+def _read_json(path: Path) -> Columns:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read, expected UTF-8 text: {error}") from error
+    rows: dict[str, dict[str, Any]] = {}
+    # Not splitlines(), which also splits at U+2028 and its like, legal inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=_no_number, object_pairs_hook=_distinct)
+        except (ValueError, RecursionError) as error:  # the first also for an integer without end
+            raise InputError(
+                f"{path}: line {number} cannot be read ({error}): one JSON object a line is expected; "
+                "was the file cut off?"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path}: line {number} is {type(row).__name__}, one JSON object a line is expected"
+            )
+        rows[f"line {number}"] = row
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    values = {name: [row.get(name) for row in rows.values()] for name in names}
+    return Columns(path, list(rows), values)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)} stands twice")
+    return row

@@ -1,0 +1,7 @@
+"""Inside a running trainer of transformers or TRL: optimizer names, the probe, the rollouts."""
+
+from .names import ParamNamesCallback
+from .probe import ProbeCallback
+from .recording import record_rollouts
+
+__all__ = ["ParamNamesCallback", "ProbeCallback", "record_rollouts"]

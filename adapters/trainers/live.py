@@ -1,0 +1,183 @@
+"""The policy inside a running trainer: found, checked, and put to rest for a while."""
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
+
+from funcprobe import tree
+from funcprobe.policy import trainable_params
+from funcprobe.types import AdamState, InputError, Params
+
+from ..model import Policy, check_registry, eos_ids_of
+from ..optimizer import live_adam_state
+
+_ABSENT = object()
+
+
+def policy_of(model: Any) -> Any:
+    """The module that is trained, without DistributedDataParallel and torch.compile around it."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer without accelerate around it."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer  # type: ignore[no-any-return]
+
+
+def tokenizer_of(trainer: Any) -> Any:
+    """The trainer's tokenizer. InputError if it was given none."""
+    processing = trainer.processing_class
+    tokenizer = getattr(processing, "tokenizer", processing)
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise InputError(
+            "the trainer has no tokenizer, which prompts and responses need: give a processing_class"
+        )
+    return tokenizer
+
+
+def live_policy(trainer: Any, max_trainable: int) -> Policy:
+    """The trained policy as the shell's functions take it; nothing is copied.
+
+    InputError, one line, for a model that is no LoRA policy of peft.
+    """
+    model, tokenizer = policy_of(trainer.model), tokenizer_of(trainer)
+    if not isinstance(model, PeftModel):  # a base that was in one keeps its peft_config
+        raise InputError(
+            f"the trainer's model is {type(model).__name__}, not a LoRA policy of peft: give a "
+            "peft_config, or the model that get_peft_model() made"
+        )
+    params = trainable_params(model)
+    check_registry(params, max_trainable)
+    base: Any = model.get_base_model()
+    eos_ids = tuple(getattr(trainer, "eos_token_ids", None) or eos_ids_of(tokenizer, base))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    attention = str(base.config._attn_implementation)
+    name = str(base.config._name_or_path)
+    return Policy(model, tokenizer, params, eos_ids, pad_id, name, None, attention, ())
+
+
+def require_live(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    """InputError, one line, where gradients and state on this process are not the step's.
+
+    Sharded models, gradients scaled for float16, and optimizers other than AdamW.
+    """
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type.value
+    sharded = [n for n, p in policy_of(trainer.model).named_parameters() if isinstance(p, DTensor)]
+    if kind in {"FSDP", "DEEPSPEED", "MEGATRON_LM"} or sharded:
+        found = kind if not sharded else f"{kind}, {sharded[0]} is a DTensor"
+        raise InputError(
+            f"the model is sharded ({found}), so that no process has the whole gradient: probe the "
+            "checkpoint with funcprobe run, or train with DistributedDataParallel"
+        )
+    if accelerator.scaler is not None and accelerator.scaler.is_enabled():
+        raise InputError(
+            "float16 with a GradScaler: it scales gradients and may skip the step that is predicted: "
+            "train in bf16 or float32, or probe the checkpoint with funcprobe run"
+        )
+    foreign = not isinstance(optimizer, torch.optim.AdamW)
+    if foreign and not (type(optimizer).__module__.startswith("bitsandbytes.optim.adamw")):
+        raise InputError(
+            f"the optimizer is {type(optimizer).__name__}, whose step is not AdamW's: train with "
+            'torch.optim.AdamW (optim = "adamw_torch" or "adamw_torch_fused")'
+        )
+
+
+def adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, params: Params) -> AdamState:
+    """Adam's state as the coming step finds it, copied; where it has none yet, Adam's zeros."""
+    state = optimizer.state
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(state.get(p) for p in held):
+        return live_adam_state(optimizer, model, params)[0]
+    keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+    groups = [
+        {"params": group["params"], **{key: group[key] for key in keys if key in group}}
+        for group in optimizer.param_groups
+    ]
+    begun = torch.optim.AdamW(groups)
+    for p in held:
+        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        begun.state[p] = state.get(p) or {"step": torch.tensor(0.0), **zeros}
+    return live_adam_state(begun, model, params)[0]
+
+
+def ascent(model: nn.Module, params: Params) -> Params:
+    """Y = -grad of the loss, copied to the CPU, for the parameters that have a gradient."""
+    found = {n: p.grad for n, p in model.named_parameters() if n in params and p.grad is not None}
+    wide = {
+        n: g.detach().to("cpu", torch.promote_types(g.dtype, torch.float32)) for n, g in found.items()
+    }
+    return tree.scale(-1.0, wide)
+
+
+@contextmanager
+def at_rest(model: Any) -> Iterator[None]:
+    """The model as the core wants it: no dropout, no checkpointing, float32 where its weights are.
+
+    Every module in eval mode and without gradient checkpointing, no hook that asks the embeddings for
+    gradients, no autocast, an empty generation config. On leaving, by an exception too, all of it is
+    as it was, object by object, and so are the random states of Python, numpy and torch.
+    """
+    base = model.get_base_model()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    device = next(model.parameters()).device.type
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.callback(random.setstate, python_state)
+        stack.callback(np.random.set_state, numpy_state)
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.autocast(device, enabled=False))
+        for module in model.modules():
+            stack.enter_context(_swapped(module, "training", False))
+            if getattr(module, "gradient_checkpointing", False):
+                stack.enter_context(_swapped(module, "gradient_checkpointing", False))
+            # Not disable_input_require_grads(), which knows the last hook only: peft, TRL and every
+            # gradient_checkpointing_enable() add one (transformers 5.23).
+            hooks = vars(module)["_forward_hooks"]
+            kept = OrderedDict((k, hook) for k, hook in hooks.items() if not _asks_for_gradients(hook))
+            if len(kept) < len(hooks):
+                stack.enter_context(_swapped(module, "_forward_hooks", kept))
+            if getattr(module, "_require_grads_hooks", None):
+                stack.enter_context(_swapped(module, "_require_grads_hooks", []))
+        # generate() fills every option it is not given from here.
+        stack.enter_context(_swapped(base, "generation_config", GenerationConfig()))
+        # peft's generate() leaves an attribute of this name behind (0.21).
+        prepare = model.base_model.prepare_inputs_for_generation
+        stack.enter_context(_swapped(model.base_model, "prepare_inputs_for_generation", prepare))
+        # accelerate's mixed precision replaces the outermost forward and keeps the one before it.
+        if "_original_forward" in vars(model):
+            stack.enter_context(_swapped(model, "forward", model._original_forward))
+        yield
+
+
+@contextmanager
+def _swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """An instance's attribute replaced, and put back; or deleted, where the instance had none."""
+    before = vars(module).get(name, _ABSENT)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+def _asks_for_gradients(hook: Any) -> bool:
+    """transformers' and peft's hook on input embeddings, by the name that both give it."""
+    return "make_inputs_require_grad" in getattr(hook, "__qualname__", "")

@@ -1,0 +1,123 @@
+"""First order along a direction that is given: what E alone says of a step."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import estimators, gradients, logprobs, tree
+from .adam import UpdateDirection
+from .estimators import FirstOrder
+from .layout import MAX_TOKENS, response_mask
+from .policy import Forward, lora_params
+from .tangents import tangents
+from .types import Batch, Entropy, InputError, Params, TokenStats
+
+
+class Along(NamedTuple):
+    """First-order entropy change along a direction that is given, per unit of learning rate.
+
+    Nothing is known of the batch that made the direction, so the only error is `first_order.se`, over
+    E's sampling units. `derivative` is by tangents, `bars_dot` = <X, v>, of which `from_momentum`,
+    `from_decay` and `from_update` are the shares.
+    """
+
+    derivative: float
+    bars_dot: float
+    from_momentum: float
+    from_decay: float
+    from_update: float
+    entropy: float  # H(theta) on E
+    first_order: FirstOrder
+    X: Params
+    stats: TokenStats  # of E at theta
+    tangent: TokenStats  # of E along v
+
+
+class EvalPasses(NamedTuple):
+    """What E says of a direction, as tensors alone."""
+
+    stats: TokenStats  # at theta
+    tangent: TokenStats  # along the direction
+    X: Params  # grad of the entropy estimator
+
+
+def eval_passes(
+    params: Params,
+    eval_batch: Batch,
+    direction: Params,
+    forward: Forward,
+    *,
+    entropy: Entropy = Entropy(),
+    max_tokens: int = MAX_TOKENS,
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+) -> EvalPasses:
+    """Three passes over E: statistics, tangents along a direction, X. InputError for an X of zeros."""
+    # Not the values that come with the tangents: those are made by another attention kernel, and
+    # ratios at eta = 0 must be exactly 1.
+    stats = logprobs.token_stats(params, eval_batch, forward, max_tokens)
+    _, tangent = tangents(params, eval_batch, direction, forward, max_tokens)
+    p_NR, q_NR = estimators.gradient_coefficients(
+        stats, response_mask(eval_batch), entropy, log_ratio(stats, sampler_logp_NR)
+    )
+    X = gradients.weighted_grad(params, eval_batch, p_NR, q_NR, forward, max_tokens)
+    require_gradients("X (of the entropy on E)", X)
+    return EvalPasses(stats, tangent, X)
+
+
+def summarise_along(
+    passes: EvalPasses,
+    Y: Params,
+    direction: UpdateDirection,
+    eval_batch: Batch,
+    *,
+    entropy: Entropy = Entropy(),
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+    unit_N: Int[Tensor, " N"] | None = None,
+) -> Along:
+    """The derivative along a direction that Y entered, and its shares, by arithmetic alone.
+
+    `unit_N` as in `summarise`.
+    """
+    stats, tangent, X = passes
+    mask_NR, log_ratio_NR = response_mask(eval_batch), log_ratio(stats, sampler_logp_NR)
+    first = estimators.first_order(
+        stats,
+        tangent,
+        mask_NR,
+        eval_batch.prompt_N if unit_N is None else unit_N,
+        entropy,
+        log_ratio_NR,
+    )
+    return Along(
+        derivative=first.derivative,
+        bars_dot=tree.dot(X, direction.total),
+        from_momentum=tree.dot(X, direction.momentum),
+        from_decay=tree.dot(X, direction.decay),
+        from_update=tree.dot(tree.multiply(direction.scale, X), Y),
+        entropy=estimators.entropy_value(stats, mask_NR, entropy, log_ratio_NR),
+        first_order=first,
+        X=X,
+        stats=stats,
+        tangent=tangent,
+    )
+
+
+def require_gradients(name: str, grads: Params) -> None:
+    """InputError if a gradient is zero everywhere, or on every LoRA tensor, or not finite."""
+    for which, part in (("every tensor", grads), ("every LoRA tensor", lora_params(grads))):
+        if part and not any(bool(g.any()) for g in part.values()):
+            raise InputError(
+                f"the gradient {name} is zero on {which} ({len(part)}): is the adapter active, are its "
+                "parameters the ones the forward uses, are there nonzero advantages?"
+            )
+    if bad := [n for n, g in grads.items() if not bool(g.isfinite().all())]:
+        raise InputError(
+            f"the gradient {name} is not finite in {len(bad)} of {len(grads)} tensors, as {bad[0]}: "
+            'use policy.dtype = "float32", or look for damaged weights'
+        )
+
+
+def log_ratio(stats: TokenStats, sampler_logp_NR: Tensor | None) -> Tensor | None:
+    """l(theta) - l(sampler), or None where the policy at theta sampled."""
+    return None if sampler_logp_NR is None else stats.logp_NR - sampler_logp_NR

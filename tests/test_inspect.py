@@ -1,0 +1,182 @@
+"""`funcprobe inspect`: what it says of a state, against what the state was made of."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from test_optimizer_names import sidecar_of
+
+from funcprobe.adapters.skeleton import skeleton
+
+
+def edit(checkpoint, change) -> None:
+    path = checkpoint.adapter / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def test_json(command, checkpoint) -> None:
+    done = command("inspect", checkpoint.adapter, "--json")
+    assert done.status == 0
+    found = json.loads(done.out)
+    state = torch.load(checkpoint.adapter / "optimizer.pt", weights_only=True)
+    count = len(state["state"])
+    assert found["format"] == "Hugging Face Trainer"
+    assert found["path"] == str(checkpoint.adapter / "optimizer.pt")
+    assert [g["parameters"] for g in found["groups"]] == [count, 0]
+    assert [g["with_state"] for g in found["groups"]] == [count, 0]
+    assert found["groups"][0]["lr"] == 1e-3
+    assert found["groups"][0]["betas"] == [0.9, 0.999]
+    assert found["groups"][0]["weight_decay"] == 0.01
+    assert found["tensors_with_state"] == count
+    assert found["steps"] == {"least": 2, "most": 2, "known": count}
+    names = found["names"]
+    assert names["route"] == "by position, the Trainer's [decay, no-decay] grouping replayed"
+    assert names["certainty"].startswith(f"not verifiable, {count} of {count}")
+    assert names["needs_accept_positional"] is True
+    assert names["coverage"] == {"exp_avg_sq": count, "exp_avg": count, "step": count}
+    assert len(names["groups"][0]) == count
+    assert all(".default.weight" in name for name in names["groups"][0])
+    # C5, by hand
+    root = [(e["exp_avg_sq"].double() / (1 - 0.999**2)).sqrt() + 1e-8 for e in state["state"].values()]
+    least = min(float(r.min()) for r in root)
+    assert found["second_moments"]["min_denominator"] == pytest.approx(least, rel=1e-12)
+    assert found["second_moments"]["max_scale"] == pytest.approx(1 / least, rel=1e-12)
+    assert found["second_moments"]["zero_second_moments"] == sum(
+        int((e["exp_avg_sq"] == 0).sum()) for e in state["state"].values()
+    )
+    missing = " ".join(found["missing"])
+    assert "trainer_state.json" in missing
+    assert "optimizer_param_names.json" in missing
+
+
+def test_for_a_reader(command, checkpoint) -> None:
+    done = command("inspect", checkpoint.adapter / "optimizer.pt")
+    assert done.status == 0
+    for part in (
+        "Hugging Face Trainer",
+        "grouping replayed",
+        "needs optimizer.accept_positional = true",
+        "steps taken",
+        "0.001",
+        "(0.9, 0.999)",
+        "largest",
+        "missing: optimizer_param_names.json",
+    ):
+        assert part in done.out, part
+
+
+def test_names_of_the_skeleton_are_those_of_the_model(checkpoint) -> None:
+    from funcprobe.adapters.config import PolicyConfig
+    from funcprobe.adapters.model import load_policy
+
+    policy = load_policy(PolicyConfig(checkpoint=str(checkpoint.adapter)), torch.device("cpu"))
+    bones = skeleton(checkpoint.adapter, None, "default")
+    assert {n: t.shape for n, t in bones.params.items()} == {
+        n: t.shape for n, t in policy.params.items()
+    }
+    names = [name for name, _ in bones.model.named_parameters()]
+    assert names == [name for name, _ in policy.model.named_parameters()]
+    assert {p.device.type for p in bones.model.parameters()} == {"meta"}
+
+
+def test_a_state_alone(command, checkpoint, tmp_path) -> None:
+    shutil.copy(checkpoint.adapter / "optimizer.pt", tmp_path / "optimizer.pt")
+    found = json.loads(command("inspect", tmp_path / "optimizer.pt", "--json").out)
+    assert found["names"] is None
+    assert found["second_moments"] is None
+    assert any("positions only" in line for line in found["missing"])
+    assert found["steps"]["most"] == 2
+    shown = command("inspect", tmp_path / "optimizer.pt")
+    assert "missing: names: the state has positions only" in shown.out
+
+
+def test_names_that_are_saved_need_no_adapter(command, tmp_path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = json.loads(command("inspect", tmp_path / "optimizer.pt", "--json").out)
+    assert found["names"]["certainty"] == "certain"
+    assert found["names"]["groups"] == [["weight", "bias"]]
+    assert found["names"]["coverage"]["exp_avg_sq"] == 2
+
+
+def test_sidecar_and_trainer_state(command, damaged) -> None:
+    model = skeleton(damaged.adapter, None, "default").model
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trainable}, {"params": []}]
+    sidecar = sidecar_of(torch.optim.AdamW(groups), model)
+    (damaged.adapter / "optimizer_param_names.json").write_text(json.dumps(sidecar))
+    (damaged.adapter / "trainer_state.json").write_text('{"global_step": 7}')
+    done = command("inspect", damaged.adapter)
+    assert "by name (optimizer_param_names.json)" in done.out
+    assert "WARNING: trainer_state.json says 7" in done.out
+    assert "loss_type grpo" in done.out
+    assert "temperature 0.9" in done.out
+    found = json.loads(command("inspect", damaged.adapter, "--json").out)
+    assert found["missing"] == []
+    assert found["sidecar"]["max_grad_norm"] == 0.3
+    (damaged.adapter / "trainer_state.json").write_text("{}")
+    assert "has no global_step" in command("inspect", damaged.adapter).err
+
+
+def test_verdicts(command, damaged) -> None:
+    def spoil(state) -> None:
+        state["state"][0]["exp_avg_sq"].zero_()
+        state["state"][1]["exp_avg_sq"][0, 0] = 1e-30
+        del state["state"][2]["step"]
+
+    edit(damaged, spoil)
+    found = json.loads(command("inspect", damaged.adapter, "--json").out)
+    verdict = found["second_moments"]["verdict"]
+    assert "1 tensors without a usable second moment" in verdict
+    assert "1 without a step" in verdict
+    assert "suspect" in verdict
+    assert found["second_moments"]["tiny_second_moments"] == 1
+    assert found["names"]["coverage"]["step"] == found["names"]["parameters"] - 1
+
+
+def test_healthy_state_is_said_to_be(command, damaged) -> None:
+    edit(damaged, lambda state: [e["exp_avg_sq"].fill_(1.0) for e in state["state"].values()])
+    assert "healthy" in command("inspect", damaged.adapter).out
+    edit(damaged, lambda state: [e["exp_avg_sq"].fill_(1e-8) for e in state["state"].values()])
+    assert "between 100 and 1000" in command("inspect", damaged.adapter).out
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda state: state["state"].clear(), "no state: it was saved before the first step"),
+        (lambda state: state["param_groups"][0].update(amsgrad=True), "amsgrad = True"),
+        (lambda state: state["state"][0].update(exp_avg=torch.zeros(1, 1)), "has shape (1, 1)"),
+        (lambda state: state["state"][0].update(step=-1), "step of 0 is -1"),
+        (
+            lambda state: state["param_groups"].append({**state["param_groups"][1]}),
+            "groups of 12 and 0 and 0",
+        ),
+    ],
+)
+def test_refusals(command, damaged, change, line) -> None:
+    edit(damaged, change)
+    done = command("inspect", damaged.adapter)
+    assert done.status == 2
+    assert len(done.err.strip().splitlines()) == 1
+    assert line in done.err
+    assert not done.out
+
+
+def test_bad_places(command, checkpoint, damaged, tmp_path) -> None:
+    for arguments, line in [
+        ((tmp_path / "nowhere",), "no such file or folder"),
+        ((tmp_path,), "no optimizer state"),
+        ((checkpoint.adapter, "--base", tmp_path), "cannot be built from the configuration of base"),
+        ((checkpoint.adapter / "adapter_config.json",), "no plain torch checkpoint"),
+    ]:
+        done = command("inspect", *arguments)
+        assert done.status == 2, arguments
+        assert len(done.err.strip().splitlines()) == 1
+        assert line in done.err

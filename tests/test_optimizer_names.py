@@ -1,0 +1,295 @@
+"""Names of positions: replays, sidecars, and what happens where nothing can show the order."""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from test_optimizer import assert_attached, make_model, registry, take_steps, trainable
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from funcprobe.adapters.optimizer import find_sidecar, live_adam_state, read_adam_state
+from funcprobe.types import InputError
+
+
+def unique_shapes() -> torch.nn.Module:
+    """A policy whose trainable tensors all differ in shape: positions can be verified."""
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    lora = LoraConfig(
+        r=2, target_modules=["c_attn", "c_fc"], init_lora_weights=False, fan_in_fan_out=True
+    )
+    model = get_peft_model(base, lora)
+    drop = [n for n, p in model.named_parameters() if "c_fc.lora_A" in n]  # of c_attn's shape
+    dict(model.named_parameters())[drop[0]].requires_grad_(False)
+    return model
+
+
+MODELS = {"twins": make_model, "unique": unique_shapes}
+
+
+def stepped(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-3, **options)
+    take_steps(model, optimizer)
+    return optimizer
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]:
+    return {key: (model := make(), stepped(model)) for key, make in MODELS.items()}
+
+
+def write(folder: Path, state: object, sidecar: object = None) -> Path:
+    torch.save(state, folder / "optimizer.pt")
+    if sidecar is not None:
+        (folder / "optimizer_param_names.json").write_text(json.dumps(sidecar), encoding="utf-8")
+    return folder / "optimizer.pt"
+
+
+# Any permutation is detected, or said to be beyond detection and refused until it is accepted
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+@pytest.mark.parametrize("which", sorted(MODELS))
+@pytest.mark.parametrize("where", ["state", "params"])
+def test_permuted_positions_are_detected_or_need_to_be_accepted(saved, which, where, data) -> None:
+    model, optimizer = saved[which]
+    params, content = registry(model), optimizer.state_dict()
+    order = data.draw(st.permutations(range(len(content["state"]))))
+    shuffled = copy.deepcopy(content)
+    if where == "state":  # entries under other positions
+        shuffled["state"] = {i: content["state"][j] for i, j in enumerate(order)}
+    else:  # positions in another order in their group
+        shuffled["param_groups"][0]["params"] = list(order)
+    shape = [tuple(content["state"][i]["exp_avg"].shape) for i in range(len(order))]
+    same = all(shape[i] == shape[j] for i, j in enumerate(order))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), shuffled)
+        if not same:
+            for accept in (False, True):
+                with pytest.raises(InputError, match="in another order") as caught:
+                    read_adam_state(path, model, params, accept_positional=accept)
+                assert any(name in str(caught.value) for name in params)
+        elif which == "twins":
+            with pytest.raises(InputError, match=r"by position, .* not verifiable: 12 of 12") as caught:
+                read_adam_state(path, model, params)
+            assert "optimizer.accept_positional = true" in str(caught.value)
+            _, report = read_adam_state(path, model, params, accept_positional=True)
+            assert report.positional
+            assert report.certainty == "not verifiable, 12 of 12 share their shape with another"
+        else:  # the identity is the one permutation that shapes allow
+            assert list(order) == sorted(order)
+            adam, report = read_adam_state(path, model, params)
+            assert_attached(adam, model, optimizer)
+            assert (report.twins, report.certainty) == (0, "verified, every shape is unique")
+
+
+# Replays
+
+
+def test_loraplus_groups(tmp_path: Path) -> None:
+    model = make_model("norms")
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    take_steps(model, optimizer)
+    path = write(tmp_path, optimizer.state_dict())
+    adam, report = read_adam_state(path, model, registry(model), accept_positional=True)
+    assert_attached(adam, model, optimizer)
+    assert report.route == "by position, peft's LoRA+ groups replayed"
+    assert {group.lr for group in adam.groups} == {1e-3, 1.6e-2}
+
+
+def test_all_parameters_in_two_groups(tmp_path: Path) -> None:
+    model = make_model("norms")
+    decay = set(Trainer.get_decay_parameter_names(None, model))
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n in decay], "weight_decay": 0.1},
+        {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    take_steps(model, optimizer)
+    path = write(tmp_path, optimizer.state_dict())
+    adam, report = read_adam_state(path, model, registry(model), accept_positional=True)
+    assert_attached(adam, model, optimizer)
+    assert report.route == "by position, all parameters in [decay, no-decay] groups"
+
+
+def test_an_order_of_their_own_is_explained(tmp_path: Path) -> None:
+    model = make_model()
+    backwards = dict(reversed(trainable(model).items()))
+    optimizer = torch.optim.AdamW(backwards.values())
+    take_steps(model, optimizer)
+    path = write(tmp_path, optimizer.state_dict())
+    with pytest.raises(InputError, match="not built in the order of named_parameters") as caught:
+        read_adam_state(path, model, registry(model), accept_positional=True)
+    assert "ParamNamesCallback" in str(caught.value)
+
+
+# The sidecar
+
+
+def sidecar_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Any]:
+    name_of = {id(p): n for n, p in model.named_parameters()}
+    return {
+        "format": "funcprobe.optimizer_param_names",
+        "version": 1,
+        "global_step": 2,
+        "groups": [
+            {
+                "names": [name_of[id(p)] for p in group["params"]],
+                "shapes": [list(p.shape) for p in group["params"]],
+            }
+            for group in optimizer.param_groups
+        ],
+        "max_grad_norm": 0.3,
+        "loss": {"loss_type": "grpo"},
+        "sampling": {"temperature": 0.9},
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+@pytest.fixture(scope="module")
+def backwards() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Built in an order that no replay finds."""
+    model = make_model("norms")
+    named = list(trainable(model).items())[::-1]
+    groups = [{"params": [p for _, p in named[:7]]}, {"params": [p for _, p in named[7:]], "lr": 1e-4}]
+    optimizer = torch.optim.AdamW(groups)
+    take_steps(model, optimizer)
+    return model, optimizer
+
+
+def test_sidecar(backwards, tmp_path: Path) -> None:
+    model, optimizer = backwards
+    path = write(tmp_path, optimizer.state_dict(), sidecar_of(optimizer, model))
+    adam, report = read_adam_state(path, model, registry(model))
+    assert_attached(adam, model, optimizer)
+    assert report.route == "by name (optimizer_param_names.json)"
+    assert report.certainty == "certain"
+    assert report.sidecar is not None
+    assert report.sidecar.max_grad_norm == 0.3
+    assert report.sidecar.loss == {"loss_type": "grpo"}
+    assert report.sidecar.sampling == {"temperature": 0.9}
+    assert report.document()["sidecar"].endswith("optimizer_param_names.json")
+    json.dumps(report.document())
+
+
+@pytest.mark.parametrize("form", ["flat", "groups", "param_names", "param_name_groups", "prefixed"])
+def test_sidecars_of_other_projects(form, backwards, tmp_path: Path) -> None:
+    model, optimizer = backwards
+    groups = [group["names"] for group in sidecar_of(optimizer, model)["groups"]]
+    flat = [name for names in groups for name in names]
+    forms = {
+        "flat": flat,
+        "groups": groups,
+        "param_names": {"param_names": flat},
+        "param_name_groups": {"schema_version": 1, "param_name_groups": groups},
+        "prefixed": [f"module._orig_mod.{name}" for name in flat],
+    }
+    path = write(tmp_path, optimizer.state_dict(), forms[form])
+    adam, report = read_adam_state(path, model, registry(model))
+    assert_attached(adam, model, optimizer)
+    assert report.certainty == "certain"
+
+
+def test_sidecars_that_do_not_fit(backwards, tmp_path: Path) -> None:
+    model, optimizer = backwards
+    good = sidecar_of(optimizer, model)
+    names = good["groups"][0]["names"]
+
+    def refused(match: str, sidecar: object) -> str:
+        path = write(tmp_path, optimizer.state_dict(), sidecar)
+        with pytest.raises(InputError, match=match) as caught:
+            read_adam_state(path, model, registry(model))
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1
+        assert message.startswith(str(tmp_path))
+        return message
+
+    def changed(**group: Any) -> dict[str, Any]:
+        return good | {"groups": [good["groups"][0] | group, good["groups"][1]]}
+
+    fewer = {"names": names[1:], "shapes": good["groups"][0]["shapes"][1:]}
+    refused("names groups of 10, 6 parameters, the state has 10, 7", changed(**fewer))
+    refused("names groups of 2 parameters", ["a", "b"])
+    swapped = [names[-1], *names[1:-1], names[0]]
+    assert good["groups"][0]["shapes"][0] != good["groups"][0]["shapes"][-1]
+    message = refused(r"has shape .*, the adapter's", changed(names=swapped))
+    assert names[0] in message or names[-1] in message
+    shapes = [[9, 9], *good["groups"][0]["shapes"][1:]]
+    message = refused(r"has shape \(9, 9\), position 0 of the state", changed(shapes=shapes))
+    assert names[0] in message
+    refused("has no shape for each name", changed(shapes=shapes[1:]))
+    refused("names .* twice", changed(names=[names[1], *names[1:]]))
+    refused("of version 2, expected 1", good | {"version": 2})
+    refused("max_grad_norm is 'x', expected float", good | {"max_grad_norm": "x"})
+    refused("max_grad_norm is True", good | {"max_grad_norm": True})
+    refused("has no lists of names", {"something": "else"})
+    refused("has no lists of names", [1, 2])
+    refused("has no lists of names", [])
+    refused("trainable parameters are not among", changed(names=["x", *names[1:]]))
+    for text in ("{", "\x00"):
+        path = write(tmp_path, optimizer.state_dict())
+        path.with_name("optimizer_param_names.json").write_text(text)
+        with pytest.raises(InputError, match="cannot be read as JSON"):
+            find_sidecar(path)
+
+
+# Of an optimizer in use
+
+
+def test_live_state_is_a_copy_named_by_identity(backwards) -> None:
+    model, optimizer = backwards
+    adam, report = live_adam_state(optimizer, model, registry(model))
+    assert_attached(adam, model, optimizer)
+    assert report.certainty == "certain"
+    name, before = next((n, t.clone()) for n, t in adam.exp_avg.items())
+    take_steps(model, optimizer, 1)
+    assert torch.equal(adam.exp_avg[name], before)
+    assert not torch.equal(optimizer.state[trainable(model)[name]]["exp_avg"], before)
+
+
+def test_live_state_of_another_model(backwards) -> None:
+    _, optimizer = backwards
+    other = make_model("norms")
+    with pytest.raises(InputError, match="17 of the optimizer's parameters are not the model's"):
+        live_adam_state(optimizer, other, registry(other))
+    sgd = torch.optim.SGD(trainable(other).values(), momentum=0.9)
+    take_steps(other, sgd)
+    with pytest.raises(InputError, match="SGD with momentum"):
+        live_adam_state(sgd, other, registry(other))
+
+
+def test_the_trainers_own_checkpoint_with_a_sidecar_needs_no_acceptance(tmp_path: Path) -> None:
+    model = make_model()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": [1, 2, 3, k], "labels": [1, 2, 3, k]} for k in (4, 5)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    live = trainer.optimizer.optimizer
+    sidecar = checkpoint / "optimizer_param_names.json"
+    sidecar.write_text(json.dumps(sidecar_of(live, model)))
+    adam, report = read_adam_state(checkpoint, model, registry(model))
+    assert_attached(adam, model, live)
+    assert report.certainty == "certain"
+    sidecar.unlink()
+    with pytest.raises(InputError, match="accept_positional"):
+        read_adam_state(checkpoint, model, registry(model))

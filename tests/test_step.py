@@ -1,0 +1,97 @@
+"""From checkpoint and configuration to the rule of the step, and what the reader is told of it."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import Checkpoint
+from test_optimizer_names import sidecar_of
+
+from funcprobe.adapters.config import Config
+from funcprobe.adapters.model import load_policy
+from funcprobe.adapters.skeleton import skeleton
+from funcprobe.adapters.step import load_step, step_lines
+from funcprobe.types import InputError
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Checkpoint):
+    return load_policy(Config.model_validate(policy_of(checkpoint)).policy, torch.device("cpu"))
+
+
+def policy_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"policy": {"checkpoint": str(checkpoint.adapter)}}
+
+
+def with_sidecar(place: Checkpoint, **changes: Any) -> None:
+    model = skeleton(place.adapter, None, "default").model
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}, {"params": []}]
+    content = sidecar_of(torch.optim.AdamW(groups), model) | changes
+    (place.adapter / "optimizer_param_names.json").write_text(json.dumps(content))
+
+
+def lines(policy, place: Checkpoint, **sections: dict[str, Any]) -> tuple[Any, str]:
+    config = Config.model_validate(policy_of(place) | sections)
+    adam_state, report, step = load_step(config, policy)
+    return step, "\n".join(step_lines(config, adam_state, report, step))
+
+
+ACCEPT = {"accept_positional": True}
+
+
+def test_positions_that_cannot_be_verified_are_refused(policy, checkpoint) -> None:
+    with pytest.raises(InputError, match=r"not verifiable: 12 of 12 .*accept_positional = true"):
+        lines(policy, checkpoint)
+    _, said = lines(policy, checkpoint, optimizer=ACCEPT)
+    assert ", not verifiable, 12 of 12 share their shape with another" in said
+    assert "warning: the run's max_grad_norm is not known, 1 (the Trainer's default) is used" in said
+
+
+def test_clipping_is_the_runs_own_where_it_is_known(policy, damaged) -> None:
+    with_sidecar(damaged)
+    same = {"sampling": {"temperature": 0.9}, "objective": {"preset": "grpo"}}
+    step, said = lines(policy, damaged, **same)
+    assert step.max_grad_norm == 0.3
+    assert "warning" not in said
+    step, said = lines(policy, damaged, optimizer={"max_grad_norm": 0.5}, **same)
+    assert step.max_grad_norm == 0.5
+    assert "warning: optimizer.max_grad_norm is 0.5, the run was trained with 0.3" in said
+    step, said = lines(policy, damaged, optimizer={"max_grad_norm": 0.3}, **same)
+    assert "warning" not in said
+
+
+@pytest.mark.parametrize(("saved", "used"), [(0.0, None), (None, 1.0), (2, 2)])
+def test_clipping_of_other_runs(policy, damaged, saved, used) -> None:
+    with_sidecar(damaged, max_grad_norm=saved)
+    step, said = lines(policy, damaged)
+    assert step.max_grad_norm == used
+    assert ("max_grad_norm is not known" in said) == (saved is None)
+    assert lines(policy, damaged, optimizer={"max_grad_norm": 0.0})[0].max_grad_norm is None
+
+
+def test_other_settings_than_the_runs_are_told(policy, damaged) -> None:
+    with_sidecar(damaged)
+    _, said = lines(policy, damaged)
+    assert "warning: the run sampled at temperature 0.9, sampling.temperature is 1" in said
+    assert "warning: the run's loss_type was grpo, objective.preset is dapo" in said
+    _, said = lines(policy, damaged, objective={"normalisation": "sequence_mean"})
+    assert "loss_type" not in said
+    with_sidecar(damaged, loss={"loss_type": "of my own"}, sampling={})
+    assert "warning" not in lines(policy, damaged)[1]
+
+
+def test_rules_that_do_not_clip_say_nothing_of_it(policy, checkpoint) -> None:
+    _, said = lines(policy, checkpoint, optimizer=ACCEPT | {"rule": "precondition"})
+    assert "max_grad_norm" not in said
+    assert lines(policy, checkpoint, optimizer={"rule": "sgd"})[1] == (
+        'optimizer: rule "sgd", no state is read'
+    )
+
+
+def test_a_state_of_another_adapter_is_not_taken(policy, checkpoint) -> None:
+    config = Config.model_validate(
+        {"policy": {"checkpoint": str(checkpoint.adapter), "adapter": "ref"}, "optimizer": ACCEPT}
+    )
+    with pytest.raises(InputError, match="is of the adapter that lies there, not of ref/"):
+        load_step(config, policy)
