@@ -115,10 +115,37 @@ def _other_settings(config: Config, sidecar: Sidecar | None) -> list[str]:
             f"warning: the run sampled at temperature {was}, sampling.temperature is "
             f"{config.sampling.temperature:g}"
         )
-    loss, objective = sidecar.loss.get("loss_type"), config.objective
-    if loss in PRESETS and loss != objective.preset and objective.normalisation is None:
-        lines.append(f"warning: the run's loss_type was {loss}, objective.preset is {objective.preset}")
+    loss, objective = sidecar.loss, config.objective
+    kind = loss.get("loss_type")
+    if kind in PRESETS and kind != objective.preset and objective.normalisation is None:
+        lines.append(f"warning: the run's loss_type was {kind}, objective.preset is {objective.preset}")
+    if kind == "bnpo":
+        lines.append(
+            "warning: the run's loss_type was bnpo, a token mean of each micro-batch: it is the preset "
+            "dapo where there is one micro-batch to a step, and no preset otherwise"
+        )
+    elif kind is not None and kind not in PRESETS:
+        lines.append(
+            f"warning: the run's loss_type was {kind}, of which no objective here is the gradient"
+        )
+    lines += [
+        f"warning: the run's {key} was {loss[key]}, and J here has no such term: the run's step is "
+        "another one than the step that is probed"
+        for key, off in _TERMS.items()
+        if loss.get(key, off) not in (off, None)
+    ]
     return lines
+
+
+# Settings of TRL that change the gradient of the loss, each with the value at which they do not.
+_TERMS = {
+    "beta": 0.0,
+    "entropy_coef": 0.0,
+    "top_entropy_quantile": 1.0,
+    "num_iterations": 1,
+    "mask_truncated_completions": False,
+    "off_policy_mask_threshold": None,
+}
 
 
 def _other_checkpoint(config: Config, adam_state: AdamState) -> list[str]:

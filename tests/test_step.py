@@ -77,8 +77,27 @@ def test_other_settings_than_the_runs_are_told(policy, damaged) -> None:
     assert "warning: the run's loss_type was grpo, objective.preset is dapo" in said
     _, said = lines(policy, damaged, objective={"normalisation": "sequence_mean"})
     assert "loss_type" not in said
-    with_sidecar(damaged, loss={"loss_type": "of my own"}, sampling={})
-    assert "warning" not in lines(policy, damaged)[1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({"loss_type": "cispo"}, "loss_type was cispo, of which no objective"),
+        ({"loss_type": "bnpo"}, "loss_type was bnpo, a token mean of each micro-batch"),
+        ({"beta": 0.04}, "beta was 0.04"),
+        ({"entropy_coef": 0.1}, "entropy_coef was 0.1"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile was 0.2"),
+        ({"num_iterations": 2}, "num_iterations was 2"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions was True"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold was 0.5"),
+        ({"loss_type": "dapo", "beta": 0.0, "top_entropy_quantile": 1.0, "entropy_coef": None}, ""),
+    ],
+)
+def test_losses_that_are_not_the_objective_are_told(policy, damaged, loss, said) -> None:
+    with_sidecar(damaged, loss=loss, sampling={})
+    _, found = lines(policy, damaged)
+    assert found.count("warning") == bool(said)
+    assert said in found
 
 
 def test_rules_that_do_not_clip_say_nothing_of_it(policy, checkpoint) -> None:
