@@ -1,9 +1,10 @@
 """`funcprobe inspect`: what an optimizer's state is, whose it is, and how sure that is."""
 
-import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +48,7 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
     checkpoint = path if path.is_dir() else path.parent
     missing: list[str] = []
     skeleton = _skeleton(checkpoint, base, adapter, missing)
+    unknown = _unknown(saved, missing)
     document = {
         "path": str(saved.path),
         "format": saved.format,
@@ -56,7 +58,7 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
         "trainer_state_step": _trainer_step(checkpoint, missing),
         "sidecar": _sidecar(sidecar, missing),
     }
-    found = _named(saved, skeleton, sidecar)
+    found = _named(saved, skeleton, sidecar, unknown)
     if found is None:
         missing.append("names: the state has positions only, and no adapter's configuration is here")
         return document | {
@@ -67,6 +69,10 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
         }
     adam_state, report, names = found
     info = adam.preconditioner(_shapes(adam_state), adam_state, None)[1]
+    second = None
+    if unknown.eps is None and unknown.beta2 is None:
+        second = {key: _plain(value) for key, value in info._asdict().items()}
+        second["verdict"] = _verdict(info)
     return document | {
         "format": report.format,
         "names": {
@@ -78,9 +84,9 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
             "coverage": report.coverage,
             "groups": names.groups,
         },
-        "second_moments": info._asdict() | {"verdict": _verdict(info)},
+        "second_moments": second,
         "missing": missing,
-        "notes": report.notes,
+        "notes": [note for note in report.notes if not note.endswith("the config's is used")],
     }
 
 
@@ -117,7 +123,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             )
     width = max(map(len, rows))
     for label, text in rows.items():
-        console.print(f"{label:<{width}}  {text}", soft_wrap=True, markup=False)
+        plain = "".join(c if c.isprintable() else " " for c in text)
+        console.print(f"{label:<{width}}  {plain}", soft_wrap=True, markup=False)
     table = Table(title="Groups", title_justify="left")
     for column in ("", "parameters", "with state", "next lr", "betas", "eps", "weight decay"):
         table.add_column(column, justify="right")
@@ -131,12 +138,32 @@ def show(document: dict[str, Any], console: Console) -> None:
             console.print(f"{label}: {line}", soft_wrap=True, markup=False)
 
 
-def _figure(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
+def _figure(value: float | str | None) -> str:
+    return "unknown" if value is None else f"{float(value):.4g}"
+
+
+def _unknown(saved: Saved, missing: list[str]) -> AdamOverrides:
+    """Something in place of what a run would have to be told, so that the rest can be shown."""
+    groups = [group for group in saved.groups if group["params"]]
+    lacking: dict[str, Any] = {
+        key: 0.0 for key in ("lr", "eps", "weight_decay") if any(key not in g for g in groups)
+    }
+    if any("betas" not in group for group in groups):
+        lacking |= {"beta1": 0.0, "beta2": 0.0}
+        missing.append("betas of its groups: set optimizer.betas to what the run used")
+    missing += [
+        f"{key} of its groups: set optimizer.{key} to what the run used"
+        for key in lacking
+        if "beta" not in key
+    ]
+    if not lacking and len(groups) > 1 and not any(number(g["lr"], "lr") for g in groups):
+        missing.append("the next step's lr: it is 0 in all groups; set optimizer.lr, the first group's")
+        lacking["lr"] = 1.0
+    return AdamOverrides()._replace(**lacking)
 
 
 def _named(
-    saved: Saved, skeleton: "Skeleton | None", sidecar: Sidecar | None
+    saved: Saved, skeleton: "Skeleton | None", sidecar: Sidecar | None, unknown: AdamOverrides
 ) -> tuple[AdamState, OptimizerReport, Names] | None:
     """The state by name: of the skeleton's registry, or else of the names that are saved."""
     try:
@@ -147,14 +174,16 @@ def _named(
             names = name_keys(saved, torch.nn.Module(), {}, sidecar)
             keys = [key for group in saved.groups for key in group["params"]]
             flat = [name for group in names.groups for name in group]
-            params = {
-                name: saved.state[key]["exp_avg"]
+            moments = {
+                name: saved.state.get(key, {}).get(
+                    "exp_avg", saved.state.get(key, {}).get("exp_avg_sq")
+                )
                 for key, name in zip(keys, flat, strict=True)
-                if "exp_avg" in saved.state.get(key, {})
             }
+            params = {name: t for name, t in moments.items() if isinstance(t, torch.Tensor)}
         else:
             return None
-        return *attach(saved, names, params, AdamOverrides(), 0.0, sidecar), names
+        return *attach(saved, names, params, unknown, 0.0, sidecar), names
     except InputError as error:
         raise located(saved.path, error) from error
 
@@ -164,13 +193,17 @@ def _skeleton(
 ) -> "Skeleton | None":
     from .adapter import find_adapter  # transformers and peft load here
     from .skeleton import skeleton
+    from .step import require_own_state
 
     try:
+        require_own_state(checkpoint, adapter)
         find_adapter(str(checkpoint), None if adapter == "default" else adapter)
+        return skeleton(checkpoint, base, adapter)
     except InputError as error:
+        if base is not None:
+            raise
         missing.append(f"the adapter, whose parameters the state is to cover: {error}")
         return None
-    return skeleton(checkpoint, base, adapter)
 
 
 def _shapes(adam_state: AdamState) -> Params:
@@ -179,18 +212,25 @@ def _shapes(adam_state: AdamState) -> Params:
 
 
 def _group(group: dict[str, Any], saved: Saved) -> dict[str, Any]:
-    plain = {
-        key: value.tolist() if isinstance(value, torch.Tensor) else value
-        for key, value in group.items()
-        if key not in {"params", "param_names"}
-    }
+    plain = {k: _plain(v) for k, v in group.items() if k not in {"params", "param_names"}}
     with_state = sum(key in saved.state for key in group["params"])
     return {"parameters": len(group["params"]), "with_state": with_state, **plain}
 
 
+def _plain(value: Any) -> Any:
+    """As JSON takes it: numbers, lists, text; infinity and what else there is as its text."""
+    if isinstance(value, torch.Tensor | np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
 def _steps(saved: Saved) -> dict[str, int] | None:
     steps = [
-        int(number(entry["step"], f"step of {key}", whole=True))
+        int(number(entry["step"], f"{saved.path}: step of {key}", whole=True))
         for key, entry in saved.state.items()
         if entry.get("step") is not None
     ]
@@ -202,10 +242,9 @@ def _trainer_step(checkpoint: Path, missing: list[str]) -> int | None:
     if not file.is_file():
         missing.append("trainer_state.json: nothing to compare the state's step with")
         return None
-    try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} has no global_step ({error}): mend or delete it") from error
+    from .step import trained_steps
+
+    return trained_steps(file)
 
 
 def _sidecar(sidecar: Sidecar | None, missing: list[str]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The trained model without its weights: the names, shapes and order that positions refer to."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from funcprobe.types import InputError, Params
 
 from .adapter import read_adapter_config
 from .base import UNLOADABLE, short
+
+# What transformers and peft raise besides, for configurations of numbers, patterns or packages they
+# cannot use.
+_UNBUILDABLE = (RuntimeError, AssertionError, ImportError, IndexError, re.error)
 
 
 class Skeleton(NamedTuple):
@@ -39,7 +44,7 @@ def skeleton(checkpoint: Path, base: str | None, adapter: str) -> Skeleton:
             warnings.simplefilter("ignore")  # of initial values, which a skeleton has not
             empty = AutoModelForCausalLM.from_config(base_config)
             model = get_peft_model(empty, config, adapter_name=adapter)
-    except UNLOADABLE as error:
+    except (*UNLOADABLE, *_UNBUILDABLE) as error:
         raise InputError(
             f"the model cannot be built from the configuration of base {base_id} ({short(error)}): "
             "give the base's folder or hub id with --base"

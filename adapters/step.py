@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from funcprobe import adam
-from funcprobe.objective import PRESETS
 from funcprobe.types import AdamGroup, AdamState, InputError, Step
 
 from .config import Config
+from .differences import differences
 from .model import Policy
 from .optimizer import AdamOverrides, OptimizerReport, Sidecar, find_state, read_adam_state
 
@@ -23,8 +23,10 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
     if chosen.rule == "sgd":
         group = AdamGroup(tuple(policy.params), chosen.lr or 0.0, 0.9, 0.999, 1e-8, 0.0)
         return AdamState({}, {}, {}, (group,)), None, _step(config, None)
-    path = Path(chosen.state).expanduser() if chosen.state else None
-    path = path or _state_of(Path(config.policy.checkpoint).expanduser(), config.policy.adapter)
+    checkpoint = Path(config.policy.checkpoint).expanduser()
+    if chosen.state is None:
+        require_own_state(checkpoint, config.policy.adapter)
+    path = Path(chosen.state).expanduser() if chosen.state else find_state(checkpoint)
     beta1, beta2 = chosen.betas or (None, None)
     adam_state, report = read_adam_state(
         path,
@@ -37,6 +39,8 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
         allow_low_coverage=chosen.on_low_coverage == "identity",
         accept_positional=chosen.accept_positional,
     )
+    if chosen.state is None:
+        _require_one_adapter(checkpoint, config.policy.adapter, report)
     step = _step(config, report.sidecar)
     covered = min(report.coverage["exp_avg"], report.coverage["exp_avg_sq"])
     if covered < chosen.min_coverage * report.parameters:
@@ -45,14 +49,24 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
     return adam_state, report, step
 
 
-def _state_of(checkpoint: Path, adapter: str) -> Path:
-    """The checkpoint's state, unless that is another adapter's: TRL's ref/ beside the policy's own."""
+def require_own_state(checkpoint: Path, adapter: str) -> None:
+    """InputError where the state in a checkpoint is another adapter's: TRL's ref/ beside the policy."""
     if adapter != "default" and (checkpoint / "adapter_config.json").is_file():
         raise InputError(
             f"the optimizer's state in {checkpoint} is of the adapter that lies there, not of "
             f'{adapter}/: set optimizer.state to that of {adapter}, or rule = "sgd"'
         )
-    return find_state(checkpoint)
+
+
+def _require_one_adapter(checkpoint: Path, adapter: str, report: OptimizerReport) -> None:
+    """Of several adapters' folders beside a state, only saved names tell which it is of."""
+    folders = sorted(path.parent.name for path in checkpoint.glob("*/adapter_config.json"))
+    if report.positional and adapter in folders and len(folders) > 1:
+        raise InputError(
+            f"{report.path} has no names, and lies beside the adapters {', '.join(folders)}: nothing "
+            "says which of them was trained; save names with ParamNamesCallback, or set "
+            f"optimizer.state to a state that is of {adapter} alone"
+        )
 
 
 def _step(config: Config, sidecar: Sidecar | None) -> Step:
@@ -82,8 +96,8 @@ def step_lines(
     return [
         *lines,
         *_clipping(config, report.sidecar, step),
-        *_other_settings(config, report.sidecar),
-        *_other_checkpoint(config, adam_state),
+        *differences(config, report.sidecar),
+        *_other_checkpoint(config, adam_state, report.sidecar),
     ]
 
 
@@ -104,63 +118,30 @@ def _clipping(config: Config, sidecar: Sidecar | None, step: Step) -> list[str]:
     return []
 
 
-def _other_settings(config: Config, sidecar: Sidecar | None) -> list[str]:
-    """Where the run, as its sidecar tells, sampled or summed otherwise than this probe will."""
-    if sidecar is None:
-        return []
-    lines = []
-    was = sidecar.sampling.get("temperature")
-    if was is not None and was != config.sampling.temperature:
-        lines.append(
-            f"warning: the run sampled at temperature {was}, sampling.temperature is "
-            f"{config.sampling.temperature:g}"
-        )
-    loss, objective = sidecar.loss, config.objective
-    kind = loss.get("loss_type")
-    if kind in PRESETS and kind != objective.preset and objective.normalisation is None:
-        lines.append(f"warning: the run's loss_type was {kind}, objective.preset is {objective.preset}")
-    if kind == "bnpo":
-        lines.append(
-            "warning: the run's loss_type was bnpo, a token mean of each micro-batch: it is the preset "
-            "dapo where there is one micro-batch to a step, and no preset otherwise"
-        )
-    elif kind is not None and kind not in PRESETS:
-        lines.append(
-            f"warning: the run's loss_type was {kind}, of which no objective here is the gradient"
-        )
-    lines += [
-        f"warning: the run's {key} was {loss[key]}, and J here has no such term: the run's step is "
-        "another one than the step that is probed"
-        for key, off in _TERMS.items()
-        if loss.get(key, off) not in (off, None)
-    ]
-    return lines
-
-
-# Settings of TRL that change the gradient of the loss, each with the value at which they do not.
-_TERMS = {
-    "beta": 0.0,
-    "entropy_coef": 0.0,
-    "top_entropy_quantile": 1.0,
-    "num_iterations": 1,
-    "mask_truncated_completions": False,
-    "off_policy_mask_threshold": None,
-}
-
-
-def _other_checkpoint(config: Config, adam_state: AdamState) -> list[str]:
+def _other_checkpoint(config: Config, adam_state: AdamState, sidecar: Sidecar | None) -> list[str]:
     """A state of another checkpoint has the right shapes; only the count of its steps can tell."""
+    if not adam_state.step:
+        return []
+    said: dict[str, int] = {}
     file = Path(config.policy.checkpoint).expanduser() / "trainer_state.json"
-    if not adam_state.step or not file.is_file():
-        return []
-    try:
-        trained = json.loads(file.read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} has no global_step ({error}): mend or delete it") from error
+    if file.is_file():
+        said[str(file)] = trained_steps(file)
+    if sidecar is not None and sidecar.global_step is not None:
+        said[str(sidecar.path)] = sidecar.global_step
     taken = max(adam_state.step.values())
-    if taken == trained:
-        return []
     return [
-        f"warning: the optimizer state has taken {taken} steps and {file} says {trained}: is it of "
+        f"warning: the optimizer state has taken {taken} steps and {place} says {trained}: is it of "
         "another checkpoint? The prediction would be of a step nobody takes"
+        for place, trained in said.items()
+        if taken != trained
     ]
+
+
+def trained_steps(file: Path) -> int:
+    """global_step of a trainer_state.json. InputError where it has none."""
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{file} has no global_step ({type(error).__name__}): mend or delete it"
+        ) from error

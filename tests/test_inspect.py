@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import edit_json
 from test_optimizer_names import sidecar_of
 
 from funcprobe.adapters.skeleton import skeleton
@@ -61,7 +62,7 @@ def test_for_a_reader(command, checkpoint) -> None:
         "needs optimizer.accept_positional = true",
         "steps taken",
         "0.001",
-        "(0.9, 0.999)",
+        "[0.9, 0.999]",
         "largest",
         "missing: optimizer_param_names.json",
     ):
@@ -122,6 +123,51 @@ def test_sidecar_and_trainer_state(command, damaged) -> None:
     assert found["sidecar"]["max_grad_norm"] == 0.3
     (damaged.adapter / "trainer_state.json").write_text("{}")
     assert "has no global_step" in command("inspect", damaged.adapter).err
+
+
+def test_what_json_has_not(command, damaged) -> None:
+    def spoil(state) -> None:
+        state["param_groups"][0].update(
+            betas=(torch.tensor(0.9), torch.tensor(0.999)), eps=0.0, swa_lr=float("nan"), name=b"x"
+        )
+        state["state"][0]["exp_avg_sq"][0, 0] = 0.0
+
+    edit(damaged, spoil)
+    done = command("inspect", damaged.adapter, "--json")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert found["groups"][0]["betas"] == [pytest.approx(0.9), pytest.approx(0.999)]
+    assert found["groups"][0]["swa_lr"] == "nan"
+    assert found["second_moments"]["max_scale"] == "inf"
+    assert command("inspect", damaged.adapter).status == 0
+
+
+def test_a_base_out_of_reach_takes_only_the_registry(command, damaged) -> None:
+    edit_json(damaged.adapter / "adapter_config.json", base_model_name_or_path="/nowhere/base")
+    found = json.loads(command("inspect", damaged.adapter, "--json").out)
+    assert any("/nowhere/base" in line for line in found["missing"])
+    assert found["names"] is None
+    for changes in ({"hidden_size": -16}, {"pad_token_id": 99}):
+        edit_json(damaged.adapter / "adapter_config.json", base_model_name_or_path=str(damaged.base))
+        edit_json(damaged.base / "config.json", **changes)
+        done = command("inspect", damaged.adapter, "--base", damaged.base)
+        assert done.status == 2
+        assert "cannot be built from the configuration of base" in done.err
+
+
+def test_the_state_beside_is_not_anothers(command, damaged) -> None:
+    (damaged.adapter / "ref").mkdir()
+    shutil.copy(damaged.adapter / "adapter_config.json", damaged.adapter / "ref")
+    found = json.loads(command("inspect", damaged.adapter, "--adapter", "ref", "--json").out)
+    assert any("is of the adapter that lies there, not of ref/" in line for line in found["missing"])
+
+
+def test_hyper_parameters_that_are_not_saved_are_missing(command, damaged) -> None:
+    edit(damaged, lambda state: [g.pop("betas") for g in state["param_groups"]])
+    found = json.loads(command("inspect", damaged.adapter, "--json").out)
+    assert any("set optimizer.betas" in line for line in found["missing"])
+    assert found["second_moments"] is None
+    assert found["names"]["coverage"]["exp_avg"] == found["names"]["parameters"]
 
 
 def test_verdicts(command, damaged) -> None:

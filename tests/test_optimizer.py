@@ -338,7 +338,7 @@ def test_decay_override_spares_the_no_decay_group_even_if_the_run_had_none(train
     [
         ((2e-3, 8e-3), (1.0, 1.0), (5e-3, 2e-2)),
         ((0.0, 0.0), (1e-3, 3e-3), (5e-3, 1.5e-2)),  # the end of a schedule
-        ((0.0, 0.0), None, (5e-3, 5e-3)),
+        ((0.0, 0.0), (1e-3, 1e-3), (5e-3, 5e-3)),
     ],
 )
 def test_lr_override_keeps_the_ratio_of_groups(rates, initial, expected, tmp_path: Path) -> None:
@@ -352,15 +352,61 @@ def test_lr_override_keeps_the_ratio_of_groups(rates, initial, expected, tmp_pat
         if initial:
             group["initial_lr"] = initial[i]
     path, params = save(optimizer.state_dict(), tmp_path), registry(model)
-    adam, _ = read(path, model, params)
-    assert tuple(group.lr for group in adam.groups) == rates
+    if any(rates) or len(set(initial)) == 1:
+        adam, _ = read(path, model, params)
+        assert tuple(group.lr for group in adam.groups) == rates
+    else:  # 0 to 0 is no ratio, and 1 would be a wrong one
+        refused("started from 0.001 and 0.003, .* set optimizer.lr", path, model)
     adam, _ = read(path, model, params, overrides=AdamOverrides(lr=5e-3))
     assert tuple(group.lr for group in adam.groups) == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize(
+    ("rates", "initial", "match"),
+    [
+        ((0.0, 0.0), None, "several groups, all with lr 0 and without initial_lr"),
+        ((0.0, 0.0), (0.0, 1e-3), "started from 0.0 and 0.001"),
+        ((0.0, 1e-3), (0.0, 1e-3), "the first group has lr 0 and another has not"),
+    ],
+)
+def test_learning_rates_without_a_ratio(rates, initial, match, tmp_path: Path) -> None:
+    model = make_model()
+    named = list(trainable(model).items())
+    optimizer = torch.optim.AdamW([{"params": named[:5]}, {"params": named[5:]}])
+    take_steps(model, optimizer)
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = rates[i]
+        if initial:
+            group["initial_lr"] = initial[i]
+    path = save(optimizer.state_dict(), tmp_path)
+    refused(match, path, model, overrides=AdamOverrides(lr=1e-3))
+
+
+@pytest.mark.parametrize("key", ["caution", "rectify", "nesterov", "bias_correction", "correct_bias"])
+def test_settings_that_adamw_has_not(key, state, plain, tmp_path: Path) -> None:
+    state["param_groups"][0][key] = True
+    refused(f"a relative of AdamW, whose param_groups have {key}", save(state, tmp_path), plain.model)
+
+
+def test_decay_of_a_kind_the_file_does_not_tell(state, plain, tmp_path: Path) -> None:
+    del state["param_groups"][0]["decoupled_weight_decay"]
+    _, report = read(save(state, tmp_path), plain.model, plain.params)
+    assert any(note.startswith("warning: the file does not say whether") for note in report.notes)
+    state["param_groups"][0]["decoupled_weight_decay"] = 0
+    refused("inside the gradient", save(state, tmp_path), plain.model)
+
+
+def test_several_optimizers_of_accelerate(state, tmp_path: Path) -> None:
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        torch.save(state, tmp_path / name)
+    with pytest.raises(InputError, match=r"several .* \(optimizer.bin, optimizer_1.bin\)"):
+        find_state(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "match"),
     [
+        ("betas", torch.tensor([0.9, 0.999]), "betas are tensor"),
         ("lr", "0.1", r"lr is '0.1', expected a number from 0"),
         ("lr", -1.0, "lr is -1.0"),
         ("eps", float("nan"), "eps is nan"),

@@ -15,7 +15,12 @@ from peft.optimizers import create_loraplus_optimizer
 from test_optimizer import assert_attached, make_model, registry, take_steps, trainable
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from funcprobe.adapters.optimizer import find_sidecar, live_adam_state, read_adam_state
+from funcprobe.adapters.optimizer import (
+    AdamOverrides,
+    find_sidecar,
+    live_adam_state,
+    read_adam_state,
+)
 from funcprobe.types import InputError
 
 
@@ -220,7 +225,7 @@ def test_sidecars_that_do_not_fit(backwards, tmp_path: Path) -> None:
         return good | {"groups": [good["groups"][0] | group, good["groups"][1]]}
 
     fewer = {"names": names[1:], "shapes": good["groups"][0]["shapes"][1:]}
-    refused("names groups of 10, 6 parameters, the state has 10, 7", changed(**fewer))
+    refused("names groups of 6 and 10 parameters, the state has 7 and 10", changed(**fewer))
     refused("names groups of 2 parameters", ["a", "b"])
     swapped = [names[-1], *names[1:-1], names[0]]
     assert good["groups"][0]["shapes"][0] != good["groups"][0]["shapes"][-1]
@@ -233,6 +238,9 @@ def test_sidecars_that_do_not_fit(backwards, tmp_path: Path) -> None:
     refused("names .* twice", changed(names=[names[1], *names[1:]]))
     refused("of version 2, expected 1", good | {"version": 2})
     refused("max_grad_norm is 'x', expected float", good | {"max_grad_norm": "x"})
+    refused("max_grad_norm is -1", good | {"max_grad_norm": -1})
+    refused("cannot be read as JSON", good | {"max_grad_norm": float("nan")})
+    refused("max_grad_norm is 1000", good | {"max_grad_norm": 10**400})
     refused("max_grad_norm is True", good | {"max_grad_norm": True})
     refused("has no lists of names", {"something": "else"})
     refused("has no lists of names", [1, 2])
@@ -243,6 +251,72 @@ def test_sidecars_that_do_not_fit(backwards, tmp_path: Path) -> None:
         path.with_name("optimizer_param_names.json").write_text(text)
         with pytest.raises(InputError, match="cannot be read as JSON"):
             find_sidecar(path)
+
+
+def test_a_flat_list_is_cut_into_the_states_groups_and_no_more(backwards, tmp_path: Path) -> None:
+    model, optimizer = backwards
+    good = sidecar_of(optimizer, model)
+    names, shapes = (
+        [item for group in good["groups"] for item in group[key]] for key in ("names", "shapes")
+    )
+    one = good | {"groups": [{"names": names, "shapes": shapes}]}
+    adam, _ = read_adam_state(write(tmp_path, optimizer.state_dict(), one), model, registry(model))
+    assert_attached(adam, model, optimizer)
+    for wrong in (names[1:], [*names, "one.more"]):
+        path = write(tmp_path, optimizer.state_dict(), wrong)
+        with pytest.raises(InputError, match=f"names groups of {len(wrong)} parameters"):
+            read_adam_state(path, model, registry(model))
+
+
+def test_a_sidecar_of_another_run_beside_names_in_the_state(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(trainable(model).items())
+    take_steps(model, optimizer)
+    path = write(tmp_path, optimizer.state_dict(), sidecar_of(optimizer, model))
+    assert read_adam_state(path, model, registry(model))[1].route == "by name (param_names)"
+    path = write(tmp_path, optimizer.state_dict(), ["x", *list(trainable(model))[1:]])
+    with pytest.raises(InputError, match=r"names in the state differ, .* delete it"):
+        read_adam_state(path, model, registry(model))
+
+
+def test_decay_override_spares_the_same_groups_on_every_route(tmp_path: Path) -> None:
+    model = make_model("norms")
+    decay = set(Trainer.get_decay_parameter_names(None, model))
+    named = list(trainable(model).items())
+    groups = [
+        {"params": [p for n, p in named if n in decay], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    take_steps(model, optimizer)
+    for sidecar in (None, sidecar_of(optimizer, model)):
+        path = write(tmp_path, optimizer.state_dict(), sidecar)
+        adam, _ = read_adam_state(
+            path,
+            model,
+            registry(model),
+            overrides=AdamOverrides(weight_decay=0.1),
+            accept_positional=True,
+        )
+        assert [group.weight_decay for group in adam.groups] == [0.1, 0.0]
+
+
+def test_entries_in_another_order_in_the_file(saved, tmp_path: Path) -> None:
+    model, optimizer = saved["twins"]
+    content = optimizer.state_dict()
+    content["state"] = dict(reversed(content["state"].items()))
+    path = write(tmp_path, content)
+    adam, _ = read_adam_state(path, model, registry(model), accept_positional=True)
+    assert_attached(adam, model, optimizer)
+
+
+def test_some_twins_are_enough_to_be_asked(tmp_path: Path) -> None:
+    model = unique_shapes()
+    name = next(n for n, _ in model.named_parameters() if "c_fc.lora_A" in n)
+    dict(model.named_parameters())[name].requires_grad_(True)  # of the shape of c_attn's
+    path = write(tmp_path, stepped(model).state_dict())
+    with pytest.raises(InputError, match="not verifiable: 2 of 4"):
+        read_adam_state(path, model, registry(model))
 
 
 # Of an optimizer in use

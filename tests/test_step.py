@@ -73,10 +73,64 @@ def test_clipping_of_other_runs(policy, damaged, saved, used) -> None:
 def test_other_settings_than_the_runs_are_told(policy, damaged) -> None:
     with_sidecar(damaged)
     _, said = lines(policy, damaged)
-    assert "warning: the run sampled at temperature 0.9, sampling.temperature is 1" in said
+    assert "warning: the run's sampling had temperature 0.9, sampling.temperature is 1" in said
     assert "warning: the run's loss_type was grpo, objective.preset is dapo" in said
     _, said = lines(policy, damaged, objective={"normalisation": "sequence_mean"})
     assert "loss_type" not in said
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ({"top_p": 0.9}, "sampling had top_p = 0.9, and U is sampled without it here"),
+        ({"top_k": 10}, "top_k = 10"),
+        ({"min_p": 0.1}, "min_p = 0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1"),
+        ({"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}, ""),
+    ],
+)
+def test_samplings_that_are_not_the_probes_are_told(policy, damaged, sampling, said) -> None:
+    with_sidecar(damaged, loss={}, sampling=sampling)
+    _, found = lines(policy, damaged)
+    assert found.count("warning") == bool(said)
+    assert said in found
+    _, found = lines(policy, damaged, rollouts={"update": "u.parquet"})
+    assert "warning" not in found
+
+
+def test_states_of_other_checkpoints_are_told(policy, damaged) -> None:
+    same = {"sampling": {"temperature": 0.9}, "objective": {"preset": "grpo"}}
+    for trained, warned in ((2, False), (1, True), (7, True)):
+        with_sidecar(damaged, global_step=trained)
+        (damaged.adapter / "trainer_state.json").write_text('{"global_step": 2}')
+        _, said = lines(policy, damaged, **same)
+        assert (f"optimizer_param_names.json says {trained}" in said) == warned
+        with_sidecar(damaged)
+        (damaged.adapter / "trainer_state.json").write_text(f'{{"global_step": {trained}}}')
+        _, said = lines(policy, damaged, **same)
+        assert (f"trainer_state.json says {trained}" in said) == warned
+    for text in ("{}", '{"global_step": Infinity}', "[" * 100_000, '{"global_step": "x"}'):
+        (damaged.adapter / "trainer_state.json").write_text(text)
+        with pytest.raises(InputError, match="has no global_step"):
+            lines(policy, damaged)
+
+
+def test_a_state_beside_several_adapters_needs_names(policy, damaged) -> None:
+    """peft's layout of several adapters: a folder for each, the state above them."""
+    root = damaged.adapter
+    for name in ("policy", "ref"):
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_text((root / "adapter_config.json").read_text())
+    (root / "adapter_config.json").unlink()
+    sections = {"policy": {"checkpoint": str(root), "adapter": "ref"}, "optimizer": ACCEPT}
+    with pytest.raises(InputError, match="lies beside the adapters policy, ref"):
+        load_step(Config.model_validate(sections), policy)
+
+
+@pytest.mark.parametrize("max_scale", [0.0, 5.0])
+def test_cap_of_the_scale(policy, checkpoint, max_scale) -> None:
+    step, _ = lines(policy, checkpoint, optimizer=ACCEPT | {"max_scale": max_scale})
+    assert step.max_scale == (max_scale or None)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +144,16 @@ def test_other_settings_than_the_runs_are_told(policy, damaged) -> None:
         ({"num_iterations": 2}, "num_iterations was 2"),
         ({"mask_truncated_completions": True}, "mask_truncated_completions was True"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold was 0.5"),
+        (
+            {"scale_rewards": "none"},
+            'scale_rewards was none, objective.advantage is mean_std: set it to "mean"',
+        ),
+        (
+            {"scale_rewards": "batch"},
+            "scale_rewards was batch, objective.advantage is mean_std: only rollouts",
+        ),
+        ({"scale_rewards": "group"}, ""),
+        ({"loss_type": ["dapo"]}, ""),
         ({"loss_type": "dapo", "beta": 0.0, "top_entropy_quantile": 1.0, "entropy_coef": None}, ""),
     ],
 )

@@ -1,5 +1,6 @@
 """Adam's state from a training run's file, attached to the registry by name."""
 
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,7 @@ def _by_name(saved: Saved, names: Names, params: Params) -> dict[str, Entry]:
     flat = list(chain(*names.groups))
     entries = {name: saved.state.get(key, {}) for key, name in zip(keys, flat, strict=True)}
     if len(entries) < len(keys):
-        twice = {name for name in flat if flat.count(name) > 1}
+        twice = [name for name, times in Counter(flat).items() if times > 1]
         raise InputError(f"{some(twice)} stands twice among its names: the file is damaged")
     if missing := params.keys() - entries.keys():
         raise InputError(

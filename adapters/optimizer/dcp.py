@@ -188,6 +188,7 @@ def _unflattened(flat: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, A
         both[part].setdefault(name, {})[last] = value
     groups: dict[str, dict[str, Any]] = {}
     for name, numbers in both["param_groups"].items():
-        same = groups.setdefault(repr(sorted(numbers.items())), numbers | {"params": []})
+        exact = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}
+        same = groups.setdefault(repr(sorted(exact.items())), numbers | {"params": []})
         same["params"].append(name)
     return both["state"], list(groups.values())

@@ -143,10 +143,14 @@ def _group(numbers: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             "Adam without bias correction, expected AdamW's: train with bias_correction = true"
         )
-    group = dict(numbers)
+    # Read here, or of no effect on the step.
+    group = {key: value for key, value in numbers.items() if key not in _OWN}
     if not numbers or ("bias_correction" in numbers and "max_coeff" not in numbers):
         group.setdefault("amsgrad", False)
     return group | {"params": list(names)}
+
+
+_OWN = {"bias_correction", "step", "ds_keys", "model_parallel", "adamw_mode"}
 
 
 def _notes(groups: list[dict[str, Any]]) -> list[str]:

@@ -21,6 +21,7 @@ from .saved import REMEDY, Entry, Key, Saved, some
 _BLOCKS = (256, 2048)  # elements to a scale; 2,048 before 0.44
 _NESTED = "__bnb_optimizer_quant_state__"
 _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
+_ADEMAMIX = ("alpha", "t_alpha", "t_beta3")
 _CODED = {"qmap1", "qmap2", "absmax1", "absmax2"}
 _KNOWN = {"step", "state1", "state2"} | _CODED
 
@@ -44,10 +45,16 @@ def dequantised(saved: Saved) -> Saved:
     if not coded:
         note = f"bitsandbytes: moments of {len(entries)} tensors, in 32 bits"
     return saved._replace(
-        groups=[group | {"amsgrad": False} for group in saved.groups],  # it has no amsgrad
+        groups=[_group(group) for group in saved.groups],
         state=state,
         notes=(*saved.notes, note),
     )
+
+
+def _group(group: dict[str, Any]) -> dict[str, Any]:
+    """In torch's keys: it has no amsgrad, its decay is decoupled, and AdEMAMix' settings are off."""
+    plain = {key: value for key, value in group.items() if key not in _ADEMAMIX}
+    return plain | {"amsgrad": False, "decoupled_weight_decay": True}
 
 
 def _flat(entry: Entry) -> Entry:
@@ -66,7 +73,7 @@ def _other(groups: list[dict[str, Any]], entries: Iterable[Entry]) -> str | None
     keys: set[str] = set().union(*entries)
     betas = [group.get("betas") for group in groups]
     third = any(isinstance(b, (list, tuple)) and len(b) == 3 for b in betas)
-    mixed = any(group.get(key) for group in groups for key in ("alpha", "t_alpha", "t_beta3"))
+    mixed = any(group.get(key) for group in groups for key in _ADEMAMIX)
     kinds = {
         "LARS (unorm_vec, no state2)": "state2" not in keys and "unorm_vec" in keys,
         "Lion, SGD, RMSprop or Adagrad (no state2)": "state2" not in keys,

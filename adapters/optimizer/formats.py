@@ -45,6 +45,7 @@ def find_state(checkpoint: Path) -> Path:
     found = [
         path for path in (checkpoint / "optimizer.pt", checkpoint / "optimizer.bin") if path.is_file()
     ]
+    found += sorted(p for p in checkpoint.glob("optimizer_*.bin") if p.stem[10:].isdecimal())
     found += [*fsdp.inside(checkpoint), *dcp.inside(checkpoint)]
     found += [*deepspeed.inside(checkpoint), *verl.inside(checkpoint)]
     if len(found) == 1:

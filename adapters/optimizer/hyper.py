@@ -41,22 +41,33 @@ def adam_groups(
     ]
     found = [_of_group(group, given) for _, group, _ in kept]
     rates = [hyper["lr"] for hyper in found]
-    if not rates[0]:  # the start of a warm-up or the end of a schedule, which scales initial_lr
-        rates = [number(group.get("initial_lr", 0.0), "initial_lr") for _, group, _ in kept]
+    if not any(rates):  # the start of a warm-up or the end of a schedule, which scales initial_lr
+        rates = _initial(kept, given)
+    elif "lr" in given and not rates[0]:
+        raise InputError(
+            "the first group has lr 0 and another has not, so that optimizer.lr has no ratio to keep: "
+            "leave out what is not trained, or give a state with equal learning rates"
+        )
     decaying = any(hyper["weight_decay"] for hyper in found)
     used = []
     for (i, group, names_), hyper, rate in zip(kept, found, rates, strict=True):
         new = dict(given)
         if "lr" in new:
             new["lr"] *= rate / rates[0] if rates[0] else 1.0
-        if not hyper["weight_decay"] and (decaying or i == names.no_decay):
+        if not hyper["weight_decay"] and (decaying or i in names.no_decay):
             new.pop("weight_decay", None)
         used.append(AdamGroup(names_, **hyper | new))
-        if used[-1].weight_decay and group.get("decoupled_weight_decay") is False:
+        if used[-1].weight_decay and group.get("decoupled_weight_decay", True) is not True:
             raise InputError(
                 "torch.optim.Adam with weight decay inside the gradient (decoupled_weight_decay = "
                 "False), expected AdamW's: train with AdamW, or set weight_decay = 0 to leave it out"
             )
+    untold = ["decoupled_weight_decay" not in group for _, group, _ in kept]
+    if any(unknown and group.weight_decay for unknown, group in zip(untold, used, strict=True)):
+        notes.append(
+            "warning: the file does not say whether weight decay is decoupled (torch says so since "
+            "2.7): taken as AdamW's, not Adam's"
+        )
     if any("lr" in group for _, group, _ in kept):
         notes.append(f"lr in the file is the next step's: {_and(hyper['lr'] for hyper in found)}")
     for key, value in given.items():
@@ -66,9 +77,29 @@ def adam_groups(
     return tuple(used)
 
 
+def _initial(
+    kept: list[tuple[int, dict[str, Any], tuple[str, ...]]], given: dict[str, float]
+) -> list[float]:
+    """Learning rates that groups start from, where all are 0 now. InputError if they have no ratio."""
+    known = ["initial_lr" in group for _, group, _ in kept]
+    rates = [number(group.get("initial_lr", 0.0), "initial_lr") for _, group, _ in kept]
+    if len(kept) > 1 and not all(known):
+        raise InputError(
+            "several groups, all with lr 0 and without initial_lr, so that their ratio in the next "
+            "step is not known: give a state saved before the schedule's end"
+        )
+    if len(set(rates)) > 1 and (not rates[0] or "lr" not in given):
+        raise InputError(
+            f"all groups have lr 0 and started from {_and(rates)}, so that their ratio in the next "
+            "step is not known: set optimizer.lr, the first group's, to which the others keep theirs"
+        )
+    return rates
+
+
 def _of_group(group: dict[str, Any], given: dict[str, float]) -> dict[str, float]:
     """The group's own numbers; the config's where the format keeps none."""
-    if betas := group.get("betas", ()):
+    if "betas" in group:
+        betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise InputError(f"betas are {betas!r:.80}, expected two numbers")
         group = group | {"beta1": betas[0], "beta2": betas[1]}

@@ -22,10 +22,8 @@ class Names(NamedTuple):
     format: str
     route: str
     positional: bool
-    twins: tuple[
-        str, ...
-    ]  # of the registry: with positions only, those another of their shape could be
-    no_decay: int | None  # the group that the Trainer spares from weight decay
+    twins: tuple[str, ...]  # of the registry: by position, those that share their shape with another
+    no_decay: frozenset[int]  # groups of parameters that the Trainer spares from weight decay alone
 
 
 def name_keys(saved: Saved, model: torch.nn.Module, params: Params, sidecar: Sidecar | None) -> Names:
@@ -35,23 +33,45 @@ def name_keys(saved: Saved, model: torch.nn.Module, params: Params, sidecar: Sid
     no decay]; one group of the trainable parameters; LoRA+'s four groups; one group of all parameters;
     all parameters in [decay, no decay]. Raises InputError where none fits.
     """
-    sizes = [len(group["params"]) for group in saved.groups]
+    saved_names = _saved_names(saved)
+    if saved_names is not None and sidecar is not None:
+        _require_same_names(saved_names[1], sidecar)
+    if saved_names is None and sidecar is not None:
+        named = [[_unwrapped(n) for n in names] for names in named_by(sidecar, saved)]
+        saved_names = (f"by name ({sidecar.path.name})", named)
+    if saved_names is not None:
+        route, named = saved_names
+        no_decay = _without_decay(named, params, _decay_names(model))
+        return Names(named, saved.format, route, False, (), no_decay)
+    return _replayed(saved, model, params)
+
+
+def _saved_names(saved: Saved) -> tuple[str, list[list[str]]] | None:
+    """Route and names that the state itself has."""
     if saved.by_name:
         named = [[_unwrapped(key) for key in group["params"]] for group in saved.groups]
-        return Names(named, saved.format, "by name (the file's keys)", False, (), None)
-    if any("param_names" in group for group in saved.groups):
-        given = [group.get("param_names") for group in saved.groups]
-        if [len(n) if isinstance(n, list) else None for n in given] != sizes:
-            raise InputError("param_names and params of a group differ in length: the file is damaged")
-        named = [[_unwrapped(n) for n in names or ()] for names in given]
-        return Names(named, saved.format, "by name (param_names)", False, (), None)
-    if sidecar is not None:
-        named = [[_unwrapped(n) for n in names] for names in named_by(sidecar, saved)]
-        return Names(named, saved.format, f"by name ({sidecar.path.name})", False, (), None)
-    return _replayed(saved, sizes, model, params)
+        return "by name (the file's keys)", named
+    if not any("param_names" in group for group in saved.groups):
+        return None
+    given = [group.get("param_names") for group in saved.groups]
+    sizes = [len(group["params"]) for group in saved.groups]
+    if [len(n) if isinstance(n, list) else None for n in given] != sizes:
+        raise InputError("param_names and params of a group differ in length: the file is damaged")
+    return "by name (param_names)", [[_unwrapped(n) for n in names or ()] for names in given]
 
 
-def _replayed(saved: Saved, sizes: list[int], model: torch.nn.Module, params: Params) -> Names:
+def _require_same_names(named: list[list[str]], sidecar: Sidecar) -> None:
+    """A sidecar also says how gradients were clipped: it must be of this run."""
+    there = {_unwrapped(name) for names in sidecar.names for name in names}
+    if other := there ^ {name for names in named for name in names}:
+        raise InputError(
+            f"{sidecar.path.name} beside it and the names in the state differ, as in {min(other)}: it "
+            "is of another run; delete it"
+        )
+
+
+def _replayed(saved: Saved, model: torch.nn.Module, params: Params) -> Names:
+    sizes = [len(group["params"]) for group in saved.groups]
     everything = [name for name, _ in model.named_parameters()]
     order = [name for name in everything if name in params]
     decay = _decay_names(model)
@@ -61,18 +81,18 @@ def _replayed(saved: Saved, sizes: list[int], model: torch.nn.Module, params: Pa
 
     trainer = split(order)
     trainer_format = TRAINER if saved.format == TORCH else saved.format
-    candidates = [  # format, what it is, names, the group without decay
+    candidates = [  # format, what it is, names, the group that is saved with weight decay 0
         (trainer_format, "the Trainer's [decay, no-decay] grouping replayed", trainer, 1),
         (saved.format, "one group in named_parameters() order", [order], None),
         (saved.format, "peft's LoRA+ groups replayed", _lora_plus(order, model), 3),
         (saved.format, "one group of all in named_parameters() order", [everything], None),
         (saved.format, "all parameters in [decay, no-decay] groups", split(everything), 1),
     ]
-    for format_, what, groups, no_decay in candidates:
+    for format_, what, groups, spared in candidates:
         if [len(names) for names in groups] != sizes:
             continue
-        spared = {} if no_decay is None else saved.groups[no_decay]
-        if number(spared.get("weight_decay", 0.0), "weight_decay") == 0:
+        if spared is None or not number(saved.groups[spared].get("weight_decay", 0.0), "weight_decay"):
+            no_decay = _without_decay(groups, params, decay)
             return Names(groups, format_, f"by position, {what}", True, _twins(params), no_decay)
     raise InputError(
         f"holds {sum(sizes)} tensors in groups of {_and(sizes)}, the adapter has {len(order)} "
@@ -80,6 +100,11 @@ def _replayed(saved: Saved, sizes: list[int], model: torch.nn.Module, params: Pa
         f"{len(everything)}: {FOREIGN}; give its own, or save names (ParamNamesCallback, or an "
         "optimizer built from named_parameters())"
     )
+
+
+def _without_decay(groups: list[list[str]], params: Params, decay: set[str]) -> frozenset[int]:
+    kept = [[name for name in names if name in params] for names in groups]
+    return frozenset(i for i, names in enumerate(kept) if not decay.intersection(names))
 
 
 def live_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Names:
@@ -93,7 +118,7 @@ def live_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Name
             f"{len(lost)} of the optimizer's parameters are not the model's, as {lost[0]}: give the "
             "model that is trained, without a wrapper that makes parameters of its own"
         )
-    return Names(groups, "live optimizer", "by identity", False, (), None)
+    return Names(groups, "live optimizer", "by identity", False, (), frozenset())
 
 
 def sidecar_content(

@@ -49,16 +49,21 @@ _OTHERS = {  # a key of an optimizer's state -> which optimizer
     "square_avg": "RMSprop or Adadelta",
     "sum": "Adagrad",
 }
+# torch.optim.AdamW's, what schedulers add, and names that people give their groups.
+_GROUP_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"}
+_GROUP_KEYS |= {"foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+_GROUP_KEYS |= {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name"}
 _HUGE = 1e300  # a Python integer from a file may be too large for a float
 
 
 def require_adam(saved: Saved) -> None:
     """InputError unless this is AdamW's state after a step; it names the optimizer if it can.
 
-    Adam's own key `amsgrad` in param_groups tells it from its relatives, whose state looks alike;
-    formats that do not keep param_groups as they were must say `amsgrad` themselves.
+    AdamW's relatives have a state like its own. They are told by param_groups: theirs lack `amsgrad`,
+    or have settings that AdamW has not. Importers of other formats give groups in AdamW's own keys.
     """
     groups, keys = saved.groups, set(chain(*saved.state.values()))
+    foreign = set(chain(*groups)) - _GROUP_KEYS
     unknown = keys - {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
     if not keys:
         found = "no state: it was saved before the first step, or by SGD without momentum"
@@ -74,6 +79,8 @@ def require_adam(saved: Saved) -> None:
         found = "maximize = True"
     elif not all("amsgrad" in group for group in groups):
         found = "a relative of AdamW (RAdam, LAMB, ...), without amsgrad in its param_groups"
+    elif foreign:
+        found = f"a relative of AdamW, whose param_groups have {some(foreign)}"
     else:
         return
     raise InputError(f"{found}; expected AdamW's state after a step: {REMEDY}")

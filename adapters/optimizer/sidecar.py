@@ -6,12 +6,14 @@ them, are read as well.
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcprobe.types import InputError
 
-from .saved import Entry, Key, Saved, located, some
+from .saved import Entry, Key, Saved, located, number, some
 
 FILE = "optimizer_param_names.json"
 FORMAT, VERSION = "funcprobe.optimizer_param_names", 1
@@ -47,19 +49,18 @@ def named_by(sidecar: Sidecar, saved: Saved) -> list[list[str]]:
     InputError where the groups' sizes, or a shape, are others than the state's.
     """
     groups: list[list[Key]] = [group["params"] for group in saved.groups]
-    names = sidecar.names
-    if len(names) == 1:  # a flat list, whose groups are the state's
-        flat, names = names[0], []
-        for keys in groups:
-            names, flat = [*names, flat[: len(keys)]], flat[len(keys) :]
-        names[-1] += flat
-    if [len(n) for n in names] != [len(keys) for keys in groups]:
+    sizes = [len(keys) for keys in groups]
+    names, shapes = sidecar.names, sidecar.shapes or []
+    if len(names) == 1 and len(names[0]) == sum(sizes):  # a flat list, whose groups are the state's
+        names = _cut(names[0], sizes)
+        shapes = _cut(shapes[0], sizes) if shapes else []
+    if [len(n) for n in names] != sizes:
         raise InputError(
-            f"{FILE} beside it names groups of {some(map(len, sidecar.names))} parameters, the state "
-            f"has {some(map(len, groups))}: of another optimizer; delete it, or copy the right one"
+            f"{FILE} beside it names groups of {_and(map(len, names))} parameters, the state has "
+            f"{_and(sizes)}: it is of another optimizer; delete it, or copy the right one"
         )
-    for keys, group, shapes in zip(groups, names, sidecar.shapes or [], strict=False):
-        for key, name, shape in zip(keys, group, shapes, strict=True):
+    for keys, group, part in zip(groups, names, shapes, strict=bool(shapes)):
+        for key, name, shape in zip(keys, group, part, strict=True):
             found = _shape(saved.state.get(key, {}))
             if found is not None and found != list(shape):
                 raise InputError(
@@ -69,6 +70,15 @@ def named_by(sidecar: Sidecar, saved: Saved) -> list[list[str]]:
     return names
 
 
+def _cut(flat: list[Any], sizes: list[int]) -> list[list[Any]]:
+    rest = iter(flat)
+    return [[next(rest) for _ in range(size)] for size in sizes]
+
+
+def _and(values: Iterable[object]) -> str:
+    return " and ".join(map(str, values))
+
+
 def _shape(entry: Entry) -> list[int] | None:
     return list(entry["exp_avg"].shape) if hasattr(entry.get("exp_avg"), "shape") else None
 
@@ -76,7 +86,7 @@ def _shape(entry: Entry) -> list[int] | None:
 def _read(path: Path) -> Sidecar:
     cure = "delete it, or write it again with ParamNamesCallback"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot be read as JSON ({type(error).__name__}): {cure}") from error
     ours = isinstance(content, dict) and content.get("format") == FORMAT
@@ -95,8 +105,8 @@ def _read(path: Path) -> Sidecar:
         names = [names] if _lists_of(names, str) else names
     if not isinstance(names, list) or not any(names) or not all(_lists_of(n, str) for n in names):
         raise InputError(f"has no lists of names: {cure}")
-    flat = [name for group in names for name in group]
-    if twice := {name for name in flat if flat.count(name) > 1}:
+    count = Counter(name for group in names for name in group)
+    if twice := [name for name, times in count.items() if times > 1]:
         raise InputError(f"names {some(twice)} twice: {cure}")
     said = content if ours else {}
     return Sidecar(
@@ -104,7 +114,7 @@ def _read(path: Path) -> Sidecar:
         names=names,
         shapes=_shapes(said["groups"], names, cure) if ours else None,
         global_step=_typed(said, "global_step", (int,), None, cure),
-        max_grad_norm=_typed(said, "max_grad_norm", (int, float), None, cure),
+        max_grad_norm=_bound(said, cure),
         loss=_typed(said, "loss", (dict,), {}, cure),
         sampling=_typed(said, "sampling", (dict,), {}, cure),
         versions=_typed(said, "versions", (dict,), {}, cure),
@@ -118,6 +128,18 @@ def _shapes(groups: list[Any], names: list[list[str]], cure: str) -> list[list[l
         if not formed or not all(_lists_of(shape, int) for shape in one):
             raise InputError(f"has no shape for each name: {cure}")
     return shapes
+
+
+def _bound(said: dict[str, Any], cure: str) -> float | None:
+    bound = _typed(said, "max_grad_norm", (int, float), None, cure)
+    try:
+        return None if bound is None else number(bound, "max_grad_norm")
+    except InputError as error:
+        raise InputError(f"{error} (0 is off): {cure}") from error
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _typed(said: dict[str, Any], key: str, kinds: tuple[type, ...], default: Any, cure: str) -> Any:
