@@ -1,6 +1,7 @@
 """Responses from the current policy: the one place that generates."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def sample_responses(
         use_cache=True,
     )
     ids: dict[int, list[int]] = {}
-    with torch.random.fork_rng(), torch.no_grad():
+    with random_state_kept(), torch.no_grad():
         torch.manual_seed(seed)
         for part in _parts(prompt_ids, config.generation_batch, padded=policy.attention != "eager"):
             found = _generate(policy, [prompt_ids[i] for i in part], generation)
@@ -52,6 +53,18 @@ def sample_responses(
             advance(len(part))
     cut = [_through_first_eos(ids[i], policy.eos_ids) for i in range(len(prompt_ids))]
     return Responses(cut, [response[-1] in policy.eos_ids for response in cut])
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """On leaving, torch's random states are as they were: the CPU's, and every accelerator's.
+
+    torch.manual_seed() sets all of them, wherever the model is.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return torch.random.fork_rng(devices=())
+    count = torch.get_device_module(accelerator).device_count()
+    return torch.random.fork_rng(devices=range(count), device_type=accelerator.type)
 
 
 def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> list[list[int]]:

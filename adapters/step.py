@@ -87,8 +87,8 @@ def step_lines(
         return ['optimizer: rule "sgd", no state is read']
     covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
     lines = [
-        f"optimizer {report.path.name}: {report.format}; names {report.route}, {report.certainty}; "
-        f"{covered} of {report.parameters} parameters",
+        f"optimizer {report.path.name}: {report.format}; parameters found {report.route}, "
+        f"{report.certainty}; {covered} of {report.parameters}",
         *report.notes,
     ]
     if step.rule == "sgd":

@@ -1,5 +1,6 @@
 """A frozen model -> pure functions of (params, rows). The only file that calls functional_call."""
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -56,12 +57,13 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
 
     The model is a Hugging Face causal language model, with or without peft around it. It is never
     changed. Raises InputError, here and at every call, where its numbers would silently be others
-    than the policy's: training mode, gradient checkpointing, adapters merged, disabled or not active;
-    here, for packed weights, for peft's variants of LoRA (DoRA and others), and where logits are not
-    the output embedding of the backbone's hidden state.
+    than the policy's: training mode, gradient checkpointing, compiled layers, adapters merged, disabled
+    or not active; here, for models that are not causal, for packed weights, for peft's variants of LoRA
+    (DoRA and others), and where logits are not the output embedding of the backbone's hidden state.
     """
-    if not temperature > 0:
-        raise InputError(f"temperature = {temperature}: a positive number is expected")
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature = {temperature}: a positive, finite number is expected")
+    require_causal_lm(model)
     _refuse_unsupported(model)
     _refuse_unsuitable(model, params)
     backbone, head = _Backbone(model), _Head(model)
@@ -91,6 +93,19 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
     forward = Forward(hidden, logits, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
     _refuse_other_logits(model, params, forward, temperature)
     return forward
+
+
+def require_causal_lm(model: nn.Module) -> None:
+    """InputError unless this is a Hugging Face decoder with an output embedding, as logits need one."""
+    base = _causal_lm(model)
+    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    embedding = getattr(base, "get_output_embeddings", lambda: None)()
+    if embedding is None or encodes:
+        why = "an encoder-decoder" if encodes else "without an output embedding"
+        raise InputError(
+            f"the model is {type(base).__name__}, {why}: a causal language model is expected, as "
+            "AutoModelForCausalLM loads it"
+        )
 
 
 class _Backbone(nn.Module):
@@ -153,6 +168,13 @@ def _refuse_unsuitable(model: nn.Module, params: Params) -> None:
             "input gradients are required, which torch.func cannot differentiate: "
             "call disable_input_require_grads()"
         )
+    for name, module in _causal_lm(model).named_modules():
+        # The model as a whole may be: what is called here are its parts.
+        if name and (getattr(module, "_compiled_call_impl", None) or "_orig_mod" in module._modules):
+            raise InputError(
+                f"{name} is compiled, which torch.func cannot differentiate: bind the model before "
+                "compile(), or set its _compiled_call_impl to None meanwhile"
+            )
     names = {name for name, _ in model.named_parameters()}
     if unknown := sorted(params.keys() - names):
         raise InputError(f"{unknown[0]} is no parameter of this model: take names from the model")
@@ -188,7 +210,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise InputError(
                 f"{name} is a {type(p).__name__} of {p.dtype}, a plain floating-point parameter is "
                 "expected: load the base unquantised, or, of bitsandbytes' 4 bits, call "
-                "funcprobe.adapters.quantised.freeze_quantised(model) first"
+                "funcprobe.adapters.quantised.freeze_quantised(model) first, before training too"
             )
     for name, module in model.named_modules():
         for adapter, variant in getattr(module, "lora_variant", {}).items():

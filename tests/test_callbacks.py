@@ -3,16 +3,31 @@
 import json
 import random
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Checkpoint, tiny_policy
+import torch.distributed
+from conftest import PIECES, Checkpoint, tiny_policy
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from test_trl import grpo_trainer
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.tensor import distribute_tensor, init_device_mesh
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from transformers import (
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import funcprobe
 from funcprobe import InputError, tree
@@ -168,7 +183,10 @@ def test_at_rest_puts_everything_back(raises, checkpoint, tmp_path):
     trainer = plain_trainer(checkpoint, tmp_path, max_steps=1, bf16=True)
     trainer.train()  # accelerate has wrapped the forward, checkpointing is on
     model = trainer.model
-    next(model.get_base_model().model.layers.children()).self_attn.eval()  # a mode of its own
+    layers = model.get_base_model().model.layers
+    layers[0].self_attn.eval()  # a mode of its own
+    layers[1].compile(backend="eager")
+    compiled = layers[1]._compiled_call_impl
     assert "_original_forward" in vars(model)
     hooks = model.get_input_embeddings()._forward_hooks
     assert len(hooks) > 1
@@ -182,7 +200,8 @@ def test_at_rest_puts_everything_back(raises, checkpoint, tmp_path):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         try:
             if use:
-                with live.at_rest(model):
+                with torch.autocast("cpu", torch.bfloat16), live.at_rest(model):
+                    assert not torch.is_autocast_enabled("cpu")
                     assert not any(m.training for m in model.modules())
                     funcprobe.bind(model)  # refuses checkpointing, hooks and another forward
                     model.generate(input_ids=torch.tensor([[3, 4]]), do_sample=True, max_new_tokens=3)
@@ -193,9 +212,27 @@ def test_at_rest_puts_everything_back(raises, checkpoint, tmp_path):
         draws.append((random.random(), np.random.rand(), float(torch.rand(1))))
     assert draws[0] == draws[1]
     assert snapshot(model) == before
+    assert layers[1]._compiled_call_impl is compiled is not None
     assert [p._version for p in model.parameters()] == versions
     assert all(p.grad is grads[n] for n, p in model.named_parameters())
     assert model.config.use_cache == use_cache
+
+
+def test_an_accelerators_random_state_is_put_back(monkeypatch):
+    """Of its own kind, not CUDA's: as mps is, of which this machine has none."""
+    states = {0: torch.tensor([1], dtype=torch.uint8), 1: torch.tensor([2], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(
+        torch.mps, "set_rng_state", lambda state, device: states.__setitem__(device, state)
+    )
+    cpu = torch.get_rng_state()
+    with live.at_rest(tiny_policy(dtype=torch.float32)):
+        states[1] = torch.tensor([9], dtype=torch.uint8)
+        torch.rand(1)
+    assert {device: int(state) for device, state in states.items()} == {0: 1, 1: 2}
+    assert torch.equal(torch.get_rng_state(), cpu)
 
 
 # ProbeCallback: the numbers.
@@ -217,7 +254,68 @@ def test_eval_batches_are_independent_draws_of_the_plain_policy(checkpoint, tmp_
     assert all(found[i] != found[j] for i in range(4) for j in range(i))
 
 
-def test_direction_is_the_step_that_is_taken(checkpoint, tmp_path, monkeypatch):
+def trainable(trainer: Trainer) -> list[torch.nn.Parameter]:
+    return [p for p in trainer.model.parameters() if p.requires_grad]
+
+
+def with_adamw(trainer: Trainer, params: Any, lr: float = 3e-2) -> Trainer:
+    """An optimizer of the user's own."""
+    trainer.optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.1)
+    return trainer
+
+
+def grpo(checkpoint, folder):
+    return dropped_out_grpo(checkpoint, folder, learning_rate=3e-2)
+
+
+def bitsandbytes_adamw(checkpoint, folder):
+    return plain_trainer(checkpoint, folder, optim="adamw_bnb_8bit", learning_rate=3e-2)
+
+
+def all_parameters(checkpoint, folder):
+    """AdamW(model.parameters()): the frozen ones never get a gradient, or a state."""
+    trainer = plain_trainer(checkpoint, folder)
+    return with_adamw(trainer, trainer.model.parameters())
+
+
+def an_empty_first_group(checkpoint, folder):
+    """As [decay, no decay] of nothing but norms: its learning rate is no parameter's."""
+    trainer = plain_trainer(checkpoint, folder)
+    return with_adamw(trainer, [{"params": [], "lr": 0.5}, {"params": trainable(trainer)}])
+
+
+def a_late_gradient(checkpoint, folder):
+    """A parameter without gradient in the first step: its state begins when the others' is there."""
+    trainer = plain_trainer(checkpoint, folder, learning_rate=3e-2)
+
+    class Late(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                trainable(trainer)[2].grad = None
+
+    trainer.add_callback(Late())
+    return trainer
+
+
+def compiled_layers(checkpoint, folder):
+    trainer = plain_trainer(checkpoint, folder, gradient_checkpointing=False, learning_rate=3e-2)
+    for layer in trainer.model.get_base_model().model.layers:
+        layer.compile(backend="eager")
+    return trainer
+
+
+OPTIMIZERS = [
+    grpo,
+    bitsandbytes_adamw,
+    all_parameters,
+    an_empty_first_group,
+    a_late_gradient,
+    compiled_layers,
+]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_direction_is_the_step_that_is_taken(make, checkpoint, tmp_path, monkeypatch):
     """v of each step against the parameters before and after it, the first step among them."""
     seen = []
     original = probe.probe_step
@@ -229,7 +327,7 @@ def test_direction_is_the_step_that_is_taken(checkpoint, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(probe, "probe_step", spy)
-    trainer = dropped_out_grpo(checkpoint, tmp_path, learning_rate=3e-2)
+    trainer = make(checkpoint, tmp_path)
     trainer.add_callback(ProbeCallback(trainer, every=1, config=probe_config(checkpoint)))
     trainer.train()
     thetas = [before for before, _ in seen]
@@ -241,7 +339,7 @@ def test_direction_is_the_step_that_is_taken(checkpoint, tmp_path, monkeypatch):
         taken = {n: (after[n] - before[n]) / found.lr for n in before}
         v = {n: t.double() for n, t in found.direction.total.items()}
         for name, t in taken.items():  # rounding of theta in float32 over the last lr, 1e-2: 5e-6
-            assert float((v[name] - t).norm() / t.norm()) < 1e-4, name
+            assert float((v[name] - t).norm()) <= 1e-4 * float(t.norm()), name
         assert tree.dot(v, taken) / tree.norm(v) / tree.norm(taken) > 0.999999
 
 
@@ -262,6 +360,56 @@ def test_logged_numbers_agree_with_each_other(checkpoint, tmp_path):
         assert of["predicted_se_given_update"] > 0
         assert 190 < of["ess"] <= 200
         assert 0 < of["entropy"] < np.log(14)
+
+
+def test_predictions_are_in_the_unit_of_the_step(checkpoint, tmp_path, monkeypatch):
+    """Twice the learning rate is twice each predicted change, its standard error too."""
+    found = []
+    original = probe.probe_step
+    monkeypatch.setattr(probe, "probe_step", lambda *a: found.append(original(*a)) or found[-1])
+    trainer = plain_trainer(checkpoint, tmp_path, max_steps=1)
+    trainer.add_callback(ProbeCallback(trainer, every=1, config=probe_config(checkpoint)))
+    trainer.train()
+    once, twice = (probe.numbers(found[0]._replace(lr=lr)) for lr in (0.25, 0.5))
+    per_step = {k for k in once if k.startswith(("predicted", "from_"))}
+    assert len(per_step) == 5
+    assert all(twice[k] == 2 * once[k] for k in per_step)
+    assert once["predicted_se_given_update"] > 0
+    assert all(twice[k] == once[k] for k in once.keys() - per_step - {"ratio"})
+
+
+@pytest.mark.parametrize("what", ["base", "all"])
+def test_half_precision_is_told_once_and_nothing_measured_is_logged(what, checkpoint, tmp_path):
+    trainer = plain_trainer(checkpoint, tmp_path, max_steps=2)
+    for p in trainer.model.parameters():
+        if what == "all" or not p.requires_grad:
+            p.data = p.data.bfloat16()
+    trainer.add_callback(ProbeCallback(trainer, every=1, config=probe_config(checkpoint)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        probed = outcome(trainer).probed
+    said = [str(w.message) for w in said if str(w.message).startswith("funcprobe:")]
+    assert "weights in torch.bfloat16, where measured differences drown in rounding" in said[0]
+    assert len(said) == (2 if what == "all" else 1)
+    if what == "all":
+        assert "28 trainable tensors are in half precision" in said[1]
+    assert [entry["step"] for entry in probed] == [1, 2]
+    for entry in probed:
+        assert not entry.keys() & {"funcprobe/measured", "funcprobe/ratio", "funcprobe/skipped"}
+        assert entry["funcprobe/predicted"] != 0
+        assert 11 < entry["funcprobe/ess"] <= 12
+
+
+def test_gradients_are_widened_before_anything_is_summed():
+    """A bfloat16 gradient in bfloat16 arithmetic would lose what clipping and moments need."""
+    model = torch.nn.Linear(2, 2)
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        model = model.to(dtype)
+        model.weight.grad, model.bias.grad = torch.full_like(model.weight, 0.1), None
+        found = live.ascent(model, dict(model.named_parameters()))
+        assert found.keys() == {"weight"}
+        assert found["weight"].dtype == wide
+        assert torch.equal(found["weight"], -model.weight.grad.to(wide))
 
 
 def test_a_step_of_momentum_alone_is_probed(checkpoint, tmp_path):
@@ -343,6 +491,74 @@ def test_a_step_that_cannot_be_probed_is_told_and_training_goes_on(checkpoint, t
     assert trainer.control.should_log
 
 
+def test_no_memory_for_the_probe_is_told(checkpoint, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(probe, "eval_passes", fail)
+    trainer = plain_trainer(checkpoint, tmp_path, max_steps=1)
+    trainer.add_callback(ProbeCallback(trainer, every=1, config=probe_config(checkpoint)))
+    with pytest.warns(UserWarning, match=r"step 1 is not probed: CUDA out of memory\. Tried"):
+        (entry,) = outcome(trainer).probed
+    assert entry["funcprobe/skipped"] == 1
+    assert trainer.state.global_step == 1
+
+
+def test_other_processes_do_not_probe(checkpoint, tmp_path, monkeypatch):
+    trainer = plain_trainer(checkpoint, tmp_path, max_steps=1)
+    callback = ProbeCallback(trainer, every=1, config=probe_config(checkpoint))
+    trainer.train()
+    called = []
+    monkeypatch.setattr(probe, "probe_step", lambda *a: called.append(a))
+    monkeypatch.setattr(probe, "numbers", lambda _: {})
+    given = {"model": trainer.model, "optimizer": trainer.optimizer}
+    for is_zero, times in ((False, 0), (True, 1)):
+        trainer.state.is_world_process_zero = is_zero
+        callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
+        assert len(called) == times
+        assert (callback._numbers is not None) == is_zero
+
+
+def test_responses_end_where_the_trainers_do(checkpoint, tmp_path):
+    trainer = plain_trainer(checkpoint, tmp_path)
+    assert live.live_policy(trainer, 10**6).eos_ids == (1,)
+    trainer.eos_token_ids = [1, 7]
+    assert live.live_policy(trainer, 10**6).eos_ids == (1, 7)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one, as DistributedDataParallel and DTensor ask for."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrappers_are_taken_off_in_any_order(one_process):
+    model = tiny_policy(dtype=torch.float32)
+
+    def compiled(module):
+        return torch.compile(module, backend="eager")
+
+    wraps = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel, compiled)
+    for inner in wraps:
+        assert live.policy_of(inner(model)) is model
+        for outer in set(wraps) - {inner}:
+            assert live.policy_of(outer(inner(model))) is model
+
+
+def test_a_sharded_parameter_is_refused_by_name(one_process, checkpoint, tmp_path):
+    trainer = plain_trainer(checkpoint, tmp_path)
+    optimizer = torch.optim.AdamW(trainable(trainer))
+    live.require_live(trainer, optimizer)
+    norm = trainer.model.get_base_model().model.norm
+    mesh = init_device_mesh("cpu", (1,))
+    norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.detach(), mesh))
+    with pytest.raises(InputError, match=r"sharded \(NO, .*norm.weight is a DTensor\)"):
+        live.require_live(trainer, optimizer)
+
+
 def test_eval_rollouts_are_weighed_by_their_samplers_probabilities(checkpoint, tmp_path):
     """E as sampled at the start: no weight there, and an entropy that follows the policy after it."""
     trainer = plain_trainer(checkpoint, tmp_path, max_steps=2, learning_rate=1e-2)
@@ -386,6 +602,7 @@ def test_eval_rollouts_are_weighed_by_their_samplers_probabilities(checkpoint, t
         ({"prompts": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"sampling": {"temperature": 0.5}}, "temperature 1 and E is at 0.5"),
         ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr is set"),
+        ({"optimizer": {"max_grad_norm": 1.0}}, r"optimizer\.max_grad_norm is set.*the trainer's own"),
         ({"optimizer": {"rule": "sgd"}}, r"optimizer\.rule is set"),
         ({"rollouts": {"update": "u.parquet"}}, r"rollouts\.update is set"),
         ({"rollouts": {"eval": "nowhere.parquet"}}, r"nowhere\.parquet"),
@@ -402,8 +619,12 @@ def test_configurations_that_are_refused_before_training(sections, said, checkpo
 
 def test_other_arguments_that_are_refused(checkpoint, tmp_path):
     trainer = plain_trainer(checkpoint, tmp_path)
-    with pytest.raises(InputError, match="every = 0"):
-        ProbeCallback(trainer, every=0, config=probe_config(checkpoint))
+    for every in (0, -1, True, 2.0, "2", None):
+        with pytest.raises(InputError, match=f"every = {every!r}: a whole number"):
+            ProbeCallback(trainer, every=every, config=probe_config(checkpoint))
+    for config in ({}, None, 3):
+        with pytest.raises(InputError, match=f"config is a {type(config).__name__}: the path"):
+            ProbeCallback(trainer, every=1, config=config)
     with pytest.raises(InputError, match=r"none\.toml cannot be read"):
         ProbeCallback(trainer, every=1, config=tmp_path / "none.toml")
     trainer.processing_class = None
@@ -413,15 +634,57 @@ def test_other_arguments_that_are_refused(checkpoint, tmp_path):
     trainer.model = trainer.model.get_base_model()
     with pytest.raises(InputError, match="Qwen2ForCausalLM, not a LoRA policy"):
         ProbeCallback(trainer, every=1, config=probe_config(checkpoint))
+    small = {"vocab_size": len(PIECES), "hidden_size": 16, "intermediate_size": 24}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    classifier = Qwen2ForSequenceClassification(Qwen2Config(**small, **heads))
+    trainer.model = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS"))
+    with pytest.raises(InputError, match="SequenceClassification, without an output embedding"):
+        ProbeCallback(trainer, every=1, config=probe_config(checkpoint))
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adagrad"])
 def test_other_optimizers_are_refused_before_the_first_step(optim, checkpoint, tmp_path):
     trainer = plain_trainer(checkpoint, tmp_path, optim=optim)
     trainer.add_callback(ProbeCallback(trainer, every=1, config=probe_config(checkpoint)))
-    with pytest.raises(InputError, match=r"the optimizer is \w+, whose step is not AdamW's"):
+    with pytest.raises(InputError, match=r"the optimizer is [\w.]+, whose step need not be AdamW's"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Cautious(torch.optim.AdamW):
+    """An AdamW that masks its gradients in step()."""
+
+
+def test_what_is_not_quite_adamw_is_refused_before_the_first_step(checkpoint, tmp_path):
+    def hook(*_):
+        pass
+
+    hooked = r"a step hook \(.*<locals>\.hook\)"
+    for kind, settings, said in (
+        (Cautious, {}, r"the optimizer is test_callbacks\.Cautious, whose step"),
+        (torch.optim.AdamW, {"maximize": True}, "maximize = True"),
+        (torch.optim.AdamW, {"amsgrad": True}, "amsgrad = True"),
+        (torch.optim.AdamW, {}, hooked),
+    ):
+        trainer = plain_trainer(checkpoint, tmp_path)
+        trainer.optimizer = kind(trainable(trainer), lr=1e-3, **settings)
+        if said == hooked:
+            trainer.optimizer.register_step_pre_hook(hook)
+        trainer.add_callback(ProbeCallback(trainer, every=1, config=probe_config(checkpoint)))
+        with pytest.raises(InputError, match=said):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    plain = torch.optim.AdamW(trainable(trainer))
+    for register in (
+        plain.register_step_post_hook,
+        register_optimizer_step_pre_hook,  # of every optimizer there is
+        register_optimizer_step_post_hook,
+    ):
+        live.require_live(trainer, plain)
+        handle = register(hook)
+        with pytest.raises(InputError, match=hooked):
+            live.require_live(trainer, plain)
+        handle.remove()
 
 
 def test_sharded_and_scaled_trainings_are_refused(checkpoint, tmp_path):
@@ -432,6 +695,8 @@ def test_sharded_and_scaled_trainings_are_refused(checkpoint, tmp_path):
         stand_in = types.SimpleNamespace(model=trainer.model, accelerator=sharded)
         with pytest.raises(InputError, match=rf"sharded \({kind}\)"):
             live.require_live(stand_in, optimizer)
+    live.require_live(trainer, optimizer)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
     live.require_live(trainer, optimizer)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(InputError, match="float16 with a GradScaler"):

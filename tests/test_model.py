@@ -55,6 +55,26 @@ def test_float64_is_the_same_policy(checkpoint) -> None:
     assert torch.allclose(logits, reference(checkpoint, torch.float32).double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("asked", "used"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_the_attention_asked_for_is_the_one_loaded(checkpoint, asked, used) -> None:
+    policy = load(checkpoint, attention=asked)
+    assert policy.model.config._attn_implementation == policy.attention == used
+    assert f"{used} attention" in policy.lines[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_damaged_adapter_is_named_by_its_tensor(damaged, value) -> None:
+    file = damaged.adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    # Where it meets nothing but zeros, no logit would show it.
+    name = next(n for n in weights if "lora_A" in n)
+    weights[name][0, 0] = value
+    weights[name.replace("lora_A", "lora_B")][:] = 0
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} holds a non-finite number: it is damaged"):
+        load(damaged)
+
+
 def test_the_registry_is_the_adapters_file(checkpoint) -> None:
     policy = load(checkpoint)
     weights = load_file(checkpoint.adapter / "adapter_model.safetensors")

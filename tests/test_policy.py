@@ -17,6 +17,10 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import funcprobe
@@ -175,7 +179,7 @@ def test_temperature_divides_the_logits():
         assert torch.equal(hidden_TD, hot.hidden(params, rows))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(InputError, match="temperature"):
         funcprobe.bind(built(qwen2), temperature=temperature)
@@ -211,6 +215,54 @@ def test_logits_that_are_not_the_heads_are_refused(build, name, dtype):
         funcprobe.bind(built(build, dtype))
 
 
+class ScaledLlama(LlamaForCausalLM):
+    """Its logits are a tenth larger than the head's: several units of bfloat16's last place."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits *= 1.1
+        return out
+
+
+def test_bfloat16_hides_no_factor_on_the_logits():
+    funcprobe.bind(built(llama, torch.bfloat16))
+    scaled = with_lora(ScaledLlama(LlamaConfig(**SHAPE)), torch.bfloat16)
+    with pytest.raises(InputError, match="ScaledLlama: logits are not the output embedding"):
+        funcprobe.bind(scaled)
+
+
+def t5():
+    shape = {"vocab_size": 11, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "kind", "says"),
+    [
+        (
+            lambda: LlamaForSequenceClassification(LlamaConfig(**SHAPE)),
+            ["q_proj"],
+            "SEQ_CLS",
+            "LlamaForSequenceClassification, without an output embedding",
+        ),
+        (
+            lambda: LlamaModel(LlamaConfig(**SHAPE)),
+            ["q_proj"],
+            None,
+            "LlamaModel, without an output embedding",
+        ),
+        (t5, ["q"], "SEQ_2_SEQ_LM", "T5ForConditionalGeneration, an encoder-decoder"),
+        (lambda: torch.nn.Linear(2, 2), None, None, "Linear, without an output embedding"),
+    ],
+)
+def test_a_model_that_is_no_causal_one_is_refused(base, targets, kind, says):
+    model = base()
+    if targets:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type=kind))
+    with pytest.raises(InputError, match=f"the model is {says}: a causal language model is expected"):
+        funcprobe.bind(model.eval())
+
+
 def in_training(model):
     model.train()
 
@@ -238,6 +290,15 @@ def merged(model):
     model.merge_adapter()
 
 
+def a_compiled_layer(model):
+    model.get_base_model().model.layers[1].compile(backend="eager")
+
+
+def a_layer_replaced_by_its_compilation(model):
+    layers = model.get_base_model().model.layers
+    layers[1].mlp.act_fn = torch.compile(layers[1].mlp.act_fn, backend="eager")
+
+
 SPOILED = [
     (in_training, r"training mode.*model\.eval\(\)"),
     (an_adapter_added_later, r"training mode.*model\.eval\(\)"),
@@ -245,6 +306,8 @@ SPOILED = [
     (inputs_require_grads, r"disable_input_require_grads\(\)"),
     (other_adapter, r"adapter default not active"),
     (merged, r"merged into the base"),
+    (a_compiled_layer, r"model\.layers\.1 is compiled.*bind the model before compile\(\)"),
+    (a_layer_replaced_by_its_compilation, r"layers\.1\.mlp\.act_fn is compiled"),
 ]
 
 
@@ -271,6 +334,20 @@ def test_dora_is_refused():
     """peft detaches its weight norm: both routes would agree on a derivative that is not one."""
     base = LlamaForCausalLM(LlamaConfig(**SHAPE))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)).eval()
+    with pytest.raises(InputError, match="DoRA is not supported"):
+        funcprobe.bind(model)
+
+
+def test_dora_that_is_not_active_is_no_part_of_the_policy():
+    model = built(llama_with_a_trainable_head)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], use_dora=True))
+    model.set_adapter("default")
+    model.double().eval()
+    bound = funcprobe.bind(model)
+    alone = funcprobe.bind(built(llama_with_a_trainable_head))
+    assert bound.params.keys() == alone.params.keys()
+    assert torch.equal(bound.seq_logprobs(bound.params, BATCH), alone.seq_logprobs(alone.params, BATCH))
+    model.set_adapter("other")
     with pytest.raises(InputError, match="DoRA is not supported"):
         funcprobe.bind(model)
 

@@ -6,6 +6,7 @@ must be (theta_6 - theta_5) / lr, tensor by tensor.
 
 import json
 import re
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +133,7 @@ LOSSES = {
     "grpo": ("grpo", "group", "grpo"),
     "dr_grpo": ("dr_grpo", "none", "dr_grpo"),
     "bnpo": ("bnpo", "group", "dapo"),
+    "gspo": ("grpo", "group", "grpo"),  # with one ratio for a sequence, which is 1 here as well
 }
 
 
@@ -146,6 +148,7 @@ LOSSES = {
         ("dr_grpo", 2, 0.0, 1.0),
         ("dr_grpo", 1, 0.05, 1.3),
         ("bnpo", 1, 0.0, 1.0),
+        ("gspo", 2, 0.0, 1.0),
     ],
 )
 def test_next_step_is_the_one_trl_takes(
@@ -156,6 +159,7 @@ def test_next_step_is_the_one_trl_takes(
         checkpoint,
         tmp_path,
         loss_type=loss_type,
+        importance_sampling_level="sequence" if loss == "gspo" else "token",
         scale_rewards=scale_rewards,
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=16 // accumulation,
@@ -341,12 +345,46 @@ def test_a_reward_that_does_not_apply_is_none(checkpoint, tmp_path):
             "steps_per_generation = 4: .* set it to 1",
         ),
         ({"mask_truncated_completions": True}, "mask_truncated_completions = True: .* set it to False"),
+        ({"beta": 0.5}, r"beta = 0\.5: the step is then not .* set it to 0"),
+        ({"entropy_coef": 0.1}, r"entropy_coef = 0\.1: .* set it to 0"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy = True: .* set it to False"),
+        ({"top_entropy_quantile": 0.2}, r"top_entropy_quantile = 0\.2: .* set it to 1"),
+        ({"off_policy_mask_threshold": 0.3}, r"off_policy_mask_threshold = 0\.3: .* set it to None"),
+        ({"loss_type": "cispo"}, "loss_type = cispo: .* one of dapo, grpo, dr_grpo, bnpo"),
+        (
+            {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+            "loss_type = luspo: .* set it to one of",
+        ),
+        (
+            {
+                "loss_type": "bnpo",
+                "gradient_accumulation_steps": 2,
+                "per_device_train_batch_size": 8,
+            },
+            "bnpo in 2 micro-batches.* set it to dapo",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(settings, said, checkpoint, tmp_path):
     trainer = grpo_trainer(checkpoint, tmp_path, **settings)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=said) as error:
         record_rollouts(trainer, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_weighs_the_loss_elsewhere_is_refused_too(checkpoint, tmp_path):
+    """vLLM is not needed to tell; of a TRL without these settings nothing is refused."""
+    trainer = grpo_trainer(checkpoint, tmp_path)
+    trainer.args.use_vllm = True
+    with pytest.raises(InputError, match=r"importance_sampling_correction = True: .* set it to False"):
+        record_rollouts(trainer, tmp_path)
+    trainer.args.vllm_importance_sampling_correction = False
+    trainer.aux_loss_enabled = True
+    with pytest.raises(InputError, match="router_aux_loss_coef is not 0"):
+        record_rollouts(trainer, tmp_path)
+    trainer.aux_loss_enabled = False
+    trainer.args = types.SimpleNamespace(gradient_accumulation_steps=1)
+    record_rollouts(trainer, tmp_path)
 
 
 def test_several_processes_and_another_trl_are_refused(checkpoint, tmp_path, monkeypatch):

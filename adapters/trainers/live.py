@@ -9,26 +9,33 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from transformers import GenerationConfig
 
 from funcprobe import tree
-from funcprobe.policy import trainable_params
+from funcprobe.policy import require_causal_lm, trainable_params
 from funcprobe.types import AdamState, InputError, Params
 
 from ..model import Policy, check_registry, eos_ids_of
 from ..optimizer import live_adam_state
+from ..sampling import random_state_kept
 
 _ABSENT = object()
 
 
 def policy_of(model: Any) -> Any:
     """The module that is trained, without DistributedDataParallel and torch.compile around it."""
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif is_compiled_module(model):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -52,7 +59,7 @@ def tokenizer_of(trainer: Any) -> Any:
 def live_policy(trainer: Any, max_trainable: int) -> Policy:
     """The trained policy as the shell's functions take it; nothing is copied.
 
-    InputError, one line, for a model that is no LoRA policy of peft.
+    InputError, one line, for a model that is no causal LoRA policy of peft.
     """
     model, tokenizer = policy_of(trainer.model), tokenizer_of(trainer)
     if not isinstance(model, PeftModel):  # a base that was in one keeps its peft_config
@@ -60,6 +67,7 @@ def live_policy(trainer: Any, max_trainable: int) -> Policy:
             f"the trainer's model is {type(model).__name__}, not a LoRA policy of peft: give a "
             "peft_config, or the model that get_peft_model() made"
         )
+    require_causal_lm(model)
     params = trainable_params(model)
     check_registry(params, max_trainable)
     base: Any = model.get_base_model()
@@ -73,7 +81,8 @@ def live_policy(trainer: Any, max_trainable: int) -> Policy:
 def require_live(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
     """InputError, one line, where gradients and state on this process are not the step's.
 
-    Sharded models, gradients scaled for float16, and optimizers other than AdamW.
+    Sharded models, gradients scaled for float16, optimizers other than AdamW of torch and of
+    bitsandbytes (a subclass may take another step), and hooks on the optimizer's step.
     """
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type.value
@@ -89,18 +98,27 @@ def require_live(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
             "float16 with a GradScaler: it scales gradients and may skip the step that is predicted: "
             "train in bf16 or float32, or probe the checkpoint with funcprobe run"
         )
-    foreign = not isinstance(optimizer, torch.optim.AdamW)
-    if foreign and not (type(optimizer).__module__.startswith("bitsandbytes.optim.adamw")):
+    made = type(optimizer)
+    if made is not torch.optim.AdamW and made.__module__ != "bitsandbytes.optim.adamw":
         raise InputError(
-            f"the optimizer is {type(optimizer).__name__}, whose step is not AdamW's: train with "
-            'torch.optim.AdamW (optim = "adamw_torch" or "adamw_torch_fused")'
+            f"the optimizer is {made.__module__}.{made.__qualname__}, whose step need not be AdamW's: "
+            'train with torch.optim.AdamW itself (optim = "adamw_torch" or "adamw_torch_fused")'
+        )
+    if hooks := _step_hooks(optimizer):
+        raise InputError(
+            f"the optimizer has a step hook ({', '.join(hooks)}), which may change gradients or "
+            "parameters after the step is predicted: take it off"
         )
 
 
 def adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, params: Params) -> AdamState:
-    """Adam's state as the coming step finds it, copied; where it has none yet, Adam's zeros."""
+    """Adam's state as the coming step finds it, copied; where it has none yet, Adam's zeros.
+
+    Of the registry's parameters: frozen ones, which an optimizer may hold too, never have a state.
+    """
     state = optimizer.state
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = {id(p) for n, p in model.named_parameters() if n in params}
+    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in trained]
     if all(state.get(p) for p in held):
         return live_adam_state(optimizer, model, params)[0]
     keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
@@ -129,22 +147,24 @@ def at_rest(model: Any) -> Iterator[None]:
     """The model as the core wants it: no dropout, no checkpointing, float32 where its weights are.
 
     Every module in eval mode and without gradient checkpointing, no hook that asks the embeddings for
-    gradients, no autocast, an empty generation config. On leaving, by an exception too, all of it is
-    as it was, object by object, and so are the random states of Python, numpy and torch.
+    gradients, no compiled layer, no autocast, an empty generation config. On leaving, by an exception
+    too, all of it is as it was, object by object, and so are the random states of Python, numpy and
+    torch.
     """
     base = model.get_base_model()
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     device = next(model.parameters()).device.type
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
         stack.callback(random.setstate, python_state)
         stack.callback(np.random.set_state, numpy_state)
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(random_state_kept())
         stack.enter_context(torch.autocast(device, enabled=False))
         for module in model.modules():
             stack.enter_context(_swapped(module, "training", False))
             if getattr(module, "gradient_checkpointing", False):
                 stack.enter_context(_swapped(module, "gradient_checkpointing", False))
+            if module._compiled_call_impl is not None:  # Module.compile(); forward is as it was
+                stack.enter_context(_swapped(module, "_compiled_call_impl", None))
             # Not disable_input_require_grads(), which knows the last hook only: peft, TRL and every
             # gradient_checkpointing_enable() add one (transformers 5.23).
             hooks = vars(module)["_forward_hooks"]
@@ -176,6 +196,18 @@ def _swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             delattr(module, name)
         else:
             setattr(module, name, before)
+
+
+def _step_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of what runs before or after each step, of this optimizer or of all."""
+    places = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    hooks = [hook for place in places for hook in place.values()]
+    return [getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks]
 
 
 def _asks_for_gradients(hook: Any) -> bool:

@@ -34,6 +34,7 @@ LOSS = (
     "off_policy_mask_threshold",
     "use_bias_correction_kl",
     "entropy_coef",
+    "use_adaptive_entropy",
     "normalize_advantages",
     "disable_dropout",
     "gradient_accumulation_steps",

@@ -1,6 +1,7 @@
 """The probe inside training: what the step that is about to be taken does to the entropy."""
 
 # ruff: noqa: ARG002  (the arguments are the trainer's)
+import os
 import random
 import time
 import warnings
@@ -27,7 +28,7 @@ from ..sampling import sample_responses
 from .live import adam_state, ascent, at_rest, live_policy, plain_optimizer, require_live
 
 # What makes the step is the trainer's, not the configuration's.
-_NOT_READ = ("state", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
+_NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
 
 
 class StepProbe(NamedTuple):
@@ -37,6 +38,7 @@ class StepProbe(NamedTuple):
     direction: UpdateDirection
     along: Along
     measured: Measured  # at theta + lr * direction
+    coarsest: torch.dtype  # of the model: in half precision `measured.delta` is rounding
 
 
 class ProbeCallback(TrainerCallback):
@@ -46,22 +48,31 @@ class ProbeCallback(TrainerCallback):
         trainer.add_callback(ProbeCallback(trainer, every=50, config="probe.toml"))
 
     The step is the very one that is taken: v is AdamW's, of the gradients as accumulated and clipped,
-    of the live state and the live learning rate. E is sampled from the policy (`sampling`, `prompts`,
-    `run.seed` and the step), or brought (`rollouts.eval`, which then needs sampler_logp). Of the
-    configuration, `run.seed`, `run.max_tokens`, `policy.max_trainable`, `prompts`, `sampling`,
-    `rollouts.eval` and `entropy` are read. The policy is the model in its parameters' own types,
-    without dropout and autocast, which is also what TRL samples from.
+    of the live state and the live learning rate; to the rounding of theta, which is coarse where the
+    trainable tensors are in half precision (a warning). E is sampled from the policy (`sampling`,
+    `prompts`, `run.seed` and the step), or brought (`rollouts.eval`, which then needs sampler_logp).
+    Of the configuration, `run.seed`, `run.max_tokens`, `policy.max_trainable`, `prompts`, `sampling`,
+    `rollouts.eval` and `entropy` are read; what `optimizer` says of the step, clipping and learning
+    rate too, is refused, since the trainer has its own. The policy is the model in its parameters' own
+    types, without dropout and autocast, which is also what TRL samples from. Where some are in half
+    precision, a measured difference drowns in rounding: `measured` and `ratio` are left out, with a
+    warning. A 4-bit model needs `quantised.freeze_quantised(model)` before the trainer gets it.
 
     The numbers go through the trainer's log as funcprobe/*, at the step they are of. All is left as it
     was: weights, gradients, modes, hooks, random states, so that training goes on bit for bit.
     InputError, one line, here or before the first step, for what cannot be probed. At a step that
-    cannot be (a gradient or probability that is not finite, no memory) the reason is a warning,
-    funcprobe/skipped is logged, and training goes on.
+    cannot be (a gradient or probability that is not finite; torch.OutOfMemoryError, which accelerators
+    raise) the reason is a warning, funcprobe/skipped is logged, and training goes on.
     """
 
     def __init__(self, trainer: Trainer, every: int, config: str | Path | Config) -> None:
-        if every < 1:
-            raise InputError(f"every = {every}: a number of steps, at least 1, is expected")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise InputError(f"every = {every!r}: a whole number of steps, at least 1, is expected")
+        if not isinstance(config, str | os.PathLike | Config):
+            raise InputError(
+                f"config is a {type(config).__name__}: the path of a configuration file, or a Config, "
+                "is expected"
+            )
         self.trainer = trainer
         self.every = every
         self.config = config if isinstance(config, Config) else read_config(Path(config))
@@ -85,7 +96,8 @@ class ProbeCallback(TrainerCallback):
         adam.require_state(policy.params, adam_state(optimizer, policy.model, policy.params), "adamw")
         if state.is_world_process_zero:
             with at_rest(policy.model):  # an architecture that cannot be probed shows here
-                funcprobe.bind(policy.model, temperature=self.source.temperature)
+                forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
+            _warn_of_rounding(policy.params, forward.coarsest)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,7 +156,7 @@ def probe_step(
         raise InputError(f"the gradient of {bad[0]} is not finite")
     direction = _direction(params, Y, state)
     Y = {n: Y.get(n, torch.zeros_like(v)) for n, v in direction.total.items()}
-    lr = next(group.lr for group in state.groups if group.names)
+    lr = state.groups[0].lr  # of the groups that hold anything of the registry
     entropy, max_tokens = Entropy(**config.entropy.model_dump()), config.run.max_tokens
     with at_rest(policy.model):
         batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step)
@@ -178,13 +190,14 @@ def probe_step(
             max_tokens=max_tokens,
             sampler_logp_NR=sampler_logp_NR,
         )
-    return StepProbe(lr, direction, along, measured)
+    return StepProbe(lr, direction, along, measured, forward.coarsest)
 
 
 def numbers(found: StepProbe) -> dict[str, float]:
     """What is logged: changes of the entropy by this step, at its learning rate; see README.md.
 
-    `ratio` is left out where 0 is predicted.
+    `ratio` is left out where 0 is predicted, `measured` and `ratio` where the model is in half
+    precision; the effective sample size, a sum of weights near 1, is not sensitive to rounding.
     """
     lr, along, measured = found.lr, found.along, found.measured
     predicted = lr * along.derivative
@@ -195,13 +208,34 @@ def numbers(found: StepProbe) -> dict[str, float]:
         "from_momentum": lr * along.from_momentum,
         "from_update": lr * along.from_update,
         "from_decay": lr * along.from_decay,
-        "measured": measured.delta,
         "ess": measured.ess,
         "derivative": along.derivative,
         "derivative_reverse": along.bars_dot,
         "direction_norm": tree.norm(found.direction.total),
     }
-    return logged | ({"ratio": measured.delta / predicted} if predicted else {})
+    if _is_half(found.coarsest):
+        return logged
+    ratio = {"ratio": measured.delta / predicted} if predicted else {}
+    return logged | {"measured": measured.delta} | ratio
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return torch.finfo(dtype).bits < 32
+
+
+def _warn_of_rounding(params: Params, coarsest: torch.dtype) -> None:
+    if _is_half(coarsest):
+        warnings.warn(
+            f"funcprobe: the model has weights in {coarsest}, where measured differences drown in "
+            "rounding: funcprobe/measured and funcprobe/ratio are left out",
+            stacklevel=2,
+        )
+    if rounded := [n for n, t in params.items() if _is_half(t.dtype)]:
+        warnings.warn(
+            f"funcprobe: {len(rounded)} trainable tensors are in half precision, as {rounded[0]}: each "
+            "step rounds them, so that the step taken differs from the one predicted",
+            stacklevel=2,
+        )
 
 
 def _direction(params: Params, Y: Params, state: AdamState) -> UpdateDirection:

@@ -17,6 +17,17 @@ from .live import tokenizer_of
 _GENERATE, _REWARD = "_generate_and_score_completions", "_calculate_rewards"
 _TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 _FOREIGN_TOKENS = ("tool_mask", "pixel_values", "image_grid_thw")
+# While the ratio to the sampling policy is 1, the gradient of these losses is that of
+# J = sum of advantage x normalisation x l, with importance_sampling_level "sequence" too; not so with
+# a term or mask of the second list, each with the value at which it is off.
+_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+_OFF = {
+    "beta": 0.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+}
 
 
 def record_rollouts(trainer: Any, folder: str | Path) -> None:
@@ -29,8 +40,12 @@ def record_rollouts(trainer: Any, folder: str | Path) -> None:
 
     InputError, one line, for several processes, a trainer without TRL's two methods, and settings
     under which the sequences generated are not the step's, one for one: num_iterations over 1,
-    steps_per_generation other than gradient_accumulation_steps, mask_truncated_completions. When
-    first generating: for tokens that the policy did not write (tools), images, or other output.
+    steps_per_generation other than gradient_accumulation_steps, mask_truncated_completions. Also for
+    settings under which the step is not that of J = sum of advantage x normalisation x l, so that a
+    run would predict another: a loss other than dapo, grpo, dr_grpo and bnpo (this one with a single
+    micro-batch), a KL term, an entropy bonus, a mask over tokens or sequences, vLLM's importance
+    sampling correction, a router's auxiliary loss. When first generating: for tokens that the policy
+    did not write (tools), images, or other output.
     """
     _require_recordable(trainer)
     folder, tokenizer = Path(folder), tokenizer_of(trainer)
@@ -94,23 +109,49 @@ def _require_recordable(trainer: Any) -> None:
     for name in (_GENERATE, _REWARD):
         if not callable(getattr(trainer, name, None)):
             raise _other_trl(f"{type(trainer).__name__} has no {name}()")
-    args = trainer.args
     if trainer.accelerator.num_processes > 1:
         raise InputError(
             f"{trainer.accelerator.num_processes} processes, each with rollouts of its own: record in "
             "a run of one process"
         )
+    _require_sequences_of_one_step(trainer.args)
+    _require_objective(trainer)
+
+
+def _require_sequences_of_one_step(args: Any) -> None:
     wanted: dict[str, Any] = {
         "num_iterations": 1,
         "steps_per_generation": args.gradient_accumulation_steps,
         "mask_truncated_completions": False,
     }
     for name, value in wanted.items():
-        if (found := getattr(args, name)) != value:
+        if (found := getattr(args, name, value)) != value:
             raise InputError(
                 f"{name} = {found}: the sequences generated are then not those of one optimizer step; "
                 f"set it to {value}, or leave it out"
             )
+
+
+def _require_objective(trainer: Any) -> None:
+    """Of the settings that this TRL has."""
+    args = trainer.args
+    why = "the step is then not that of advantage x normalisation x log-probability, which a run probes"
+    loss = getattr(args, "loss_type", None)
+    if loss is not None and loss not in _LOSSES:
+        raise InputError(f"loss_type = {loss}: {why}; set it to one of {', '.join(_LOSSES)}")
+    if loss == "bnpo" and args.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"loss_type = bnpo in {args.gradient_accumulation_steps} micro-batches, each with its own "
+            f"mean: {why}; set it to dapo, which has one"
+        )
+    for name, off in _OFF.items():
+        if (found := getattr(args, name, off)) != off:
+            raise InputError(f"{name} = {found}: {why}; set it to {off}, or leave it out")
+    correction = "vllm_importance_sampling_correction"
+    if getattr(args, "use_vllm", False) and getattr(args, correction, False):
+        raise InputError(f"{correction} = True: {why}; set it to False")
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise InputError(f"router_aux_loss_coef is not 0: {why}; set it to 0")
 
 
 def _other_trl(what: str) -> InputError:
