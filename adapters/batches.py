@@ -4,16 +4,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from funcprobe.objective import Advantage, advantages, coefficients
+from funcprobe.objective import coefficients
 from funcprobe.types import Batch, InputError, UpdateBatch
 
 from . import rollouts
+from .advantages import require_gradient, require_prompts, update_advantages, zero_means
 from .config import PromptsConfig
 from .console import Narrator
 from .plan import Plan, vocabulary
@@ -36,26 +35,20 @@ class Batches(NamedTuple):
 
 
 def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
-    """Both batches. InputError for rewards that cannot be used, and for fewer than two prompts."""
+    """Both batches. InputError for rewards that cannot be used, and for fewer than two prompts.
+
+    What is brought was held to the same when the plan was loaded.
+    """
     eval_rollouts = plan.brought_eval or _eval(plan, stages, narrator)
     update_rollouts = plan.brought_update or _update(plan, stages, narrator)
+    require_prompts("E", eval_rollouts.prompt_index)
+    require_prompts("U", update_rollouts.prompt_index)
+    mode = plan.objective.advantage
+    advantage_N, lines = update_advantages(update_rollouts, mode)
+    equal = require_gradient(advantage_N, update_rollouts.prompt_index, mode)
     eval_batch = rollouts.to_batch(eval_rollouts)
     update_batch = rollouts.to_batch(update_rollouts)
-    for name, batch in (("E", eval_batch), ("U", update_batch)):
-        if len(batch.prompt_N.unique()) < 2:
-            raise InputError(
-                f"{name} has responses to one prompt only, a standard error needs at least two: raise "
-                f"sampling.B_{name}, or give more prompts"
-            )
-    advantage_N, lines = update_advantages(update_rollouts, plan.objective.advantage)
     size_M = update_batch.prompt_N.unique(return_counts=True)[1]
-    equal, groups = groups_of_zero(advantage_N, update_batch.prompt_N), len(size_M)
-    of = "advantage 0" if plan.objective.advantage == "rollouts" else "equal rewards"
-    if equal == groups:
-        raise InputError(
-            f"all {groups} groups of U have {of}, so every advantage is 0 and v has no "
-            "gradient part: take other prompts or rewards, or raise sampling.G"
-        )
     coef_NR = coefficients(
         advantage_N,
         update_batch.response_length_N,
@@ -74,8 +67,8 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     mean = f"mean reward {sum(known) / len(known):.3f}, " if known else ""
     narrator.say(
         f"E: {len(eval_batch.prompt_N)} responses to {len(eval_batch.prompt_N.unique())} prompts; "
-        f"U: {len(advantage_N)} responses to {groups} prompts, {mean}"
-        f"{equal} groups of {of} (no gradient from these)"
+        f"U: {len(advantage_N)} responses to {len(size_M)} prompts, {mean}"
+        f"{equal} groups of {zero_means(mode)} (no gradient from these)"
     )
     return Batches(
         eval_rollouts=eval_rollouts,
@@ -85,52 +78,6 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
         sampler_logp_NR=rollouts.sampler_logp(eval_rollouts, eval_batch),
         equal_groups=equal,
     )
-
-
-def update_advantages(
-    update: Rollouts, mode: Advantage | Literal["rollouts"]
-) -> tuple[Float[Tensor, " N"], list[str]]:
-    """Advantage of every response of U, and warnings.
-
-    "rollouts" takes those the rollouts bring. Else they are made of the rewards, where a response
-    without one (TRL's None, NaN here) is left out of its group and has advantage 0, as in TRL 1.16;
-    a group with one response left has 0 throughout. Advantages that the rollouts bring and that
-    differ from these by more than 1e-3 of the largest are a warning.
-    """
-    brought_N = (
-        None if update.advantage is None else torch.tensor(update.advantage, dtype=torch.float64)
-    )
-    if mode == "rollouts":
-        assert brought_N is not None  # needed where rollouts are read
-        return brought_N, []
-    reward_N = torch.tensor(update.reward, dtype=torch.float64)
-    prompt_N = torch.tensor(update.prompt_index)
-    scored_N = ~reward_N.isnan()
-    _, group_N, size_M = prompt_N.unique(return_inverse=True, return_counts=True)
-    alone_M = (torch.bincount(group_N[scored_N], minlength=len(size_M)) < 2) & (size_M > 1)
-    made_N = torch.zeros_like(reward_N)
-    if bool((used_N := scored_N & ~alone_M[group_N]).any()):
-        made_N[used_N] = advantages(reward_N[used_N], prompt_N[used_N], mode)
-    lines = []
-    if missing := int((~scored_N).sum()):
-        lines.append(
-            f"warning: {missing} of U's {len(reward_N)} responses have no reward (None): advantage 0, "
-            "and left out of their groups' means, as in TRL"
-        )
-    if brought_N is not None:
-        largest, off = float(brought_N.abs().max()), float((brought_N - made_N).abs().max())
-        if off > 1e-3 * largest:
-            lines.append(
-                f"warning: U's own advantages (up to {largest:.3g}) differ by up to {off:.3g} from "
-                f"those made of its rewards ({mode}), which are used; to take its own, set "
-                'objective.advantage = "rollouts"'
-            )
-    return made_N, lines
-
-
-def groups_of_zero(advantage_N: Float[Tensor, " N"], prompt_N: Int[Tensor, " N"]) -> int:
-    """How many prompts have advantage 0 throughout, and so no say in the step."""
-    return len(prompt_N.unique()) - len(prompt_N[advantage_N != 0].unique())
 
 
 def _eval(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:

@@ -11,7 +11,7 @@ from funcprobe.policy import Forward
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
 from . import results, store
-from .brought import bring_eval, bring_update, common_temperature
+from .brought import bring_eval, bring_update, common_temperature, open_update
 from .config import Config
 from .console import Narrator
 from .devices import resolve_device
@@ -19,6 +19,7 @@ from .model import Policy, load_policy
 from .optimizer import OptimizerReport
 from .prompts import Prompt, encode_prompts, load_prompts, missing_column
 from .rewards import BUILT_IN, Reward, load_reward
+from .rollout_run import length_lines, training_run
 from .rollouts import Rollouts
 from .step import load_step, step_lines
 from .toy import ensure_toy
@@ -52,19 +53,38 @@ def load(config: Config, narrator: Narrator) -> Plan:
     Everything that can be refused without sampling is: InputError, one line.
     """
     disable_progress_bar()  # transformers' own, between the lines of ours
+    objective = _objective(config)
+    update_file = open_update(config)
+    lossy = update_file.layout if update_file else None
     sampled = config.rollouts.eval is None or config.rollouts.update is None
-    config = _with_toy(config, narrator, prompts=sampled)
-    reward = None
-    if config.rollouts.update is None:
-        reward = _reward(config)
+    # verl's log holds prompts without their special tokens: they are looked up.
+    named = config.prompts.source != "toy" or config.policy.checkpoint == "toy"
+    needed = sampled or (lossy == "verl" and named)
+    config = _with_toy(config, narrator, prompts=needed)
+    reward = _reward(config) if config.rollouts.update is None else None
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
         policy = load_policy(config.policy, device)
         adam_state, report, step = load_step(config, policy)
-        prompts, prompt_ids = _prompts(config, policy) if sampled else ([], [])
+        run = training_run(
+            Path(config.policy.checkpoint).expanduser(), report.sidecar if report else None
+        )
+        prompts, prompt_ids = _prompts(config, policy) if needed else ([], [])
         brought_eval = bring_eval(config, policy, vocabulary(policy))
-        brought_update, guessed = bring_update(config, policy, vocabulary(policy), prompt_ids)
-        objective = _objective(config)
+        brought_update, guessed = bring_update(
+            update_file,
+            config,
+            policy,
+            vocabulary(policy),
+            mode=objective.advantage,
+            prompt_ids=prompt_ids if needed else None,
+            run=run,
+        )
+        if sampled or lossy:
+            guessed += length_lines(run, config.sampling.max_new_tokens)
+        inputs = _inputs(config, policy, report, prompts, prompt_ids)
+        if not sampled:
+            prompts, prompt_ids = [], []
         temperature = common_temperature(config, brought_eval, brought_update)
         _require_positions(config, policy, prompt_ids, brought_eval, brought_update)
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
@@ -77,8 +97,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         narrator.say(f"U is brought: its advantages are {source}")
     if config.policy.dtype in {"bfloat16", "float16"}:
         narrator.say(f"warning: in {config.policy.dtype} measured differences drown in rounding")
-    first = next((group.lr for group in adam_state.groups if group.names), 0.0)
-    next_lr = config.optimizer.lr or first
+    next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
     if config.measure.next_lr and not next_lr:
         narrator.say(
             "the next step's lr is 0 or not known, so it is not in the table: set optimizer.lr"
@@ -101,7 +120,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         brought_update=brought_update,
         etas=tuple(sorted(etas)),
         next_lr=next_lr,
-        inputs=_inputs(config, policy, report, prompts, prompt_ids),
+        inputs=inputs,
     )
 
 
@@ -170,6 +189,10 @@ def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[in
         raise InputError(
             f"{source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
             "distinct ones are asked for: lower B_U or give more prompts"
+        )
+    if config.rollouts.eval is None and len(prompts) < 2:
+        raise InputError(
+            f"{source} has {len(prompts)} prompts, and E needs two for a standard error: give more"
         )
     builtin = config.rollouts.update is None and config.reward.function in BUILT_IN
     if builtin and config.reward.answer_column not in prompts[0].row:

@@ -63,8 +63,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, bias: Tensor | None, *_: None) -> Tensor:
-        out = _product(x, None, ctx.layer, transposed=ctx.transposed)
-        return out if bias is None else out + bias
+        # The same affine map, of the tangents: a plain sum in here has no derivative of its own.
+        return _product(x, bias, ctx.layer, transposed=ctx.transposed)
 
 
 def _product(x: Tensor, bias: Tensor | None, layer: FrozenLinear4bit, *, transposed: bool) -> Tensor:

@@ -72,7 +72,7 @@ def check_temperature(file: Columns, values: list[float]) -> None:
     """InputError unless all are one positive number."""
     found = sorted(set(values))
     if len(found) > 1 or not 0 < found[0] < math.inf:
-        shown = ", ".join(f"{t:g}" for t in found)
+        shown = ", ".join(f"{t:.9g}" for t in found)
         raise InputError(f"{file.path} has temperature {shown}: one positive number is expected")
 
 

@@ -1,6 +1,7 @@
 """Tables of rollouts on disk, Parquet or JSON lines by the file's ending: columns in, columns out."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -27,11 +28,18 @@ def read_columns(path: Path) -> Columns:
     JSON numbers keep their kind and every digit of a double; NaN and infinities are not JSON.
     Raises InputError for a file that is absent, of another type or damaged, with the line.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the file in it, of Parquet or JSON lines")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give rollouts as Parquet or JSON lines")
     if path.suffix not in ENDINGS:
         raise InputError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}: rename it")
     return _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+
+
+def is_text(value: Any) -> bool:
+    """Text that every file takes: JSON can write half a surrogate pair, others cannot."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def write_parquet(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
@@ -99,6 +107,8 @@ def _no_number(name: str) -> NoReturn:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
+    if bad := [name for name in row if not is_text(name)]:
+        raise ValueError(f"key {bad[0]!a} is no Unicode text")
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"key {next(n for n in names if names.count(n) > 1)} stands twice")

@@ -8,15 +8,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, TypeAlias
+from types import UnionType
+from typing import Any, NamedTuple
 
 from funcprobe.types import InputError
 
-from .rollout_files import Columns
+from .rollout_files import Columns, is_text
+from .rollout_run import TITLES, Layout, TrainingRun, require_next_step
 
-Layout: TypeAlias = Literal["trl", "verl"]
-
-TITLES: dict[Layout, str] = {"trl": "TRL completions", "verl": "a verl rollout dump"}
 _MARKS: dict[Layout, tuple[str, ...]] = {
     # TRL 1.16, trl/trainer/grpo_trainer.py, `log`: these, a column per reward function, and what
     # log_extra was given.
@@ -34,7 +33,9 @@ class Guesses(NamedTuple):
     eos_ids: Sequence[int]
     temperature: float
     max_new_tokens: int
-    prompts: Mapping[str, Sequence[int]]  # ids of known prompts by their text without special tokens
+    # Ids of prompts.source by their text without special tokens; None where it is not set.
+    prompts: Mapping[str, Sequence[int]] | None
+    run: TrainingRun
 
 
 def layout_of(file: Columns) -> Layout | None:
@@ -61,41 +62,42 @@ def import_columns(
     Responses are tokenised again, with the tokenizer's EOS behind those of less than max_new_tokens
     tokens: a response that long counts as cut off. Groups, prompts and rewards are the layout's
     (`_trl`, `_verl`). `advantages` says that the column advantage is wanted.
-    Raises InputError for what that cannot be done with: several steps in a file, conversations with
-    more than text, groups that do not come out even, rows that no reward function applied to.
+    Raises InputError for what that cannot be done with: another step than the checkpoint's next,
+    several steps in a file, responses of more than max_new_tokens, conversations with more than text,
+    groups that do not come out even, rows that no reward function applied to.
     """
     if not file.place:
         raise InputError(f"{file.path} has no rows: at least two prompts are needed")
-    steps = sorted({str(step) for step in file.values["step"]})
-    if len(steps) > 1:
-        raise InputError(
-            f"{file.path} holds steps {steps[0]} and {steps[1]}, two policies: keep the rows of one"
-        )
+    of_run = require_next_step(file, layout, guesses.run)
     found, lines = (_trl if layout == "trl" else _verl)(file, guesses, advantages)
     tokenizer, eos_ids = guesses.tokenizer, guesses.eos_ids
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_ids else eos_ids[0]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in found["response"]]
+    _require_longest(file, ids, guesses.max_new_tokens)
     ended = [len(y) < guesses.max_new_tokens for y in ids]
     count = len(ids)
     found |= {
         "response_ids": [[*y, eos] if end else y for y, end in zip(ids, ended, strict=True)],
         "temperature": [guesses.temperature] * count,
     }
-    lines.insert(
-        0,
+    replaced = (
+        "an evaluation at that step would have put its rows into the file; " if layout == "trl" else ""
+    )
+    lossy = (
         f"warning: U is {TITLES[layout]} ({file.path}), which is text: its tokens are guessed by "
         f"tokenising again, EOS ({eos}) is put behind the {sum(ended)} of {count} responses shorter "
         f"than sampling.max_new_tokens = {guesses.max_new_tokens}, and its temperature is taken to be "
-        f"sampling.temperature = {guesses.temperature:g}; v is near the trainer's step, not equal",
+        f"sampling.temperature = {guesses.temperature:g}; {replaced}v is near the trainer's step, not "
+        "equal"
     )
-    return Columns(file.path, file.place, found), lines
+    return Columns(file.path, file.place, found), [lossy, *of_run, *lines]
 
 
 def _trl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, Any], list[str]]:
     """Prompts as TRL tokenises them; groups are the runs of equal prompts, cut to the shortest run.
 
     A run is longer where one prompt was drawn twice in a row. The reward is the sum of all columns of
-    numbers, None left out, as TRL's is for weights of 1.
+    floats, as TRL's rewards are, None left out, which is TRL's own for weights of 1.
     """
     prompts, lines = file.values["prompt"], []
     found: dict[str, Any] = {
@@ -105,24 +107,25 @@ def _trl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, A
         "response": [_completion(file, i, x) for i, x in enumerate(file.values["completion"])],
         "advantage": file.values["advantage"],
     }
-    parts = {
-        name: values
-        for name, values in file.values.items()
-        if name not in _MARKS["trl"] and _are_numbers(values)
-    }
+    columns = {k: v for k, v in file.values.items() if k not in _MARKS["trl"]}
+    parts = {name: values for name, values in columns.items() if _are(float, values)}
+    others = [k for k, values in columns.items() if k not in parts and _are(int | float, values)]
     rows = list(zip(*parts.values(), strict=True)) if parts else [()] * len(file.place)
     rewards = [_sum(row) for row in rows]
-    found["reward"] = rewards
+    # Advantages need no rewards, and a sum over log_extra is none.
+    found["reward"] = rewards if len(parts) == 1 or not advantages else [None] * len(rows)
+    left_out = f"; left out, as TRL's rewards are floats: {', '.join(others)}" if others else ""
     if None in rewards and not advantages:
         raise InputError(
             f"{file.path}: {file.place[rewards.index(None)]} has no reward (reward columns: "
-            f'{", ".join(parts) or "none"}): set objective.advantage = "rollouts" to take TRL\'s '
-            "column advantage, which leaves such rows out"
+            f'{", ".join(parts) or "none"}{left_out}): set objective.advantage = "rollouts" to take '
+            "TRL's column advantage, which leaves such rows out"
         )
-    if len(parts) > 1 and not advantages:
+    if (len(parts) > 1 or others) and not advantages:
         lines.append(
             f"warning: U's reward is the sum of {', '.join(parts)}, right if all are rewards (not "
-            'log_extra) and all weights are 1; else set objective.advantage = "rollouts"'
+            f"log_extra) and all weights are 1{left_out}; if that is wrong, set objective.advantage = "
+            '"rollouts"'
         )
     return found, lines
 
@@ -145,7 +148,7 @@ def _verl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, 
         )
     ]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    tokenizer, known = guesses.tokenizer, guesses.prompts
+    tokenizer, known = guesses.tokenizer, guesses.prompts or {}
     found = {
         "prompt_index": [numbers[key] for key in keys],
         "prompt": inputs,
@@ -156,11 +159,22 @@ def _verl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, 
     lost = sum(text not in known for text in inputs)
     if not lost:
         return found, []
+    why = "are not in prompts.source" if guesses.prompts is not None else "(prompts.source is not set)"
     return found, [
-        f"warning: {lost} of U's {len(inputs)} prompts are not in prompts.source and were tokenised "
-        "from text that lacks special tokens (the marks of a chat template): set prompts.source and "
-        "prompts.chat as in training, or the policy sees other prompts"
+        f"warning: {lost} of U's {len(inputs)} prompts {why} and were tokenised from text that lacks "
+        "special tokens (the marks of a chat template): set prompts.source and prompts.chat as in "
+        "training, or the policy sees other prompts"
     ]
+
+
+def _require_longest(file: Columns, ids: Sequence[Sequence[int]], most: int) -> None:
+    for place, y in zip(file.place, ids, strict=True):
+        if len(y) > most:
+            raise InputError(
+                f"{file.path}: {place} has a response of {len(y)} tokens, sampling.max_new_tokens = "
+                f"{most}: set it to the run's longest (if it is that, text does not give its tokens "
+                "back: record token ids, README, Rollouts)"
+            )
 
 
 def _even_groups(file: Columns, prompts: Sequence[Any]) -> list[int]:
@@ -211,18 +225,20 @@ def _completion(file: Columns, i: int, completion: Any) -> str:
 def _content(file: Columns, i: int, message: Any) -> str:
     """A message's text; Parquet fills the keys that other rows have with None."""
     filled = {k for k, v in message.items() if v is not None} if isinstance(message, dict) else set()
-    if filled != {"role", "content"} or not isinstance(message["content"], str):
+    if filled != {"role", "content"} or not all(is_text(message[k]) for k in filled):
         raise InputError(
             f"{file.path}: {file.place[i]} has a message with {', '.join(sorted(filled)) or 'no key'}; "
-            "role and a text as content are expected: record token ids (README, Rollouts)"
+            "Unicode text as role and as content is expected: record token ids (README, Rollouts)"
         )
     return str(message["content"])
 
 
 def _text(file: Columns, i: int, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{file.path}: {file.place[i]} has {value!r:.60} in {name}, text is expected")
-    return value
+    if not is_text(value):
+        raise InputError(
+            f"{file.path}: {file.place[i]} has {value!r:.60} in {name}, Unicode text is expected"
+        )
+    return str(value)
 
 
 def _uid(file: Columns, i: int, uid: Any) -> str:
@@ -236,8 +252,9 @@ def _uid(file: Columns, i: int, uid: Any) -> str:
     return match[1]
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(x is None or isinstance(x, float) for x in values) and any(x is not None for x in values)
+def _are(kind: type | UnionType, values: Sequence[Any]) -> bool:
+    """All of a kind or None, and not all None. A bool is an int."""
+    return all(x is None or isinstance(x, kind) for x in values) and any(x is not None for x in values)
 
 
 def _sum(row: Sequence[float | None]) -> float | None:

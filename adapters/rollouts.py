@@ -1,7 +1,6 @@
 """Sampled batches as they are stored, and as the core's Batch."""
 
 import math
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from funcprobe.layout import collate, response_mask
 from funcprobe.types import Batch, InputError
 
 from .rollout_checks import check_ends, check_sampler_logp, check_temperature, check_tokens
-from .rollout_files import Columns, read_columns, write_json, write_parquet
+from .rollout_files import Columns, is_text, read_columns, write_json, write_parquet
 
 _ABOUT = {
     "prompt_index": "int, required: which prompt, so also which group; equal numbers, equal prompts",
@@ -135,12 +134,12 @@ def parse_rollouts(
     do not match, and, where `eos_ids` are given, for a response whose end is not what finish_reason
     says, or that goes on behind its first EOS.
     """
+    if not file.place:
+        raise InputError(f"{file.path} has no rows: at least two prompts are needed")
     needed = REQUIRED + ("reward",) * rewards + ("advantage",) * advantages
     _require_columns(
         file, needed, _OF_E + ("reward",) * rewards + ("advantage",) * (rewards or advantages)
     )
-    if not file.place:
-        raise InputError(f"{file.path} has no rows: at least two prompts are needed")
     columns = {field.name: _typed(file, field) for field in SCHEMA}
     for name in needed:
         _require_whole(file, name, columns[name])
@@ -215,15 +214,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) <= 2**53)
 
 
-def _is_text(value: Any) -> bool:
-    # JSON can write half a surrogate pair, which no other file takes.
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
 _KINDS = {
     pa.int64(): (_is_integer, "an integer", "integers"),
     pa.float64(): (_is_number, "a number", "numbers"),
-    pa.string(): (_is_text, "Unicode text", "texts"),
+    pa.string(): (is_text, "Unicode text", "texts"),
 }
 
 

@@ -105,7 +105,15 @@ def check(
                 sampler_logp_NR=few_logp_NR,
             ),
             checks.repeat_is_identical(params, part, stats, forward, max_tokens),
+            _sampler(batches, prediction.stats),
         ]
+
+
+def _sampler(batches: Batches, stats: TokenStats) -> checks.Check:
+    """Whether E, all of it, is what its weights take it to be."""
+    if batches.sampler_logp_NR is None:
+        return checks.sampled_from_policy(batches.eval_batch, stats)
+    return checks.sampler_near_policy(batches.eval_batch, stats, batches.sampler_logp_NR)
 
 
 def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Prediction:

@@ -23,6 +23,14 @@ def rows(batch: funcprobe.Batch) -> tuple[list, list, list]:
     return [p for p, _ in parts], [r for _, r in parts], batch.prompt_N.tolist()
 
 
+def test_every_file_is_where_it_is_said_to_be():
+    text = README.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(\w+\.py)\b", text[text.index("## What is where") :]))
+    folders = ("funcprobe", "adapters", "adapters/optimizer", "benchmarks")
+    there = {path.name for folder in folders for path in (README.parent / folder).glob("*.py")}
+    assert named - {"file.py"} == there - {"__init__.py"}
+
+
 def test_every_test_that_is_named_is_there():
     named = re.findall(r"`(test_\w+\.py)::(\w+)`", README.read_text(encoding="utf-8"))
     assert len(named) >= 15

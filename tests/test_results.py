@@ -46,12 +46,29 @@ def test_slopes_of_a_quadratic_curve():
 
 def test_rounding_keeps_rows_out_of_the_fits():
     """Noise 1e-9 is 10 % of 3 eta at eta = 3.3e-9, and of 7 eta^2 at eta = 3.8e-5."""
-    etas = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2)
-    found = fits(etas, lambda eta: 3 * eta + 7 * eta**2, noise=1e-9)
-    assert found["measured_against_eta"]["points"] == 4
-    assert found["deviation_against_eta"]["points"] == 3
+    etas = (1e-9, 1e-6, 2e-5, 1e-4, 1e-3, 1e-2)
+    for bend in (7, -7):
+        found = fits(etas, lambda eta, bend=bend: 3 * eta + bend * eta**2, noise=1e-9)
+        assert found["measured_against_eta"]["points"] == 5
+        assert found["deviation_against_eta"]["points"] == 3  # at 2e-5 it is 28 % of the deviation
     assert found["rounding_eta"]["value"] == pytest.approx(1e-9 / 0.1 / 3)
     assert fits(etas, lambda eta: 3 * eta, noise=None)["rounding_eta"] is None
+
+
+def test_the_mean_reward_is_of_the_responses_that_have_one():
+    nan = float("nan")
+    assert results._mean_reward([1.0, nan, 3.0])["value"] == 2
+    assert results._mean_reward([nan, nan]) is results._mean_reward(None) is None
+
+
+def test_only_the_rule_precondition_caps_scales(checkpoint, command):
+    Path("c.toml").touch()
+    for rule in ("adamw", "precondition"):
+        given = {"run.name": rule, "optimizer.rule": rule, "optimizer.max_scale": 5.0}
+        outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
+        second = json.loads(Path(f"runs/{rule}/results.json").read_text())["second_moments"]
+        assert second["max_scale"] > 5  # before a cap
+        assert bool(second["capped"]) == ("capped at 5" in outcome.out) == (rule == "precondition")
 
 
 def test_first_order_is_the_limit_over_four_decades(checkpoint, command):

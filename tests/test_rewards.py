@@ -64,6 +64,11 @@ def test_math_on_gsm8k_rows():
         ("18 it is\n####", "#### 18", 0),  # cut off behind the mark
         ("$1,234,567.50 in all", "1234567.5", 1),
         ("lakh: 12,34,567", "1234567", 1),
+        ("1,234 in all", "#### 1,234.0", 1),
+        ("1,23 in all", "123", 0),
+        ("1,2345 in all", "2345", 1),
+        ("12345,678 in all", "678", 1),
+        ("a sum of 1,234,56", "56", 1),
         ("the pair is (1,2)", "12", 0),
         ("the pair is (1,2)", "2", 1),
         ("a loss of -$5", "-5", 1),
@@ -103,6 +108,8 @@ def test_numeric_reads_back_any_decimal(units, places, commas):
         (r"\boxed{2}", r"2\sqrt{3}", 0),  # a bare parse of the reference reads 2
         (r"\boxed{3}", r"3\pi", 0),
         (r"\boxed{x^2+2x+1}", r"$(x+1)^2$", 1),
+        (r"\boxed{(1,2)}", "$1<x<2$", 1),  # math_verify takes an interval for a relation,
+        (r"\boxed{1<x<2}", "$(1,2)$", 0),  # not the other way round
         ("I pay 18 dollars.", "18 dollars", 1),
         ("no idea", "18", 0),
     ],
@@ -232,7 +239,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     SEEN.append((data_source, solution_str, ground_truth, extra_info))
     found = re.findall(r"#### (-?[0-9.,]+)", solution_str[-300:])
     right = bool(found) and found[-1].replace(",", "") == ground_truth
-    return {"score": float(right), "acc": right} if data_source == "dict" else right
+    return {"acc": not right, "score": float(right)} if data_source == "dict" else right
 
 def f(solution_str, ground_truth, method="strict", format_score=0.1):
     return compute_score("", solution_str, ground_truth) or format_score

@@ -16,11 +16,13 @@ import torch
 from conftest import PIECES, Checkpoint, character_tokenizer, sets
 from datasets import Dataset
 from peft import PeftModel
+from test_step import with_sidecar
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from funcprobe.adapters.batches import sample, update_advantages
-from funcprobe.adapters.brought import bring_update
+from funcprobe.adapters.advantages import update_advantages
+from funcprobe.adapters.batches import sample
+from funcprobe.adapters.brought import bring_update, open_update
 from funcprobe.adapters.config import Config
 from funcprobe.adapters.config_file import read_config
 from funcprobe.adapters.console import Narrator
@@ -28,8 +30,10 @@ from funcprobe.adapters.plan import load
 from funcprobe.adapters.rewards import load_reward
 from funcprobe.adapters.rollout_files import Columns, read_columns
 from funcprobe.adapters.rollout_imports import Guesses, import_columns, layout_of
+from funcprobe.adapters.rollout_run import TrainingRun, training_run
 from funcprobe.adapters.rollouts import Rollouts, load_rollouts, parse_rollouts, save_rollouts
 from funcprobe.adapters.store import Stages
+from funcprobe.adapters.trainers import ParamNamesCallback
 from funcprobe.types import InputError
 
 G, LONGEST, EOS = 3, 12, 1
@@ -69,8 +73,13 @@ class Trained(NamedTuple):
         return [list(ids) for ids in self.call["completion_ids"]]
 
 
-def train(checkpoint: Checkpoint, folder: Path, names: list[str], *, chat: bool = False) -> Trained:
-    """One step of GRPOTrainer on 4 prompts with 3 completions each, completions logged."""
+def train(
+    checkpoint: Checkpoint, folder: Path, names: list[str], *, chat: bool = False, **settings: Any
+) -> Trained:
+    """One step of GRPOTrainer on 4 prompts with 3 completions each, completions logged.
+
+    Saved as checkpoint-1, with its sidecar.
+    """
     functions = folder / "functions.py"
     functions.write_text(FUNCTIONS)
     load_reward(f"{functions}:length")
@@ -84,28 +93,30 @@ def train(checkpoint: Checkpoint, folder: Path, names: list[str], *, chat: bool 
             text = row["prompt"].removesuffix("=")
             row["prompt"] = [{"role": "system", "content": "7"}, {"role": "user", "content": text}]
     base = AutoModelForCausalLM.from_pretrained(checkpoint.base)
-    arguments = GRPOConfig(
-        output_dir=str(folder),
-        max_steps=1,
-        per_device_train_batch_size=4 * G,
-        num_generations=G,
-        max_completion_length=LONGEST,
-        generation_kwargs={"suppress_tokens": [0]},  # <pad>, which no text shows
-        log_completions=True,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=3,
-    )
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4 * G,
+        "num_generations": G,
+        "max_completion_length": LONGEST,
+        "generation_kwargs": {"suppress_tokens": [0]},  # <pad>, which no text shows
+        "log_completions": True,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    arguments = GRPOConfig(**(given | settings))
     trainer = GRPOTrainer(
         model=PeftModel.from_pretrained(base, checkpoint.adapter, is_trainable=True),
         reward_funcs=found,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
+        callbacks=[ParamNamesCallback()],
     )
     with torch.random.fork_rng():
         trainer.train()
@@ -135,14 +146,22 @@ def with_none(checkpoint, tmp_path_factory) -> Trained:
 
 def guesses(**changes: Any) -> Guesses:
     given = {"tokenizer": character_tokenizer(), "eos_ids": (EOS,), "temperature": 1.0}
-    return Guesses(**(given | {"max_new_tokens": LONGEST, "prompts": {}} | changes))
+    given |= {"max_new_tokens": LONGEST, "prompts": {}, "run": run_before(1)}
+    return Guesses(**(given | changes))
+
+
+def run_before(step: int | None, loss: dict[str, Any] | None = None) -> TrainingRun:
+    """What the checkpoint says, of which that step is the next."""
+    return TrainingRun(Path("checkpoint"), None if step is None else step - 1, loss or {}, {})
 
 
 def imported(file: Path | Columns, *, advantages: bool = False, **changes: Any):
-    """U as a run takes it, and the warnings."""
+    """U as a run takes it, and the warnings. verl's fixtures are of step 6, TRL's of step 1."""
     columns = read_columns(file) if isinstance(file, Path) else file
     layout = layout_of(columns)
     assert layout is not None
+    if layout == "verl":
+        changes = {"run": run_before(6)} | changes
     mine, lines = import_columns(columns, layout, guesses(**changes), advantages=advantages)
     needs = {"rewards": not advantages, "advantages": advantages}
     return parse_rollouts(mine, len(PIECES), **needs, eos_ids=(EOS,)), lines
@@ -264,7 +283,9 @@ def test_trl_chats(chatted) -> None:
         changed(columns, completion=called), tokenizer=tokenizer
     )
     parts = [[{"role": "user", "content": [{"text": "3"}]}]] * len(columns.place)
-    assert "role and a text as content" in refusal(changed(columns, prompt=parts), tokenizer=tokenizer)
+    assert "Unicode text as role and as content is" in refusal(
+        changed(columns, prompt=parts), tokenizer=tokenizer
+    )
 
 
 def test_trl_groups(trained) -> None:
@@ -284,9 +305,19 @@ def test_trl_groups(trained) -> None:
     [
         ({"step": [5] * 6 + [6] * 6}, "holds steps 5 and 6, two policies"),
         ({"step": []}, "has no rows"),
-        ({"completion": [None] * 12}, "row 0 has None in completion, text is expected"),
-        ({"prompt": [4] * 12}, "row 0 has 4 in prompt, text is expected"),
-        ({"length": ["a"] * 12}, "row 0 has no reward (reward columns: none)"),
+        ({"completion": [None] * 12}, "row 0 has None in completion, Unicode text is expected"),
+        (
+            {"completion": ["4"] * 11 + ["9" * (LONGEST + 1)]},
+            "row 11 has a response of 13 tokens, sampl",
+        ),
+        ({"prompt": ["\ud800"] * 12}, "row 0 has '\\ud800' in prompt, Unicode text is expected"),
+        ({"step": [0] * 12}, "is of step 0, and checkpoint has taken 0 steps"),
+        ({"prompt": [4] * 12}, "row 0 has 4 in prompt, Unicode text is expected"),
+        ({"length": ["a"] * 12}, "row 0 has no reward (reward columns: none):"),
+        (
+            {"length": [True] * 12},
+            "(reward columns: none; left out, as TRL's rewards are floats: length): set objective",
+        ),
         ({"length": [1.0] * 11 + [float("nan")]}, "row 11 has no reward (reward columns: length)"),
         ({"length": [1.0] * 11 + [float("inf")]}, "row 11 has reward inf"),
         ({"completion": ["<eos>4"] * 12}, "row 0 has tokens after its first end-of-sequence token"),
@@ -294,6 +325,82 @@ def test_trl_groups(trained) -> None:
 )
 def test_trl_files_that_cannot_be_used(trained, values, said) -> None:
     assert said in refusal(changed(read_columns(trained.file), **values))
+
+
+@pytest.mark.parametrize(
+    ("steps", "loss", "said"),
+    [
+        (0, {}, None),
+        (None, {}, None),
+        (0, {"gradient_accumulation_steps": 4, "steps_per_generation": 4}, None),
+        (0, {"generation_batch_size": 12, "num_iterations": 1}, None),
+        (
+            1,
+            {},
+            "is of step 1, and checkpoint has taken 1 steps, so that its next step is made of the "
+            "rollouts of step 2: give completions_00002.parquet, or the checkpoint that has taken 0",
+        ),
+        (
+            0,
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+            "holds a generation of 4 micro-batches (steps_per_generation), and a step of this run",
+        ),
+        (None, {"num_iterations": 3}, "this run used num_iterations = 3 times"),
+        (0, {"generation_batch_size": 24}, "has 12 rows, and the run generated 24 a step"),
+    ],
+)
+def test_a_log_is_of_the_step_after_the_checkpoint(trained, steps, loss, said) -> None:
+    run = run_before(None if steps is None else steps + 1, loss)
+    columns = read_columns(trained.file)
+    if said is not None:
+        assert said in refusal(columns, run=run)
+        return
+    _, lines = imported(columns, run=run)
+    assert "an evaluation at that step would have put its rows into the file" in lines[0]
+    assert len(lines) == 1 + (steps is None)
+    if steps is None:
+        assert lines[1].startswith("warning: U's file is of step 1, and nothing in checkpoint says how")
+        assert lines[1].endswith("only if these are 0")
+
+
+def test_the_checkpoint_says_what_trl_did(checkpoint, trained, tmp_path) -> None:
+    """Real sidecars: one generation a step is taken, one for two steps (or for two halves) is not."""
+    run = training_run(trained.file.parents[1] / "checkpoint-1", None)
+    assert (run.steps, run.sampling["max_completion_length"]) == (1, LONGEST)
+    assert "has taken 1 steps" in refusal(read_columns(trained.file), run=run)
+    imported(trained.file, run=run._replace(steps=0))
+    more = train(
+        checkpoint, tmp_path, ["length"], per_device_train_batch_size=2 * G, steps_per_generation=2
+    )
+    assert len(read_columns(more.file).place) == 12  # of which the step took six
+    run = training_run(more.file.parents[1] / "checkpoint-1", None)._replace(steps=0)
+    assert "a generation of 2 micro-batches" in refusal(read_columns(more.file), run=run)
+
+
+def test_what_the_checkpoint_does_not_say(tmp_path) -> None:
+    assert training_run(tmp_path / "absent", None) == TrainingRun(tmp_path / "absent", None, {}, {})
+    (tmp_path / "trainer_state.json").write_text('{"global_step": "five"}')
+    with pytest.raises(InputError, match="has no global_step"):
+        training_run(tmp_path, None)
+
+
+def test_advantages_come_without_a_sum_that_is_no_reward(trained, with_two) -> None:
+    own, _ = imported(trained.file, advantages=True)
+    assert own.reward == [len(y) / 4 for y in trained.exact()]
+    summed, lines = imported(with_two.file, advantages=True)
+    assert summed.reward is None
+    assert len(lines) == 1
+
+
+def test_columns_that_are_no_rewards_of_trls_are_named(trained) -> None:
+    columns = read_columns(trained.file)
+    whole = [int(x > 1) for x in columns.values["length"]]
+    texts = ["a"] * 12
+    found, lines = imported(changed(columns, short=whole, right=[x > 0 for x in whole], texts=texts))
+    assert found.reward == columns.values["length"]
+    assert "the sum of length, right if all" in lines[1]
+    assert "all weights are 1; left out, as TRL's rewards are floats: short, right; if" in lines[1]
+    assert len(imported(changed(columns, texts=texts))[1]) == 1
 
 
 # TRL's reward functions
@@ -358,6 +465,17 @@ def test_verl_dumps(tmp_path) -> None:
     lost, lines = imported(path, prompts={"3+4=": A})
     assert lost.prompt_ids == [A, B[1:], A, B[1:]]
     assert "2 of U's 4 prompts are not in prompts.source" in lines[1]
+    lost, lines = imported(path, prompts=None)
+    assert lost.prompt_ids == [A[1:], B[1:]] * 2
+    assert "4 of U's 4 prompts (prompts.source is not set) and were" in lines[1]
+    assert "an evaluation" not in lines[0]
+    assert (
+        "taken 6 steps, so that its next step is made of the rollouts of step 7: give 7.js"
+        in refusal(read_columns(path), run=run_before(7))
+    )
+    assert "give 6.jsonl" not in refusal(read_columns(path), run=run_before(5))  # of one too late, too
+    # Settings of TRL's are none of verl's.
+    imported(path, run=run_before(6, {"num_iterations": 3, "generation_batch_size": 24}))
 
 
 def test_verl_groups_by_uid_where_there_is_one(tmp_path) -> None:
@@ -376,9 +494,12 @@ def test_verl_groups_by_uid_where_there_is_one(tmp_path) -> None:
     ("values", "said"),
     [
         ({"step": [5, 5, 6, 6]}, "holds steps 5 and 6"),
-        ({"step": [[5], [5], [5], [6]]}, "holds steps [5] and [6]"),
-        ({"output": ["1", "1", {}, "1"]}, "line 3 has {} in output, text is expected"),
-        ({"input": ["1", None, "1", "1"]}, "line 2 has None in input, text is expected"),
+        ({"step": [[5], [5], [5], [6]]}, "line 1 has [5] in step, an integer is expected"),
+        ({"step": [6, 6, True, 6]}, "line 3 has True in step, an integer is expected"),
+        ({"output": ["1", "1", "\ud800", "1"]}, "line 3 has '\\ud800' in output, Unicode text is"),
+        ({"output": ["1", "1", "9" * (LONGEST + 1), "1"]}, "line 3 has a response of 13 tokens, sampl"),
+        ({"output": ["1", "1", {}, "1"]}, "line 3 has {} in output, Unicode text is expected"),
+        ({"input": ["1", None, "1", "1"]}, "line 2 has None in input, Unicode text is expected"),
         ({"input": ["1", "", "1", "1"]}, "line 2 has a prompt of zero tokens"),
         ({"score": [1.0, None, 1.0, 1.0]}, "line 2 has no reward"),
         ({"score": ["1"] * 4}, "line 1 has '1' in reward, a number is expected"),
@@ -395,9 +516,9 @@ def test_the_end_of_sequence_is_the_tokenizers_where_the_policy_has_it(tmp_path)
     columns = read_columns(path)
 
     def last(eos_ids) -> int:
-        return import_columns(columns, "verl", guesses(eos_ids=eos_ids), advantages=False)[0].values[
-            "response_ids"
-        ][0][-1]
+        return import_columns(
+            columns, "verl", guesses(eos_ids=eos_ids, run=run_before(6)), advantages=False
+        )[0].values["response_ids"][0][-1]
 
     assert last((0, 1)) == 1
     assert last((0, 9)) == 0
@@ -455,9 +576,20 @@ class Policy(NamedTuple):
     eos_ids: tuple[int, ...]
 
 
-def brought(config: Config, prompt_ids=()) -> tuple[Rollouts, list[str]]:
+def brought(config: Config, prompt_ids=(), step: int = 1) -> tuple[Rollouts, list[str]]:
     policy: Any = Policy(character_tokenizer(), (EOS,))
-    return bring_update(config, policy, len(PIECES), prompt_ids)
+    mode = config.objective.advantage or "mean_std"
+    found, lines = bring_update(
+        open_update(config),
+        config,
+        policy,
+        len(PIECES),
+        mode=mode,
+        prompt_ids=prompt_ids,
+        run=run_before(step),
+    )
+    assert found is not None
+    return found, lines
 
 
 def test_the_configuration_fills_what_the_file_lacks(config, trained, tmp_path) -> None:
@@ -471,7 +603,7 @@ def test_the_configuration_fills_what_the_file_lacks(config, trained, tmp_path) 
     own, lines = brought(config(**of, objective__advantage="rollouts"))
     assert own.advantage == found.advantage
     verl = dumped(tmp_path / "6.jsonl", SAMPLED, [1.0, 0.0, 0.25, 1.0])
-    found, lines = brought(config(rollouts__update=str(verl)), [B, A])
+    found, lines = brought(config(rollouts__update=str(verl)), [B, A], step=6)
     assert found.prompt_ids == [A, B, A, B]
     assert len(lines) == 1
 
@@ -525,6 +657,62 @@ def test_what_a_run_refuses(command, checkpoint, trained, tmp_path, changes, sai
     outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
     assert (outcome.status, outcome.out) == (2, "")
     assert said in outcome.err.splitlines()[-1]
+
+
+def test_a_log_of_verls_finds_its_prompts_also_where_nothing_is_sampled(
+    command, checkpoint, trained, tmp_path
+) -> None:
+    """With E brought, prompts.source is read for U's prompts alone; or is said not to be set."""
+    prompts = [[5, 12, 6, 13], [7, 12, 6, 13]]
+    rows = [(prompts[i % 2], y) for i, (_, y) in enumerate(SAMPLED)]
+    verl = dumped(tmp_path / "6.jsonl", rows, [1.0, 0.0, 0.25, 1.0])
+    save_rollouts(imported(trained.file)[0]._replace(reward=None, advantage=None), Path("e.parquet"))
+    Path("c.toml").touch()
+    given = checkpoint.settings() | {"sampling.max_new_tokens": LONGEST}
+    given |= {"rollouts.eval": "e.parquet", "rollouts.update": str(verl)}
+    outcome = command("run", "c.toml", "--dry-run", *sets(given))
+    assert outcome.status == 0, outcome.err
+    assert "prompts.source" not in outcome.err.replace("set prompts.source and", "")
+    assert "nothing in" in outcome.err  # says of which step the checkpoint is
+    assert "longest prompt" not in outcome.out
+    gone = given | {"prompts.source": "/gone.jsonl"}
+    assert "file not found: /gone.jsonl" in command("run", "c.toml", "--dry-run", *sets(gone)).err
+    del given["prompts.source"]
+    outcome = command("run", "c.toml", "--dry-run", *sets(given))
+    assert outcome.status == 0, outcome.err
+    assert "warning: 4 of U's 4 prompts (prompts.source is not set)" in outcome.err
+    # A file in SCHEMA has its prompts, and none are loaded.
+    save_rollouts(imported(trained.file)[0], Path("u.parquet"))
+    given |= {"rollouts.update": "u.parquet", "prompts.source": "/gone.jsonl"}
+    outcome = command("run", "c.toml", "--dry-run", *sets(given))
+    assert outcome.status == 0, outcome.err
+
+
+def test_a_checkpoint_of_another_step_and_of_other_lengths(command, trained, damaged) -> None:
+    Path("c.toml").touch()
+    given = damaged.settings() | {"rollouts.update": str(trained.file)}
+    given |= {"sampling.max_new_tokens": LONGEST + 1}
+    state = damaged.adapter / "trainer_state.json"
+    with_sidecar(damaged, sampling={"max_completion_length": LONGEST}, global_step=7)
+
+    def probed(**changes: Any):
+        more = {k.replace("__", "."): v for k, v in changes.items()}
+        return command("run", "c.toml", "--dry-run", *sets(given | more))
+
+    for rule in ("adamw", "sgd"):  # the second reads no state, so no sidecar of one
+        state.unlink(missing_ok=True)
+        outcome = probed(optimizer__rule=rule)
+        assert outcome.status == 2
+        assert "has taken 7 steps" in outcome.err  # by the sidecar
+        state.write_text('{"global_step": 2}')
+        outcome = probed(optimizer__rule=rule)
+        assert outcome.status == 2
+        assert "has taken 2 steps, so that" in outcome.err
+        state.write_text('{"global_step": 0}')
+        outcome = probed(optimizer__rule=rule)
+        assert outcome.status == 0, outcome.err
+        assert "max_completion_length was 12, sampling.max_new_tokens is 13: resp" in outcome.err
+    assert "max_completion_length" not in probed(sampling__max_new_tokens=LONGEST).err
 
 
 @pytest.fixture
@@ -594,9 +782,8 @@ def test_u_with_advantages_alone(checkpoint, trained, tmp_path, monkeypatch) -> 
     assert "U is brought: its advantages are its own" in narrator.lines
     assert "1 groups of advantage 0" in narrator.lines[-1]
     save_rollouts(found._replace(reward=None, advantage=[0.0] * 12), Path("u.jsonl"))
-    plan = load(read_config(Path("c.toml"), sets(settings)[1::2]), narrator)
-    with pytest.raises(InputError, match="all 4 groups of U have advantage 0"):
-        sample(plan, Stages(None), narrator)
+    with pytest.raises(InputError, match=r"all 4 groups of U have advantage 0.*: bring rollouts with"):
+        load(read_config(Path("c.toml"), sets(settings)[1::2]), narrator)
 
 
 def test_advantages_that_are_not_those_of_the_rewards_are_a_warning(

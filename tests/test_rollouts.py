@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funcprobe.adapters.batches import groups_of_zero, update_advantages
+from funcprobe.adapters.advantages import groups_of_zero, update_advantages
 from funcprobe.adapters.rollouts import (
     SCHEMA,
     Rollouts,
@@ -199,6 +199,8 @@ def test_the_batch_keeps_rows_and_units_apart() -> None:
         ({"advantage": None, "advantages": [1.0, 0.0, 0.0]}, "and a column advantages: rename it"),
         ({"response_ids": [[5, 6, 7], [], [9, 0]]}, "@1 has a response of zero tokens"),
         ({"response_ids": [[5, 6, 7], None, [9, 0]]}, "@1 has no response_ids"),
+        ({"prompt_ids": [[1, 2], [1, 2], [10]]}, "@2 has a token id outside the model's 10"),
+        ({"prompt_ids": [[1, 2], [1, 2], [-3]]}, "@2 has a token id outside the model's 10"),
         ({"prompt_ids": [[1, 2], [1, 2], []]}, "@2 has a prompt of zero tokens"),
         ({"response_ids": [[5, 6, 10], [8], [9, 0]]}, "@0 has a token id outside the model's 10"),
         ({"response_ids": [[5, 6, 7], [-1], [9, 0]]}, "@1 has a token id outside"),
@@ -301,7 +303,7 @@ def test_the_end_is_what_finish_reason_says(tmp_path, changes, eos_ids, said) ->
 def test_files_that_are_no_rollouts(tmp_path) -> None:
     assert "no such file" in refusal(tmp_path / "absent.parquet")
     (tmp_path / "folder.parquet").mkdir()
-    assert "no such file" in refusal(tmp_path / "folder.parquet")
+    assert "is a folder: name the file in it" in refusal(tmp_path / "folder.parquet")
     (tmp_path / "r.csv").write_text("prompt_index\n1\n")
     assert "expected a file that ends in .parquet, .jsonl, .json" in refusal(tmp_path / "r.csv")
     (tmp_path / "text.parquet").write_text("prompt_index\n1\n")
@@ -309,7 +311,7 @@ def test_files_that_are_no_rollouts(tmp_path) -> None:
     pq.write_table(SCHEMA.empty_table(), tmp_path / "empty.parquet")
     assert "has no rows" in refusal(tmp_path / "empty.parquet")
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert "its columns are: none" in refusal(tmp_path / "empty.jsonl")
+    assert "has no rows" in refusal(tmp_path / "empty.jsonl")
     twice = pa.Table.from_arrays([pa.array([1])] * 2, names=["prompt_index"] * 2)
     pq.write_table(twice, tmp_path / "twice.parquet")
     assert "Multiple matches" in refusal(tmp_path / "twice.parquet")
@@ -318,6 +320,7 @@ def test_files_that_are_no_rollouts(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        (rb'{"\ud800": 1}', "line 2 cannot be read (key '\\ud800' is no Unicode text)"),
         (b"[1]", "line 2 is list, one JSON object a line is expected"),
         (b"{'prompt_index': 1}", "line 2 cannot be read (Expecting property name"),
         (b'{"reward": 1, "reward": 2}', "line 2 cannot be read (key reward stands twice)"),
@@ -390,6 +393,15 @@ def test_advantages_are_made_of_rewards_unless_told() -> None:
     assert taken_N.tolist() == off
     assert taken_N.dtype == torch.float64
     assert update_advantages(update(reward, [0.0] * 6), "mean")[1]  # not those of these rewards
+
+
+@pytest.mark.parametrize("mode", ["mean", "mean_std", "leave_one_out"])
+def test_rewards_whose_squares_overflow_are_not_called_equal(mode) -> None:
+    with pytest.raises(InputError, match="a reward of U is 1e\\+200 in size, at most 1e\\+150"):
+        update_advantages(update([-1e200, NAN, 0.5, 0.0, 1.0, 2.0]), mode)
+    advantage_N, _ = update_advantages(update([1e150, 0.0, -1e150, 0.0, 1.0, 2.0]), mode)
+    assert bool(advantage_N.isfinite().all())
+    assert groups_of_zero(advantage_N, torch.tensor([0, 0, 0, 1, 1, 1])) == 0
 
 
 def test_a_response_without_reward_is_out_of_its_group() -> None:

@@ -375,15 +375,33 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
     save_rollouts(one_prompt, Path("one_prompt.parquet"))
     padded = [update.response_ids[0], [5, 1, 0], *update.response_ids[2:]]
     save_rollouts(update._replace(response_ids=padded), Path("padded.parquet"))
+    save_rollouts(update._replace(reward=[0.3] * 12, advantage=None), Path("equal.parquet"))
+    huge = [1e200, *update.reward[1:]]
+    save_rollouts(update._replace(reward=huge, advantage=None), Path("huge.parquet"))
+    save_rollouts(update._replace(temperature=1 + 2e-6), Path("warmer.parquet"))
     for given, said in (
         ({"rollouts.update": "runs/one/rollouts/update.parquet"}, "E has temperature 1 and U 0.5"),
+        ({"rollouts.update": "warmer.parquet"}, "E has temperature 1 and U 1.000002,"),
         (
             {"rollouts.update": "single.parquet", "sampling.temperature": 0.5},
             "has one response",
         ),
         (
             {"rollouts.update": "one_prompt.parquet", "sampling.temperature": 0.5},
-            "U has responses to one prompt only",
+            "U has responses to one prompt only, a standard error needs at least two: bring a file",
+        ),
+        (
+            {"rollouts.eval": "one_prompt.parquet", "sampling.temperature": 0.5},
+            "E has responses to one prompt only, a standard error needs at least two: bring a file",
+        ),
+        (
+            {"rollouts.update": "equal.parquet", "sampling.temperature": 0.5},
+            "all 4 groups of U have equal rewards, so every advantage is 0 and v has no gradient part: "
+            "bring",
+        ),
+        (
+            {"rollouts.update": "huge.parquet", "sampling.temperature": 0.5},
+            "a reward of U is 1e+200 in size",
         ),
         ({"rollouts.update": "runs/one/rollouts/eval.parquet"}, "row 0 has no reward"),
         (
@@ -391,10 +409,110 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
             "row 1 has tokens after its first end-of-sequence token",
         ),
     ):
-        outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
+        # A dry run: nothing has to be sampled for it.
+        outcome = command("run", "c.toml", "--dry-run", *sets(checkpoint.settings() | given))
         assert (outcome.status, outcome.out) == (2, "")
         assert said in outcome.err.splitlines()[-1]
-        assert not Path("runs/probe").exists()
+
+
+def test_a_temperature_of_float32_is_what_it_was_rounded_from(probe) -> None:
+    sampled = probe("one", sampling__temperature=0.7)
+    update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)
+    rounded = float(torch.tensor(0.7, dtype=torch.float32))
+    assert rounded != 0.7
+    save_rollouts(update._replace(temperature=rounded), Path("u.parquet"))
+    again = probe("two", rollouts__update="u.parquet", sampling__temperature=0.7)
+    assert derivative(again) == derivative(sampled)  # E's temperature is the policy's
+
+
+def test_brought_rollouts_are_not_longer_than_a_microbatch(probe, command, checkpoint) -> None:
+    probe("one")
+    given = {f"rollouts.{x}": f"runs/one/rollouts/{x}.parquet" for x in ("eval", "update")}
+    both = [load_rollouts(Path(path), 14, rewards=False) for path in given.values()]
+    longest = max(
+        len(x) + len(y) for r in both for x, y in zip(r.prompt_ids, r.response_ids, strict=True)
+    )
+    for most, status in ((longest, 0), (longest - 1, 2)):
+        settings = checkpoint.settings() | given | {"run.max_tokens": most}
+        outcome = command("run", "c.toml", "--dry-run", *sets(settings))
+        assert outcome.status == status, outcome.err
+    assert f"may have {longest} tokens, a microbatch {longest - 1}" in outcome.err
+
+
+# What the configuration says of the step
+
+
+def test_the_constant_of_the_objective_divides(probe) -> None:
+    norms = [
+        probe("one", objective__preset="dr_grpo", **constant)["norms"]["Y"]["value"]
+        for constant in ({}, {"objective__constant": 24.0})
+    ]
+    assert norms[0] / norms[1] == pytest.approx(24 / 6, rel=1e-12)  # max_new_tokens is 6
+
+
+def test_the_next_lr_is_the_configurations_where_it_has_one(probe) -> None:
+    document = probe("one", optimizer__lr=3e-4)
+    assert document["next_lr"]["value"] == 3e-4
+    assert [row["eta"] for row in document["sweep"] if row["is_next_lr"]] == [3e-4]
+
+
+def test_the_next_lr_is_of_the_first_group_that_has_parameters(probe, damaged) -> None:
+    file = damaged.adapter / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    full, empty = state["param_groups"]
+    state["param_groups"] = [empty | {"lr": 7e-9}, full]
+    torch.save(state, file)
+    base = AutoModelForCausalLM.from_pretrained(damaged.base)
+    model = PeftModel.from_pretrained(base, damaged.adapter, is_trainable=True)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    sidecar = {"param_name_groups": [[], names]}
+    (damaged.adapter / "optimizer_param_names.json").write_text(json.dumps(sidecar))
+    assert probe("one", of=damaged)["next_lr"]["value"] == 1e-3
+
+
+def test_low_coverage_is_refused_or_makes_the_raw_gradient_the_direction(
+    probe, command, damaged
+) -> None:
+    Path("c.toml").touch()
+    file = damaged.adapter / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    for key in range(5):
+        del state["state"][key]
+    torch.save(state, file)
+    outcome = command("run", "c.toml", "--dry-run", *sets(damaged.settings()))
+    assert outcome.status == 2
+    assert "7 of 12" in outcome.err
+    document = probe("one", of=damaged, optimizer__on_low_coverage="identity")
+    first = document["first_order"]
+    assert document["conventions"]["step"]["rule"] == "sgd"
+    assert first["bars_dot"]["value"] == first["bars_dot_identity"]["value"]
+    assert first["from_momentum"]["value"] == first["from_weight_decay"]["value"] == 0
+    assert "on_low_coverage is identity" in Path("runs/one/run.log").read_text()
+
+
+# Whether E is a sample of the policy
+
+
+def test_e_at_another_temperature_is_suspect(probe) -> None:
+    """Brought as if at 1; the check sees all of E, and its own log-probabilities take its place."""
+    few: dict[str, Any] = {"measure__etas": [1e-5], "measure__next_lr": False}
+    probe("one", sampling__temperature=0.4, sampling__B_E=80, **few)
+    drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
+    save_rollouts(drawn._replace(temperature=1.0), Path("e.parquet"))
+
+    def last(document: dict[str, Any]) -> dict[str, Any]:
+        (found,) = [c for c in document["checks"] if c["name"].startswith("E")]
+        return found
+
+    found = last(probe("two", rollouts__eval="e.parquet", **few))
+    assert (found["passed"], found["advisory"]) == (False, True)
+    assert "temperature" in found["failure_means"]
+    assert last(probe("three", sampling__B_E=80, **few))["passed"]
+    logp = [[-1.0] * len(y) for y in drawn.response_ids]
+    save_rollouts(drawn._replace(temperature=1.0, sampler_logp=logp), Path("e.parquet"))
+    found = last(probe("four", rollouts__eval="e.parquet", **few))
+    assert found["name"] == "E's sampler is near the policy"
+    assert "of 80 at eta = 0" in found["saw"]
 
 
 def test_without_optimizer_state_the_gradient_is_the_direction(probe, damaged) -> None:
