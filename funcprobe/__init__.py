@@ -4,11 +4,13 @@ The functional core. Everything here is a pure function of its arguments.
 """
 
 from .adam import fresh_adam_state, precondition, preconditioner, update_direction
+from .curvature import difference_eta, eta_star, second_difference, second_tangents
 from .estimators import (
     entropy_value,
     first_order,
     gradient_coefficients,
     measured_change,
+    second_order,
     sum_se,
 )
 from .gradients import grad_X, grad_Y, weighted_grad
@@ -51,7 +53,9 @@ __all__ = [
     "bind",
     "coefficients",
     "collate",
+    "difference_eta",
     "entropy_value",
+    "eta_star",
     "first_order",
     "first_order_passes",
     "fresh_adam_state",
@@ -66,6 +70,9 @@ __all__ = [
     "preconditioner",
     "predict",
     "response_mask",
+    "second_difference",
+    "second_order",
+    "second_tangents",
     "select",
     "seq_logprobs",
     "sum_se",

@@ -34,6 +34,15 @@ class FirstOrder(NamedTuple):
     per_sequence_N: Float[Tensor, " N"]
 
 
+class SecondOrder(NamedTuple):
+    """Second derivative along a direction, per unit of eta squared; errors as in `FirstOrder`."""
+
+    derivative: float
+    se: float
+    influence_M: Float[Tensor, " M"]  # sums to 0
+    per_sequence_N: Float[Tensor, " N"]  # sums to the derivative
+
+
 class Measured(NamedTuple):
     """Entropy change by self-normalised importance sampling, and how far the weights carry it."""
 
@@ -97,6 +106,50 @@ def first_order(
         se_jackknife=math.sqrt((units - 1) * float(jackknife_M.var(correction=0))),
         influence_M=influence_M,
         per_sequence_N=(p_NR * tangent.logp_NR + q_NR * tangent.entropy_NR).sum(1),
+    )
+
+
+def second_order(
+    stats: TokenStats,
+    tangent: TokenStats,
+    second: TokenStats,
+    mask_NR: ResponseMask,
+    unit_N: Int[Tensor, " N"],
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> SecondOrder:
+    """d2/d eta2 H(theta + eta v) = sum_g R'', R'' = (N'' - R D'' - 2 R' D') / D, at eta = 0.
+
+    With a, a' the prefix sums of l', l'': N'' = sum W (z'' + 2 a z' + (a^2 + a') z), D'' = sum W (a^2
+    + a'), and R' = (N' - R D') / D as in `first_order`, which see for `unit_N`, errors and the clip.
+    """
+    weight_NR = _weights(_or_zero(log_ratio_NR, mask_NR), mask_NR, entropy)
+    z_NR, dz_NR, ddz_NR = (_integrand(s, mask_NR, entropy) for s in (stats, tangent, second))
+    a_NR, da_NR = (_prefix_sum(s.logp_NR * mask_NR, entropy) for s in (tangent, second))
+    dweight_NR = _responsive(weight_NR, entropy) * a_NR
+    ddweight_NR = _responsive(weight_NR, entropy) * (a_NR.square() + da_NR)
+    cells = (
+        weight_NR * z_NR,
+        weight_NR * dz_NR + dweight_NR * z_NR,
+        weight_NR * ddz_NR + 2 * dweight_NR * dz_NR + ddweight_NR * z_NR,
+        *(weight_NR, dweight_NR, ddweight_NR),
+    )
+    N, dN, ddN, D, dD, ddD = (_group(c, entropy) for c in cells)
+    R, dR = N / D, (dN - N / D * dD) / D
+    ddR = (ddN - R * ddD - 2 * dR * dD) / D
+    n_Mg, dn_Mg, ddn_Mg, d_Mg, dd_Mg, ddd_Mg = (_by_unit(c, unit_N, entropy) for c in cells)
+    units = len(n_Mg)
+    if units < 2:
+        raise InputError(f"{units} sampling unit: a standard error needs at least two prompts")
+    r_Mg = (n_Mg - R * d_Mg) / D
+    dr_Mg = (dn_Mg - R * dd_Mg - r_Mg * dD - dR * d_Mg) / D
+    ddr_Mg = (ddn_Mg - R * ddd_Mg - 2 * dR * dd_Mg - r_Mg * ddD - 2 * dr_Mg * dD - ddR * d_Mg) / D
+    influence_M = ddr_Mg.sum(1)
+    return SecondOrder(
+        derivative=float(ddR.sum()),
+        se=math.sqrt(units / (units - 1) * float(influence_M.square().sum())),
+        influence_M=influence_M,
+        per_sequence_N=((cells[2] - R * cells[5] - 2 * dR * cells[4]) / D).sum(1),
     )
 
 

@@ -1,0 +1,202 @@
+"""Second order along one direction: second derivatives of every token, and where first order ends."""
+
+import math
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from . import tree
+from .head import chunks, token_head
+from .layout import MAX_TOKENS, Rows, collate, microbatches, scatter
+from .policy import Forward
+from .types import Batch, InputError, Params, ResponseMask, TokenStats
+
+CHECKED_TOKENS = 16  # of the batch's first sequence, half prompt and half response where it has both
+
+
+def second_tangents(
+    params: Params, batch: Batch, direction: Params, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> tuple[TokenStats, TokenStats, TokenStats]:
+    """(l, h), d/d eta and d2/d eta2 of l and h at theta + eta * direction, eta = 0, [N, R] each.
+
+    Forward mode over forward mode, in nats, nats per eta and nats per eta^2; no graph is kept. The
+    second derivatives of the logits are compared with a symmetric difference of their first ones on a
+    few tokens of the batch in every call. Raises InputError where the two differ, where the model has
+    no nested forward mode, and for half precision, which cannot resolve that comparison; ValueError
+    where `direction` has other names or shapes than `params`.
+    """
+    tree.require_same(params, direction, "direction")
+    if torch.finfo(forward.coarsest).eps > 1e-4:
+        raise InputError(
+            f"second derivatives of a model in {forward.coarsest} would be rounding: "
+            'use policy.dtype = "float64" or "float32"'
+        )
+    params = {n: t.detach() for n, t in params.items()}  # grad mode is on below
+    direction = {n: direction[n].detach().to(t) for n, t in params.items()}
+    _require_second_derivatives(params, batch, direction, forward)
+    parts = microbatches(batch, max_tokens)
+    columns: list[list[Tensor]] = []
+    for rows in parts:
+        hidden = _hidden_jet(params, rows, direction, forward)
+        outs = [
+            _head_jet(params, [x[c] for x in hidden], rows.target_T[c], direction, forward)
+            for c in chunks(len(rows.target_T))
+        ]
+        columns.append([torch.cat(column) for column in zip(*outs, strict=True)])
+    tensors = [scatter(values, parts, batch) for values in zip(*columns, strict=True)]
+    return TokenStats(*tensors[:2]), TokenStats(*tensors[2:4]), TokenStats(*tensors[4:])
+
+
+def eta_star(first: float, second: float) -> float:
+    """2 |first| / |second|: the eta whose quadratic term is as large as its linear one.
+
+    Where first order ends: at a tenth of it the quadratic term is 10 %. Infinite where nothing bends.
+    """
+    return math.inf if second == 0 else 2 * abs(first / second)
+
+
+def difference_eta(tangent: TokenStats, mask_NR: ResponseMask, dtype: torch.dtype) -> float:
+    """The e for `second_difference`: (12 eps)^(1/4) / rms_i S'_i, eps the precision of `dtype`.
+
+    Let x = e S' be what e adds to a typical log-weight, so that derivatives of the estimator are of
+    order H S'^n. In units of H S'^2, truncation e^2 H'''' / 12 is x^2 / 12 and rounding H eps / e^2
+    is eps / x^2. Their sum is least at x^4 = 12 eps: x = 2.3e-4 in float64 and 0.03 in float32, with
+    errors of 1e-8 and 2e-4; relative to an H'' far below H S'^2 they are so much larger. `dtype` is
+    the coarsest that the values pass through (`Forward.coarsest`). Raises InputError where no
+    response's log-probability moves.
+    """
+    rate = float((tangent.logp_NR * mask_NR).sum(1).square().mean().sqrt())
+    if not 0 < rate < math.inf:
+        raise InputError(
+            f"the log-probabilities move by {rate} per unit of eta, a finite number above 0 is "
+            "expected: is the direction zero or not finite?"
+        )
+    return float((12 * torch.finfo(dtype).eps) ** 0.25 / rate)
+
+
+def second_difference(plus: float, minus: float, eta: float) -> float:
+    """(delta(eta) + delta(-eta)) / eta^2 of two measured changes: the second derivative, cheaply.
+
+    Odd orders cancel; what is left is eta^2 H'''' / 12, and rounding of sqrt(2) sigma / eta^2 with
+    sigma from `estimators.rounding_noise`.
+    """
+    return (plus + minus) / eta**2
+
+
+class _PlainLayerNorm(TorchFunctionMode):
+    """layer_norm as elementary operations while the mode is active.
+
+    Its own nested forward mode is silently wrong (torch 2.13, pytorch #196700): 90 % off on random
+    input, where those of rms_norm, softmax and the activations are right.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in (torch.nn.functional.layer_norm, torch.layer_norm):
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: bool,
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _hidden_jet(params: Params, rows: Rows, direction: Params, forward: Forward) -> list[Tensor]:
+    """Hidden states [T, D] with their first and second derivatives."""
+
+    def along(given: Params) -> tuple[Tensor, Tensor]:
+        value, tangent = jvp(partial(forward.hidden, rows=rows), (given,), (direction,))  # type: ignore[misc]
+        return value, tangent
+
+    # Nested forward mode needs grad mode (torch 2.13: "forward AD with aten::silu_backward"), though
+    # nothing here requires a gradient; the fused attention kernels have none (pytorch #128971).
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
+        (value, first), (_, second) = jvp(along, (params,), (direction,))  # type: ignore[misc]
+    return [value, first, second]
+
+
+def _head_jet(
+    params: Params, hidden: list[Tensor], target_T: Tensor, direction: Params, forward: Forward
+) -> tuple[Tensor, ...]:
+    """(l, h, l', h', l'', h'') of a chunk of tokens, from the hidden states' derivatives."""
+    head = partial(token_head, target_T=target_T, forward=forward)
+
+    def along(given: Params, value: Tensor, first: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        out: tuple[tuple[Tensor, ...], ...] = jvp(head, (given, value), (direction, first))  # type: ignore[misc]
+        return out
+
+    value, first, second = hidden
+    with torch.enable_grad():
+        (out, out1), (_, out2) = jvp(along, (params, value, first), (direction, first, second))  # type: ignore[misc]
+    return (*out, *out1, *out2)
+
+
+def _require_second_derivatives(
+    params: Params, batch: Batch, direction: Params, forward: Forward
+) -> None:
+    """InputError unless forward over forward is the symmetric difference of forward, on a few tokens.
+
+    Compared are the logits: l and h follow from them by operations that are right, and would hide
+    the rest where the policy is certain of the next token.
+    """
+    (rows,) = microbatches(_first_tokens(batch), CHECKED_TOKENS)
+
+    def tangent(given: Params) -> tuple[Float[Tensor, "T V"], Float[Tensor, "T V"]]:
+        def logits(at: Params) -> Tensor:
+            return forward.logits(at, forward.hidden(at, rows))
+
+        value, tangent = jvp(logits, (given,), (direction,))  # type: ignore[misc]
+        return value, tangent
+
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
+            (value, first), (_, second) = jvp(tangent, (params,), (direction,))  # type: ignore[misc]
+    except RuntimeError as error:  # NotImplementedError is one
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"this model has no forward over forward mode: {said}") from error
+    scale, slope, bend = (float(x.double().norm()) for x in (value, first, second))
+    # One over the length along the direction on which the logits bend, also where some of these are 0.
+    rates = [bend / slope if slope else 0.0, math.sqrt(bend / scale) if scale else 0.0]
+    rate = max(*rates, slope / scale if scale else 0.0) or tree.norm(direction)
+    if rate == 0:
+        return
+    # Truncation is (e rate)^2 and rounding eps / (e rate): least at eps^(1/3).
+    eps = torch.finfo(first.dtype).eps
+    e = eps ** (1 / 3) / rate
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        plus, minus = (tangent(tree.axpy(sign * e, direction, params))[1] for sign in (1, -1))
+    difference = (plus.double() - minus.double()) / (2 * e)
+    gap, size = float((second.double() - difference).norm()), max(bend, float(difference.norm()))
+    # Truncation; tiny policies of every architecture are below 4e-10 and 2e-4.
+    bound = 1e-6 if eps < 1e-12 else 5e-3
+    # A first derivative is good to some 30 eps (4e-6 measured in float32), which e divides.
+    if not gap <= bound * size + 100 * eps * slope / e:
+        raise InputError(
+            "second derivatives of the logits are off a symmetric difference of their first ones, by "
+            f"{gap / size:.2g} of it: an operation of this model is wrong in "
+            "forward over forward mode; use second_difference() of two measured changes instead"
+        )
+
+
+def _first_tokens(batch: Batch) -> Batch:
+    """The end of the first prompt and the start of its response, CHECKED_TOKENS in all at most."""
+    prompt, count = int(batch.prompt_length_N[0]), int(batch.response_length_N[0])
+    half = CHECKED_TOKENS // 2
+    tokens = batch.tokens_NL[0].tolist()
+    start = max(prompt - half, 0)
+    return collate([tokens[start:prompt]], [tokens[prompt : prompt + min(count, half)]], [0])
