@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 import funcprobe
-from funcprobe import checks, estimators, tree
+from funcprobe import checks, curvature, tree
+from funcprobe.estimators import Measured
 from funcprobe.layout import microbatches, response_mask, select
 from funcprobe.policy import Forward
 from funcprobe.types import TokenStats
@@ -198,7 +199,7 @@ def _sweep(
     inputs = {**_state_inputs(plan, batches), "direction": v}
     with narrator.phase("measure", parts * (len(plan.etas) + len(signed))) as advance:
 
-        def measured(eta: float) -> estimators.Measured:
+        def measured(eta: float) -> Measured:
             moved = stages.tensors(
                 "moved",
                 {**inputs, "eta": eta},
@@ -210,7 +211,7 @@ def _sweep(
                     plan.config.run.max_tokens,
                 ),
             )
-            return estimators.measured_change(
+            return funcprobe.measured_change(
                 prediction.stats,
                 moved,
                 response_mask(batches.eval_batch),
@@ -222,7 +223,7 @@ def _sweep(
         noise = None
         if signed:
             up_half, up, down_half, down = (measured(eta).delta for eta in signed)
-            noise = estimators.rounding_noise((up_half, up), (down_half, down))
+            noise = curvature.rounding_noise((up_half, up), (down_half, down))
     return results.Sweep(plan.etas, found, len(signed), noise)
 
 

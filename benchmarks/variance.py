@@ -87,7 +87,7 @@ def influence(pool: Pool, index_n: Tensor, variant: Variant, per: str) -> tuple[
             b_NR = baselines.baseline(variant.baseline, batch, stats, mask, entropy)
         tangent = baselines.controlled_tangent(tangent, b_NR, mask, entropy)
     first = estimators.first_order(stats, tangent, mask, torch.arange(len(index_n)), entropy)
-    return first.derivative, first.influence_M * len(index_n)
+    return first.derivative, first.influence_N * len(index_n)
 
 
 def not_normalised(stats: TokenStats, tangent: TokenStats, integrand: str) -> Tensor:

@@ -83,9 +83,23 @@ def second_difference(plus: float, minus: float, eta: float) -> float:
     """(delta(eta) + delta(-eta)) / eta^2 of two measured changes: the second derivative, cheaply.
 
     Odd orders cancel; what is left is eta^2 H'''' / 12, and rounding of sqrt(2) sigma / eta^2 with
-    sigma from `estimators.rounding_noise`.
+    sigma from `rounding_noise`.
     """
     return (plus + minus) / eta**2
+
+
+def rounding_noise(plus: tuple[float, float], minus: tuple[float, float]) -> float:
+    """Standard deviation of rounding in one measured change, from four at +-eta/2 and +-eta.
+
+    The even part (plus + minus) / 2 grows as eta^2 and the odd part (plus - minus) / 2 as eta, so
+    that even(eta/2) - even(eta)/4 and odd(eta) - 2 odd(eta/2) are rounding where eta is so small that
+    higher orders vanish. Their variances are 17/32 and 5/2 of that of one measurement.
+    """
+    even = [(p + m) / 2 for p, m in zip(plus, minus, strict=True)]
+    odd = [(p - m) / 2 for p, m in zip(plus, minus, strict=True)]
+    return math.sqrt(
+        ((even[0] - even[1] / 4) ** 2 / (17 / 32) + (odd[1] - 2 * odd[0]) ** 2 / (5 / 2)) / 2
+    )
 
 
 class _PlainLayerNorm(TorchFunctionMode):

@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 import funcprobe
 from funcprobe import Entropy, InputError, TokenStats, curvature, estimators, tree
+from funcprobe.weights import by_unit, importance_weights
 
 ESTIMATORS = [
     Entropy(per, integrand, weights)
@@ -305,7 +306,7 @@ def test_second_order_by_autograd_of_a_loop(entropy, clip):
 def test_the_clip_of_the_test_above_holds_some_weights():
     _, _, noise = toy_jets(7)
     for weights in ("per_decision", "sequence"):
-        held = estimators._weights(noise, MASK, Entropy(weights=weights, clip=1.1)) == 1.1
+        held = importance_weights(noise, MASK, Entropy(weights=weights, clip=1.1)) == 1.1
         assert 0 < int((held & MASK).sum()) < int(MASK.sum())
 
 
@@ -376,8 +377,8 @@ def test_influence_is_what_one_more_copy_of_a_unit_adds(entropy, clip):
     added = [estimate(torch.cat([many, (m == UNIT).nonzero().squeeze(1)])) for m in UNIT.unique()]
     expected = copies * (torch.tensor(added, dtype=torch.float64) - start)
     scale = float(expected.abs().max())
-    assert torch.allclose(found.influence_M, expected, rtol=0, atol=5 / copies * scale)
-    assert abs(float(found.influence_M.sum())) < 1e-12 * scale
+    assert torch.allclose(by_unit(found.influence_N, UNIT), expected, rtol=0, atol=5 / copies * scale)
+    assert abs(float(found.influence_N.sum())) < 1e-12 * scale
     units = len(expected)
     se = math.sqrt(units / (units - 1) * float(expected.square().sum()))
     assert found.se == pytest.approx(se, rel=5 / copies)

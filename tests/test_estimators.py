@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprobe
-from funcprobe import Entropy, TokenStats, estimators, tree
+from funcprobe import Entropy, TokenStats, curvature, tree
+from funcprobe.weights import by_unit
 
 VOCABULARY, EOS, LONGEST = 5, 0, 4
 PROMPTS = ([1, 3], [4, 2, 2])
@@ -249,7 +250,11 @@ def test_influence_is_the_derivative_of_the_estimate_in_a_units_weight(entropy):
     tangent = TokenStats(*(m - s for m, s in zip(moved, stats, strict=True)))
     unit = torch.tensor([0, 1, 0, 2])  # sequences 0 and 2 are one prompt
     first = funcprobe.first_order(stats, tangent, mask, unit, entropy)
-    assert float(first.influence_M.sum()) == pytest.approx(0, abs=1e-12)
+    change = funcprobe.measured_change(stats, moved, mask, entropy)
+    influence_M = by_unit(first.influence_N, unit)
+    change_M = by_unit(change.influence_N, unit)
+    assert float(influence_M.sum()) == pytest.approx(0, abs=1e-12)
+    assert float(change_M.sum()) == pytest.approx(0, abs=1e-12)
     copies = 10_000
     for m in range(3):
         index = torch.arange(4).repeat(copies)
@@ -259,7 +264,10 @@ def test_influence_is_the_derivative_of_the_estimate_in_a_units_weight(entropy):
         )
         slope = (heavier.derivative - first.derivative) * copies
         # First difference of step 1e-4: its error is the second derivative times 1e-4.
-        assert slope == pytest.approx(float(first.influence_M[m]), rel=1e-3, abs=1e-6)
+        assert slope == pytest.approx(float(influence_M[m]), rel=1e-3, abs=1e-6)
+        more = funcprobe.measured_change(rows(stats, index), rows(moved, index), mask[index], entropy)
+        slope = (more.delta - change.delta) * copies
+        assert slope == pytest.approx(float(change_M[m]), rel=1e-3, abs=1e-6)
 
 
 def test_jackknife_by_a_loop():
@@ -318,7 +326,9 @@ def test_no_move_is_exactly_zero(entropy):
     seen = funcprobe.measured_change(stats, stats, mask, entropy, log_ratio)
     assert seen.delta == 0
     plain = funcprobe.measured_change(stats, stats, mask, entropy)
-    assert plain == (0.0, 4.0, 1.0, 0)
+    assert plain[:4] == (0.0, 4.0, 1.0, 0)
+    assert not plain.influence_N.any()
+    assert bool((plain.weight_N == 1).all())
 
 
 def test_effective_sample_size_and_largest_weight():
@@ -362,6 +372,6 @@ def test_rounding_noise_is_what_no_parabola_explains():
             )
             for sign, row in zip((1, -1), draw, strict=True)
         )
-        found.append(estimators.rounding_noise(plus, minus) ** 2)
+        found.append(curvature.rounding_noise(plus, minus) ** 2)
     # 1600 squares of a normal: relative error 0.035 of their mean.
     assert sum(found) / 800 == pytest.approx(noise**2, rel=0.15)

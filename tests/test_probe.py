@@ -224,7 +224,9 @@ def test_layout_does_not_matter(policy64, probe64, step, entropy):
         torch.testing.assert_close(
             first.per_sequence_N, first_before.per_sequence_N[by_E], rtol=1e-9, atol=1e-12
         )
-        torch.testing.assert_close(first.influence_M, first_before.influence_M, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            first.influence_N, first_before.influence_N[by_E], rtol=1e-9, atol=1e-12
+        )
         torch.testing.assert_close(
             found.stats.logp_NR, expected.stats.logp_NR[by_E], rtol=1e-10, atol=1e-12
         )

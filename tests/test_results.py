@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import sets
 
 from funcprobe.adapters import results
 from funcprobe.estimators import Measured
 
+ONE = torch.ones(1, dtype=torch.float64)
+
 
 def fits(etas, curve, noise, derivative=3.0):
     """`_fits` of measured changes curve(eta)."""
-    measured = tuple(Measured(curve(eta), 10.0, 1.0, 0) for eta in etas)
+    measured = tuple(Measured(curve(eta), 10.0, 1.0, 0, ONE, ONE) for eta in etas)
     sweep = results.Sweep(tuple(etas), measured, 4, noise)
     return results._fits(SimpleNamespace(derivative=derivative), sweep, "nats per token")
 
