@@ -1,5 +1,8 @@
 """Where a run, as its optimizer_param_names.json tells, sampled or summed otherwise than the probe."""
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 from funcprobe.objective import PRESETS
 
 from .config import Config
@@ -9,15 +12,41 @@ from .optimizer import Sidecar
 _ADVANTAGE = {"group": "mean_std", "True": "mean_std", "none": "mean", "False": "mean"}
 # Settings of TRL that change which responses are in U, with the values at which they do not.
 _CUTS = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
-# Settings of TRL that change the gradient of the loss, each with the value at which it does not.
+# Settings of TRL (read in 1.16), each with the value at which it changes nothing. The first change the
+# loss: while the ratio to the sampling policy is 1, and with importance_sampling_level "sequence" too,
+# the gradient of LOSSES is else that of J = sum of advantage x normalisation x l. (use_adaptive_entropy
+# moves entropy_coef in training, from 0 as well.) The others change whose sequences they are.
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 _TERMS = {
     "beta": 0.0,
     "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
     "top_entropy_quantile": 1.0,
-    "num_iterations": 1,
-    "mask_truncated_completions": False,
     "off_policy_mask_threshold": None,
 }
+SEQUENCES = {"num_iterations": 1, "mask_truncated_completions": False}
+# On by default, and nothing without vLLM: the loss of each token times the ratio of the policy's
+# probability to vLLM's, of the token or of its sequence, clipped or masked.
+_CORRECTION = "vllm_importance_sampling_correction"
+
+
+class Setting(NamedTuple):
+    """One that is on."""
+
+    name: str
+    value: Any
+    off: Any
+
+
+def terms(settings: Mapping[str, Any]) -> list[Setting]:
+    """Of a run's settings, by TRL's names, those with which its loss has terms or weights that J lacks.
+
+    What is missing or None is off.
+    """
+    found = _switched_on(settings, _TERMS)
+    if settings.get("use_vllm"):
+        found += _switched_on(settings, {_CORRECTION: False})
+    return found
 
 
 def differences(config: Config, sidecar: Sidecar | None) -> list[str]:
@@ -64,12 +93,20 @@ def _loss(sidecar: Sidecar) -> list[str]:
             "loss_type was bnpo, a token mean of each micro-batch: that is the preset dapo where there "
             "is one micro-batch to a step, and no preset otherwise"
         )
-    elif kind is not None and kind not in PRESETS:
+    elif kind is not None and kind not in {*LOSSES, *PRESETS}:
         lines.append(f"loss_type was {kind}, of which no objective here is the gradient")
+    unlike = terms({**sidecar.sampling, **sidecar.loss}) + _switched_on(sidecar.loss, SEQUENCES)
     return lines + [
-        f"{key} was {sidecar.loss[key]}, and J here has no such term: its step is another one"
-        for key, off in _TERMS.items()
-        if sidecar.loss.get(key, off) not in (off, None)
+        f"{name} was {value}, and J here has no such term: its step is another one"
+        for name, value, _ in unlike
+    ]
+
+
+def _switched_on(settings: Mapping[str, Any], table: Mapping[str, Any]) -> list[Setting]:
+    return [
+        Setting(name, settings[name], off)
+        for name, off in table.items()
+        if settings.get(name) not in (off, None)
     ]
 
 

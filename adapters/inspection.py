@@ -20,9 +20,10 @@ from .optimizer import (
     open_state,
 )
 from .optimizer.attach import attach
-from .optimizer.hyper import AdamOverrides
+from .optimizer.hyper import AdamOverrides, require_lr_ratio
 from .optimizer.names import Names, name_keys
-from .optimizer.saved import located, number, require_adam
+from .optimizer.saved import located, number, require_adam, shaped
+from .trainer_state import FILE, trained_steps
 
 if TYPE_CHECKING:
     from .skeleton import Skeleton
@@ -68,6 +69,11 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
             "notes": saved.notes,
         }
     adam_state, report, names = found
+    if unknown.lr is None:
+        try:
+            require_lr_ratio(saved.groups, names, _shapes(adam_state), unknown)
+        except InputError as error:
+            missing.append(f"the next step's lr: {error}")
     info = adam.preconditioner(_shapes(adam_state), adam_state, None)[1]
     second = None
     if unknown.eps is None and unknown.beta2 is None:
@@ -86,7 +92,7 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
         },
         "second_moments": second,
         "missing": missing,
-        "notes": [note for note in report.notes if not note.endswith("the config's is used")],
+        "notes": report.notes,
     }
 
 
@@ -156,9 +162,6 @@ def _unknown(saved: Saved, missing: list[str]) -> AdamOverrides:
         for key in lacking
         if "beta" not in key
     ]
-    if not lacking and len(groups) > 1 and not any(number(g["lr"], "lr") for g in groups):
-        missing.append("the next step's lr: it is 0 in all groups; set optimizer.lr, the first group's")
-        lacking["lr"] = 1.0
     return AdamOverrides()._replace(**lacking)
 
 
@@ -172,15 +175,9 @@ def _named(
             params = skeleton.params
         elif saved.by_name or sidecar or any("param_names" in group for group in saved.groups):
             names = name_keys(saved, torch.nn.Module(), {}, sidecar)
-            keys = [key for group in saved.groups for key in group["params"]]
             flat = [name for group in names.groups for name in group]
-            moments = {
-                name: saved.state.get(key, {}).get(
-                    "exp_avg", saved.state.get(key, {}).get("exp_avg_sq")
-                )
-                for key, name in zip(keys, flat, strict=True)
-            }
-            params = {name: t for name, t in moments.items() if isinstance(t, torch.Tensor)}
+            moments = [shaped(saved.state.get(key, {})) for key in saved.keys]
+            params = {n: t for n, t in zip(flat, moments, strict=True) if t is not None}
         else:
             return None
         return *attach(saved, names, params, unknown, 0.0, sidecar), names
@@ -238,13 +235,10 @@ def _steps(saved: Saved) -> dict[str, int] | None:
 
 
 def _trainer_step(checkpoint: Path, missing: list[str]) -> int | None:
-    file = checkpoint / "trainer_state.json"
-    if not file.is_file():
-        missing.append("trainer_state.json: nothing to compare the state's step with")
-        return None
-    from .step import trained_steps
-
-    return trained_steps(file)
+    steps = trained_steps(checkpoint)
+    if steps is None:
+        missing.append(f"{FILE}: nothing to compare the state's step with")
+    return steps
 
 
 def _sidecar(sidecar: Sidecar | None, missing: list[str]) -> dict[str, Any] | None:

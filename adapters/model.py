@@ -180,6 +180,10 @@ def _require_finite(model: PeftModel, base_id: str, dtype: str) -> None:
 
 
 def eos_ids_of(tokenizer: Any, base: Any) -> tuple[int, ...]:
+    """Tokens that end a response, ascending: the model's generation config's, and the tokenizer's.
+
+    InputError where neither has one.
+    """
     configured = getattr(base.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     found = sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from transformers.utils.logging import disable_progress_bar
 
 import funcprobe
-from funcprobe.objective import PRESETS, Objective
+from funcprobe.objective import Objective
 from funcprobe.policy import Forward
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
@@ -21,7 +21,7 @@ from .prompts import Prompt, encode_prompts, load_prompts, missing_column
 from .rewards import BUILT_IN, Reward, load_reward
 from .rollout_run import length_lines, training_run
 from .rollouts import Rollouts
-from .step import load_step, step_lines
+from .step import choose_objective, load_step, step_lines
 from .toy import ensure_toy
 
 
@@ -53,7 +53,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
     Everything that can be refused without sampling is: InputError, one line.
     """
     disable_progress_bar()  # transformers' own, between the lines of ours
-    objective = _objective(config)
+    objective = choose_objective(config)
     update_file = open_update(config)
     lossy = update_file.layout if update_file else None
     sampled = config.rollouts.eval is None or config.rollouts.update is None
@@ -88,21 +88,10 @@ def load(config: Config, narrator: Narrator) -> Plan:
         temperature = common_temperature(config, brought_eval, brought_update)
         _require_positions(config, policy, prompt_ids, brought_eval, brought_update)
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
-    for line in (*policy.lines, *step_lines(config, adam_state, report, step), *guessed):
-        narrator.say(line)
-    if brought_update is not None:
-        source = (
-            "its own" if objective.advantage == "rollouts" else "made of its rewards, by [objective]"
-        )
-        narrator.say(f"U is brought: its advantages are {source}")
-    if config.policy.dtype in {"bfloat16", "float16"}:
-        narrator.say(f"warning: in {config.policy.dtype} measured differences drown in rounding")
     next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
-    if config.measure.next_lr and not next_lr:
-        narrator.say(
-            "the next step's lr is 0 or not known, so it is not in the table: set optimizer.lr"
-        )
-    etas = {*config.measure.etas, *([next_lr] if config.measure.next_lr and next_lr > 0 else [])}
+    lines = (*policy.lines, *step_lines(config, adam_state, report, step), *guessed)
+    for line in (*lines, *_notices(config, objective, next_lr)):
+        narrator.say(line)
     return Plan(
         config=config,
         policy=policy,
@@ -118,10 +107,32 @@ def load(config: Config, narrator: Narrator) -> Plan:
         reward=reward,
         brought_eval=brought_eval,
         brought_update=brought_update,
-        etas=tuple(sorted(etas)),
+        etas=_etas(config, next_lr),
         next_lr=next_lr,
         inputs=inputs,
     )
+
+
+def _notices(config: Config, objective: Objective, next_lr: float) -> list[str]:
+    """What the reader is told of the configuration itself."""
+    lines = []
+    if config.rollouts.update is not None:
+        own = objective.advantage == "rollouts"
+        source = "its own" if own else "made of its rewards, by [objective]"
+        lines.append(f"U is brought: its advantages are {source}")
+    if config.policy.dtype in {"bfloat16", "float16"}:
+        lines.append(f"warning: in {config.policy.dtype} measured differences drown in rounding")
+    if config.measure.next_lr and not next_lr:
+        lines.append(
+            "the next step's lr is 0 or not known, so it is not in the table: set optimizer.lr"
+        )
+    return lines
+
+
+def _etas(config: Config, next_lr: float) -> tuple[float, ...]:
+    """The learning rates that are measured, ascending, each once."""
+    coming = {next_lr} if config.measure.next_lr and next_lr > 0 else set()
+    return tuple(sorted({*config.measure.etas, *coming}))
 
 
 class EvalSource(NamedTuple):
@@ -240,27 +251,6 @@ def _require_positions(
 def _stable(value: Any) -> str:
     """Text that does not vary with the order of a set (peft keeps target_modules as one)."""
     return str(sorted(map(str, value)) if isinstance(value, set) else value)
-
-
-def _objective(config: Config) -> Objective:
-    chosen, preset = config.objective, PRESETS[config.objective.preset]
-    brought = config.rollouts.update is not None
-    if chosen.advantage == "rollouts" and not brought:
-        raise InputError(
-            'objective.advantage = "rollouts" takes the column advantage of rollouts.update, which is '
-            "not set: name the file, or let the advantages be made of the rewards"
-        )
-    normalisation = chosen.normalisation or preset.normalisation
-    if normalisation == "constant" and brought and chosen.constant is None:
-        raise InputError(
-            'normalisation "constant" divides by L, and sampling.max_new_tokens need not be that of '
-            "rollouts.update: set objective.constant to what the trainer used (max_completion_length)"
-        )
-    return Objective(
-        chosen.advantage or preset.advantage,
-        normalisation,
-        chosen.constant or float(config.sampling.max_new_tokens),
-    )
 
 
 def _inputs(

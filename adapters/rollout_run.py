@@ -1,6 +1,5 @@
 """Whether what a trainer logged is of the step that follows the checkpoint, and all of it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -9,6 +8,7 @@ from funcprobe.types import InputError
 
 from .optimizer import Sidecar, find_sidecar
 from .rollout_files import Columns
+from .trainer_state import trained_steps
 
 Layout: TypeAlias = Literal["trl", "verl"]
 
@@ -31,7 +31,7 @@ def training_run(checkpoint: Path, sidecar: Sidecar | None) -> TrainingRun:
     """
     if sidecar is None and checkpoint.is_dir():
         sidecar = find_sidecar(checkpoint)
-    steps = _global_step(checkpoint / "trainer_state.json")
+    steps = trained_steps(checkpoint)
     if sidecar is None:
         return TrainingRun(checkpoint, steps, {}, {})
     steps = sidecar.global_step if steps is None else steps
@@ -109,12 +109,3 @@ def _step(file: Columns) -> int:
                 f"{file.path} holds steps {steps[0]} and {step}, two policies: keep the rows of one"
             )
     return int(steps[0])
-
-
-def _global_step(file: Path) -> int | None:
-    if not file.is_file():
-        return None
-    try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} has no global_step ({error}): mend or delete it") from error

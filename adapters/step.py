@@ -1,15 +1,16 @@
-"""From the configuration and the checkpoint to Adam's state and the rule of the step."""
+"""From the configuration and the checkpoint to the objective, Adam's state and the rule of the step."""
 
-import json
 from pathlib import Path
 
 from funcprobe import adam
+from funcprobe.objective import PRESETS, Objective
 from funcprobe.types import AdamGroup, AdamState, InputError, Step
 
 from .config import Config
 from .differences import differences
 from .model import Policy
 from .optimizer import AdamOverrides, OptimizerReport, Sidecar, find_state, read_adam_state
+from .trainer_state import FILE, trained_steps
 
 DEFAULT_MAX_GRAD_NORM = 1.0  # transformers.TrainingArguments'
 
@@ -47,6 +48,28 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
         step = step._replace(rule="sgd")
     adam.require_state(policy.params, adam_state, step.rule)
     return adam_state, report, step
+
+
+def choose_objective(config: Config) -> Objective:
+    """J of the preset, or as set. InputError where it needs what U does not bring, or is not told."""
+    chosen, preset = config.objective, PRESETS[config.objective.preset]
+    brought = config.rollouts.update is not None
+    if chosen.advantage == "rollouts" and not brought:
+        raise InputError(
+            'objective.advantage = "rollouts" takes the column advantage of rollouts.update, which is '
+            "not set: name the file, or let the advantages be made of the rewards"
+        )
+    normalisation = chosen.normalisation or preset.normalisation
+    if normalisation == "constant" and brought and chosen.constant is None:
+        raise InputError(
+            'normalisation "constant" divides by L, and sampling.max_new_tokens need not be that of '
+            "rollouts.update: set objective.constant to what the trainer used (max_completion_length)"
+        )
+    return Objective(
+        chosen.advantage or preset.advantage,
+        normalisation,
+        chosen.constant or float(config.sampling.max_new_tokens),
+    )
 
 
 def require_own_state(checkpoint: Path, adapter: str) -> None:
@@ -123,9 +146,9 @@ def _other_checkpoint(config: Config, adam_state: AdamState, sidecar: Sidecar | 
     if not adam_state.step:
         return []
     said: dict[str, int] = {}
-    file = Path(config.policy.checkpoint).expanduser() / "trainer_state.json"
-    if file.is_file():
-        said[str(file)] = trained_steps(file)
+    checkpoint = Path(config.policy.checkpoint).expanduser()
+    if (trained := trained_steps(checkpoint)) is not None:
+        said[str(checkpoint / FILE)] = trained
     if sidecar is not None and sidecar.global_step is not None:
         said[str(sidecar.path)] = sidecar.global_step
     taken = max(adam_state.step.values())
@@ -135,13 +158,3 @@ def _other_checkpoint(config: Config, adam_state: AdamState, sidecar: Sidecar | 
         for place, trained in said.items()
         if taken != trained
     ]
-
-
-def trained_steps(file: Path) -> int:
-    """global_step of a trainer_state.json. InputError where it has none."""
-    try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{file} has no global_step ({type(error).__name__}): mend or delete it"
-        ) from error

@@ -314,22 +314,29 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS)
-def test_direction_is_the_step_that_is_taken(make, checkpoint, tmp_path, monkeypatch):
-    """v of each step against the parameters before and after it, the first step among them."""
+def probed_steps(trainer, checkpoint, monkeypatch):
+    """Parameters before each step, and what was found of it; and all the warnings of the probe."""
     seen = []
     original = probe.probe_step
 
     def spy(policy, *rest):
         before = {n: t.double().clone() for n, t in policy.params.items()}
-        found = original(policy, *rest)
-        seen.append((before, found))
-        return found
+        seen.append((before, original(policy, *rest)))
+        return seen[-1][1]
 
     monkeypatch.setattr(probe, "probe_step", spy)
-    trainer = make(checkpoint, tmp_path)
     trainer.add_callback(ProbeCallback(trainer, every=1, config=probe_config(checkpoint)))
-    trainer.train()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        probed = outcome(trainer).probed
+    return seen, probed, [str(w.message) for w in said if "funcprobe" in str(w.message)]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_direction_is_the_step_that_is_taken(make, checkpoint, tmp_path, monkeypatch):
+    """v of each step against the parameters before and after it, the first step among them."""
+    trainer = make(checkpoint, tmp_path)
+    seen, _, _ = probed_steps(trainer, checkpoint, monkeypatch)
     thetas = [before for before, _ in seen]
     thetas.append(
         {n: p.detach().double() for n, p in trainer.model.named_parameters() if n in thetas[0]}
@@ -341,6 +348,61 @@ def test_direction_is_the_step_that_is_taken(make, checkpoint, tmp_path, monkeyp
         for name, t in taken.items():  # rounding of theta in float32 over the last lr, 1e-2: 5e-6
             assert float((v[name] - t).norm()) <= 1e-4 * float(t.norm()), name
         assert tree.dot(v, taken) / tree.norm(v) / tree.norm(taken) > 0.999999
+
+
+def two_groups_in_warm_up(checkpoint, folder, **settings):
+    """As LoRA+ has them, B first: the registry's first name is in the second group."""
+    settings = {"warmup_steps": 2, "max_grad_norm": 0.0} | settings
+    trainer = plain_trainer(checkpoint, folder, **settings)
+    named = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for n, p in named.items() if "lora_B" in n], "lr": 4e-2},
+        {"params": [p for n, p in named.items() if "lora_A" in n], "lr": 1e-2},
+    ]
+    assert "lora_A" in min(named)
+    return with_adamw(trainer, groups)
+
+
+def test_warm_up_of_groups_is_probed_from_the_beginning(checkpoint, tmp_path, monkeypatch):
+    """All learning rates are 0 in step 1: nothing moves, and the groups keep the ratio they will have.
+
+    Step 1's direction against Adam's moments after it, the others' against what they did.
+    """
+    trainer = two_groups_in_warm_up(checkpoint, tmp_path / "one", max_steps=1)
+    ((before, found),), (entry,), said = probed_steps(trainer, checkpoint, monkeypatch)
+    assert said == []
+    assert found.lr == 0
+    assert entry["funcprobe/predicted"] == entry["funcprobe/measured"] == 0
+    assert entry["funcprobe/derivative"] != 0
+    assert not entry.keys() & {"funcprobe/ratio", "funcprobe/skipped"}
+    optimizer = live.plain_optimizer(trainer.optimizer)
+    for name, p in trainer.model.named_parameters():
+        if not p.requires_grad:
+            continue
+        assert torch.equal(p.detach().double(), before[name])
+        entry = {k: v.double() for k, v in optimizer.state[p].items()}
+        assert entry["step"] == 1
+        m, nu = entry["exp_avg"] / (1 - 0.9), entry["exp_avg_sq"] / (1 - 0.999)
+        ratio = 1.0 if "lora_B" in name else 0.25
+        v = -ratio * (m / (nu.sqrt() + 1e-8) + 0.1 * before[name])
+        # The optimizer's moments are float32: relative 1e-7 each, of v's entries near 1.
+        torch.testing.assert_close(
+            found.direction.total[name].double(), v, rtol=1e-5, atol=1e-6, msg=name
+        )
+
+    monkeypatch.undo()
+    trainer = two_groups_in_warm_up(checkpoint, tmp_path / "three")
+    seen, probed, said = probed_steps(trainer, checkpoint, monkeypatch)
+    assert said == []
+    assert [found.lr for _, found in seen] == [0.0, 2e-2, 4e-2]
+    assert [entry["step"] for entry in probed] == [1, 2, 3]
+    after = {n: p.detach().double() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    for (before, found), end in zip(seen[1:], [seen[2][0], after], strict=True):
+        for name in before:
+            taken = (end[name] - before[name]) / found.lr
+            v = found.direction.total[name].double()
+            # Rounding of theta in float32 over an lr of 2e-2, or 5e-3 of A: 1e-5.
+            assert float((v - taken).norm()) <= 1e-4 * float(taken.norm()), name
 
 
 def test_logged_numbers_agree_with_each_other(checkpoint, tmp_path):

@@ -8,46 +8,24 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+from small_lora import make_model, registry, trainable, trainer_run
 
 from funcprobe.adam import update_direction
 from funcprobe.adapters.optimizer import live_adam_state, read_adam_state
 from funcprobe.adapters.optimizer.eight_bit import dequantised
 from funcprobe.adapters.optimizer.saved import require_adam
 from funcprobe.adapters.optimizer.torch_file import well_formed
-from funcprobe.types import InputError, Params
+from funcprobe.types import InputError
 
 NESTED = "__bnb_optimizer_quant_state__"
 EPS = torch.finfo(torch.float32).eps
 TOKENS = torch.tensor([[1, 2, 3, 4, 9], [5, 6, 7, 8, 9]])
 
 
-def make_model(seed: int = 0) -> torch.nn.Module:
+def wide_model(seed: int = 0) -> torch.nn.Module:
     """Eight of twelve tensors have 4,800 elements, which is 18.75 blocks; v_proj's lora_B and
     down_proj's lora_A are under min_8bit_size."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = Qwen2Config(
-            vocab_size=11,
-            hidden_size=200,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-        )
-        targets = ["q_proj", "v_proj", "down_proj"]
-        lora = LoraConfig(r=24, target_modules=targets, init_lora_weights=False)
-        return get_peft_model(Qwen2ForCausalLM(config), lora)
-
-
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def registry(model: torch.nn.Module) -> Params:
-    return {n: p.detach().clone() for n, p in sorted(trainable(model).items())}
+    return make_model(seed=seed, hidden_size=200, r=24)
 
 
 def backward(model: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> None:
@@ -56,7 +34,7 @@ def backward(model: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> None:
 
 
 def stepped(make: Any, steps: int = 3, **options: Any) -> SimpleNamespace:
-    model = make_model()
+    model = wide_model()
     optimizer = make(trainable(model).values(), **{"lr": 1e-3, **options})
     for i in range(steps):
         backward(model, (TOKENS + i) % 11)
@@ -185,24 +163,10 @@ def test_the_next_step_would_show_a_wrong_moment(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"])
 def test_trainer_checkpoint(optim: str, tmp_path: Path) -> None:
-    model = make_model()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        optim=optim,
-        max_steps=2,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        weight_decay=0.1,
-        lr_scheduler_type="constant",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    rows = [{"input_ids": [1, 2, 3, k], "labels": [1, 2, 3, k]} for k in (4, 5, 6, 7)]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    adam, report = read(tmp_path / "checkpoint-2", make_model(seed=1))
-    assert_bnb_values(adam, model, trainer.optimizer.optimizer)
+    model = wide_model()
+    live = trainer_run(model, tmp_path, optim=optim)
+    adam, report = read(tmp_path / "checkpoint-2", wide_model(seed=1))
+    assert_bnb_values(adam, model, live)
     assert set(adam.step.values()) == {2}
     assert report.format == "Hugging Face Trainer"
     assert adam.groups[0].weight_decay == 0.1

@@ -1,6 +1,7 @@
 """`funcprobe inspect`: what it says of a state, against what the state was made of."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -106,6 +107,51 @@ def test_names_that_are_saved_need_no_adapter(command, tmp_path) -> None:
     assert found["names"]["coverage"]["exp_avg_sq"] == 2
 
 
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_one_moment_names_a_parameter(moment, command, tmp_path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0][moment] = None
+    torch.save(state, tmp_path / "optimizer.pt")
+    done = command("inspect", tmp_path / "optimizer.pt", "--json")
+    assert done.status == 0, done.err
+    coverage = json.loads(done.out)["names"]["coverage"]
+    assert coverage == {"exp_avg": 2, "exp_avg_sq": 2, "step": 2} | {moment: 1}
+
+
+@pytest.mark.parametrize(
+    ("rates", "initial", "line"),
+    [
+        ((0.0, 0.0), (1e-3, 3e-3), "started from 0.001 and 0.003, .* set optimizer.lr"),
+        ((0.0, 0.0), None, "without initial_lr"),
+        ((0.0, 0.0), (1e-3, 1e-3), None),
+        ((1e-3, 2e-3), (1e-3, 3e-3), None),
+    ],
+)
+def test_a_ratio_of_learning_rates_that_is_not_known_is_missing(
+    rates, initial, line, command, tmp_path
+) -> None:
+    """All the rest is shown, and a config, of which there is none, is not spoken of."""
+    model = torch.nn.Linear(3, 2)
+    groups = [{"params": [pair], "lr": 1.0} for pair in model.named_parameters()]
+    optimizer = torch.optim.AdamW(groups)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    for i, group in enumerate(optimizer.param_groups):
+        group.update({"lr": rates[i]} | ({"initial_lr": initial[i]} if initial else {}))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = json.loads(command("inspect", tmp_path / "optimizer.pt", "--json").out)
+    said = [text for text in found["missing"] if text.startswith("the next step's lr: ")]
+    assert len(said) == (line is not None)
+    assert line is None or re.search(line, said[0])
+    assert found["second_moments"] is not None
+    assert [group["lr"] for group in found["groups"]] == list(rates)
+    assert not any("config" in note for note in found["notes"])
+
+
 def test_sidecar_and_trainer_state(command, damaged) -> None:
     model = skeleton(damaged.adapter, None, "default").model
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -167,6 +213,7 @@ def test_hyper_parameters_that_are_not_saved_are_missing(command, damaged) -> No
     found = json.loads(command("inspect", damaged.adapter, "--json").out)
     assert any("set optimizer.betas" in line for line in found["missing"])
     assert found["second_moments"] is None
+    assert not any("config" in note for note in found["notes"])
     assert found["names"]["coverage"]["exp_avg"] == found["names"]["parameters"]
 
 

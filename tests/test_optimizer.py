@@ -13,46 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+from small_lora import ADAPTERS, make_model, registry, trainable, trainer_run
 from transformers.optimization import Adafactor
 
 from funcprobe.adapters.optimizer import AdamOverrides, find_state, read_adam_state
 from funcprobe.types import InputError, Params
-
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "norms": {"modules_to_save": ["norm"]},  # the Trainer's no-decay group is not empty
-    "bias": {"lora_bias": True},
-}
-
-
-def make_model(adapter: str = "plain", seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
-    lora = LoraConfig(
-        r=2,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        init_lora_weights=False,
-        **ADAPTERS[adapter],
-    )
-    return get_peft_model(Qwen2ForCausalLM(config), lora)
-
-
-def registry(model: torch.nn.Module) -> Params:
-    return {n: p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad}
-
-
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def take_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, n: int = 2) -> None:
@@ -106,22 +71,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A Trainer's run with the default optimizer, its last checkpoint written at the last step."""
     model = make_model(request.param)
     out = tmp_path_factory.mktemp("trainer")
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=2,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        lr_scheduler_type="constant",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    rows = [{"input_ids": [1, 2, 3, k], "labels": [1, 2, 3, k]} for k in (4, 5, 6, 7)]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    live = trainer.optimizer.optimizer
+    live = trainer_run(model, out, adam_beta2=0.95)
     return SimpleNamespace(adapter=request.param, model=model, out=out, optimizer=live)
 
 

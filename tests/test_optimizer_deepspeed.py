@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_optimizer import assert_attached, make_model, refused, registry, take_steps, trainable
+from small_lora import make_model, registry, trainable
+from test_optimizer import assert_attached, refused, take_steps
 
 from funcprobe.adapters.optimizer import AdamOverrides, find_state, open_state, read_adam_state
 from funcprobe.types import InputError
@@ -311,7 +312,7 @@ def test_formats_are_not_taken_for_each_other(write, plain, tmp_path: Path) -> N
 REAL = """
 import sys, torch, deepspeed
 sys.path.insert(0, sys.argv[1])
-from test_optimizer import make_model, trainable
+from small_lora import make_model, trainable
 deepspeed.init_distributed(dist_backend="gloo")
 tokens = torch.tensor([[1, 2, 3, 4, 9]])
 

@@ -23,7 +23,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_optimizer import assert_attached, make_model, refused, registry, take_steps, trainable
+from small_lora import make_model, registry, trainable
+from test_optimizer import assert_attached, refused, take_steps
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from test_optimizer import assert_attached, make_model, registry, take_steps, trainable
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from small_lora import make_model, registry, trainable, trainer_run
+from test_optimizer import assert_attached, take_steps
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from funcprobe.adapters.optimizer import (
     AdamOverrides,
@@ -212,8 +213,8 @@ def test_sidecars_that_do_not_fit(backwards, tmp_path: Path) -> None:
     good = sidecar_of(optimizer, model)
     names = good["groups"][0]["names"]
 
-    def refused(match: str, sidecar: object) -> str:
-        path = write(tmp_path, optimizer.state_dict(), sidecar)
+    def refused(match: str, sidecar: object, state: object = None) -> str:
+        path = write(tmp_path, state or optimizer.state_dict(), sidecar)
         with pytest.raises(InputError, match=match) as caught:
             read_adam_state(path, model, registry(model))
         message = str(caught.value)
@@ -235,6 +236,9 @@ def test_sidecars_that_do_not_fit(backwards, tmp_path: Path) -> None:
     message = refused(r"has shape \(9, 9\), position 0 of the state", changed(shapes=shapes))
     assert names[0] in message
     refused("has no shape for each name", changed(shapes=shapes[1:]))
+    other = copy.deepcopy(optimizer.state_dict())
+    other["state"][0]["exp_avg"] = None  # exp_avg_sq has the shape, too
+    refused(r"has shape \(9, 9\), position 0 of the state", changed(shapes=shapes), other)
     refused("names .* twice", changed(names=[names[1], *names[1:]]))
     refused("of version 2, expected 1", good | {"version": 2})
     refused("max_grad_norm is 'x', expected float", good | {"max_grad_norm": "x"})
@@ -344,21 +348,43 @@ def test_live_state_of_another_model(backwards) -> None:
         live_adam_state(sgd, other, registry(other))
 
 
+@pytest.mark.parametrize(
+    ("rates", "initial", "found"),
+    [
+        ((0.0, 0.0), (8e-3, 1e-3), (8e-3, 1e-3)),  # a warm-up begins
+        ((0.0, 0.0), (8e-3, 0.0), (8e-3, 0.0)),
+        ((4e-3, 0.0), (8e-3, 1e-3), (4e-3, 0.0)),
+        ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
+        ((0.0, 0.0), (0.0, 1e-3), "the first group of the optimizer has lr 0 and another has not"),
+        ((0.0, 1e-3), (8e-3, 1e-3), "put a group that moves first"),
+        ((0.0, 0.0), (8e-3, None), "all with lr 0 and without initial_lr"),
+    ],
+)
+def test_live_learning_rates_are_those_that_have_a_ratio(rates, initial, found) -> None:
+    """None of the refusals says optimizer.lr, which a trainer's probe does not take."""
+    model = make_model()
+    named = list(trainable(model).values())
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    groups = [{"params": frozen, "lr": 1.0}, {"params": named[5:]}, {"params": named[:5]}]
+    optimizer = torch.optim.AdamW(groups)  # the first is not of the registry
+    take_steps(model, optimizer, 1)
+    for group, now, start in zip(optimizer.param_groups[1:], rates, initial, strict=True):
+        group["lr"] = now
+        if start is not None:
+            group["initial_lr"] = start
+    if isinstance(found, str):
+        with pytest.raises(InputError, match=found) as caught:
+            live_adam_state(optimizer, model, registry(model))
+        assert "optimizer.lr" not in str(caught.value)
+    else:
+        adam, _ = live_adam_state(optimizer, model, registry(model))
+        assert tuple(group.lr for group in adam.groups) == found
+
+
 def test_the_trainers_own_checkpoint_with_a_sidecar_needs_no_acceptance(tmp_path: Path) -> None:
     model = make_model()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        save_steps=1,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    rows = [{"input_ids": [1, 2, 3, k], "labels": [1, 2, 3, k]} for k in (4, 5)]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
+    live = trainer_run(model, tmp_path, steps=1)
     checkpoint = tmp_path / "checkpoint-1"
-    live = trainer.optimizer.optimizer
     sidecar = checkpoint / "optimizer_param_names.json"
     sidecar.write_text(json.dumps(sidecar_of(live, model)))
     adam, report = read_adam_state(checkpoint, model, registry(model))

@@ -140,6 +140,7 @@ def test_cap_of_the_scale(policy, checkpoint, max_scale) -> None:
         ({"loss_type": "bnpo"}, "loss_type was bnpo, a token mean of each micro-batch"),
         ({"beta": 0.04}, "beta was 0.04"),
         ({"entropy_coef": 0.1}, "entropy_coef was 0.1"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy was True"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile was 0.2"),
         ({"num_iterations": 2}, "num_iterations was 2"),
         ({"mask_truncated_completions": True}, "mask_truncated_completions was True"),
@@ -162,6 +163,18 @@ def test_losses_that_are_not_the_objective_are_told(policy, damaged, loss, said)
     _, found = lines(policy, damaged)
     assert found.count("warning") == bool(said)
     assert said in found
+
+
+@pytest.mark.parametrize("vllm", [True, False])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_correction_to_another_sampler_is_told(vllm, corrected, policy, damaged) -> None:
+    """It is on by default, and does nothing without vLLM."""
+    sampling = {"use_vllm": vllm, "vllm_importance_sampling_correction": corrected}
+    with_sidecar(damaged, loss={}, sampling=sampling)
+    _, found = lines(policy, damaged)
+    told = "warning: the run's vllm_importance_sampling_correction was True" in found
+    assert told == (vllm and corrected)
+    assert found.count("warning") == told
 
 
 def test_rules_that_do_not_clip_say_nothing_of_it(policy, checkpoint) -> None:

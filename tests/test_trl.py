@@ -4,6 +4,7 @@ TRL takes step 6 while its rollouts are recorded; from checkpoint-5 and these ro
 must be (theta_6 - theta_5) / lr, tensor by tensor.
 """
 
+import dataclasses
 import json
 import re
 import types
@@ -21,11 +22,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 import funcprobe
 from funcprobe import InputError, UpdateBatch, tree
-from funcprobe.adapters import rollouts
+from funcprobe.adapters import differences, rollouts
 from funcprobe.adapters.config import PolicyConfig
 from funcprobe.adapters.model import load_policy
 from funcprobe.adapters.optimizer import read_adam_state
-from funcprobe.adapters.trainers import ParamNamesCallback, record_rollouts
+from funcprobe.adapters.trainers import ParamNamesCallback, names, record_rollouts
 
 # Rounding of theta in float32 (|theta| under 1, so 6e-8) over lr = 5e-3 is 1e-5 per entry, of
 # entries of v of order 1: a tenth of the bound of 1e-4, which has to hold what else differs.
@@ -370,6 +371,20 @@ def test_what_cannot_be_recorded_is_refused(settings, said, checkpoint, tmp_path
     with pytest.raises(InputError, match=said) as error:
         record_rollouts(trainer, tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_settings_that_change_the_loss_are_trls_and_saved():
+    """Off is TRL's default but for vLLM's correction; the sidecar has all that are looked for."""
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    terms = differences._TERMS | differences.SEQUENCES
+    assert {name: defaults[name] for name in terms} == terms
+    assert defaults[differences._CORRECTION] is True
+    assert differences.terms(defaults) == []
+    assert [name for name, *_ in differences.terms(defaults | {"use_vllm": True})] == [
+        differences._CORRECTION
+    ]
+    assert set(terms) <= set(names.LOSS)
+    assert {"use_vllm", differences._CORRECTION} <= set(names.SAMPLING)
 
 
 def test_what_weighs_the_loss_elsewhere_is_refused_too(checkpoint, tmp_path):

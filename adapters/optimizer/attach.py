@@ -11,7 +11,7 @@ from funcprobe.types import AdamState, InputError, Params
 
 from . import eight_bit
 from .formats import open_state
-from .hyper import AdamOverrides, adam_groups
+from .hyper import AdamOverrides, adam_groups, live_groups, require_lr_ratio
 from .names import FOREIGN, Names, another_order, live_names, name_keys, require_verifiable
 from .saved import Entry, Saved, located, number, require_adam, some
 from .sidecar import Sidecar, find_sidecar
@@ -85,6 +85,7 @@ def read_adam_state(
     try:
         names = name_keys(saved, model, params, sidecar)
         state, report = attach(saved, names, params, overrides, least, sidecar)
+        require_lr_ratio(saved.groups, names, params, overrides)
         require_verifiable(names, params, accept_positional)
     except InputError as error:
         raise _at(saved.path, error) from error.__cause__
@@ -96,7 +97,9 @@ def live_adam_state(
 ) -> tuple[AdamState, OptimizerReport]:
     """The state of an optimizer in use, a copy, named by the identity of its parameters.
 
-    Raises InputError, one line, as `read_adam_state`, and for a parameter that the model lacks.
+    Where all its learning rates are 0, as when a warm-up begins, the groups have initial_lr as lr: the
+    ratio that the direction needs. Raises InputError, one line, as `read_adam_state`, and for a
+    parameter that the model lacks.
     """
     content = optimizer.state_dict()
     copied = {
@@ -107,7 +110,9 @@ def live_adam_state(
     saved = well_formed(place, content | {"state": copied}, "live optimizer")
     saved = eight_bit.dequantised(saved)
     require_adam(saved)
-    return attach(saved, live_names(optimizer, model), params, _FROM_FILE, 1.0, None)
+    names = live_names(optimizer, model)
+    state, report = attach(saved, names, params, _FROM_FILE, 1.0, None)
+    return state._replace(groups=live_groups(state.groups, saved.groups, names, params)), report
 
 
 def attach(
@@ -152,16 +157,15 @@ def _at(path: Path, error: InputError) -> InputError:
 
 
 def _by_name(saved: Saved, names: Names, params: Params) -> dict[str, Entry]:
-    keys = [key for group in saved.groups for key in group["params"]]
     flat = list(chain(*names.groups))
-    entries = {name: saved.state.get(key, {}) for key, name in zip(keys, flat, strict=True)}
-    if len(entries) < len(keys):
+    entries = {name: saved.state.get(key, {}) for key, name in zip(saved.keys, flat, strict=True)}
+    if len(entries) < len(flat):
         twice = [name for name, times in Counter(flat).items() if times > 1]
         raise InputError(f"{some(twice)} stands twice among its names: the file is damaged")
     if missing := params.keys() - entries.keys():
         raise InputError(
             f"{len(missing)} of the adapter's {len(params)} trainable parameters are not among the "
-            f"optimizer's {len(keys)}: {some(missing)}; {FOREIGN}"
+            f"optimizer's {len(flat)}: {some(missing)}; {FOREIGN}"
         )
     if extra := [name for name, entry in entries.items() if entry and name not in params]:
         raise InputError(f"state for what the adapter does not train: {some(extra)}; {FOREIGN}")

@@ -9,7 +9,7 @@ import torch
 
 from funcprobe.types import InputError, Params
 
-from .saved import TORCH, TRAINER, Saved, number, some
+from .saved import TORCH, TRAINER, Saved, joined, number, shaped, some
 from .sidecar import FORMAT, VERSION, Sidecar, named_by
 
 FOREIGN = "this state is of another adapter or another order"
@@ -95,8 +95,8 @@ def _replayed(saved: Saved, model: torch.nn.Module, params: Params) -> Names:
             no_decay = _without_decay(groups, params, decay)
             return Names(groups, format_, f"by position, {what}", True, _twins(params), no_decay)
     raise InputError(
-        f"holds {sum(sizes)} tensors in groups of {_and(sizes)}, the adapter has {len(order)} "
-        f"trainable ones ({_and(map(len, trainer))} in the Trainer's groups) of the model's "
+        f"holds {sum(sizes)} tensors in groups of {joined(sizes)}, the adapter has {len(order)} "
+        f"trainable ones ({joined(map(len, trainer))} in the Trainer's groups) of the model's "
         f"{len(everything)}: {FOREIGN}; give its own, or save names (ParamNamesCallback, or an "
         "optimizer built from named_parameters())"
     )
@@ -156,8 +156,8 @@ def require_verifiable(names: Names, params: Params, accept_positional: bool) ->
 def another_order(saved: Saved, names: Names, params: Params) -> bool:
     """Whether the state has the registry's shapes, each as often, but at other positions."""
     flat = [name for group in names.groups for name in group]
-    keys = [key for group in saved.groups for key in group["params"]]
-    found = [tuple(getattr(saved.state.get(key, {}).get("exp_avg"), "shape", ())) for key in keys]
+    moments = [shaped(saved.state.get(key, {})) for key in saved.keys]
+    found = [() if moment is None else tuple(moment.shape) for moment in moments]
     wanted = Counter(tuple(params[name].shape) for name in flat if name in params)
     return Counter(shape for shape in found if shape) == wanted
 
@@ -202,7 +202,3 @@ def _unwrapped(name: object) -> str:
     for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
         plain = plain.replace(wrapper, "")
     return plain
-
-
-def _and(values: Iterable[object]) -> str:
-    return " and ".join(map(str, values))

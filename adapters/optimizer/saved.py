@@ -31,9 +31,14 @@ class Saved(NamedTuple):
     notes: tuple[str, ...] = ()
 
     @property
+    def keys(self) -> list[Key]:
+        """Of all groups' parameters, in order."""
+        return [key for group in self.groups for key in group["params"]]
+
+    @property
     def by_name(self) -> bool:
         """Whether the keys are names. (A state of no parameters has neither.)"""
-        return any(isinstance(key, str) for group in self.groups for key in group["params"])
+        return any(isinstance(key, str) for key in self.keys)
 
 
 TRAINER, TORCH = "Hugging Face Trainer", "torch.optim"
@@ -100,11 +105,22 @@ def number(
     return float(value)
 
 
+def shaped(entry: Entry) -> torch.Tensor | None:
+    """A moment, which has the parameter's shape. None where the entry has none."""
+    moments = (entry.get("exp_avg"), entry.get("exp_avg_sq"))
+    return next((moment for moment in moments if isinstance(moment, torch.Tensor)), None)
+
+
 def some(names: Iterable[object], most: int = 3) -> str:
     """The first few, and how many more."""
     shown = sorted(map(str, names))
     more = f" and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(name[:120] for name in shown[:most]) + more
+
+
+def joined(values: Iterable[object]) -> str:
+    """Joined by "and"."""
+    return " and ".join(map(str, values))
 
 
 def located(path: Path, message: object) -> InputError:

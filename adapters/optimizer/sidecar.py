@@ -7,13 +7,12 @@ them, are read as well.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcprobe.types import InputError
 
-from .saved import Entry, Key, Saved, located, number, some
+from .saved import Key, Saved, joined, located, number, shaped, some
 
 FILE = "optimizer_param_names.json"
 FORMAT, VERSION = "funcprobe.optimizer_param_names", 1
@@ -56,16 +55,16 @@ def named_by(sidecar: Sidecar, saved: Saved) -> list[list[str]]:
         shapes = _cut(shapes[0], sizes) if shapes else []
     if [len(n) for n in names] != sizes:
         raise InputError(
-            f"{FILE} beside it names groups of {_and(map(len, names))} parameters, the state has "
-            f"{_and(sizes)}: it is of another optimizer; delete it, or copy the right one"
+            f"{FILE} beside it names groups of {joined(map(len, names))} parameters, the state has "
+            f"{joined(sizes)}: it is of another optimizer; delete it, or copy the right one"
         )
     for keys, group, part in zip(groups, names, shapes, strict=bool(shapes)):
         for key, name, shape in zip(keys, group, part, strict=True):
-            found = _shape(saved.state.get(key, {}))
-            if found is not None and found != list(shape):
+            moment = shaped(saved.state.get(key, {}))
+            if moment is not None and list(moment.shape) != list(shape):
                 raise InputError(
                     f"{FILE} beside it says that {name} has shape {tuple(shape)}, position {key} of "
-                    f"the state has {tuple(found)}: one of the two is of another checkpoint"
+                    f"the state has {tuple(moment.shape)}: one of the two is of another checkpoint"
                 )
     return names
 
@@ -73,14 +72,6 @@ def named_by(sidecar: Sidecar, saved: Saved) -> list[list[str]]:
 def _cut(flat: list[Any], sizes: list[int]) -> list[list[Any]]:
     rest = iter(flat)
     return [[next(rest) for _ in range(size)] for size in sizes]
-
-
-def _and(values: Iterable[object]) -> str:
-    return " and ".join(map(str, values))
-
-
-def _shape(entry: Entry) -> list[int] | None:
-    return list(entry["exp_avg"].shape) if hasattr(entry.get("exp_avg"), "shape") else None
 
 
 def _read(path: Path) -> Sidecar:

@@ -121,7 +121,7 @@ def adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, params: Param
     held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in trained]
     if all(state.get(p) for p in held):
         return live_adam_state(optimizer, model, params)[0]
-    keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+    keys = ("lr", "initial_lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
     groups = [
         {"params": group["params"], **{key: group[key] for key in keys if key in group}}
         for group in optimizer.param_groups
@@ -131,6 +131,16 @@ def adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, params: Param
         zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         begun.state[p] = state.get(p) or {"step": torch.tensor(0.0), **zeros}
     return live_adam_state(begun, model, params)[0]
+
+
+def lr_now(optimizer: torch.optim.Optimizer, model: nn.Module, state: AdamState) -> float:
+    """The coming step's learning rate, of the state's first group, in whose unit the direction is.
+
+    The state itself says initial_lr where all are 0.
+    """
+    first = dict(model.named_parameters())[state.groups[0].names[0]]
+    held = (group for group in optimizer.param_groups if any(p is first for p in group["params"]))
+    return float(next(held)["lr"])
 
 
 def ascent(model: nn.Module, params: Params) -> Params:

@@ -25,7 +25,7 @@ from ..model import Policy
 from ..plan import EvalSource, load_eval
 from ..prompts import draw_with_replacement
 from ..sampling import sample_responses
-from .live import adam_state, ascent, at_rest, live_policy, plain_optimizer, require_live
+from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 
 # What makes the step is the trainer's, not the configuration's.
 _NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
@@ -156,7 +156,7 @@ def probe_step(
         raise InputError(f"the gradient of {bad[0]} is not finite")
     direction = _direction(params, Y, state)
     Y = {n: Y.get(n, torch.zeros_like(v)) for n, v in direction.total.items()}
-    lr = state.groups[0].lr  # of the groups that hold anything of the registry
+    lr = lr_now(optimizer, policy.model, state)
     entropy, max_tokens = Entropy(**config.entropy.model_dump()), config.run.max_tokens
     with at_rest(policy.model):
         batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step)

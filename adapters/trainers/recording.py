@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcprobe.types import InputError
 
+from ..differences import LOSSES, SEQUENCES, terms
 from ..rollouts import Rollouts, save_rollouts
 from ..store import write_whole
 from .live import tokenizer_of
@@ -17,17 +18,6 @@ from .live import tokenizer_of
 _GENERATE, _REWARD = "_generate_and_score_completions", "_calculate_rewards"
 _TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 _FOREIGN_TOKENS = ("tool_mask", "pixel_values", "image_grid_thw")
-# While the ratio to the sampling policy is 1, the gradient of these losses is that of
-# J = sum of advantage x normalisation x l, with importance_sampling_level "sequence" too; not so with
-# a term or mask of the second list, each with the value at which it is off.
-_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
-_OFF = {
-    "beta": 0.0,
-    "entropy_coef": 0.0,
-    "use_adaptive_entropy": False,
-    "top_entropy_quantile": 1.0,
-    "off_policy_mask_threshold": None,
-}
 
 
 def record_rollouts(trainer: Any, folder: str | Path) -> None:
@@ -120,9 +110,8 @@ def _require_recordable(trainer: Any) -> None:
 
 def _require_sequences_of_one_step(args: Any) -> None:
     wanted: dict[str, Any] = {
-        "num_iterations": 1,
+        **SEQUENCES,
         "steps_per_generation": args.gradient_accumulation_steps,
-        "mask_truncated_completions": False,
     }
     for name, value in wanted.items():
         if (found := getattr(args, name, value)) != value:
@@ -137,19 +126,15 @@ def _require_objective(trainer: Any) -> None:
     args = trainer.args
     why = "the step is then not that of advantage x normalisation x log-probability, which a run probes"
     loss = getattr(args, "loss_type", None)
-    if loss is not None and loss not in _LOSSES:
-        raise InputError(f"loss_type = {loss}: {why}; set it to one of {', '.join(_LOSSES)}")
+    if loss is not None and loss not in LOSSES:
+        raise InputError(f"loss_type = {loss}: {why}; set it to one of {', '.join(LOSSES)}")
     if loss == "bnpo" and args.gradient_accumulation_steps > 1:
         raise InputError(
             f"loss_type = bnpo in {args.gradient_accumulation_steps} micro-batches, each with its own "
             f"mean: {why}; set it to dapo, which has one"
         )
-    for name, off in _OFF.items():
-        if (found := getattr(args, name, off)) != off:
-            raise InputError(f"{name} = {found}: {why}; set it to {off}, or leave it out")
-    correction = "vllm_importance_sampling_correction"
-    if getattr(args, "use_vllm", False) and getattr(args, correction, False):
-        raise InputError(f"{correction} = True: {why}; set it to False")
+    for name, found, off in terms(vars(args)):
+        raise InputError(f"{name} = {found}: {why}; set it to {off}")
     if getattr(trainer, "aux_loss_enabled", False):
         raise InputError(f"router_aux_loss_coef is not 0: {why}; set it to 0")
 
