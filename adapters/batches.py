@@ -81,13 +81,13 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
 
 
 def _eval(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
-    seed = _seed(plan.config.run.seed, "E")
+    seed = derived_seed(plan.config.run.seed, "E")
     index = draw_with_replacement(plan.config.sampling.B_E, len(plan.prompts), seed)
     return _sampled(plan, "E", index, seed, stages, narrator)
 
 
 def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
-    seed, sampling = _seed(plan.config.run.seed, "U"), plan.config.sampling
+    seed, sampling = derived_seed(plan.config.run.seed, "U"), plan.config.sampling
     distinct = draw_distinct(sampling.B_U, len(plan.prompts), seed)
     index = [i for i in distinct for _ in range(sampling.G)]
     drawn = _sampled(plan, "U", index, seed, stages, narrator)
@@ -148,6 +148,6 @@ def _sampled(
             raise InputError(f"stored stage is damaged ({error}): delete it, or use --fresh") from error
 
 
-def _seed(seed: int, purpose: str) -> int:
+def derived_seed(seed: int, purpose: str) -> int:
     """Independent seeds of E and U from one: neighbouring run seeds share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6])

@@ -4,17 +4,16 @@ import json
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from funcprobe.checks import Check
 from funcprobe.types import InputError
 
 from .config_file import commented_config, read_config
 from .console import Narrator
+from .tables import print_checks, print_results, verdict
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -93,7 +92,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
     seen = probe.check_alone(parsed, Narrator())
     print_checks(seen, _stdout())
-    if any(_verdict(one) == "FAIL" for one in seen):
+    if any(verdict(one) == "FAIL" for one in seen):
         raise typer.Exit(1)
 
 
@@ -134,54 +133,6 @@ def inspect(
         inspection.show(document, _stdout())
 
 
-def print_results(document: dict[str, Any], console: Console) -> None:
-    """The final table and the lines under it."""
-    rule, unit = document["conventions"]["step"]["rule"], document["entropy"]["unit"]
-    what = "of the next step" if rule == "adamw" else f'along v of rule "{rule}"'
-    table = Table(title=f"Entropy change {what}, {unit}", title_justify="left")
-    for column in ("eta", "predicted", "std. error", "measured", "ratio", "ESS"):
-        table.add_column(column, justify="right")
-    for row in document["sweep"]:
-        mark = " (next lr)" if row["is_next_lr"] else ""
-        table.add_row(
-            f"{row['eta']:.3g}{mark}",
-            f"{row['predicted']['value']:+.4e}",
-            f"{row['se_total']['value']:.1e}",
-            f"{row['measured']['value']:+.4e}" + (" (rounding)" if row["rounding"] else ""),
-            f"{row['ratio']['value']:.7f}",
-            f"{row['ess']['value']:.1f}",
-        )
-    console.print(table)
-    for line in _summary(document):
-        console.print(line, soft_wrap=True, markup=False)
-    print_verdicts([Check(**check) for check in document["checks"]], console)
-
-
-def print_checks(seen: list[Check], console: Console) -> None:
-    """Every check with what it saw; what a failure means, where one failed."""
-    table = Table(title="Sanity checks", title_justify="left")
-    for column in ("", "check", "saw", "bound"):
-        table.add_column(column)
-    for one in seen:
-        table.add_row(_verdict(one), one.name, one.saw, one.bound)
-    console.print(table)
-    print_verdicts(seen, console)
-
-
-def print_verdicts(seen: list[Check], console: Console) -> None:
-    """How many checks passed, and each one that did not, with what that usually means."""
-    passed = sum(one.passed for one in seen)
-    console.print(f"sanity checks: {passed} of {len(seen)} passed", markup=False)
-    for one in seen:
-        if not one.passed:
-            console.print(
-                f"{_verdict(one)}: {one.name}: {one.saw}, expected {one.bound}; "
-                f"this usually means: {one.failure_means}",
-                soft_wrap=True,
-                markup=False,
-            )
-
-
 def main() -> None:
     """Entry point. A problem of the user's input is one line on stderr and exit status 2."""
     try:
@@ -197,56 +148,6 @@ def main() -> None:
                 "funcprobe: interrupted; finished stages are kept, nothing half written", err=True
             )
         raise
-
-
-def _summary(document: dict[str, Any]) -> list[str]:
-    first, fit = document["first_order"], document["fit"]
-    unit = document["entropy"]["unit"]
-    step, second = document["conventions"]["step"], document["second_moments"]
-    lines = []
-    for row in (row for row in document["sweep"] if row["is_next_lr"]):
-        lines.append(
-            f"{'next step' if step['rule'] == 'adamw' else 'v'} (lr {row['eta']:g}): entropy "
-            f"{document['entropy']['value']:.4f} {unit}, predicted to change by "
-            f"{row['predicted']['value']:+.2e} +- {row['se_total']['value']:.1e}, measured "
-            f"{row['measured']['value']:+.2e}{' (rounding)' if row['rounding'] else ''}"
-        )
-    lines += [
-        f"derivative along v {first['derivative']['value']:+.4e} per unit of lr, standard error "
-        f"{first['se_given_U']['value']:.1e} given U, {first['se_over_U']['value']:.1e} over U",
-        f"of it: update {first['from_update']['value']:+.3e}, "
-        f"momentum {first['from_momentum']['value']:+.3e}, "
-        f"weight decay {first['from_weight_decay']['value']:+.3e}",
-    ]
-    if step["rule"] == "adamw" and step["max_grad_norm"]:
-        lines.append(
-            f"gradient norm {document['norms']['Y']['value']:.3g}, clip coefficient "
-            f"{document['clip_coefficient']:.3g} at max_grad_norm "
-            f"{step['max_grad_norm']:g}"
-        )
-    if second and second["capped"]:
-        lines.append(
-            f"{second['capped']} of {document['counts']['trainable_parameters']} scales of P capped at "
-            f"{step['max_scale']:g}: set optimizer.max_scale = 0 for P Y itself"
-        )
-    for key, text in (
-        ("measured_against_eta", "log-log slope of measured against eta"),
-        ("deviation_against_eta", "log-log slope of |ratio - 1| against eta"),
-    ):
-        if fit[key]:
-            line = fit[key]
-            lines.append(
-                f"{text} {line['slope']:.4f}, R^2 {line['r_squared']:.6f}, {line['points']} points"
-            )
-    if fit["rounding_eta"]:
-        lines.append(
-            f"rounding takes over below eta = {fit['rounding_eta']['value']:.1e} (10 % of the change)"
-        )
-    return lines
-
-
-def _verdict(one: Check) -> str:
-    return "pass" if one.passed else "suspect" if one.advisory else "FAIL"
 
 
 def _stdout() -> Console:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from funcprobe.types import Integrand, Per, Rule, Weights
+from funcprobe.types import Baseline, Integrand, Per, Rule, Weights
 
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -210,6 +210,23 @@ class EntropyConfig(Section):
     clip: float | None = Field(
         None, gt=1, description="Upper bound of importance weights; biases, so off by default."
     )
+    baseline: Baseline = Field(
+        "auto",
+        description='Of the score term: "ridge", "position", "entropy" or "none"; "auto": ridge, but '
+        "none for the sampled integrand, with a clip, and for fewer than three prompts.",
+    )
+
+    @model_validator(mode="after")
+    def _place_for_the_baseline(self) -> "EntropyConfig":
+        if self.baseline not in {"auto", "none"} and (
+            self.integrand == "sampled" or self.clip is not None
+        ):
+            found = 'integrand = "sampled"' if self.integrand == "sampled" else f"clip = {self.clip:g}"
+            raise ValueError(
+                f'baseline = "{self.baseline}" with {found}, whose expectation it would change: leave '
+                'one of the two out, or set baseline = "none"'
+            )
+        return self
 
 
 class MeasureConfig(Section):
@@ -219,6 +236,15 @@ class MeasureConfig(Section):
         (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), description="Learning rates of the sweep."
     )
     next_lr: bool = Field(True, description="Measure at the next step's own learning rate as well.")
+    second_order: Literal["difference", "exact", "none"] = Field(
+        "difference",
+        description='Of the curve: by a symmetric "difference" of two changes, or "exact" second '
+        "derivatives, slower.",
+    )
+    resample: bool = Field(
+        False,
+        description="Where the importance weights say too little, sample responses at theta + eta v.",
+    )
 
     @field_validator("etas")
     @classmethod

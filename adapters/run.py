@@ -1,16 +1,13 @@
 """The orchestration: load, sample, predict, measure, check, write. The only file that does it all."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import funcprobe
-from funcprobe import checks, curvature, tree
-from funcprobe.estimators import Measured
+from funcprobe import baselines, checks
 from funcprobe.layout import microbatches, response_mask, select
-from funcprobe.policy import Forward
 from funcprobe.types import TokenStats
 
 from . import results, rollouts, store
@@ -20,8 +17,7 @@ from .config_file import to_toml
 from .console import Narrator
 from .plan import Plan, load
 from .store import Stages
-
-LEAVES = torch.zeros(0)  # stands for a tensor where only the shape of a tree is meant
+from .sweep import LEAVES, STATS, counted, measure_sweep, state_inputs
 
 
 def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dict[str, Any], Path]:
@@ -31,12 +27,13 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dic
     plan = load(config, narrator)
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
-    batches = sample(plan, stages, narrator)
+    plan, batches = _sampled(plan, stages, narrator)
     prediction = _predict(plan, batches, stages, narrator)
-    sweep = _sweep(plan, batches, prediction, stages, narrator)
+    unit_N = _units(plan, batches)
+    sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
     seen = check(plan, batches, prediction, narrator)
     seen.append(_untouched(versions, plan.policy.model))
-    document = results.document(plan, batches, prediction, sweep, seen, narrator.seconds)
+    document = results.document(plan, batches, prediction, unit_N, sweep, seen, narrator.seconds)
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()
@@ -61,7 +58,7 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update=small)})
     plan = load(config, narrator)
     versions = _versions(plan.policy.model)
-    batches = sample(plan, Stages(None), narrator)
+    plan, batches = _sampled(plan, Stages(None), narrator)
     prediction = _predict(plan, batches, Stages(None), narrator)
     seen = check(plan, batches, prediction, narrator)
     return [*seen, _untouched(versions, plan.policy.model)]
@@ -117,6 +114,12 @@ def _sampler(batches: Batches, stats: TokenStats) -> checks.Check:
     return checks.sampler_near_policy(batches.eval_batch, stats, batches.sampler_logp_NR)
 
 
+def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batches]:
+    """E and U, and the plan with the baseline that E has room for."""
+    batches = sample(plan, stages, narrator)
+    return plan._replace(entropy=baselines.resolve(plan.entropy, batches.eval_batch)), batches
+
+
 def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Prediction:
     return funcprobe.summarise(
         plan.policy.params,
@@ -144,15 +147,9 @@ def _units(plan: Plan, batches: Batches) -> torch.Tensor:
 def _passes(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Passes:
     params, max_tokens = plan.policy.params, plan.config.run.max_tokens
     leaves = dict.fromkeys(params, LEAVES)
-    like = funcprobe.Passes(
-        leaves,
-        TokenStats(LEAVES, LEAVES),
-        TokenStats(LEAVES, LEAVES),
-        leaves,
-        TokenStats(LEAVES, LEAVES),
-    )
+    like = funcprobe.Passes(leaves, STATS, STATS, leaves, STATS)
     inputs = {
-        **_state_inputs(plan, batches),
+        **state_inputs(plan, batches),
         "coef": batches.update.coef_NR,
         "update": batches.update.batch,
         "optimizer": [plan.adam_state.exp_avg, plan.adam_state.exp_avg_sq, plan.adam_state.step],
@@ -170,7 +167,7 @@ def _passes(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) ->
                 batches.eval_batch,
                 batches.update,
                 plan.adam_state,
-                _counted(plan.forward, advance),
+                counted(plan.forward, advance),
                 entropy=plan.entropy,
                 step=plan.step,
                 max_tokens=max_tokens,
@@ -179,83 +176,6 @@ def _passes(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) ->
 
     passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute)
     return passes
-
-
-def _sweep(
-    plan: Plan,
-    batches: Batches,
-    prediction: funcprobe.Prediction,
-    stages: Stages,
-    narrator: Narrator,
-) -> results.Sweep:
-    """Measured changes at every eta, and four at tiny ones of either sign, which show the rounding."""
-    params, v = plan.policy.params, prediction.direction.total
-    tiny = _rounding_eta(prediction, plan.forward)
-    signed = [sign * part * tiny for sign in (1, -1) for part in (0.5, 1)] if tiny else []
-    log_ratio_NR = None
-    if batches.sampler_logp_NR is not None:
-        log_ratio_NR = prediction.stats.logp_NR - batches.sampler_logp_NR
-    parts = len(microbatches(batches.eval_batch, plan.config.run.max_tokens))
-    inputs = {**_state_inputs(plan, batches), "direction": v}
-    with narrator.phase("measure", parts * (len(plan.etas) + len(signed))) as advance:
-
-        def measured(eta: float) -> Measured:
-            moved = stages.tensors(
-                "moved",
-                {**inputs, "eta": eta},
-                TokenStats(LEAVES, LEAVES),
-                lambda: funcprobe.token_stats(
-                    tree.axpy(eta, v, params),
-                    batches.eval_batch,
-                    _counted(plan.forward, advance),
-                    plan.config.run.max_tokens,
-                ),
-            )
-            return funcprobe.measured_change(
-                prediction.stats,
-                moved,
-                response_mask(batches.eval_batch),
-                plan.entropy,
-                log_ratio_NR,
-            )
-
-        found = tuple(measured(eta) for eta in plan.etas)
-        noise = None
-        if signed:
-            up_half, up, down_half, down = (measured(eta).delta for eta in signed)
-            noise = curvature.rounding_noise((up_half, up), (down_half, down))
-    return results.Sweep(plan.etas, found, len(signed), noise)
-
-
-def _rounding_eta(prediction: funcprobe.Prediction, forward: Forward) -> float | None:
-    """Where log-probabilities move by a thousand units in the last place (rms), 1 % at most.
-
-    Every rounding is made anew there, and the curve is straight to far less than that. None where v
-    moves nothing.
-    """
-    slope_NR = prediction.tangent.logp_NR
-    rms = float(slope_NR[slope_NR != 0].square().mean().sqrt()) if bool(slope_NR.any()) else 0.0
-    return min(1e3 * torch.finfo(forward.coarsest).eps, 1e-2) / rms if rms else None
-
-
-def _state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
-    return {
-        "policy": plan.inputs["policy"],
-        "max_tokens": plan.config.run.max_tokens,
-        "eval": batches.eval_batch,
-        "temperature": plan.temperature,
-        "sampler_logp": batches.sampler_logp_NR,
-    }
-
-
-def _counted(forward: Forward, advance: Callable[[int], None]) -> Forward:
-    """The same forward, telling the progress bar of every microbatch."""
-
-    def hidden(*args: Any, **kwargs: Any) -> torch.Tensor:
-        advance(1)
-        return forward.hidden(*args, **kwargs)
-
-    return forward._replace(hidden=hidden)
 
 
 def _versions(model: torch.nn.Module) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -119,6 +120,22 @@ def fingerprint_path(path: Path) -> dict[str, str]:
     return {file.name: _file_hash(file) for file in files}
 
 
+def require_finite(value: Any, where: str) -> None:
+    """InputError for a number in `value` that is not finite, with its place and what to look at."""
+    if isinstance(value, dict):
+        place = f" at eta = {value['eta']:g}" if "eta" in value else ""
+        for key, item in value.items():
+            require_finite(item, f"{where}{place}, {key}")
+    elif isinstance(value, list):
+        for item in value:
+            require_finite(item, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(
+            f"{where}, is {value}, a finite number is expected: numbers overflow or vanish on the way, "
+            "look at measure.etas, optimizer.lr, optimizer.weight_decay and sampling.temperature"
+        )
+
+
 def write_json(value: Any, path: Path) -> None:
     """JSON with a final newline; NaN and infinity are refused, since JSON has neither."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -137,6 +154,11 @@ def _stage_path(folder: Path, stage: str, inputs: Any, suffix: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """What write(target) writes, as `path`: it appears, or is replaced, only when whole.
+
+    Folders above it are made. Where `write` raises, `path` is as it was, and InputError stands for an
+    error of safetensors.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import funcprobe
-from funcprobe import Batch, Entropy, TokenStats, baselines, estimators, response_mask
+from funcprobe import Batch, Entropy, TokenStats, baselines, estimators, regression, response_mask
 from funcprobe.adapters import run
 from funcprobe.adapters.batches import sample
 from funcprobe.adapters.config_file import read_config
@@ -76,11 +76,11 @@ def influence(pool: Pool, index_n: Tensor, variant: Variant, per: str) -> tuple[
         return float(x_n.mean()), x_n - x_n.mean()
     if variant.baseline != "none":
         if variant.baseline == "weighted":
-            b_NR = baselines.ridge(
+            b_NR = regression.ridge(
                 baselines.score_target(stats, mask, entropy),
                 mask,
                 batch.prompt_N,
-                baselines.prefix_features(batch, stats, mask),
+                regression.prefix_features(batch, stats, mask),
                 tangent.logp_NR.square(),
             )
         else:

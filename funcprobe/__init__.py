@@ -4,15 +4,21 @@ The functional core. Everything here is a pure function of its arguments.
 """
 
 from .adam import fresh_adam_state, precondition, preconditioner, update_direction
-from .curvature import difference_eta, eta_star, second_difference, second_tangents
+from .curvature import (
+    difference_eta,
+    eta_star,
+    second_difference,
+    second_order,
+    second_tangents,
+)
 from .estimators import (
     entropy_value,
     first_order,
     gradient_coefficients,
     measured_change,
-    second_order,
     sum_se,
 )
+from .evaluation import Evaluation, change, derivative, evaluate, second_derivative
 from .gradients import grad_X, grad_Y, weighted_grad
 from .layout import collate, response_mask, select
 from .logprobs import seq_logprobs, token_stats
@@ -38,6 +44,7 @@ __all__ = [
     "AdamState",
     "Batch",
     "Entropy",
+    "Evaluation",
     "Forward",
     "InputError",
     "Objective",
@@ -51,11 +58,14 @@ __all__ = [
     "advantages",
     "alpha_vjp",
     "bind",
+    "change",
     "coefficients",
     "collate",
+    "derivative",
     "difference_eta",
     "entropy_value",
     "eta_star",
+    "evaluate",
     "first_order",
     "first_order_passes",
     "fresh_adam_state",
@@ -70,6 +80,7 @@ __all__ = [
     "preconditioner",
     "predict",
     "response_mask",
+    "second_derivative",
     "second_difference",
     "second_order",
     "second_tangents",

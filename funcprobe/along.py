@@ -5,10 +5,10 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import estimators, gradients, logprobs, tree
+from . import evaluation, gradients, logprobs, tree
 from .adam import UpdateDirection
 from .estimators import FirstOrder
-from .layout import MAX_TOKENS, response_mask
+from .layout import MAX_TOKENS
 from .policy import Forward, lora_params
 from .tangents import tangents
 from .types import Batch, Entropy, InputError, Params, TokenStats
@@ -57,9 +57,8 @@ def eval_passes(
     # ratios at eta = 0 must be exactly 1.
     stats = logprobs.token_stats(params, eval_batch, forward, max_tokens)
     _, tangent = tangents(params, eval_batch, direction, forward, max_tokens)
-    p_NR, q_NR = estimators.gradient_coefficients(
-        stats, response_mask(eval_batch), entropy, log_ratio(stats, sampler_logp_NR)
-    )
+    at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR)
+    p_NR, q_NR = evaluation.gradient_coefficients(at)
     X = gradients.weighted_grad(params, eval_batch, p_NR, q_NR, forward, max_tokens)
     require_gradients("X (of the entropy on E)", X)
     return EvalPasses(stats, tangent, X)
@@ -80,22 +79,16 @@ def summarise_along(
     `unit_N` as in `summarise`.
     """
     stats, tangent, X = passes
-    mask_NR, log_ratio_NR = response_mask(eval_batch), log_ratio(stats, sampler_logp_NR)
-    first = estimators.first_order(
-        stats,
-        tangent,
-        mask_NR,
-        eval_batch.prompt_N if unit_N is None else unit_N,
-        entropy,
-        log_ratio_NR,
-    )
+    at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR)
+    unit_N = eval_batch.prompt_N if unit_N is None else unit_N
+    first = evaluation.derivative(at, tangent, unit_N)
     return Along(
         derivative=first.derivative,
         bars_dot=tree.dot(X, direction.total),
         from_momentum=tree.dot(X, direction.momentum),
         from_decay=tree.dot(X, direction.decay),
         from_update=tree.dot(tree.multiply(direction.scale, X), Y),
-        entropy=estimators.entropy_value(stats, mask_NR, entropy, log_ratio_NR),
+        entropy=evaluation.value(at),
         first_order=first,
         X=X,
         stats=stats,
@@ -116,8 +109,3 @@ def require_gradients(name: str, grads: Params) -> None:
             f"the gradient {name} is not finite in {len(bad)} of {len(grads)} tensors, as {bad[0]}: "
             'use policy.dtype = "float32", or look for damaged weights'
         )
-
-
-def log_ratio(stats: TokenStats, sampler_logp_NR: Tensor | None) -> Tensor | None:
-    """l(theta) - l(sampler), or None where the policy at theta sampled."""
-    return None if sampler_logp_NR is None else stats.logp_NR - sampler_logp_NR

@@ -2,21 +2,33 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from . import tree
+from .estimators import influence_se, ratio_derivative
 from .head import chunks, token_head
 from .layout import MAX_TOKENS, Rows, collate, microbatches, scatter
 from .policy import Forward
-from .types import Batch, InputError, Params, ResponseMask, TokenStats
+from .types import Batch, Entropy, InputError, Params, ResponseMask, TokenStats
+from .weights import by_group, importance_weights, integrand, prefix_sum, responsive
 
 CHECKED_TOKENS = 16  # of the batch's first sequence, half prompt and half response where it has both
+
+
+class SecondOrder(NamedTuple):
+    """Second derivative along a direction, per unit of eta squared; as in `FirstOrder`."""
+
+    derivative: float
+    se: float
+    influence_N: Float[Tensor, " N"]
+    per_sequence_N: Float[Tensor, " N"]
 
 
 def second_tangents(
@@ -50,6 +62,47 @@ def second_tangents(
         columns.append([torch.cat(column) for column in zip(*outs, strict=True)])
     tensors = [scatter(values, parts, batch) for values in zip(*columns, strict=True)]
     return TokenStats(*tensors[:2]), TokenStats(*tensors[2:4]), TokenStats(*tensors[4:])
+
+
+def second_order(
+    stats: TokenStats,
+    tangent: TokenStats,
+    second: TokenStats,
+    mask_NR: ResponseMask,
+    unit_N: Int[Tensor, " N"],
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> SecondOrder:
+    """d2/d eta2 H(theta + eta v) = sum_g R'', R'' = (N'' - R D'' - 2 R' D') / D, at eta = 0.
+
+    With a, a' the prefix sums of l', l'': N'' = sum W (z'' + 2 a z' + (a^2 + a') z), D'' = sum W (a^2
+    + a'), and R' = (N' - R D') / D as in `first_order`, which see for `unit_N`, errors and the clip.
+    """
+    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
+    z_NR, dz_NR, ddz_NR = (integrand(s, mask_NR, entropy) for s in (stats, tangent, second))
+    a_NR, da_NR = (prefix_sum(s.logp_NR * mask_NR, entropy) for s in (tangent, second))
+    dweight_NR = responsive(weight_NR, entropy) * a_NR
+    ddweight_NR = responsive(weight_NR, entropy) * (a_NR.square() + da_NR)
+    cells = (
+        weight_NR * z_NR,
+        weight_NR * dz_NR + dweight_NR * z_NR,
+        weight_NR * ddz_NR + 2 * dweight_NR * dz_NR + ddweight_NR * z_NR,
+        *(weight_NR, dweight_NR, ddweight_NR),
+    )
+    n_Ng, dn_Ng, ddn_Ng, d_Ng, dd_Ng, ddd_Ng = (by_group(c, entropy) for c in cells)
+    N, dN, ddN, D, dD, ddD = (by_group(c, entropy).sum(0) for c in cells)
+    R, dR = N / D, ratio_derivative(N, D, dN, dD)
+    ddR = (ddN - R * ddD - 2 * dR * dD) / D
+    r_Ng = (n_Ng - R * d_Ng) / D
+    dr_Ng = (dn_Ng - R * dd_Ng - r_Ng * dD - dR * d_Ng) / D
+    ddr_Ng = (ddn_Ng - R * ddd_Ng - 2 * dR * dd_Ng - r_Ng * ddD - 2 * dr_Ng * dD - ddR * d_Ng) / D
+    influence_N = ddr_Ng.sum(1)
+    return SecondOrder(
+        derivative=float(ddR.sum()),
+        se=influence_se(influence_N, unit_N),
+        influence_N=influence_N,
+        per_sequence_N=((ddn_Ng - R * ddd_Ng - 2 * dR * dd_Ng) / D).sum(1),
+    )
 
 
 def eta_star(first: float, second: float) -> float:

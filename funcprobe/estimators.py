@@ -26,6 +26,7 @@ from .weights import (
     by_group,
     by_unit,
     importance_weights,
+    integrand,
     prefix_sum,
     prefix_sum_transposed,
     responsive,
@@ -45,15 +46,6 @@ class FirstOrder(NamedTuple):
     derivative: float
     se: float
     se_jackknife: float
-    influence_N: Float[Tensor, " N"]
-    per_sequence_N: Float[Tensor, " N"]
-
-
-class SecondOrder(NamedTuple):
-    """Second derivative along a direction, per unit of eta squared; as in `FirstOrder`."""
-
-    derivative: float
-    se: float
     influence_N: Float[Tensor, " N"]
     per_sequence_N: Float[Tensor, " N"]
 
@@ -81,8 +73,22 @@ def entropy_value(
 ) -> float:
     """H, nats per token or per sequence; `log_ratio_NR` = l(theta) - l(sampler), default 0."""
     weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
-    N, D = _totals(weight_NR * _integrand(stats, mask_NR, entropy), weight_NR, entropy=entropy)
+    N, D = _totals(weight_NR * integrand(stats, mask_NR, entropy), weight_NR, entropy=entropy)
     return float((N / D).sum())
+
+
+def entropy_influence(
+    stats: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> Float[Tensor, " N"]:
+    """Influence values of `entropy_value`, sum_g (n - R d) / D; they sum to 0."""
+    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
+    cells = (weight_NR * integrand(stats, mask_NR, entropy), weight_NR)
+    n_Ng, d_Ng = (by_group(c, entropy) for c in cells)
+    N, D = n_Ng.sum(0), d_Ng.sum(0)
+    return ((n_Ng - N / D * d_Ng) / D).sum(1)
 
 
 def first_order(
@@ -127,7 +133,7 @@ def first_order_cells(
 ) -> Cells:
     """(n, d, n', d') [N, g], whose sums `ratio_derivative` takes."""
     weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
-    z_NR, dz_NR = (_integrand(s, mask_NR, entropy) for s in (stats, tangent))
+    z_NR, dz_NR = (integrand(s, mask_NR, entropy) for s in (stats, tangent))
     dweight_NR = responsive(weight_NR, entropy) * prefix_sum(tangent.logp_NR * mask_NR, entropy)
     cells = (weight_NR * z_NR, weight_NR, weight_NR * dz_NR + dweight_NR * z_NR, dweight_NR)
     return tuple(by_group(c, entropy) for c in cells)
@@ -136,47 +142,6 @@ def first_order_cells(
 def ratio_derivative(N: Tensor, D: Tensor, dN: Tensor, dD: Tensor) -> Tensor:
     """(N / D)' = (N' - R D') / D of every group."""
     return (dN - N / D * dD) / D
-
-
-def second_order(
-    stats: TokenStats,
-    tangent: TokenStats,
-    second: TokenStats,
-    mask_NR: ResponseMask,
-    unit_N: Int[Tensor, " N"],
-    entropy: Entropy,
-    log_ratio_NR: Float[Tensor, "N R"] | None = None,
-) -> SecondOrder:
-    """d2/d eta2 H(theta + eta v) = sum_g R'', R'' = (N'' - R D'' - 2 R' D') / D, at eta = 0.
-
-    With a, a' the prefix sums of l', l'': N'' = sum W (z'' + 2 a z' + (a^2 + a') z), D'' = sum W (a^2
-    + a'), and R' = (N' - R D') / D as in `first_order`, which see for `unit_N`, errors and the clip.
-    """
-    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
-    z_NR, dz_NR, ddz_NR = (_integrand(s, mask_NR, entropy) for s in (stats, tangent, second))
-    a_NR, da_NR = (prefix_sum(s.logp_NR * mask_NR, entropy) for s in (tangent, second))
-    dweight_NR = responsive(weight_NR, entropy) * a_NR
-    ddweight_NR = responsive(weight_NR, entropy) * (a_NR.square() + da_NR)
-    cells = (
-        weight_NR * z_NR,
-        weight_NR * dz_NR + dweight_NR * z_NR,
-        weight_NR * ddz_NR + 2 * dweight_NR * dz_NR + ddweight_NR * z_NR,
-        *(weight_NR, dweight_NR, ddweight_NR),
-    )
-    n_Ng, dn_Ng, ddn_Ng, d_Ng, dd_Ng, ddd_Ng = (by_group(c, entropy) for c in cells)
-    N, dN, ddN, D, dD, ddD = _totals(*cells, entropy=entropy)
-    R, dR = N / D, ratio_derivative(N, D, dN, dD)
-    ddR = (ddN - R * ddD - 2 * dR * dD) / D
-    r_Ng = (n_Ng - R * d_Ng) / D
-    dr_Ng = (dn_Ng - R * dd_Ng - r_Ng * dD - dR * d_Ng) / D
-    ddr_Ng = (ddn_Ng - R * ddd_Ng - 2 * dR * dd_Ng - r_Ng * ddD - 2 * dr_Ng * dD - ddR * d_Ng) / D
-    influence_N = ddr_Ng.sum(1)
-    return SecondOrder(
-        derivative=float(ddR.sum()),
-        se=influence_se(influence_N, unit_N),
-        influence_N=influence_N,
-        per_sequence_N=((ddn_Ng - R * ddd_Ng - 2 * dR * dd_Ng) / D).sum(1),
-    )
 
 
 def gradient_coefficients(
@@ -191,7 +156,7 @@ def gradient_coefficients(
     per token, the entropy still to come after j, minus R for each token still to come, over D.
     """
     weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
-    z_NR = _integrand(stats, mask_NR, entropy)
+    z_NR = integrand(stats, mask_NR, entropy)
     N_g, D_g = _totals(weight_NR * z_NR, weight_NR, entropy=entropy)
     moving_NR = responsive(weight_NR, entropy) * (z_NR - N_g / D_g) / D_g
     score_NR = prefix_sum_transposed(moving_NR, entropy) * mask_NR
@@ -251,9 +216,9 @@ def measured_cells(
     else:
         there_NR = step_NR if log_ratio_NR is None else log_ratio_NR + step_NR
         gain_NR = importance_weights(there_NR, mask_NR, entropy) - weight_NR
-    z_NR = _integrand(stats, mask_NR, entropy)
+    z_NR = integrand(stats, mask_NR, entropy)
     gained = TokenStats(*(m - s for m, s in zip(moved, stats, strict=True)))
-    dz_NR = _integrand(gained, mask_NR, entropy)
+    dz_NR = integrand(gained, mask_NR, entropy)
     cells = (weight_NR * z_NR, weight_NR, gain_NR * (z_NR + dz_NR) + weight_NR * dz_NR, gain_NR)
     return tuple(by_group(c, entropy) for c in cells)
 
@@ -269,8 +234,8 @@ def influence_se(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) ->
     InputError for fewer than two units.
     """
     influence_M = by_unit(influence_N, unit_N)
-    _require_two(len(influence_M))
-    return math.sqrt(len(influence_M) / (len(influence_M) - 1) * float(influence_M.square().sum()))
+    M = require_two(len(influence_M))
+    return math.sqrt(M / (M - 1) * float(influence_M.square().sum()))
 
 
 def sum_se(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
@@ -279,18 +244,14 @@ def sum_se(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
     For U: t_n = <P X, Y_n>, units are prompts. Raises InputError for fewer than two units.
     """
     t_M = by_unit(t_N, unit_N)
-    _require_two(len(t_M))
-    return math.sqrt(len(t_M) * float(t_M.var()))
+    return math.sqrt(require_two(len(t_M)) * float(t_M.var()))
 
 
-def _require_two(units: int) -> None:
+def require_two(units: int) -> int:
+    """The number of sampling units. InputError for fewer than two."""
     if units < 2:
         raise InputError(f"{units} sampling unit: a standard error needs at least two prompts")
-
-
-def _integrand(stats: TokenStats, mask_NR: ResponseMask, entropy: Entropy) -> Tensor:
-    z_NR = stats.entropy_NR if entropy.integrand == "rao_blackwell" else -stats.logp_NR
-    return z_NR * mask_NR
+    return units
 
 
 def _totals(*cells_NR: Tensor, entropy: Entropy) -> list[Float[Tensor, " g"]]:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.func import vjp
 
 from . import tree
-from .estimators import gradient_coefficients
+from .evaluation import evaluate, gradient_coefficients
 from .head import chunks, token_head
-from .layout import MAX_TOKENS, gather, microbatches, response_mask
+from .layout import MAX_TOKENS, gather, microbatches
 from .logprobs import token_stats
 from .policy import Forward
 from .types import Batch, Entropy, Params, UpdateBatch
@@ -55,7 +55,7 @@ def grad_X(
     <X, v> is the derivative of the estimator along v, as `estimators.first_order` has it by tangents.
     """
     stats = token_stats(params, batch, forward, max_tokens)
-    p_NR, q_NR = gradient_coefficients(stats, response_mask(batch), entropy)
+    p_NR, q_NR = gradient_coefficients(evaluate(batch, stats, entropy))
     return weighted_grad(params, batch, p_NR, q_NR, forward, max_tokens)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from .layout import Rows, collate, microbatches
 from .precision import arithmetic_of
 from .tree import require_same
 from .types import InputError, Params
+
+T = TypeVar("T")
 
 
 class Forward(NamedTuple):
@@ -95,6 +97,19 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
     return forward
 
 
+def with_params(model: nn.Module, given: Params, compute: Callable[[], T]) -> T:
+    """compute() while the model has `given` in place of its parameters of these names, then as before.
+
+    For what needs the model itself, as generate() does. ValueError where `given` has a name or shape
+    that the model has not.
+    """
+    own = dict(model.named_parameters())
+    require_same({n: own[n].detach() for n in given.keys() & own.keys()}, given)
+    swapped = {f"model.{place}": given[name] for place, name in _places(model, given).items()}
+    out: T = functional_call(_Compute(model), swapped, (compute,), tie_weights=False)
+    return out
+
+
 def require_causal_lm(model: nn.Module) -> None:
     """InputError unless this is a Hugging Face decoder with an output embedding, as logits need one."""
     base = _causal_lm(model)
@@ -106,6 +121,17 @@ def require_causal_lm(model: nn.Module) -> None:
             f"the model is {type(base).__name__}, {why}: a causal language model is expected, as "
             "AutoModelForCausalLM loads it"
         )
+
+
+class _Compute(nn.Module):
+    """A model in whose place a function is called, so that functional_call swaps its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[], Any]) -> Any:
+        return compute()
 
 
 class _Backbone(nn.Module):

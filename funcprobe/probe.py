@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import adam, estimators, gradients, logprobs, tree
+from . import adam, estimators, evaluation, gradients, logprobs, tree
 from .adam import UpdateDirection
-from .along import EvalPasses, eval_passes, log_ratio, require_gradients, summarise_along
+from .along import EvalPasses, eval_passes, require_gradients, summarise_along
+from .curvature import second_tangents
 from .estimators import FirstOrder, Measured
-from .layout import MAX_TOKENS, response_mask
+from .layout import MAX_TOKENS
 from .policy import Forward, frozen_forward, trainable_params
 from .tangents import alpha_vjp, require_derivatives, tangents
 from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
@@ -170,8 +171,7 @@ def measure(
     are a second dict of adapter size.
     """
     moved = logprobs.token_stats(tree.axpy(eta, direction, params), eval_batch, forward, max_tokens)
-    log_ratio_NR = log_ratio(stats, sampler_logp_NR)
-    return estimators.measured_change(stats, moved, response_mask(eval_batch), entropy, log_ratio_NR)
+    return evaluation.change(evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR), moved)
 
 
 class Probe(NamedTuple):
@@ -185,6 +185,7 @@ class Probe(NamedTuple):
     grad_X: Callable[[Params, Batch], Params]
     grad_Y: Callable[[Params, UpdateBatch], Params]
     tangents: Callable[[Params, Batch, Params], tuple[TokenStats, TokenStats]]
+    second_tangents: Callable[[Params, Batch, Params], tuple[TokenStats, TokenStats, TokenStats]]
     alpha_vjp: Callable[..., Float[Tensor, " N"]]
     predict: Callable[..., Prediction]
     measure: Callable[..., Measured]
@@ -216,6 +217,7 @@ def bind(
         grad_X=partial(gradients.grad_X, entropy=entropy, **fixed),
         grad_Y=partial(gradients.grad_Y, **fixed),
         tangents=partial(tangents, **fixed),
+        second_tangents=partial(second_tangents, **fixed),
         alpha_vjp=partial(alpha_vjp, **fixed),
         predict=partial(predict, entropy=entropy, **fixed),
         measure=partial(measure, entropy=entropy, **fixed),

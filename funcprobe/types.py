@@ -22,6 +22,7 @@ Params: TypeAlias = dict[str, Tensor]
 Per: TypeAlias = Literal["token", "sequence"]
 Integrand: TypeAlias = Literal["rao_blackwell", "sampled"]
 Weights: TypeAlias = Literal["per_decision", "sequence"]
+Baseline: TypeAlias = Literal["auto", "none", "entropy", "position", "ridge"]
 Rule: TypeAlias = Literal["adamw", "precondition", "sgd"]
 
 
@@ -66,6 +67,7 @@ class Entropy(NamedTuple):
     integrand: Integrand = "rao_blackwell"
     weights: Weights = "per_decision"
     clip: float | None = None  # upper bound of importance weights; it biases, so off by default
+    baseline: Baseline = "auto"  # of the score term: ridge where it has a place, else none
 
 
 class Step(NamedTuple):

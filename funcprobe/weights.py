@@ -8,7 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .types import Entropy, ResponseMask
+from .types import Entropy, ResponseMask, TokenStats
+
+
+def integrand(stats: TokenStats, mask_NR: ResponseMask, entropy: Entropy) -> Float[Tensor, "N R"]:
+    """z = h (Rao-Blackwell) or -l (sampled); of tangents, its derivative."""
+    z_NR = stats.entropy_NR if entropy.integrand == "rao_blackwell" else -stats.logp_NR
+    return z_NR * mask_NR
 
 
 def importance_weights(

@@ -9,7 +9,7 @@ from conftest import random_batch, random_like, tiny_policy
 from test_estimators import VOCABULARY, population, rows, world  # noqa: F401
 
 import funcprobe
-from funcprobe import Entropy, InputError, TokenStats, baselines, estimators, tree
+from funcprobe import Entropy, InputError, TokenStats, baselines, estimators, regression, tree
 from funcprobe.layout import select
 
 CONTROLLED = [
@@ -177,8 +177,8 @@ def test_a_baseline_knows_nothing_of_its_own_token_or_later(small, kind):
         "none": lambda q, b, s: torch.zeros_like(q),
         "entropy": lambda q, b, s: s.entropy_NR * mask,
         "position": lambda q, b, s: baselines.position_mean(q, mask, b.prompt_N),
-        "ridge": lambda q, b, s: baselines.ridge(
-            q, mask, b.prompt_N, baselines.prefix_features(b, s, mask)
+        "ridge": lambda q, b, s: regression.ridge(
+            q, mask, b.prompt_N, regression.prefix_features(b, s, mask)
         ),
     }[kind]
     before = make(held, batch, stats)
@@ -220,18 +220,18 @@ def test_ridge_finds_a_linear_target_and_shrinks_noise():
         return x[index].flatten(0, 1)
 
     linear = x @ beta
-    assert float((baselines.ridge(linear, mask, unit, features) - linear).abs().max()) < 0.02
+    assert float((regression.ridge(linear, mask, unit, features) - linear).abs().max()) < 0.02
     noise = torch.randn(100, 8, generator=generator).double()
     # 60 features of 640 tokens of noise: 0.3 without a penalty, 0.12 with the largest.
     many = torch.randn(100, 8, 60, generator=generator).double()
-    assert float(baselines.ridge(noise, mask, unit, lambda i: many[i].flatten(0, 1)).std()) < 0.2
+    assert float(regression.ridge(noise, mask, unit, lambda i: many[i].flatten(0, 1)).std()) < 0.2
     # A dense oracle, one penalty, one fold: units 0, 5, 10, ... against the rest, weighted.
     weight = torch.rand(100, 8, generator=generator).double()
-    found = baselines.ridge(linear + noise, mask, unit, features, weight)
+    found = regression.ridge(linear + noise, mask, unit, features, weight)
     train = unit % 5 != 0
     A, w, y = x[train].flatten(0, 1), weight[train].flatten(), (linear + noise)[train].flatten()
     candidates = []
-    for penalty in baselines.PENALTIES:
+    for penalty in regression.PENALTIES:
         root = w.sqrt()[:, None]
         extra = math.sqrt(penalty * float(w.mean())) * torch.eye(3).double()
         solution = torch.linalg.lstsq(
@@ -245,15 +245,15 @@ def test_ridge_with_one_weight_everywhere_is_the_unweighted(small):
     _, batch, _, stats, _, mask, _, _ = small
     entropy = Entropy("sequence", "rao_blackwell", "per_decision")
     q = baselines.score_target(stats, mask, entropy)
-    features = baselines.prefix_features(batch, stats, mask)
-    plain = baselines.ridge(q, mask, batch.prompt_N, features)
-    weighted = baselines.ridge(q, mask, batch.prompt_N, features, torch.full_like(q, 7.0))
+    features = regression.prefix_features(batch, stats, mask)
+    plain = regression.ridge(q, mask, batch.prompt_N, features)
+    weighted = regression.ridge(q, mask, batch.prompt_N, features, torch.full_like(q, 7.0))
     assert torch.allclose(plain, weighted, rtol=0, atol=1e-10)
 
 
 def test_features_of_long_responses_stay_few():
     """4,096 positions: 16 exact and 4 an octave, so that beta is solved in a moment."""
-    places = baselines._position_bin(torch.arange(4096))
+    places = regression._position_bin(torch.arange(4096))
     assert places[:17].tolist() == list(range(17))
     assert int(places.max()) == 16 + 4 * 8 - 1
     assert bool((places.diff() >= 0).all())
@@ -261,11 +261,11 @@ def test_features_of_long_responses_stay_few():
 
 def test_buckets_hold_every_id_and_tell_digits_apart():
     ids = torch.arange(151_936)
-    buckets = baselines._bucket(ids, 64)
+    buckets = regression._bucket(ids, 64)
     counts = torch.bincount(buckets, minlength=64)
     assert len(counts) == 64
     assert 2300 < int(counts.min()) <= int(counts.max()) < 2450  # 2374 each
-    assert len(baselines._bucket(torch.arange(15, 25), 64).unique()) == 10
+    assert len(regression._bucket(torch.arange(15, 25), 64).unique()) == 10
 
 
 def test_unsuitable_estimators_are_refused(small):
@@ -275,6 +275,6 @@ def test_unsuitable_estimators_are_refused(small):
     with pytest.raises(InputError, match=r"not clipped, clip = 2\.0"):
         baselines.score_target(stats, mask, Entropy(clip=2.0))
     two = torch.arange(30) % 2
-    features = baselines.prefix_features(batch, stats, mask)
+    features = regression.prefix_features(batch, stats, mask)
     with pytest.raises(InputError, match="2 prompts"):
-        baselines.ridge(stats.entropy_NR, mask, two, features)
+        regression.ridge(stats.entropy_NR, mask, two, features)

@@ -639,7 +639,8 @@ def test_eval_rollouts_are_weighed_by_their_samplers_probabilities(checkpoint, t
     )
     file = tmp_path / "eval.parquet"
     rollouts.save_rollouts(E, file)
-    brings = probe_config(checkpoint, rollouts={"eval": str(file)})
+    # Without a baseline, of which the entropy at another policy knows nothing.
+    brings = probe_config(checkpoint, rollouts={"eval": str(file)}, entropy={"baseline": "none"})
     with pytest.raises(InputError, match="has no sampler_logp"):
         ProbeCallback(trainer, every=1, config=brings)
     with live.at_rest(policy.model):

@@ -576,9 +576,9 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
             "funcprobe: No space left on device; nothing was left half written\n"
         )
         assert left_in(Path(f"runs{fail_at}")) == []
-    # Two rollouts, first order, one eta and four for the rounding: written and renamed; then seven
-    # files and the folder.
-    assert fail_at == 8 * 2 + 7 + 1 + 1
+    # Two rollouts, first order, one eta, four for the rounding and two for the second derivative:
+    # written and renamed; then seven files and the folder.
+    assert fail_at == 10 * 2 + 7 + 1 + 1
     assert outcome.status == 0
 
 
@@ -687,7 +687,10 @@ def test_the_table_and_the_summary(command, checkpoint) -> None:
         (line,) = [x for x in outcome.out.splitlines() if f"{row['ratio']['value']:.7f}" in x]
         assert f"{row['predicted']['value']:+.4e}" in line
         assert f"{row['measured']['value']:+.4e}" in line
-        assert f" {row['se_total']['value']:.1e} " in line
+        for low, high in (row["interval_total"], row["measured_interval_given_U"]):
+            assert f" {(high - low) / 2:.1e} " in line
+        assert f"{row['second_order']['value']:+.4e}" in line
+        assert row["verdict"] in line
         first, eta = document["first_order"], row["eta"]
         for error in ("se_total", "se_given_U"):
             assert row[error]["value"] == pytest.approx(eta * first[error]["value"], rel=1e-12)

@@ -20,6 +20,12 @@ ESTIMATORS = [
     )
 ]
 each_estimator = pytest.mark.parametrize("entropy", ESTIMATORS, ids=lambda e: "-".join(e[:3]))
+# With a baseline where it has a place, and without.
+CONTROLLED = [e._replace(baseline="ridge") for e in ESTIMATORS if e.integrand == "rao_blackwell"]
+BARE = [e._replace(baseline="none") for e in ESTIMATORS]
+each_variant = pytest.mark.parametrize(
+    "entropy", BARE + CONTROLLED, ids=lambda e: "-".join((*e[:3], e.baseline))
+)
 LENGTHS = [(0, 2, 6), (1, 4, 1), (2, 1, 4), (0, 2, 3), (3, 5, 2)]
 BATCH = random_batch(LENGTHS)
 MASK = funcprobe.response_mask(BATCH)
@@ -298,7 +304,7 @@ def test_second_order_by_autograd_of_a_loop(entropy, clip):
     (bend,) = torch.autograd.grad(slope, eta)
     seen = estimators.first_order(here, first, MASK, UNIT, entropy, noise)
     assert seen.derivative == pytest.approx(float(slope.detach()), rel=1e-11)
-    found = estimators.second_order(here, first, second, MASK, UNIT, entropy, noise)
+    found = curvature.second_order(here, first, second, MASK, UNIT, entropy, noise)
     assert found.derivative == pytest.approx(float(bend), rel=1e-10)
     assert float(found.per_sequence_N.sum()) == pytest.approx(found.derivative, rel=1e-10)
 
@@ -323,10 +329,11 @@ def differences(probe, stats, direction, eta, entropy):
     ]
 
 
-@each_estimator
+@each_variant
 def test_exact_and_cheap_second_derivatives_agree(probe64, direction, jet, stats64, entropy):
     """To 1e-5 at the eta that the precision asks for, where 1e-8 of H S'^2 is expected."""
-    exact = funcprobe.second_order(stats64, *jet[1:], MASK, UNIT, entropy).derivative
+    at = funcprobe.evaluate(BATCH, stats64, entropy)
+    exact = funcprobe.second_derivative(at, *jet[1:], UNIT).derivative
     eta = funcprobe.difference_eta(jet[1], MASK, probe64.forward.coarsest)
     deltas = differences(probe64, stats64, direction, eta, entropy)
     assert funcprobe.second_difference(*deltas, eta) == pytest.approx(exact, rel=1e-5)
@@ -336,7 +343,7 @@ def test_the_chosen_eta_is_near_the_best(probe64, direction, jet, stats64):
     """Truncation grows as eta^2, rounding as eta^-2: a factor of 30 costs either way."""
     best = funcprobe.difference_eta(jet[1], MASK, torch.float64)
     error = dict.fromkeys((1 / 30, 1.0, 30.0), 0.0)
-    for entropy, factor in itertools.product(ESTIMATORS, error):
+    for entropy, factor in itertools.product(BARE, error):
         exact = funcprobe.second_order(stats64, *jet[1:], MASK, UNIT, entropy).derivative
         eta = factor * best
         deltas = differences(probe64, stats64, direction, eta, entropy)
@@ -344,10 +351,11 @@ def test_the_chosen_eta_is_near_the_best(probe64, direction, jet, stats64):
     assert 10 * error[1.0] < min(error[1 / 30], error[30.0])
 
 
-@each_estimator
+@each_variant
 def test_what_two_orders_leave_is_cubic(probe64, direction, jet, stats64, entropy):
-    first = funcprobe.first_order(stats64, jet[1], MASK, UNIT, entropy).derivative
-    second = funcprobe.second_order(stats64, *jet[1:], MASK, UNIT, entropy).derivative
+    at = funcprobe.evaluate(BATCH, stats64, entropy)
+    first = funcprobe.derivative(at, jet[1], UNIT).derivative
+    second = funcprobe.second_derivative(at, *jet[1:], UNIT).derivative
     left = []
     for eta in (2e-3, 1e-3):
         delta = differences(probe64, stats64, direction, eta, entropy)[0]
@@ -369,9 +377,9 @@ def test_influence_is_what_one_more_copy_of_a_unit_adds(entropy, clip):
     def estimate(index):
         rows = [TokenStats(*(x[index] for x in s)) for s in (here, first, second)]
         units = torch.arange(len(index))
-        return estimators.second_order(*rows, MASK[index], units, entropy, noise[index]).derivative
+        return curvature.second_order(*rows, MASK[index], units, entropy, noise[index]).derivative
 
-    found = estimators.second_order(here, first, second, MASK, UNIT, entropy, noise)
+    found = curvature.second_order(here, first, second, MASK, UNIT, entropy, noise)
     many = torch.arange(len(MASK)).repeat(copies)
     start = estimate(many)
     added = [estimate(torch.cat([many, (m == UNIT).nonzero().squeeze(1)])) for m in UNIT.unique()]

@@ -208,8 +208,9 @@ def test_routes_agree_in_both_precisions(dtype, bound):
     batch = random_batch([(i, 3, 1 + i % 6) for i in range(12)])
     v = random_like(probe.params)
     stats, tangent = probe.tangents(probe.params, batch, v)
-    mask = funcprobe.response_mask(batch)
-    first = funcprobe.first_order(stats, tangent, mask, batch.prompt_N, funcprobe.Entropy())
+    at = funcprobe.evaluate(batch, stats)
+    assert at.entropy.baseline == "ridge"
+    first = funcprobe.derivative(at, tangent, batch.prompt_N)
     other = tree.dot(probe.grad_X(probe.params, batch), v)
     assert abs(other - first.derivative) < bound * abs(other)
 

@@ -19,7 +19,7 @@ PROMPTS = ([1, 3], [4, 2, 2])
 ETA = 0.05  # large enough that second order matters: measured changes must match beyond the slope
 
 ESTIMATORS = [
-    Entropy(per, integrand, weights)
+    Entropy(per, integrand, weights, baseline="none")
     for per, integrand, weights in itertools.product(
         ("token", "sequence"), ("rao_blackwell", "sampled"), ("per_decision", "sequence")
     )

@@ -10,32 +10,33 @@ import pytest
 import torch
 from conftest import sets
 
-from funcprobe.adapters import results
+from funcprobe.adapters import results, sweep, sweep_results
 from funcprobe.estimators import Measured
 
 ONE = torch.ones(1, dtype=torch.float64)
 
 
 def fits(etas, curve, noise, derivative=3.0):
-    """`_fits` of measured changes curve(eta)."""
-    measured = tuple(Measured(curve(eta), 10.0, 1.0, 0, ONE, ONE) for eta in etas)
-    sweep = results.Sweep(tuple(etas), measured, 4, noise)
-    return results._fits(SimpleNamespace(derivative=derivative), sweep, "nats per token")
+    """`fits` of measured changes curve(eta)."""
+    measured = (Measured(curve(eta), 10.0, 1.0, 0, ONE, ONE) for eta in etas)
+    points = tuple(sweep.Point(eta, m, None, None) for eta, m in zip(etas, measured, strict=True))
+    found = sweep.Sweep(points, 4, noise, None)
+    return sweep_results.fits(SimpleNamespace(derivative=derivative), found, "nats per token")
 
 
 def test_a_power_law_has_its_exponent():
     x = [1e-6, 1e-5, 1e-3, 1e-2]
-    line = results.log_log(x, [-2 * eta**1.5 for eta in x])
+    line = sweep_results.log_log(x, [-2 * eta**1.5 for eta in x])
     assert line.slope == pytest.approx(1.5, rel=1e-12)
     assert line.r_squared == pytest.approx(1, rel=1e-12)
     assert line.points == 4
-    crooked = results.log_log([1, 10, 100], [1, 100, 1000])
+    crooked = sweep_results.log_log([1, 10, 100], [1, 100, 1000])
     assert crooked.r_squared == pytest.approx(np.corrcoef([0, 1, 2], [0, 2, 3])[0, 1] ** 2)
 
 
 @pytest.mark.parametrize("y", [[1, 2], [1, 0, 2], [5, 5, 5]])
 def test_no_line_through_too_little(y):
-    assert results.log_log([1.0, 2.0, 3.0][: len(y)], y) is None
+    assert sweep_results.log_log([1.0, 2.0, 3.0][: len(y)], y) is None
 
 
 def test_slopes_of_a_quadratic_curve():

@@ -1,0 +1,71 @@
+"""The direct estimate: responses sampled at theta + eta v, where importance weights say too little."""
+
+from typing import NamedTuple
+
+import torch
+
+import funcprobe
+from funcprobe import estimators, tree
+from funcprobe.evaluation import Evaluation
+from funcprobe.intervals import Error, delta_error
+from funcprobe.layout import collate
+from funcprobe.policy import with_params
+from funcprobe.types import Params
+
+from .batches import Batches, derived_seed
+from .console import Narrator
+from .plan import Plan
+from .sampling import Responses, sample_responses
+
+
+class Fresh(NamedTuple):
+    """H(theta + eta v) of responses sampled there, minus H(theta) of E: the same prompts in both."""
+
+    delta: float
+    error: Error  # over the sampling units of E, each with both of its responses
+
+
+def sample_again(
+    plan: Plan,
+    batches: Batches,
+    at: Evaluation,
+    direction: Params,
+    eta: float,
+    unit_N: torch.Tensor,
+    narrator: Narrator,
+) -> Fresh:
+    """One response at theta + eta v to the prompt of every sequence of E; the model is as before."""
+    prompt_ids = batches.eval_rollouts.prompt_ids
+    moved = tree.axpy(eta, direction, plan.policy.params)
+    config = plan.config.sampling.model_copy(
+        update={
+            "temperature": plan.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "max_new_tokens": _longest(plan, batches),
+        }
+    )
+    seed = derived_seed(plan.config.run.seed, f"E at eta {eta!r}")
+    with narrator.phase(f"sample E at eta {eta:g}", len(prompt_ids)) as advance:
+
+        def sample() -> Responses:
+            return sample_responses(plan.policy, prompt_ids, config, seed, advance)
+
+        drawn = with_params(plan.policy.model, moved, sample)
+    batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)
+    stats = funcprobe.token_stats(moved, batch, plan.forward, plan.config.run.max_tokens)
+    here = (at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
+    there = (stats, funcprobe.response_mask(batch), at.entropy)
+    influence_N = estimators.entropy_influence(*there) - estimators.entropy_influence(*here)
+    return Fresh(
+        delta=estimators.entropy_value(*there) - estimators.entropy_value(*here),
+        error=delta_error(influence_N, unit_N),
+    )
+
+
+def _longest(plan: Plan, batches: Batches) -> int:
+    """Where responses are cut off: where those of a brought E were, if any was."""
+    rollouts = batches.eval_rollouts
+    if plan.brought_eval is None or "length" not in rollouts.finish_reason:
+        return plan.config.sampling.max_new_tokens
+    return max(len(ids) for ids in rollouts.response_ids)

@@ -1,0 +1,278 @@
+"""The sweep of a run: second order, verdicts, responses sampled anew, baselines and intervals."""
+
+import json
+import math
+from collections import defaultdict
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_batch, random_like, sets, tiny_policy
+from scipy import stats as scipy_stats
+from test_estimators import ESTIMATORS, each_estimator, random_statistics, rows
+
+import funcprobe
+from funcprobe import baselines, estimators, tree
+from funcprobe.adapters import fresh, model, plan
+from funcprobe.adapters.batches import derived_seed, sample
+from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.sampling import sample_responses
+from funcprobe.adapters.store import Stages
+from funcprobe.policy import with_params
+
+
+@pytest.fixture
+def ran(checkpoint, command):
+    """results.json of a run with changed settings, and what it printed."""
+
+    def call(**changes):
+        given = checkpoint.settings() | {"run.name": "one", "measure.next_lr": False}
+        given |= {key.replace("__", "."): value for key, value in changes.items()}
+        Path("c.toml").touch()
+        outcome = command("run", "c.toml", *sets(given))
+        assert outcome.status == 0, outcome.err
+        return json.loads(Path("runs/one/results.json").read_text()), outcome
+
+    return call
+
+
+# Second order
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_both_second_derivatives_of_a_run_agree(ran, per) -> None:
+    """To 1e-5, the bound of test_curvature; their errors too."""
+    found = {}
+    for method in ("difference", "exact"):
+        document, _ = ran(measure__second_order=method, entropy__per=per)
+        found[method] = document["second_order"]
+    assert found["exact"]["difference_eta"] is found["exact"]["rounding"] is None
+    for key in ("second_derivative", "se_given_U", "eta_star"):
+        near = found["difference"][key]["value"]
+        assert near == pytest.approx(found["exact"][key]["value"], rel=1e-5)
+    rounding = found["difference"]["rounding"]["value"]
+    assert 0 < rounding < 1e-5 * abs(found["exact"]["second_derivative"]["value"])
+
+
+def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
+    document, outcome = ran(measure__etas=[1e-5, 1e-4])
+    left = []
+    for row in document["sweep"]:
+        gap = row["measured"]["value"] - row["predicted"]["value"]
+        assert row["difference"]["value"] == pytest.approx(gap, rel=1e-9)
+        left.append(row["measured"]["value"] - row["second_order"]["value"])
+        assert abs(left[-1]) < 0.1 * abs(gap)
+    assert left[1] / left[0] == pytest.approx(1000, rel=0.1)  # cubic
+    second, first = (document[order] for order in ("second_order", "first_order"))
+    star = 2 * abs(first["derivative"]["value"] / second["second_derivative"]["value"])
+    assert second["eta_star"]["value"] == pytest.approx(star)
+    assert f"first order ends at eta* = {star:.2g}" in outcome.out
+
+
+def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
+    document, outcome = ran(policy__dtype="bfloat16")
+    assert document["second_order"] is None
+    assert "second order is left out: in torch.bfloat16 it is rounding" in outcome.err
+    assert "to 2nd order" not in outcome.out
+    document, outcome = ran(measure__second_order="none")
+    assert document["second_order"] is document["sweep"][0]["second_order"] is None
+    assert "second order" not in outcome.err
+
+
+# Baselines
+
+
+def test_a_run_takes_ridge_where_it_has_a_place(ran) -> None:
+    found = {}
+    for name, changes in {
+        "auto": {},
+        "ridge": {"entropy__baseline": "ridge"},
+        "none": {"entropy__baseline": "none"},
+        "sampled": {"entropy__integrand": "sampled"},
+        "clip": {"entropy__clip": 5.0},
+    }.items():
+        document, _ = ran(**changes)
+        found[name] = (
+            document["conventions"]["entropy"]["baseline"],
+            document["first_order"]["derivative"]["value"],
+        )
+        assert all(check["passed"] for check in document["checks"])
+        ratio = document["sweep"][0]["ratio"]["value"]
+        assert ratio == pytest.approx(1, abs=0.02)  # measured and predicted with the same one
+    assert found["auto"] == found["ridge"]
+    assert [found[name][0] for name in ("ridge", "none", "sampled", "clip")] == [
+        "ridge",
+        "none",
+        "none",
+        "none",
+    ]
+    assert found["none"] == found["clip"]  # no weight is over 5
+    assert found["none"][1] != pytest.approx(found["ridge"][1], rel=1e-3)
+
+
+def test_two_prompts_leave_no_room_for_ridge() -> None:
+    batch = random_batch([(i % 2, 2, 3) for i in range(6)])
+    assert baselines.resolve(funcprobe.Entropy(), batch).baseline == "none"
+    batch = random_batch([(i % 3, 2, 3) for i in range(6)])
+    assert baselines.resolve(funcprobe.Entropy(), batch).baseline == "ridge"
+    chosen = funcprobe.Entropy(baseline="position")
+    assert baselines.resolve(chosen, batch) == chosen
+
+
+@pytest.mark.parametrize("other", [{"entropy.integrand": "sampled"}, {"entropy.clip": 3.0}])
+def test_a_baseline_without_a_place_is_refused(command, checkpoint, other) -> None:
+    Path("c.toml").touch()
+    given = checkpoint.settings() | {"entropy.baseline": "ridge"} | other
+    outcome = command("run", "c.toml", *sets(given), "--dry-run")
+    assert outcome.status == 2
+    assert 'baseline = "ridge" with' in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+# Intervals
+
+
+def test_intervals_are_students(ran) -> None:
+    document, _ = ran()
+    first, row = document["first_order"], document["sweep"][0]
+    most = scipy_stats.t.ppf(0.975, 1)
+    for value, se, interval in (
+        (first["derivative"], first["se_given_U"], first["interval_given_U"]),
+        (first["derivative"], first["se_over_U"], first["interval_over_U"]),
+        (first["derivative"], first["se_total"], first["interval_total"]),
+        (row["predicted"], row["se_total"], row["interval_total"]),
+        (row["measured"], row["measured_se_given_U"], row["measured_interval_given_U"]),
+        (row["difference"], row["difference_se"], row["difference_interval"]),
+    ):
+        low, high = interval
+        assert (low + high) / 2 == pytest.approx(value["value"], rel=1e-9)
+        assert 1.96 < (high - low) / 2 / se["value"] < most
+    # Predicted and measured share their noise at a small eta; their difference has next to none.
+    assert row["measured_se_given_U"]["value"] == pytest.approx(row["se_given_U"]["value"], rel=0.05)
+    assert row["difference_se"]["value"] < 0.05 * row["se_given_U"]["value"]
+
+
+def test_the_paired_difference_is_judged_by_its_own_influence(ran, checkpoint) -> None:
+    """Leave-one-out of measured - eta derivative, E's draws the units, against the delta method."""
+    stats, moved, _, mask = random_statistics(seed=4)
+    tangent = funcprobe.TokenStats(*(m - s for m, s in zip(moved, stats, strict=True)))
+    entropy = ESTIMATORS[0]
+
+    def gap(index):
+        part = [rows(s, index) for s in (stats, tangent, moved)]
+        units = torch.arange(len(index))
+        first = funcprobe.first_order(*part[:2], mask[index], units, entropy)
+        change = funcprobe.measured_change(part[0], part[2], mask[index], entropy)
+        return change.delta - first.derivative, change.influence_N - first.influence_N
+
+    whole, influence = gap(torch.arange(4))
+    copies = 10_000
+    for m in range(4):
+        heavier, _ = gap(torch.cat([torch.arange(4).repeat(copies), torch.tensor([m])]))
+        assert (heavier - whole) * copies == pytest.approx(float(influence[m]), rel=1e-3, abs=1e-6)
+
+
+# Verdicts and fresh responses
+
+
+def test_weights_that_say_too_little_are_said_to(ran) -> None:
+    document, outcome = ran(measure__etas=[1e-6, 30.0])
+    small, large = document["sweep"]
+    assert (small["verdict"], large["verdict"]) == ("trust", "resample")
+    assert large["resampled"] is None
+    assert f"resample at eta 30: {large['verdict_reason']}" in outcome.out
+    assert "to sample responses there: --set measure.resample=true" in outcome.out
+
+
+def test_fresh_responses_are_of_the_moved_policy(checkpoint, tmp_path, monkeypatch) -> None:
+    """By a second model whose weights are theta + eta v, and a loop over its responses."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.toml").touch()
+    config = read_config(Path("c.toml"), sets(checkpoint.settings())[1::2])
+    planned = plan.load(config, Narrator())
+    batches = sample(planned, Stages(None), Narrator())
+    params = planned.policy.params
+    v, eta = random_like(params), 0.05
+    at = funcprobe.evaluate(
+        batches.eval_batch, funcprobe.token_stats(params, batches.eval_batch, planned.forward)
+    )
+    unit = torch.arange(12)
+    before = {n: (p.data_ptr(), p.clone()) for n, p in planned.policy.model.named_parameters()}
+    found = fresh.sample_again(planned, batches, at, v, eta, unit, Narrator())
+    for name, p in planned.policy.model.named_parameters():
+        assert p.data_ptr() == before[name][0]
+        assert torch.equal(p, before[name][1])
+
+    other = model.Policy(**planned.policy._asdict() | {"model": deepcopy(planned.policy.model)})
+    with torch.no_grad():
+        for name, p in other.model.named_parameters():
+            if name in v:
+                p.add_(eta * v[name])
+    seed = derived_seed(config.run.seed, f"E at eta {eta!r}")
+    ids = batches.eval_rollouts.prompt_ids
+    drawn = sample_responses(other, ids, config.sampling, seed)
+    assert drawn.ids != batches.eval_rollouts.response_ids
+    bound = funcprobe.bind(other.model)
+    batch = funcprobe.collate(ids, drawn.ids, batches.eval_rollouts.prompt_index)
+    there = bound.token_stats(bound.params, batch)
+    h = defaultdict(float)
+    for name, s, y in (
+        ("here", at.stats, batches.eval_rollouts.response_ids),
+        ("there", there, drawn.ids),
+    ):
+        total = sum(float(s.entropy_NR[i, k]) for i in range(12) for k in range(len(y[i])))
+        h[name] = total / sum(map(len, y))
+    assert found.delta == pytest.approx(h["there"] - h["here"], rel=1e-10)
+    assert 0 < found.error.se < math.inf
+
+
+def test_a_run_samples_again_where_it_may(ran) -> None:
+    document, outcome = ran(measure__etas=[1e-6, 30.0], measure__resample=True)
+    small, large = document["sweep"]
+    assert small["resampled"] is None
+    low, high = large["resampled"]["interval"]
+    assert low < large["resampled"]["change"]["value"] < high
+    assert "sampled again at eta 30: " in outcome.out
+    assert document["checks"][-1]["name"] == "the model's weights are untouched"
+    assert document["checks"][-1]["passed"]
+
+
+@each_estimator
+def test_influence_of_the_entropy_is_what_one_more_copy_adds(entropy) -> None:
+    stats, _, log_ratio, mask = random_statistics(seed=2)
+    influence = estimators.entropy_influence(stats, mask, entropy, log_ratio)
+    assert float(influence.sum()) == pytest.approx(0, abs=1e-12)
+    whole = estimators.entropy_value(stats, mask, entropy, log_ratio)
+    copies = 10_000
+    for n in range(4):
+        index = torch.cat([torch.arange(4).repeat(copies), torch.tensor([n])])
+        more = estimators.entropy_value(rows(stats, index), mask[index], entropy, log_ratio[index])
+        assert (more - whole) * copies == pytest.approx(float(influence[n]), rel=1e-3, abs=1e-6)
+
+
+def test_with_params_swaps_and_gives_back() -> None:
+    policy = tiny_policy()
+    probe = funcprobe.bind(policy)
+    moved = tree.axpy(0.1, random_like(probe.params), probe.params)
+    other = tiny_policy()
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(moved.get(name, p))
+    tokens = torch.tensor([[1, 4, 2]])
+    before = dict(policy.named_parameters())
+    with torch.no_grad():
+        inside = with_params(policy, moved, lambda: policy(input_ids=tokens).logits)
+        assert torch.equal(inside, other(input_ids=tokens).logits)
+        assert not torch.equal(inside, policy(input_ids=tokens).logits)
+    with pytest.raises(ZeroDivisionError):
+        with_params(policy, moved, lambda: 1 // 0)
+    after = dict(policy.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    with pytest.raises(ValueError, match="names do not match"):
+        with_params(policy, {"nowhere": torch.zeros(1)}, lambda: None)
+    name = next(iter(moved))
+    with pytest.raises(ValueError, match="has shape"):
+        with_params(policy, {name: torch.zeros(1)}, lambda: None)
