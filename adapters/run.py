@@ -85,7 +85,9 @@ def check(
     v = prediction.direction.total
     with narrator.phase("sanity checks"):
         stats = funcprobe.token_stats(params, part, forward, max_tokens)
+        plain64 = forward.coarsest == torch.float64 and plan.config.policy.mode == "lora"
         return [
+            *([checks.float64_throughout(plan.policy.model, part)] if plain64 else []),
             checks.adapter_changes_logits(params, part, stats, forward, max_tokens),
             checks.gradients_reach("X", prediction.X),
             checks.gradients_reach("Y", prediction.Y),
@@ -98,7 +100,7 @@ def check(
                 v,
                 stats,
                 forward,
-                entropy=plan.entropy,
+                entropy=plan.entropy._replace(baseline="auto"),  # these few may leave ridge no room
                 max_tokens=max_tokens,
                 sampler_logp_NR=few_logp_NR,
             ),

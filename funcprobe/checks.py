@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import tree
 from .estimators import Measured
 from .gradients import weighted_grad
+from .islands import float32_islands
 from .layout import response_mask, select
 from .logprobs import token_stats
 from .policy import Forward
@@ -18,6 +19,7 @@ from .probe import Prediction, measure
 from .tangents import alpha_vjp
 from .types import Batch, Entropy, Params, TokenStats
 
+FEW_TOKENS = 16
 LAST_FACTOR = re.compile(r"lora_(embedding_)?B")  # zero in every untrained adapter
 
 
@@ -168,6 +170,21 @@ def repeat_is_identical(
         f"largest difference {largest:g} nats",
         "0",
         "dropout is on, or a kernel whose order of summation varies",
+    )
+
+
+def float64_throughout(model: nn.Module, batch: Batch) -> Check:
+    """`islands.float32_islands` on the first tokens of the first sequence."""
+    length = int(batch.prompt_length_N[0] + batch.response_length_N[0])
+    found = float32_islands(model, batch.tokens_NL[:1, : min(length, FEW_TOKENS)])
+    named = [f"{one.module} ({one.kind}) loses {one.error:.2g} of its response" for one in found]
+    return Check(
+        "float64 throughout",
+        not found,
+        f"{len(found)} modules: {named[0]}" if named else "every module answers to 1e-10",
+        "no module that rounds to fewer digits",
+        "the model's code casts to float32 there in a way that is not caught: measured changes below "
+        "1e-7 of the entropy are rounding",
     )
 
 

@@ -1,4 +1,4 @@
-"""A frozen model -> pure functions of (params, rows). The only file that calls functional_call."""
+"""A frozen model -> pure functions of (params, rows): here, and in islands.py, is functional_call."""
 
 import math
 from collections.abc import Callable

@@ -22,7 +22,7 @@ PENALTIES = (
     1000.0,
 )  # in tokens: a feature seen n times is shrunk by n / (n + penalty)
 BUCKETS = 64  # of the previous token's id
-AT_ONCE = 256  # sequences whose features are held at one time
+AT_ONCE = 65_536  # tokens whose features are held at one time
 
 
 def prefix_features(
@@ -85,7 +85,7 @@ def ridge(
     b_NR = torch.zeros_like(target_NR)
     for f in range(folds):
         beta_F = _fit([g for other, g in enumerate(grams) if other != f])
-        for part_n in (fold_N == f).nonzero().squeeze(1).split(AT_ONCE):
+        for part_n in (fold_N == f).nonzero().squeeze(1).split(max(1, AT_ONCE // mask_NR.shape[1])):
             part_nR = mask_NR[part_n]
             b_NR[part_n] = torch.zeros_like(b_NR[part_n]).masked_scatter(
                 part_nR, features(part_n) @ beta_F
@@ -116,7 +116,7 @@ def _gram(
 ) -> tuple[Tensor, ...]:
     """x'wx, x'wQ, sum of w and count over the tokens of the chosen sequences."""
     total: tuple[Tensor, ...] = ()
-    for part_n in chosen_N.nonzero().squeeze(1).split(AT_ONCE):
+    for part_n in chosen_N.nonzero().squeeze(1).split(max(1, AT_ONCE // mask_NR.shape[1])):
         x_TF, mask_nR = features(part_n), mask_NR[part_n]
         q_T = target_NR[part_n][mask_nR]
         w_T = torch.ones_like(q_T) if weight_NR is None else weight_NR[part_n][mask_nR]

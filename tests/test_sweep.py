@@ -18,6 +18,7 @@ from funcprobe.adapters import fresh, model, plan
 from funcprobe.adapters.batches import derived_seed, sample
 from funcprobe.adapters.config_file import read_config
 from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
 from funcprobe.adapters.sampling import sample_responses
 from funcprobe.adapters.store import Stages
 from funcprobe.policy import with_params
@@ -81,6 +82,34 @@ def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
     assert "second order" not in outcome.err
 
 
+@each_estimator
+def test_measured_meets_predicted_where_first_order_holds(probe64, entropy) -> None:
+    """At 1e-8, 3e-7 and 1e-5 of the eta whose quadratic term is 10 %, where it is 1e-6 at most.
+
+    Along X, so that the derivative does not cancel and rounding, 1e-16 of the sums, stays under 1e-6
+    of the change at the smallest.
+    """
+    batch = random_batch([(i % 7, 2 + i % 3, 1 + i % 6) for i in range(24)])
+    entropy = entropy._replace(baseline="auto")
+    params, stats = probe64.params, probe64.token_stats(probe64.params, batch)
+    at = funcprobe.evaluate(batch, stats, entropy)
+    p, q = funcprobe.evaluation.gradient_coefficients(at)
+    v = probe64.weighted_grad(params, batch, p, q)
+    first = funcprobe.derivative(at, probe64.tangents(params, batch, v)[1], batch.prompt_N)
+    second = funcprobe.second_derivative(
+        at, *probe64.second_tangents(params, batch, v)[1:], batch.prompt_N
+    )
+    scale = funcprobe.eta_star(first.derivative, second.derivative) / 10
+
+    def gap(eta):
+        change = probe64.measure(params, batch, v, eta, stats, entropy=entropy)
+        return change.delta / (eta * first.derivative) - 1
+
+    gaps = [gap(part * scale) for part in (1e-8, 3e-7, 1e-5)]
+    assert max(map(abs, gaps)) < 1e-4
+    assert abs(gaps[2]) == pytest.approx(1e-6, rel=0.1)
+
+
 # Baselines
 
 
@@ -119,6 +148,20 @@ def test_two_prompts_leave_no_room_for_ridge() -> None:
     assert baselines.resolve(funcprobe.Entropy(), batch).baseline == "ridge"
     chosen = funcprobe.Entropy(baseline="position")
     assert baselines.resolve(chosen, batch) == chosen
+
+
+def test_the_first_sequences_of_e_may_be_of_one_prompt(ran) -> None:
+    """The check of eta = 0 takes 32 of them, where ridge, asked for, would have no room."""
+    ran()
+    drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
+    prompts = sorted(set(drawn.prompt_index))[:3]
+    index = [drawn.prompt_index.index(p) for p in prompts for _ in range(35)]
+    kept = {k: [v[i] for i in index] for k, v in drawn._asdict().items() if isinstance(v, list)}
+    save_rollouts(drawn._replace(**kept), Path("three.parquet"))
+    document, _ = ran(rollouts__eval="three.parquet", entropy__baseline="ridge")
+    assert document["conventions"]["entropy"]["baseline"] == "ridge"
+    (zero,) = [c for c in document["checks"] if c["name"] == "eta = 0 changes nothing"]
+    assert zero["passed"]
 
 
 @pytest.mark.parametrize("other", [{"entropy.integrand": "sampled"}, {"entropy.clip": 3.0}])
