@@ -10,6 +10,8 @@ from scipy import stats as scipy_stats
 import funcprobe
 from funcprobe.intervals import Error, delta_error, student, sum_error, total
 
+from .fit import linear_fit
+
 if TYPE_CHECKING:
     from .sweep import Point, Sweep
 
@@ -164,7 +166,15 @@ def fits(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[st
     floor = None
     if noise is not None:
         floor = noise / (ROUNDING_SHARE * abs(prediction.derivative))
+    line = linear_fit(
+        [p.eta for p in sweep.points],
+        [p.measured.delta for p in sweep.points],
+        [_is_rounding(p.measured.delta, noise) for p in sweep.points],
+        prediction.derivative,
+        None if sweep.bend is None else sweep.bend.second,
+    )
     return {
+        "linear": {"what": "measured = intercept + slope * eta, weights 1 / eta^2", **line._asdict()},
         "measured_against_eta": _line(curve, "log |measured| on log eta; 1 is linear"),
         "deviation_against_eta": _line(bend, "log |ratio - 1| on log eta; 1 is a quadratic term"),
         "rounding_noise": None if noise is None else quantity(noise, unit, "one measured change"),

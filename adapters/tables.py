@@ -106,15 +106,12 @@ def _summary(document: dict[str, Any]) -> list[str]:
             f"{second['capped']} of {document['counts']['trainable_parameters']} scales of P capped at "
             f"{step['max_scale']:g}: set optimizer.max_scale = 0 for P Y itself"
         )
-    for key, text in (
-        ("measured_against_eta", "log-log slope of measured against eta"),
-        ("deviation_against_eta", "log-log slope of |ratio - 1| against eta"),
-    ):
-        if fit[key]:
-            line = fit[key]
-            lines.append(
-                f"{text} {line['slope']:.4f}, R^2 {line['r_squared']:.6f}, {line['points']} points"
-            )
+    lines.append(_linear(fit["linear"]))
+    if line := fit["deviation_against_eta"]:
+        lines.append(
+            f"log-log slope of |ratio - 1| against eta {line['slope']:.4f}, R^2 "
+            f"{line['r_squared']:.6f}, {line['points']} points"
+        )
     bend = document["second_order"]
     if bend:
         star = bend["eta_star"]
@@ -140,6 +137,18 @@ def _summary(document: dict[str, Any]) -> list[str]:
     ):
         lines.append("to sample responses there: --set measure.resample=true")
     return lines
+
+
+def _linear(line: dict[str, Any]) -> str:
+    """The straight line through the measured changes, or why there is none."""
+    if line["slope"] is None:
+        return f"no straight line through measured: {line['reason']}"
+    r2 = "" if line["r2"] is None else f", R^2 {line['r2']:.8f}"
+    return (
+        f"measured against eta from {line['eta_low']:.2g} to {line['eta_high']:.2g}: slope "
+        f"{line['slope']:+.4e} +- {_half(line['slope_ci'])}, intercept {line['intercept']:+.1e} +- "
+        f"{_half(line['intercept_ci'])}{r2}, {line['points']} points"
+    )
 
 
 def verdict(one: Check) -> str:
