@@ -34,6 +34,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "scipy",
+    "arviz-stats",
     "pyarrow",
 )
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import funcprobe
+from funcprobe import intervals
 from funcprobe.adapters.optimizer import read_adam_state
 
 README = Path(__file__).parents[1] / "README.md"
@@ -47,6 +48,7 @@ def test_the_notebook_section_runs(checkpoint, capsys):
     U = rows(random_batch([(i // 2, 1 + i // 2, 1 + i % 3) for i in range(6)], vocabulary=14))
     names = {
         "Path": Path,
+        **{name: getattr(intervals, name) for name in ("delta_error", "sum_error", "student", "total")},
         "read_adam_state": read_adam_state,
         "peft_model": PeftModel.from_pretrained(base, checkpoint.adapter, is_trainable=True),
         "rewards": [1.0, 0.0, 0.5, 2.0, 0.0, 1.0],
@@ -55,6 +57,10 @@ def test_the_notebook_section_runs(checkpoint, capsys):
         for key, value in zip(("prompt_ids", "response_ids", "prompt_index"), found, strict=True):
             names[f"{name}_{key}"] = value
     exec(code, names)
-    derivative, measured = (float(line.split()[0]) for line in capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr().out.splitlines()
+    derivative, measured, star = (float(printed[i].split()[0]) for i in (0, 1, 3))
     assert measured / (1e-5 * derivative) == pytest.approx(1, abs=0.05)  # what first order misses
+    missed = measured - 1e-5 * derivative
+    assert abs(missed / measured) == pytest.approx(1e-5 / star, rel=0.1)  # the quadratic term
+    assert printed[2].startswith("Interval(low=")
     assert float((names["tangent"].logp_NR.sum(1) - names["s"]).abs().max()) < 1e-9
