@@ -22,7 +22,7 @@ from architectures import (
 )
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import character_tokenizer, edit_json, random_like, sets
+from conftest import character_tokenizer, edit_json, random_batch, random_like, sets
 from peft import PeftModel, get_peft_model
 from test_callbacks import plain_trainer, probe_config
 from torch.func import grad, jvp, vjp, vmap
@@ -152,6 +152,19 @@ def test_logits_and_derivatives(bases, tmp_path, architecture, adapter):
     measured = central_difference(probe, v, 1e-6)
     assert measured == pytest.approx(wide.forward, abs=1e-6 * wide.size)
     assert ours.forward == pytest.approx(wide.forward, abs=1e-4 * wide.size)
+
+
+def test_second_derivatives_are_those_of_the_dequantised_base(bases, trained):
+    """Forward over forward through the 4-bit layers, in float64, where nothing rounds below 1e-13."""
+    quantised = funcprobe.bind(load(trained, dtype="float64").model)
+    on_plain = PeftModel.from_pretrained(load_dequantised(bases("llama")), trained, is_trainable=True)
+    plain = funcprobe.bind(on_plain.double().eval())
+    v = random_like(quantised.params)
+    batch = random_batch([(0, 2, 3), (1, 3, 4)])
+    ours, theirs = (probe.second_tangents(probe.params, batch, v) for probe in (quantised, plain))
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert float((a - b).norm()) < 1e-9 * float(b.norm())
 
 
 @pytest.mark.parametrize("double", [True, False])
