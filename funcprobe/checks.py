@@ -17,7 +17,7 @@ from .logprobs import token_stats
 from .policy import Forward
 from .probe import Prediction, measure
 from .tangents import alpha_vjp
-from .types import Batch, Entropy, Params, TokenStats
+from .types import Batch, Entropy, InputError, Params, TokenStats
 
 FEW_TOKENS = 16
 LAST_FACTOR = re.compile(r"lora_(embedding_)?B")  # zero in every untrained adapter
@@ -175,14 +175,19 @@ def repeat_is_identical(
 
 def float64_throughout(model: nn.Module, batch: Batch) -> Check:
     """`islands.float32_islands` on the first tokens of the first sequence."""
+    bound = "no module that rounds to fewer digits"
     length = int(batch.prompt_length_N[0] + batch.response_length_N[0])
-    found = float32_islands(model, batch.tokens_NL[:1, : min(length, FEW_TOKENS)])
+    try:
+        found = float32_islands(model, batch.tokens_NL[:1, : min(length, FEW_TOKENS)])
+    except InputError as error:
+        why = "the model as a whole cannot be moved by 1e-10 and asked; its precision is not known"
+        return Check("float64 throughout", False, str(error), bound, why, advisory=True)
     named = [f"{one.module} ({one.kind}) loses {one.error:.2g} of its response" for one in found]
     return Check(
         "float64 throughout",
         not found,
         f"{len(found)} modules: {named[0]}" if named else "every module answers to 1e-10",
-        "no module that rounds to fewer digits",
+        bound,
         "the model's code casts to float32 there in a way that is not caught: measured changes below "
         "1e-7 of the entropy are rounding",
     )

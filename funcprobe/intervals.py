@@ -80,11 +80,11 @@ def variance_dof(centred_M: Float[Tensor, " M"]) -> float:
     The degrees of freedom of a chi-square whose relative variance is that of the sample variance
     (O'Neill, The American Statistician 68, 2014), the kurtosis that of the values given, of mean 0.
     """
-    M = len(centred_M)
-    fourth, second = float((centred_M**4).mean()), float(centred_M.square().mean())
-    if second == 0:
+    M, largest = len(centred_M), float(centred_M.abs().max())
+    if largest == 0:
         return M - 1
-    excess = fourth / second**2 - (M - 3) / (M - 1)
+    square_M = (centred_M / largest).square()  # fourth powers of what tiny etas leave underflow
+    excess = float(square_M.square().mean()) / float(square_M.mean()) ** 2 - (M - 3) / (M - 1)
     return min(M - 1, 2 * M / excess)
 
 
@@ -150,7 +150,7 @@ def student_quantile(level: float, dof: float) -> float:
 
 
 def _student_tails(t: float, dof: float) -> float:
-    """P(|T| > t) = I_x(dof / 2, 1 / 2), x = dof / (dof + t^2); 1 - I_{1-x}(1 / 2, dof / 2) if x > 1/2."""
+    """P(|T| > t) = I_x(dof / 2, 1 / 2), x = dof / (dof + t^2); or 1 - I_{1-x}(1 / 2, dof / 2)."""
     if t * t > dof:
         return _incomplete_beta(dof / 2, 0.5, dof / (dof + t * t), _log_beta_half(dof / 2))
     return 1 - _incomplete_beta(0.5, dof / 2, t * t / (dof + t * t), _log_beta_half(dof / 2))

@@ -181,6 +181,22 @@ def test_preconditioner_against_a_loop(max_scale):
     assert max_scale is None or capped > 1
 
 
+def test_the_scale_of_a_constant_gradient_is_one_over_it():
+    """nu_hat is g^2 after any number of torch's own steps with one g: P g = g / (|g| + eps)."""
+    grads = random_grads(1)
+    named = {n: torch.nn.Parameter(t) for n, t in random_params(0).items()}
+    optimizer = torch.optim.AdamW(named.values(), **PLAIN)
+    for _ in range(4):
+        for name, p in named.items():
+            p.grad = grads[name].clone()
+        optimizer.step()
+        state = state_of(optimizer, named)
+        scale, _ = funcprobe.preconditioner(random_params(0), state, max_scale=None)
+        for name, g in grads.items():
+            expected = g / (g.abs() + PLAIN["eps"])
+            torch.testing.assert_close(scale[name] * g, expected, rtol=1e-10, atol=0)
+
+
 def test_a_parameter_in_two_groups_is_refused():
     state = random_state()
     twice = state._replace(groups=(*state.groups, state.groups[0]))

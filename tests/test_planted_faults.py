@@ -1,0 +1,205 @@
+"""Errors that would be easy to make, planted in a copy of the source: the suite finds each twice."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+class Fault(NamedTuple):
+    """`text` stands once in funcprobe/`file`; with `planted` in its place, `tests` have to fail."""
+
+    file: str
+    text: str
+    planted: str
+    tests: tuple[str, ...]
+
+
+ESTIMATORS = ("test_estimators.py",)
+OBJECTIVE = ("test_objective.py",)
+MODEL = ("test_derivatives.py",)
+ADAM = ("test_adam.py", "test_run.py::test_the_direction_is_what_torchs_adamw_does")
+
+FAULTS = {
+    # Weights and sums
+    "the weight of k holds k itself": Fault(
+        "weights.py",
+        "return torch.cat([torch.zeros_like(x_NR[:, :1]), inclusive_NR[:, :-1]], dim=1)",
+        "return inclusive_NR",
+        ESTIMATORS,
+    ),
+    "the weight of k lacks k - 1": Fault(
+        "weights.py",
+        "return torch.cat([torch.zeros_like(x_NR[:, :1]), inclusive_NR[:, :-1]], dim=1)",
+        "return torch.cat([torch.zeros_like(x_NR[:, :2]), inclusive_NR[:, :-2]], dim=1)",
+        ESTIMATORS,
+    ),
+    "the score of j takes k = j": Fault(
+        "weights.py",
+        "return torch.cat([suffix_NR[:, 1:], torch.zeros_like(y_NR[:, :1])], dim=1)",
+        "return suffix_NR",
+        ESTIMATORS,
+    ),
+    "a response that ended counts no more": Fault(
+        "weights.py",
+        'return weight_NR * (mask_NR if entropy.per == "token" else torch.ones_like(mask_NR))',
+        "return weight_NR * mask_NR",
+        ESTIMATORS,
+    ),
+    "sequences of one prompt are taken to be independent": Fault(
+        "weights.py",
+        "units, index_N = unit_N.unique(return_inverse=True)",
+        "units = index_N = torch.arange(len(unit_N))",
+        ESTIMATORS,
+    ),
+    # The estimators
+    "wrong sign of the score term, forward": Fault(
+        "estimators.py",
+        "weight_NR * dz_NR + dweight_NR * z_NR, dweight_NR)",
+        "weight_NR * dz_NR - dweight_NR * z_NR, -dweight_NR)",
+        ESTIMATORS,
+    ),
+    "wrong sign of the score term, reverse": Fault(
+        "estimators.py",
+        "score_NR = prefix_sum_transposed(moving_NR, entropy) * mask_NR",
+        "score_NR = -prefix_sum_transposed(moving_NR, entropy) * mask_NR",
+        ESTIMATORS,
+    ),
+    "the derivative lacks its normaliser's": Fault(
+        "estimators.py", "return (dN - N / D * dD) / D\n", "return dN / D\n", ESTIMATORS
+    ),
+    "the gradient lacks its normaliser's": Fault(
+        "estimators.py", "(z_NR - N_g / D_g) / D_g", "z_NR / D_g", ESTIMATORS
+    ),
+    "the measured change lacks its normaliser's": Fault(
+        "estimators.py", "return (dN - N / D * dD) / (D + dD)", "return dN / (D + dD)", ESTIMATORS
+    ),
+    "a standard error without the normaliser's noise": Fault(
+        "estimators.py",
+        "(dn_Ng - R * dd_Ng - dD / D * (n_Ng - R * d_Ng) - F * d_Ng) / D",
+        "(dn_Ng - F * d_Ng) / D",
+        ESTIMATORS,
+    ),
+    # Adam
+    "no bias correction of exp_avg": Fault(
+        "adam.py",
+        "per_moment = 1 / ((1 - group.beta1**step) * denominator)",
+        "per_moment = 1 / denominator",
+        ADAM,
+    ),
+    "no bias correction of exp_avg_sq": Fault(
+        "adam.py",
+        "denominator = (nu / (1 - group.beta2**step)).sqrt() + group.eps",
+        "denominator = nu.sqrt() + group.eps",
+        ADAM,
+    ),
+    "no bias correction of the preconditioner": Fault(
+        "adam.py",
+        "(1 - group.beta2**step if step else 1.0)",
+        "1.0",
+        ADAM,
+    ),
+    "bias correction of the step before": Fault(
+        "adam.py",
+        "group_of[name], adam_state.step[name] + 1",
+        "group_of[name], max(adam_state.step[name], 1)",
+        ADAM,
+    ),
+    "momentum of the other sign": Fault(
+        "adam.py", "momentum[name] = -group.beta1", "momentum[name] = group.beta1", ADAM
+    ),
+    # The objective
+    "a response is compared with itself, too": Fault(
+        "objective.py",
+        "r_N - (sum_M[group_N] - r_N) / (size_M[group_N] - 1)",
+        "r_N - sum_M[group_N] / size_M[group_N]",
+        OBJECTIVE,
+    ),
+    "every response weighs as much as every other": Fault(
+        "objective.py", "return T_N.sum() * ones_N", "return N * T_N * ones_N", OBJECTIVE
+    ),
+    # The model
+    "the probability of the token before": Fault(
+        "layout.py",
+        "target_T=tokens_NL[row_T, token_T]",
+        "target_T=tokens_NL[row_T, token_T - 1]",
+        MODEL,
+    ),
+    "the temperature is left out": Fault(
+        "policy.py",
+        "return call(head, given, hidden_TD) / temperature",
+        "return call(head, given, hidden_TD)",
+        ("test_derivatives.py", "test_policy.py"),
+    ),
+    "the entropy of the token that was sampled": Fault(
+        "head.py", "-(logp_TV.exp() * logp_TV).sum(-1)", "-logp_T", MODEL
+    ),
+}
+
+
+def run(folder: Path, tests: tuple[str, ...]) -> tuple[set[str], int]:
+    """(test functions that failed, test cases that ran) of `tests`, against the copy in `folder`."""
+    report = folder / "report.xml"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "imported"),
+            *("-m", "not slow", f"--junitxml={report}", *(f"tests/{name}" for name in tests)),
+        ],
+        cwd=folder,
+        # CI: hypothesis takes the same examples every time.
+        env=os.environ | {"PYTHONPATH": str(folder), "CI": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"imported {folder / 'funcprobe'}" in done.stdout, done.stdout + done.stderr
+    suite = ElementTree.parse(report).getroot()[0]
+    # A copy that cannot be imported has errors; what is asked for are failures.
+    assert suite.get("errors") == "0", done.stdout
+    cases = suite.findall("testcase")
+    failed = {str(c.get("name")).split("[")[0] for c in cases if c.find("failure") is not None}
+    assert done.returncode == (1 if failed else 0), done.stdout
+    return failed, len(cases)
+
+
+def copy(folder: Path) -> Path:
+    """funcprobe/ as it is installed, tests/ beside it, and a plugin that says what is imported."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "funcprobe", folder / "funcprobe", ignore=ignore)
+    shutil.copytree(ROOT / "adapters", folder / "funcprobe" / "adapters", ignore=ignore)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n", encoding="utf-8")
+    (folder / "imported.py").write_text(
+        "from pathlib import Path\n"
+        "def pytest_terminal_summary(terminalreporter):\n"
+        "    import funcprobe\n"
+        "    terminalreporter.write_line(f'imported {Path(funcprobe.__file__).parent}')\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def test_the_copy_as_it_is_passes(tmp_path):
+    tests = sorted({name for fault in FAULTS.values() for name in fault.tests})
+    failed, ran = run(copy(tmp_path), tuple(tests))
+    assert not failed
+    assert ran > 100
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_fault_fails_two_tests(fault, tmp_path):
+    source = copy(tmp_path) / "funcprobe" / fault.file
+    text = source.read_text(encoding="utf-8")
+    assert text.count(fault.text) == 1, "the source has changed: plant the fault anew"
+    source.write_text(text.replace(fault.text, fault.planted), encoding="utf-8")
+    failed, _ = run(tmp_path, fault.tests)
+    assert len(failed) >= 2, failed
