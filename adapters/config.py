@@ -212,7 +212,8 @@ class EntropyConfig(Section):
     )
     baseline: Baseline = Field(
         "auto",
-        description='Of the score term: "ridge", "position", "entropy" or "none"; "auto": ridge, but '
+        description='Control variate of the score term: "ridge", "position", "entropy" or "none"; '
+        '"auto": ridge, but '
         "none for the sampled integrand, with a clip, and for fewer than three prompts.",
     )
 
@@ -238,8 +239,8 @@ class MeasureConfig(Section):
     next_lr: bool = Field(True, description="Measure at the next step's own learning rate as well.")
     second_order: Literal["difference", "exact", "none"] = Field(
         "difference",
-        description='Of the curve: by a symmetric "difference" of two changes, or "exact" second '
-        "derivatives, slower.",
+        description='Second derivative along v: by a symmetric "difference" of two changes, "exact" '
+        '(forward over forward, slower), or "none".',
     )
     resample: bool = Field(
         False,

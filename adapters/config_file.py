@@ -80,6 +80,8 @@ def _one_line(error: ValidationError) -> str:
         message = f"unknown key {where}{_nearest(first['loc'])}"
     else:
         said = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+        if first["type"] == "tuple_type":
+            said = "a list is expected, as [1e-5, 1e-4]"
         found = first["input"]
         shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
         message = f"{where}: {said}{shown}" if where else said

@@ -15,6 +15,7 @@ from funcprobe.types import Params
 from .batches import Batches, derived_seed
 from .console import Narrator
 from .plan import Plan
+from .rollouts import Rollouts
 from .sampling import Responses, sample_responses
 
 
@@ -23,6 +24,7 @@ class Fresh(NamedTuple):
 
     delta: float
     error: Error  # over the sampling units of E, each with both of its responses
+    rollouts: Rollouts
 
 
 def sample_again(
@@ -60,6 +62,12 @@ def sample_again(
     return Fresh(
         delta=estimators.entropy_value(*there) - estimators.entropy_value(*here),
         error=delta_error(influence_N, unit_N),
+        rollouts=batches.eval_rollouts._replace(
+            response=[plan.policy.tokenizer.decode(y, skip_special_tokens=True) for y in drawn.ids],
+            response_ids=drawn.ids,
+            finish_reason=["stop" if done else "length" for done in drawn.finished],
+            sampler_logp=None,
+        ),
     )
 
 

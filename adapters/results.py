@@ -14,6 +14,8 @@ import torch
 import funcprobe
 from funcprobe import tree
 from funcprobe.checks import Check
+from funcprobe.estimators import entropy_influence
+from funcprobe.intervals import Error, delta_error
 from funcprobe.types import InputError
 
 from . import store
@@ -76,14 +78,17 @@ def document(
         },
         "counts": _counts(plan, batches, sweep),
         "entropy": quantity(prediction.entropy, entropy_unit(plan), f"per {plan.entropy.per}, over E"),
+        "entropy_interval": interval(
+            prediction.entropy, _entropy_error(plan, batches, prediction, unit_N)
+        ),
         "mean_reward": _mean_reward(batches.update_rollouts.reward),
         "first_order": _first_order(plan, prediction, errors),
         "second_order": second_order(prediction, sweep, entropy_unit(plan)),
         "norms": {
             name: quantity(tree.norm(value), unit, "Euclidean norm over all tensors")
             for name, value, unit in (
-                ("X", prediction.X, entropy_unit(plan)),
-                ("Y", prediction.Y, "objective"),
+                ("X", prediction.X, f"{entropy_unit(plan)} per unit of parameter"),
+                ("Y", prediction.Y, "objective per unit of parameter"),
                 ("v", prediction.direction.total, "per unit of learning rate"),
             )
         },
@@ -103,6 +108,20 @@ def _mean_reward(rewards: list[float] | None) -> dict[str, Any] | None:
     """None where no response has a reward: of TRL's None, or a U that brings its advantages alone."""
     known = [reward for reward in rewards or [] if not math.isnan(reward)]
     return quantity(float(np.mean(known)), "reward", "responses of U that have one") if known else None
+
+
+def _entropy_error(
+    plan: "Plan", batches: "Batches", prediction: funcprobe.Prediction, unit_N: torch.Tensor
+) -> Error:
+    """Of H(theta) on E, over E's sampling units."""
+    at = funcprobe.evaluate(
+        batches.eval_batch,
+        prediction.stats,
+        plan.entropy._replace(baseline="none"),
+        batches.sampler_logp_NR,
+    )
+    influence_N = entropy_influence(at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
+    return delta_error(influence_N, unit_N)
 
 
 def entropy_unit(plan: "Plan") -> str:

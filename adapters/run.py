@@ -39,6 +39,10 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dic
         (target / "rollouts").mkdir()
         rollouts.save_rollouts(batches.eval_rollouts, target / "rollouts" / "eval.parquet")
         rollouts.save_rollouts(batches.update_rollouts, target / "rollouts" / "update.parquet")
+        for point in sweep.points:
+            if point.fresh is not None:
+                path = target / "rollouts" / f"eval-at-{point.eta:g}.parquet"
+                rollouts.save_rollouts(point.fresh.rollouts, path)
         store.save_params(prediction.direction.total, target / "direction.safetensors")
         store.write_json(document, target / "results.json")
         store.write_json(results.manifest(plan), target / "manifest.json")

@@ -8,9 +8,9 @@ import torch
 from scipy import stats as scipy_stats
 
 import funcprobe
-from funcprobe.intervals import Error, delta_error, student, sum_error, total
+from funcprobe.intervals import Error, Interval, delta_error, student, sum_error, total
 
-from .fit import linear_fit
+from .fit import CURVED, linear_fit
 
 if TYPE_CHECKING:
     from .sweep import Point, Sweep
@@ -40,9 +40,9 @@ def quantity(value: float, unit: str, normalised_by: str) -> dict[str, Any]:
     return {"value": value, "unit": unit, "normalised_by": normalised_by}
 
 
-def interval(value: float, error: Error) -> list[float]:
-    """[low, high], 95 %."""
-    return list(student(value, error))
+def interval(value: float, error: Error) -> dict[str, float]:
+    """95 %, with the degrees of freedom that make it from the standard error."""
+    return {**student(value, error)._asdict(), "degrees_of_freedom": error.dof}
 
 
 def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor, prompt_N: torch.Tensor) -> Errors:
@@ -70,6 +70,7 @@ def rows(
         spread = delta_error(measured.influence_N, unit_N)
         gap_spread = delta_error(gap_N, unit_N)
         wide = Error(eta * errors.total.se, errors.total.dof)
+        holds = hygiene.verdict != "resample"
         narrow = Error(eta * errors.given_U.se, errors.given_U.dof)
         return {
             "eta": eta,
@@ -84,10 +85,10 @@ def rows(
             else quantity(predicted + eta**2 * sweep.bend.second / 2, unit, "with the quadratic term"),
             "measured": quantity(measured.delta, unit, "over E"),
             "measured_se_given_U": quantity(spread.se, unit, "units of E"),
-            "measured_interval_given_U": interval(measured.delta, spread),
+            "measured_interval_given_U": interval(measured.delta, spread) if holds else None,
             "difference": quantity(gap, unit, "measured - predicted, on the same samples"),
             "difference_se": quantity(gap_spread.se, unit, "units of E"),
-            "difference_interval": interval(gap, gap_spread),
+            "difference_interval": interval(gap, gap_spread) if holds else None,
             "ratio": quantity(measured.delta / predicted, "1", "measured / predicted"),
             "ess": quantity(measured.ess, "sequences", "whole-response importance weights"),
             "max_weight": quantity(measured.max_weight, "1", "mean weight"),
@@ -116,6 +117,9 @@ def second_order(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) ->
         return None
     star = funcprobe.eta_star(prediction.derivative, bend.second)
     rate = f"{unit} per squared unit of learning rate"
+    bent = student(bend.second, bend.error)
+    largest, least = max(map(abs, bent)), min(map(abs, bent))
+    bends = bent.low * bent.high > 0  # else H'' is not told from 0, and first order may go on
     rounding = None
     if bend.eta is not None and sweep.rounding_noise is not None:
         rounding = quantity(math.sqrt(2) * sweep.rounding_noise / bend.eta**2, rate, "sd of rounding")
@@ -129,6 +133,12 @@ def second_order(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) ->
         "eta_star": None
         if math.isinf(star)
         else quantity(star, "learning rate", "the quadratic term is as large as the linear one"),
+        "linear_until": {
+            "what": "the quadratic term is 10 % of the linear one, the interval that of H'' alone",
+            "eta": None if math.isinf(star) else CURVED * star,
+            "low": CURVED * funcprobe.eta_star(prediction.derivative, largest) if largest else None,
+            "high": CURVED * funcprobe.eta_star(prediction.derivative, least) if bends else None,
+        },
     }
 
 
@@ -152,8 +162,17 @@ def _is_rounding(delta: float, noise: float | None) -> bool:
 def fits(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[str, Any]:
     """Straight lines through the sweep, and where rounding ends it."""
     noise = sweep.rounding_noise
+    line = linear_fit(
+        [p.eta for p in sweep.points],
+        [p.measured.delta for p in sweep.points],
+        [_is_rounding(p.measured.delta, noise) for p in sweep.points],
+        prediction.derivative,
+        None if sweep.bend is None else sweep.bend.second,
+    )
     kept = [
-        (p.eta, p.measured.delta) for p in sweep.points if not _is_rounding(p.measured.delta, noise)
+        (p.eta, p.measured.delta)
+        for p in sweep.points
+        if not _is_rounding(p.measured.delta, noise) and p.eta <= (line.eta_high or math.inf)
     ]
     curve = log_log([eta for eta, _ in kept], [delta for _, delta in kept])
     # |ratio - 1| says something where rounding is a small share of the deviation itself.
@@ -166,15 +185,15 @@ def fits(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[st
     floor = None
     if noise is not None:
         floor = noise / (ROUNDING_SHARE * abs(prediction.derivative))
-    line = linear_fit(
-        [p.eta for p in sweep.points],
-        [p.measured.delta for p in sweep.points],
-        [_is_rounding(p.measured.delta, noise) for p in sweep.points],
-        prediction.derivative,
-        None if sweep.bend is None else sweep.bend.second,
-    )
     return {
-        "linear": {"what": "measured = intercept + slope * eta, weights 1 / eta^2", **line._asdict()},
+        "linear": {
+            "what": "measured = intercept + slope * eta, weights 1 / eta^2; intervals: "
+            "the scatter of the rows about the line, 95 %",
+            **{
+                key.replace("_ci", "_interval"): x._asdict() if isinstance(x, Interval) else x
+                for key, x in line._asdict().items()
+            },
+        },
         "measured_against_eta": _line(curve, "log |measured| on log eta; 1 is linear"),
         "deviation_against_eta": _line(bend, "log |ratio - 1| on log eta; 1 is a quadratic term"),
         "rounding_noise": None if noise is None else quantity(noise, unit, "one measured change"),

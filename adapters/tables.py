@@ -1,11 +1,14 @@
 """What a run and a check print: tables, and the lines under them."""
 
+import math
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from funcprobe.checks import Check
+
+WIDE = 112  # columns of the whole table; what is narrower does without the second order
 
 
 def print_results(document: dict[str, Any], console: Console) -> None:
@@ -14,27 +17,25 @@ def print_results(document: dict[str, Any], console: Console) -> None:
     rule, unit = document["conventions"]["step"]["rule"], document["entropy"]["unit"]
     what = "of the next step" if rule == "adamw" else f'along v of rule "{rule}"'
     table = Table(
-        title=f"Entropy change {what}, {unit} (+-: 95 % intervals; predicted over E and U, measured "
-        "over E)",
+        title=f"Entropy change {what}, {unit}; +-: 95 %, predicted over E and U, measured over E",
         title_justify="left",
     )
-    bends = document["second_order"] is not None
-    order = ("to 2nd order",) if bends else ()
+    bends = document["second_order"] is not None and console.width >= WIDE
+    order = ("2nd order",) if bends else ()
     for column in ("eta", "predicted", "+-", *order, "measured", "+-", "ratio", "ESS", "weights"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in document["sweep"]:
-        mark = " (next lr)" if row["is_next_lr"] else ""
-        bent = (f"{row['second_order']['value']:+.4e}",) if bends else ()
+        believed = row["verdict"] != "resample" and not row["rounding"]
         table.add_row(
-            f"{row['eta']:.3g}{mark}",
+            f"{row['eta']:.3g}" + (" next lr" if row["is_next_lr"] else ""),
             f"{row['predicted']['value']:+.4e}",
             _half(row["interval_total"]),
-            *bent,
-            f"{row['measured']['value']:+.4e}" + (" (rounding)" if row["rounding"] else ""),
-            _half(row["measured_interval_given_U"]),
-            f"{row['ratio']['value']:.7f}",
+            *((f"{row['second_order']['value']:+.4e}",) if bends else ()),
+            f"{row['measured']['value']:+.4e}",
+            _half(row["measured_interval_given_U"]) if believed else "-",
+            f"{row['ratio']['value']:.7f}" if believed else "-",
             f"{row['ess']['value']:.1f}",
-            row["verdict"],
+            "rounding" if row["rounding"] else row["verdict"],
         )
     console.print(table)
     for line in _summary(document):
@@ -67,30 +68,32 @@ def print_verdicts(seen: list[Check], console: Console) -> None:
             )
 
 
-def _half(interval: list[float]) -> str:
-    """Half the width of an interval that is symmetric."""
-    return f"{(interval[1] - interval[0]) / 2:.1e}"
+def _half(interval: dict[str, float]) -> str:
+    """Half the width of an interval, which is symmetric."""
+    return f"{(interval['high'] - interval['low']) / 2:.1e}"
 
 
 def _summary(document: dict[str, Any]) -> list[str]:
-    first, fit = document["first_order"], document["fit"]
-    unit = document["entropy"]["unit"]
-    step, second = document["conventions"]["step"], document["second_moments"]
+    first, second = document["first_order"], document["second_moments"]
+    step, entropy = document["conventions"]["step"], document["entropy"]
     lines = []
     for row in (row for row in document["sweep"] if row["is_next_lr"]):
         lines.append(
             f"{'next step' if step['rule'] == 'adamw' else 'v'} (lr {row['eta']:g}): entropy "
-            f"{document['entropy']['value']:.4f} {unit}, predicted to change by "
-            f"{row['predicted']['value']:+.2e} +- {_half(row['interval_total'])}, measured "
-            f"{row['measured']['value']:+.2e}{' (rounding)' if row['rounding'] else ''}"
+            f"{entropy['value']:.4f} +- {_half(document['entropy_interval'])} {entropy['unit']}, "
+            f"predicted to change by {row['predicted']['value']:+.2e} +- "
+            f"{_half(row['interval_total'])}, measured {row['measured']['value']:+.2e}"
+            f"{' (rounding)' if row['rounding'] else ''}"
         )
-        lines.append(
-            f"measured - predicted on the same samples {row['difference']['value']:+.2e} +- "
-            f"{_half(row['difference_interval'])}"
-        )
+        if row["difference_interval"] and not row["rounding"]:
+            lines.append(
+                f"measured - predicted on the same samples {row['difference']['value']:+.2e} +- "
+                f"{_half(row['difference_interval'])}"
+            )
     lines += [
-        f"derivative along v {first['derivative']['value']:+.4e} per unit of lr, standard error "
-        f"{first['se_given_U']['value']:.1e} given U, {first['se_over_U']['value']:.1e} over U",
+        f"derivative along v {first['derivative']['value']:+.4e} +- {_half(first['interval_total'])} "
+        f"per unit of lr (+- {_half(first['interval_given_U'])} over E, U given; "
+        f"+- {_half(first['interval_over_U'])} over U)",
         f"of it: update {first['from_update']['value']:+.3e}, "
         f"momentum {first['from_momentum']['value']:+.3e}, "
         f"weight decay {first['from_weight_decay']['value']:+.3e}",
@@ -106,35 +109,66 @@ def _summary(document: dict[str, Any]) -> list[str]:
             f"{second['capped']} of {document['counts']['trainable_parameters']} scales of P capped at "
             f"{step['max_scale']:g}: set optimizer.max_scale = 0 for P Y itself"
         )
-    lines.append(_linear(fit["linear"]))
+    return [*lines, *_of_the_curve(document), *_of_the_weights(document)]
+
+
+def _of_the_curve(document: dict[str, Any]) -> list[str]:
+    """Where the curve is straight, where it bends, where rounding ends it."""
+    fit, bend = document["fit"], document["second_order"]
+    lines = [_linear(fit["linear"])]
     if line := fit["deviation_against_eta"]:
         lines.append(
             f"log-log slope of |ratio - 1| against eta {line['slope']:.4f}, R^2 "
             f"{line['r_squared']:.6f}, {line['points']} points"
         )
-    bend = document["second_order"]
     if bend:
-        star = bend["eta_star"]
-        end = f"first order ends at eta* = {star['value']:.2g}" if star else "nothing bends"
+        until = bend["linear_until"]
         lines.append(
             f"second derivative {bend['second_derivative']['value']:+.3e} +- "
-            f"{_half(bend['interval_given_U'])} (given U, {bend['method']}): {end}"
+            f"{_half(bend['interval_given_U'])} ({bend['method']}, U given): {_until(until)}"
         )
+        beyond = [row["eta"] for row in document["sweep"] if row["eta"] > (until["eta"] or math.inf)]
+        if beyond:
+            etas = ", ".join(f"{eta:.3g}" for eta in beyond)
+            lines.append(f"beyond it, so not to be predicted by first order: eta {etas}")
+    below = [
+        row["eta"]
+        for row in document["sweep"]
+        if document["entropy"]["value"] + row["predicted"]["value"] < 0
+    ]
+    if below:
+        etas = ", ".join(f"{eta:.3g}" for eta in below)
+        lines.append(f"the line leads below entropy 0, where there is nothing: eta {etas}")
     if fit["rounding_eta"]:
         lines.append(
             f"rounding takes over below eta = {fit['rounding_eta']['value']:.1e} (10 % of the change)"
         )
+    return lines
+
+
+def _until(until: dict[str, Any]) -> str:
+    if until["eta"] is None:
+        return "nothing bends"
+    if until["high"] is None:
+        told = f"at least {until['low']:.2g}: it is not told from 0"
+    else:
+        told = f"95 %: {until['low']:.2g} to {until['high']:.2g}"
+    return f"the quadratic term is 10 % at eta = {until['eta']:.2g} ({told})"
+
+
+def _of_the_weights(document: dict[str, Any]) -> list[str]:
+    """Why a verdict is not "trust", and what was sampled anew."""
+    lines, unit = [], document["entropy"]["unit"]
     for row in document["sweep"]:
         if row["verdict"] != "trust":
             lines.append(f"{row['verdict']} at eta {row['eta']:.3g}: {row['verdict_reason']}")
-        if row["resampled"]:
+        if found := row["resampled"]:
             lines.append(
-                f"sampled again at eta {row['eta']:.3g}: {row['resampled']['change']['value']:+.4e} +- "
-                f"{_half(row['resampled']['interval'])}"
+                f"sampled at theta + {row['eta']:.3g} v: entropy changes by "
+                f"{found['change']['value']:+.4e} +- {_half(found['interval'])} {unit} (95 %, over E)"
             )
-    if not any(row["resampled"] for row in document["sweep"]) and any(
-        row["verdict"] == "resample" for row in document["sweep"]
-    ):
+    worst = [row for row in document["sweep"] if row["verdict"] == "resample"]
+    if worst and not any(row["resampled"] for row in worst):
         lines.append("to sample responses there: --set measure.resample=true")
     return lines
 
@@ -145,9 +179,10 @@ def _linear(line: dict[str, Any]) -> str:
         return f"no straight line through measured: {line['reason']}"
     r2 = "" if line["r2"] is None else f", R^2 {line['r2']:.8f}"
     return (
-        f"measured against eta from {line['eta_low']:.2g} to {line['eta_high']:.2g}: slope "
-        f"{line['slope']:+.4e} +- {_half(line['slope_ci'])}, intercept {line['intercept']:+.1e} +- "
-        f"{_half(line['intercept_ci'])}{r2}, {line['points']} points"
+        f"straight line through measured, eta {line['eta_low']:.2g} to {line['eta_high']:.2g}: slope "
+        f"{line['slope']:+.4e} +- {_half(line['slope_interval'])}, intercept {line['intercept']:+.1e} "
+        f"+- {_half(line['intercept_interval'])}{r2}, {line['points']} points "
+        "(+-: scatter about the line)"
     )
 
 

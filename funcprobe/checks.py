@@ -152,7 +152,7 @@ def eta_zero(
     return Check(
         "eta = 0 changes nothing",
         seen.delta == 0 and (not own or seen.ess == count),
-        f"change {seen.delta:g}, ESS {seen.ess:g} of {count}",
+        f"change {seen.delta:g}, ESS {seen.ess:g} of the {count} sequences tried",
         "change 0" + (f", ESS {count}" if own else ""),
         "a forward that is not deterministic, or parameters that are not the sampled ones",
     )
@@ -211,7 +211,8 @@ def sampled_from_policy(batch: Batch, stats: TokenStats) -> Check:
     return Check(
         "E is sampled from the policy",
         abs(z) < 4,
-        f"log-probability plus entropy of a response {mean:+.3g} +- {se:.2g} nats, z = {z:.2g}",
+        f"log-probability plus entropy of a response {mean:+.3g} nats, standard error {se:.2g}, "
+        f"z = {z:.2g}",
         "|z| < 4",
         "E was sampled at another temperature, with top_p or top_k, or from another policy: bring its "
         "sampler_logp, or sample it here",

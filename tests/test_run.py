@@ -240,8 +240,8 @@ def test_the_size_of_a_generation_batch_is_part_of_the_seed(probe) -> None:
 def without_errors(document: Any) -> Any:
     """All but the seconds and the standard errors of E."""
     if isinstance(document, dict):
-        errors = ("seconds", "se_", "interval", "measured_se", "measured_int", "difference_")
-        kept = {k: v for k, v in document.items() if not k.startswith(errors) or k == "difference_eta"}
+        errors = ("seconds", "se_", "_se", "interval", "linear_until")
+        kept = {k: v for k, v in document.items() if not any(part in k for part in errors)}
         return {k: without_errors(v) for k, v in kept.items()}
     return [without_errors(v) for v in document] if isinstance(document, list) else document
 

@@ -69,14 +69,14 @@ def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
     second, first = (document[order] for order in ("second_order", "first_order"))
     star = 2 * abs(first["derivative"]["value"] / second["second_derivative"]["value"])
     assert second["eta_star"]["value"] == pytest.approx(star)
-    assert f"first order ends at eta* = {star:.2g}" in outcome.out
+    assert f"the quadratic term is 10 % at eta = {star / 10:.2g} (" in outcome.out
 
 
 def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
     document, outcome = ran(policy__dtype="bfloat16")
     assert document["second_order"] is None
     assert "second order is left out: in torch.bfloat16 it is rounding" in outcome.err
-    assert "to 2nd order" not in outcome.out
+    assert "2nd order" not in outcome.out
     document, outcome = ran(measure__second_order="none")
     assert document["second_order"] is document["sweep"][0]["second_order"] is None
     assert "second order" not in outcome.err
@@ -189,7 +189,8 @@ def test_intervals_are_students(ran) -> None:
         (row["measured"], row["measured_se_given_U"], row["measured_interval_given_U"]),
         (row["difference"], row["difference_se"], row["difference_interval"]),
     ):
-        low, high = interval
+        low, high, dof = interval.values()
+        assert (high - low) / 2 == pytest.approx(scipy_stats.t.ppf(0.975, dof) * se["value"], rel=1e-8)
         assert (low + high) / 2 == pytest.approx(value["value"], rel=1e-9)
         assert 1.96 < (high - low) / 2 / se["value"] < most
     # Predicted and measured share their noise at a small eta; their difference has next to none.
@@ -275,9 +276,14 @@ def test_a_run_samples_again_where_it_may(ran) -> None:
     document, outcome = ran(measure__etas=[1e-6, 30.0], measure__resample=True)
     small, large = document["sweep"]
     assert small["resampled"] is None
-    low, high = large["resampled"]["interval"]
+    low, high, _ = large["resampled"]["interval"].values()
     assert low < large["resampled"]["change"]["value"] < high
-    assert "sampled again at eta 30: " in outcome.out
+    assert "sampled at theta + 30 v: entropy changes by " in outcome.out
+    again = load_rollouts(Path("runs/one/rollouts/eval-at-30.parquet"), 14, rewards=False)
+    before = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
+    assert again.prompt_index == before.prompt_index
+    assert again.response_ids != before.response_ids
+    assert large["measured_interval_given_U"] is large["difference_interval"] is None
     assert document["checks"][-1]["name"] == "the model's weights are untouched"
     assert document["checks"][-1]["passed"]
 
