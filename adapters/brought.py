@@ -35,6 +35,19 @@ def bring_eval(config: Config, policy: Policy, vocabulary: int) -> Rollouts | No
     return found
 
 
+def fresh_length(config: Config, brought: Rollouts | None) -> int:
+    """Where fresh responses to E's prompts are cut off: where those of a brought E were, if any was.
+
+    Where all of them ended by themselves their own bound is not known, and is at least their longest.
+    """
+    if brought is None:
+        return config.sampling.max_new_tokens
+    longest = max(len(ids) for ids in brought.response_ids)
+    if set(brought.finish_reason) == {"stop"}:
+        return max(longest, config.sampling.max_new_tokens)
+    return longest
+
+
 def open_update(config: Config) -> UpdateFile | None:
     """U's file, where rollouts.update names it."""
     if config.rollouts.update is None:

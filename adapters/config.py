@@ -213,8 +213,8 @@ class EntropyConfig(Section):
     baseline: Baseline = Field(
         "auto",
         description='Control variate of the score term: "ridge", "position", "entropy" or "none"; '
-        '"auto": ridge, but '
-        "none for the sampled integrand, with a clip, and for fewer than three prompts.",
+        '"auto": ridge, but none for the sampled integrand, with a clip, for fewer than three prompts '
+        "and where E brings sampler_logp.",
     )
 
     @model_validator(mode="after")

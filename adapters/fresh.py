@@ -13,6 +13,7 @@ from funcprobe.policy import with_params
 from funcprobe.types import Params
 
 from .batches import Batches, derived_seed
+from .brought import fresh_length
 from .console import Narrator
 from .plan import Plan
 from .rollouts import Rollouts
@@ -36,7 +37,10 @@ def sample_again(
     unit_N: torch.Tensor,
     narrator: Narrator,
 ) -> Fresh:
-    """One response at theta + eta v to the prompt of every sequence of E; the model is as before."""
+    """One response at theta + eta v to the prompt of every sequence of E; the model is as before.
+
+    Sampled anew in every run, as no stage holds them.
+    """
     prompt_ids = batches.eval_rollouts.prompt_ids
     moved = tree.axpy(eta, direction, plan.policy.params)
     config = plan.config.sampling.model_copy(
@@ -44,7 +48,7 @@ def sample_again(
             "temperature": plan.temperature,
             "top_p": 1.0,
             "top_k": 0,
-            "max_new_tokens": _longest(plan, batches),
+            "max_new_tokens": fresh_length(plan.config, plan.brought_eval),
         }
     )
     seed = derived_seed(plan.config.run.seed, f"E at eta {eta!r}")
@@ -69,11 +73,3 @@ def sample_again(
             sampler_logp=None,
         ),
     )
-
-
-def _longest(plan: Plan, batches: Batches) -> int:
-    """Where responses are cut off: where those of a brought E were, if any was."""
-    rollouts = batches.eval_rollouts
-    if plan.brought_eval is None or "length" not in rollouts.finish_reason:
-        return plan.config.sampling.max_new_tokens
-    return max(len(ids) for ids in rollouts.response_ids)

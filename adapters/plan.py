@@ -11,7 +11,7 @@ from funcprobe.policy import Forward
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
 from . import results, store
-from .brought import bring_eval, bring_update, common_temperature, open_update
+from .brought import bring_eval, bring_update, common_temperature, fresh_length, open_update
 from .config import Config
 from .console import Narrator
 from .devices import resolve_device
@@ -227,12 +227,17 @@ def _require_positions(
 ) -> None:
     """InputError for sequences longer than a microbatch, or than a table of learned positions.
 
+    `brought` is E, then U; of a brought E that may be sampled anew those responses count, too.
+
     Rotary positions have no end (transformers warns, and goes on).
     """
     lengths = [len(ids) + config.sampling.max_new_tokens for ids in prompt_ids]
     for rollouts in filter(None, brought):
         pairs = zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)
         lengths += [len(x) + len(y) for x, y in pairs]
+    if config.measure.resample and brought[0]:
+        limit = fresh_length(config, brought[0])
+        lengths += [len(ids) + limit for ids in brought[0].prompt_ids]
     if max(lengths) > config.run.max_tokens:
         raise InputError(
             f"the longest prompt and response may have {max(lengths)} tokens, a microbatch "

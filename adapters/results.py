@@ -56,6 +56,11 @@ def document(
     of 0, of which nothing is a multiple.
     """
     for point in sweep.points:
+        if not prediction.derivative:
+            raise InputError(
+                "the derivative of the entropy along v is 0, so there is nothing to compare with: look "
+                "whether the learning rates are 0, and whether v moves any response of E"
+            )
         if not point.eta * prediction.derivative:
             raise InputError(
                 f"the change predicted at eta = {point.eta:g} is 0, with derivative "
@@ -152,6 +157,7 @@ def versions() -> dict[str, str]:
 
 def _counts(plan: "Plan", batches: "Batches", sweep: "Sweep") -> dict[str, Any]:
     update_batch = batches.update.batch
+    fresh = sum(point.fresh is not None for point in sweep.points)
     return {
         "E_sequences": len(batches.eval_batch.prompt_N),
         "E_prompts": len(batches.eval_batch.prompt_N.unique()),
@@ -161,7 +167,11 @@ def _counts(plan: "Plan", batches: "Batches", sweep: "Sweep") -> dict[str, Any]:
         "U_tokens": int(update_batch.response_length_N.sum()),
         "U_groups_without_gradient": batches.equal_groups,
         "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
-        "model_passes": {"over_E": 3 + len(sweep.points) + sweep.extra, "over_U": 2},
+        "model_passes": {
+            "over_E": 3 + len(sweep.points) + sweep.extra,
+            "over_U": 2,
+            "over_fresh": fresh,
+        },
     }
 
 

@@ -123,7 +123,9 @@ def _sampler(batches: Batches, stats: TokenStats) -> checks.Check:
 def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batches]:
     """E and U, and the plan with the baseline that E has room for."""
     batches = sample(plan, stages, narrator)
-    return plan._replace(entropy=baselines.resolve(plan.entropy, batches.eval_batch)), batches
+    own = batches.sampler_logp_NR is None
+    entropy = baselines.resolve(plan.entropy, batches.eval_batch, own_samples=own)
+    return plan._replace(entropy=entropy), batches
 
 
 def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Prediction:

@@ -47,7 +47,7 @@ class Sweep(NamedTuple):
     """Measured changes at ascending learning rates; rounding of one of them; the second derivative."""
 
     points: tuple[Point, ...]
-    extra: int  # how many more were measured for the two below
+    extra: int  # how many more passes over E were made for the two below
     rounding_noise: float | None  # sd, in one measured change; None where v moves nothing
     bend: Bend | None
 
@@ -60,7 +60,7 @@ def measure_sweep(
     stages: Stages,
     narrator: Narrator,
 ) -> Sweep:
-    """Every eta of the plan, the rounding noise and the second derivative; stored eta by eta.
+    """Every eta of the plan, the rounding noise and the second derivative; E's statistics are stored.
 
     Where the verdict is "resample" and `measure.resample` is set, responses are sampled at
     theta + eta v as well. `unit_N` numbers the sampling units of E.
@@ -109,7 +109,8 @@ def measure_sweep(
         if judged.verdict == "resample" and plan.config.measure.resample:
             fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
         points.append(Point(eta, found[eta], judged, fresh))
-    return Sweep(tuple(points), len(signed) + len(pair), noise, bend)
+    extra = len(signed) + len(pair) + (mode == "exact")
+    return Sweep(tuple(points), extra, noise, bend)
 
 
 def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:

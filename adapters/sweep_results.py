@@ -104,6 +104,7 @@ def rows(
                 "change": quantity(point.fresh.delta, unit, "sampled at theta + eta v, less E"),
                 "se": quantity(point.fresh.error.se, unit, "units of E, each with both responses"),
                 "interval": interval(point.fresh.delta, point.fresh.error),
+                "cut_off": point.fresh.rollouts.finish_reason.count("length"),
             },
         }
 
@@ -187,6 +188,7 @@ def fits(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[st
         floor = noise / (ROUNDING_SHARE * abs(prediction.derivative))
     return {
         "linear": {
+            "unit": f"intercept {unit}, slope {unit} per unit of learning rate",
             "what": "measured = intercept + slope * eta, weights 1 / eta^2; intervals: "
             "the scatter of the rows about the line, 95 %",
             **{

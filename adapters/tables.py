@@ -166,6 +166,7 @@ def _of_the_weights(document: dict[str, Any]) -> list[str]:
             lines.append(
                 f"sampled at theta + {row['eta']:.3g} v: entropy changes by "
                 f"{found['change']['value']:+.4e} +- {_half(found['interval'])} {unit} (95 %, over E)"
+                + (f"; {found['cut_off']} responses cut off" if found["cut_off"] else "")
             )
     worst = [row for row in document["sweep"] if row["verdict"] == "resample"]
     if worst and not any(row["resampled"] for row in worst):

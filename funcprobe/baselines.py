@@ -2,8 +2,9 @@
 
 The derivative of the entropy is sum_j h'_ij + sum_j l'_ij Q_ij, with Q_ij the integrand still to come
 after token j. As E[l'_ij | prefix] = 0, a b_ij that knows nothing of sequence i but its prefix before
-token j may be taken off Q_ij. In the measured change its place is that of a control variate: with
-r_ij = l_ij(theta') - l_ij(theta), the entropy of token j becomes
+token j may be taken off Q_ij (to order 1/N: the mean R in every Q holds sequence i, too). In the
+measured change its place is that of a control variate: with r_ij = l_ij(theta') - l_ij(theta), the
+entropy of token j becomes
 
     h_ij(theta') - rho_ij (exp(r_ij) - 1) b_ij    weights = "per_decision": those of j's prefix
     h_ij(theta') - (1 - exp(-r_ij)) b_ij          weights = "sequence": those of the response
@@ -23,12 +24,16 @@ from .regression import LEAST_PROMPTS, prefix_features, ridge
 from .types import Baseline, Batch, Entropy, InputError, ResponseMask, TokenStats
 
 
-def resolve(entropy: Entropy, batch: Batch) -> Entropy:
-    """The estimator with "auto" decided: ridge where it has a place (`score_target`) and E has three
-    prompts, else none. In benchmarks/RESULTS.md ridge never did worse than another."""
+def resolve(entropy: Entropy, batch: Batch, *, own_samples: bool) -> Entropy:
+    """The estimator with "auto" decided: ridge where it has a place (`score_target`), E has three
+    prompts and the policy itself sampled it, else none.
+
+    In benchmarks/RESULTS.md ridge never did worse than another on the policy's own samples; far from
+    them, where Q is divided by small ratios, it can.
+    """
     if entropy.baseline != "auto":
         return entropy
-    placed = entropy.integrand == "rao_blackwell" and entropy.clip is None
+    placed = entropy.integrand == "rao_blackwell" and entropy.clip is None and own_samples
     enough = len(batch.prompt_N.unique()) >= LEAST_PROMPTS
     return entropy._replace(baseline="ridge" if placed and enough else "none")
 
@@ -56,7 +61,11 @@ def baseline(
         return stats.entropy_NR * mask_NR
     if kind == "position":
         return position_mean(target_NR, mask_NR, batch.prompt_N)
-    return ridge(target_NR, mask_NR, batch.prompt_N, prefix_features(batch, stats, mask_NR))
+    # What is left of Q enters times this; it is the same for all tokens of the policy's own samples.
+    _, q_NR = estimators.gradient_coefficients(stats, mask_NR, entropy, log_ratio_NR)
+    enters_NR = q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR)
+    features = prefix_features(batch, stats, mask_NR)
+    return ridge(target_NR, mask_NR, batch.prompt_N, features, enters_NR.square())
 
 
 def score_target(

@@ -35,7 +35,7 @@ def evaluate(
     """
     mask_NR = response_mask(batch)
     ratio_NR = None if sampler_logp_NR is None else stats.logp_NR - sampler_logp_NR
-    entropy = baselines.resolve(entropy, batch)
+    entropy = baselines.resolve(entropy, batch, own_samples=sampler_logp_NR is None)
     b_NR = None
     if entropy.baseline != "none":
         b_NR = baselines.baseline(entropy.baseline, batch, stats, mask_NR, entropy, ratio_NR)

@@ -77,8 +77,8 @@ def ridge(
     folds = min(FOLDS, int(index_N.max()) + 1)
     if folds < LEAST_PROMPTS:
         raise InputError(
-            f'{folds} prompts in E: baseline = "ridge" needs three at least; take more, or '
-            'baseline = "position"'
+            f'{folds} prompts in E: baseline = "ridge" needs three at least; raise sampling.B_E, give '
+            'more prompts, or take baseline = "position"'
         )
     fold_N = index_N % folds
     grams = [_gram(target_NR, mask_NR, features, weight_NR, fold_N == f) for f in range(folds)]

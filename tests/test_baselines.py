@@ -278,3 +278,25 @@ def test_unsuitable_estimators_are_refused(small):
     features = regression.prefix_features(batch, stats, mask)
     with pytest.raises(InputError, match="2 prompts"):
         regression.ridge(stats.entropy_NR, mask, two, features)
+
+
+def test_ridge_keeps_its_size_under_a_far_sampler(small):
+    """Ratios of e^-50 and less: Q, divided by them, is huge where it hardly enters, and must not lead.
+
+    Unweighted, the derivative of this batch goes from -0.08 to 480.
+    """
+    _, batch, _, stats, tangent, mask, _, _ = small
+    noise = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)).double()
+    sampler_logp = (-5 * noise.abs() - 0.1) * mask
+    unit = torch.arange(len(mask))
+    ridge, none = (
+        funcprobe.derivative(
+            funcprobe.evaluate(batch, stats, Entropy(baseline=kind), sampler_logp), tangent, unit
+        )
+        for kind in ("ridge", "none")
+    )
+    own = funcprobe.derivative(funcprobe.evaluate(batch, stats), tangent, unit)
+    # A sequence or two carry it all, so that its own standard error is no yardstick; ten times the
+    # spread of one sequence of the policy's own samples is (0.75, and the gap is 0.43).
+    spread = math.sqrt(len(mask)) * own.se
+    assert 0 < abs(ridge.derivative - none.derivative) < 10 * spread

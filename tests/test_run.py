@@ -334,7 +334,8 @@ def test_brought_rollouts_are_as_good_as_the_sampled_ones_they_are(probe, calls)
 
 
 def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> None:
-    sampled = probe("one")
+    # Without a baseline, as E with sampler_logp has none.
+    sampled = probe("one", entropy__baseline="none")
     path = Path("runs/one/rollouts/eval.parquet")
     drawn = load_rollouts(path, 14, rewards=False)
     config = read_config(Path("runs/one/config.toml"))
@@ -351,7 +352,7 @@ def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> No
     halved = [[row[0] - 0.6931471805599453, *row[1:]] for row in own]
     save_rollouts(drawn._replace(sampler_logp=halved), Path("halved.parquet"))
     even = probe("three", rollouts__eval="halved.parquet", entropy__weights="sequence")
-    plain = probe("four", entropy__weights="sequence")
+    plain = probe("four", entropy__weights="sequence", entropy__baseline="none")
     assert derivative(even) == pytest.approx(derivative(plain), rel=1e-9)
 
     # One that favoured the first response alone changes the result.

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
 
@@ -143,11 +142,12 @@ def test_a_run_takes_ridge_where_it_has_a_place(ran) -> None:
 
 def test_two_prompts_leave_no_room_for_ridge() -> None:
     batch = random_batch([(i % 2, 2, 3) for i in range(6)])
-    assert baselines.resolve(funcprobe.Entropy(), batch).baseline == "none"
+    assert baselines.resolve(funcprobe.Entropy(), batch, own_samples=True).baseline == "none"
     batch = random_batch([(i % 3, 2, 3) for i in range(6)])
-    assert baselines.resolve(funcprobe.Entropy(), batch).baseline == "ridge"
+    assert baselines.resolve(funcprobe.Entropy(), batch, own_samples=True).baseline == "ridge"
+    assert baselines.resolve(funcprobe.Entropy(), batch, own_samples=False).baseline == "none"
     chosen = funcprobe.Entropy(baseline="position")
-    assert baselines.resolve(chosen, batch) == chosen
+    assert baselines.resolve(chosen, batch, own_samples=False) == chosen
 
 
 def test_the_first_sequences_of_e_may_be_of_one_prompt(ran) -> None:
@@ -230,21 +230,32 @@ def test_weights_that_say_too_little_are_said_to(ran) -> None:
     assert "to sample responses there: --set measure.resample=true" in outcome.out
 
 
-def test_fresh_responses_are_of_the_moved_policy(checkpoint, tmp_path, monkeypatch) -> None:
-    """By a second model whose weights are theta + eta v, and a loop over its responses."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("brought", [False, True])
+def test_fresh_responses_are_of_the_moved_policy(checkpoint, command, brought) -> None:
+    """By a second model whose weights are theta + eta v, and loops over its responses.
+
+    A brought E has its own temperature and length, and ratios to its sampler; top_p is not U's.
+    """
+    given = checkpoint.settings() | {"run.name": "one"}
     Path("c.toml").touch()
-    config = read_config(Path("c.toml"), sets(checkpoint.settings())[1::2])
+    if brought:
+        given |= {"sampling.temperature": 0.7, "sampling.max_new_tokens": 3}
+        assert command("run", "c.toml", *sets(given)).status == 0
+        path = Path("runs/one/rollouts/eval.parquet")
+        E = load_rollouts(path, 14, rewards=False)
+        assert "length" in E.finish_reason
+        save_rollouts(E._replace(sampler_logp=[[-1.5] * len(y) for y in E.response_ids]), path)
+        given |= {"rollouts.eval": str(path), "sampling.max_new_tokens": 9, "sampling.top_p": 0.5}
+        given |= {"sampling.top_k": 2, "rollouts.update": "runs/one/rollouts/update.parquet"}
+    config = read_config(Path("c.toml"), sets(given)[1::2])
     planned = plan.load(config, Narrator())
     batches = sample(planned, Stages(None), Narrator())
     params = planned.policy.params
     v, eta = random_like(params), 0.05
-    at = funcprobe.evaluate(
-        batches.eval_batch, funcprobe.token_stats(params, batches.eval_batch, planned.forward)
-    )
-    unit = torch.arange(12)
+    stats = funcprobe.token_stats(params, batches.eval_batch, planned.forward)
+    at = funcprobe.evaluate(batches.eval_batch, stats, sampler_logp_NR=batches.sampler_logp_NR)
     before = {n: (p.data_ptr(), p.clone()) for n, p in planned.policy.model.named_parameters()}
-    found = fresh.sample_again(planned, batches, at, v, eta, unit, Narrator())
+    found = fresh.sample_again(planned, batches, at, v, eta, torch.arange(12), Narrator())
     for name, p in planned.policy.model.named_parameters():
         assert p.data_ptr() == before[name][0]
         assert torch.equal(p, before[name][1])
@@ -254,22 +265,53 @@ def test_fresh_responses_are_of_the_moved_policy(checkpoint, tmp_path, monkeypat
         for name, p in other.model.named_parameters():
             if name in v:
                 p.add_(eta * v[name])
-    seed = derived_seed(config.run.seed, f"E at eta {eta!r}")
     ids = batches.eval_rollouts.prompt_ids
-    drawn = sample_responses(other, ids, config.sampling, seed)
-    assert drawn.ids != batches.eval_rollouts.response_ids
-    bound = funcprobe.bind(other.model)
+    like_E = config.sampling.model_copy(
+        update={"top_p": 1.0, "top_k": 0, **({"max_new_tokens": 3} if brought else {})}
+    )
+    seed = derived_seed(config.run.seed, f"E at eta {eta!r}")
+    drawn = sample_responses(other, ids, like_E, seed)
+    assert drawn.ids == found.rollouts.response_ids != batches.eval_rollouts.response_ids
+    bound = funcprobe.bind(other.model, temperature=0.7 if brought else 1.0)
     batch = funcprobe.collate(ids, drawn.ids, batches.eval_rollouts.prompt_index)
     there = bound.token_stats(bound.params, batch)
-    h = defaultdict(float)
-    for name, s, y in (
-        ("here", at.stats, batches.eval_rollouts.response_ids),
-        ("there", there, drawn.ids),
-    ):
-        total = sum(float(s.entropy_NR[i, k]) for i in range(12) for k in range(len(y[i])))
-        h[name] = total / sum(map(len, y))
-    assert found.delta == pytest.approx(h["there"] - h["here"], rel=1e-10)
+
+    def per_token(s, responses, sampler_logp):
+        """Sum of w h over sum of w, w of the tokens before."""
+        total = weights = 0.0
+        for i, y in enumerate(responses):
+            log_weight = 0.0
+            for k in range(len(y)):
+                total += math.exp(log_weight) * float(s.entropy_NR[i, k])
+                weights += math.exp(log_weight)
+                log_weight += 0.0 if sampler_logp is None else float(s.logp_NR[i, k]) - sampler_logp
+        return total / weights
+
+    here = per_token(stats, batches.eval_rollouts.response_ids, -1.5 if brought else None)
+    assert found.delta == pytest.approx(per_token(there, drawn.ids, None) - here, rel=1e-10)
     assert 0 < found.error.se < math.inf
+
+
+def test_a_brought_e_that_cannot_be_sampled_again_is_refused_before(command, checkpoint) -> None:
+    given = checkpoint.settings() | {"run.name": "one", "sampling.max_new_tokens": 20}
+    Path("c.toml").touch()
+    assert command("run", "c.toml", *sets(given)).status == 0
+    path = Path("runs/one/rollouts/eval.parquet")
+    E = load_rollouts(path, 14, rewards=False)
+    ended = [i for i, reason in enumerate(E.finish_reason) if reason == "stop"]
+    kept = {k: [x[i] for i in ended] for k, x in E._asdict().items() if isinstance(x, list)}
+    save_rollouts(E._replace(**kept), path)
+    given |= {
+        "rollouts.eval": str(path),
+        "rollouts.update": "runs/one/rollouts/update.parquet",
+        "run.max_tokens": 30,
+        "sampling.max_new_tokens": 100,
+    }
+    assert command("run", "c.toml", *sets(given), "--dry-run").status == 0
+    given["measure.resample"] = True
+    outcome = command("run", "c.toml", *sets(given), "--dry-run")
+    assert outcome.status == 2
+    assert "lower sampling.max_new_tokens" in outcome.err
 
 
 def test_a_run_samples_again_where_it_may(ran) -> None:
