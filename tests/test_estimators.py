@@ -179,7 +179,12 @@ def test_clipped_weights_by_a_loop_and_by_differences(entropy):
     ]
     seen = funcprobe.measured_change(stats, moved, mask, clipped, log_ratio)
     assert seen.delta == pytest.approx(H[1] - H[0], rel=1e-10)
-    assert seen.clipped > 0
+    log_N = ((log_ratio + moved.logp_NR - stats.logp_NR) * mask).sum(1).tolist()
+    whole = [min(math.exp(x), 1.3) for x in log_N]
+    assert seen.weight_N.tolist() == pytest.approx(whole)
+    assert seen.ess == pytest.approx(sum(whole) ** 2 / sum(w * w for w in whole))
+    assert seen.max_weight == pytest.approx(4 * max(whole) / sum(whole))
+    assert seen.clipped == whole.count(1.3) == 2
     eta = 1e-6  # central difference: error eta^2, rounding 1e-16 / eta
     tangent = TokenStats(*(m - s for m, s in zip(moved, stats, strict=True)))
 
@@ -374,4 +379,18 @@ def test_rounding_noise_is_what_no_parabola_explains():
         )
         found.append(curvature.rounding_noise(plus, minus) ** 2)
     # 1600 squares of a normal: relative error 0.035 of their mean.
-    assert sum(found) / 800 == pytest.approx(noise**2, rel=0.15)
+    assert sum(found) / 800 == pytest.approx(noise**2, rel=0.15, abs=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_even_and_odd_rounding_each_make_half_of_the_variance(sign):
+    """A quadratic form of independent noise: its mean is the sum over perturbations, one at a time.
+
+    Noise of variance 1 in four changes is, in each of two even and of two odd parts, of variance 1/2.
+    """
+    size = math.sqrt(1 / 2)
+    found = [
+        curvature.rounding_noise(part, (sign * part[0], sign * part[1]))
+        for part in ((size, 0.0), (0.0, size))
+    ]
+    assert sum(noise**2 for noise in found) == pytest.approx(1 / 2, rel=1e-12)

@@ -10,17 +10,19 @@ import pytest
 import torch
 from conftest import sets
 
+import funcprobe
 from funcprobe.adapters import results, sweep, sweep_results
 from funcprobe.estimators import Measured
+from funcprobe.intervals import Error
 
 ONE = torch.ones(1, dtype=torch.float64)
 
 
-def fits(etas, curve, noise, derivative=3.0):
+def fits(etas, curve, noise, derivative=3.0, bend=None):
     """`fits` of measured changes curve(eta)."""
     measured = (Measured(curve(eta), 10.0, 1.0, 0, ONE, ONE) for eta in etas)
     points = tuple(sweep.Point(eta, m, None, None) for eta, m in zip(etas, measured, strict=True))
-    found = sweep.Sweep(points, 4, noise, None)
+    found = sweep.Sweep(points, 4, noise, bend)
     return sweep_results.fits(SimpleNamespace(derivative=derivative), found, "nats per token")
 
 
@@ -45,7 +47,7 @@ def test_slopes_of_a_quadratic_curve():
     assert found["measured_against_eta"]["slope"] == pytest.approx(1, abs=1e-3)
     assert found["deviation_against_eta"]["slope"] == pytest.approx(1, abs=1e-9)
     assert found["deviation_against_eta"]["points"] == 4
-    assert found["rounding_eta"]["value"] == pytest.approx(1e-18 / 0.1 / 3)
+    assert found["rounding_eta"]["value"] == pytest.approx(1e-18 / 0.1 / 3, rel=1e-9, abs=0)
 
 
 def test_rounding_keeps_rows_out_of_the_fits():
@@ -57,6 +59,31 @@ def test_rounding_keeps_rows_out_of_the_fits():
         assert found["deviation_against_eta"]["points"] == 3  # at 2e-5 it is 28 % of the deviation
     assert found["rounding_eta"]["value"] == pytest.approx(1e-9 / 0.1 / 3)
     assert fits(etas, lambda eta: 3 * eta, noise=None)["rounding_eta"] is None
+
+
+def test_the_second_derivative_ends_the_linear_range():
+    """3 eta and 6 eta^2 / 2: a tenth at eta = 0.1, whatever the measured changes look like."""
+    etas = (0.01, 0.02, 0.05, 0.099, 0.101, 0.2)
+    for eta_high, bend in (
+        (0.099, sweep.Bend(6.0, Error(1.0, 5), None)),
+        (0.099, sweep.Bend(-6.0, Error(1.0, 5), 1e-3)),
+        (0.2, sweep.Bend(0.1, Error(1.0, 5), None)),
+        (0.2, None),
+    ):
+        found = fits(etas, lambda eta: 3 * eta, noise=1e-18, bend=bend)
+        assert found["linear"]["eta_high"] == eta_high
+        points = 4 if eta_high == 0.099 else 6
+        assert found["linear"]["points"] == found["measured_against_eta"]["points"] == points
+
+
+def test_rounding_of_a_symmetric_difference_is_its_spread():
+    """4000 draws: their standard deviation is good to 1.1 %."""
+    noise, eta = 1e-9, 1e-3
+    changes = noise * np.random.default_rng(0).standard_normal((4000, 2))
+    spread = np.std([funcprobe.second_difference(*map(float, pair), eta) for pair in changes])
+    found = sweep.Sweep((), 6, noise, sweep.Bend(6.0, Error(1.0, 5), eta))
+    document = sweep_results.second_order(SimpleNamespace(derivative=3.0), found, "nats per token")
+    assert document["rounding"]["value"] == pytest.approx(float(spread), rel=0.05)
 
 
 def test_the_mean_reward_is_of_the_responses_that_have_one():
@@ -83,10 +110,15 @@ def test_first_order_is_the_limit_over_four_decades(checkpoint, command):
         name = {"run.name": weights, "entropy.weights": weights, "measure.next_lr": False}
         assert command("run", "c.toml", *sets(given | name)).status == 0
         document = json.loads(Path(f"runs/{weights}/results.json").read_text())
-        gaps = [abs(row["ratio"]["value"] - 1) for row in document["sweep"]]
+        rows = document["sweep"]
+        gaps = [abs(row["ratio"]["value"] - 1) for row in rows]
         assert gaps[0] < 1e-3
         for small, large in itertools.pairwise(gaps):
             # Ten, but for the cubic term (1e-4 of a random policy: some percent) and rounding.
+            assert large / small == pytest.approx(10, rel=0.1)
+        # Measured - predicted is quadratic sequence by sequence, so its error is, too.
+        shares = [row["difference_se"]["value"] / row["se_given_U"]["value"] for row in rows]
+        for small, large in itertools.pairwise(shares):
             assert large / small == pytest.approx(10, rel=0.1)
         fit = document["fit"]
         # At eta = 1e-4 the ratio is some percent off 1, which tilts the line by as much a decade.

@@ -311,6 +311,35 @@ def test_stages_whose_inputs_are_the_same_are_not_computed_again(probe, calls, d
     assert done("two", **first) == (2, 1, 8)
 
 
+def test_second_derivatives_of_another_direction_are_not_taken_from_a_stage(probe) -> None:
+    """Two rules in one folder of stages, both "exact", against the same computed anew."""
+    given: dict[str, Any] = {"measure__second_order": "exact"}
+    rules = ("sgd", "precondition")
+    after = [probe("one", optimizer__rule=rule, **given) for rule in rules]
+    anew = [probe("two", fresh=True, optimizer__rule=rule, **given) for rule in rules]
+    first, second = (document["second_order"]["second_derivative"]["value"] for document in anew)
+    assert abs(second / first - 1) > 1e-3
+    assert [without_seconds(x) for x in after] == [without_seconds(x) for x in anew]
+
+
+def test_another_temperature_of_the_same_rollouts_is_another_state(probe) -> None:
+    """E and U, brought, differ in nothing but the temperature they say they are of."""
+    probe("one")
+    given: dict[str, Any] = {"rollouts__eval": "e.parquet", "rollouts__update": "u.parquet"}
+
+    def brought(temperature: float, **kwargs: Any) -> dict[str, Any]:
+        for name, file in (("eval", "e"), ("update", "u")):
+            drawn = load_rollouts(
+                Path(f"runs/one/rollouts/{name}.parquet"), 14, rewards=name == "update"
+            )
+            save_rollouts(drawn._replace(temperature=temperature), Path(f"{file}.parquet"))
+        return probe("two", **given, **kwargs)
+
+    warm, after = brought(1.0), brought(0.5)
+    assert abs(derivative(after) / derivative(warm) - 1) > 1e-3
+    assert without_seconds(after) == without_seconds(brought(0.5, fresh=True))
+
+
 # Rollouts that are brought
 
 
