@@ -190,7 +190,9 @@ def test_intervals_are_students(ran) -> None:
         (row["difference"], row["difference_se"], row["difference_interval"]),
     ):
         low, high, dof = interval.values()
-        assert (high - low) / 2 == pytest.approx(scipy_stats.t.ppf(0.975, dof) * se["value"], rel=1e-8, abs=0)
+        assert (high - low) / 2 == pytest.approx(
+            scipy_stats.t.ppf(0.975, dof) * se["value"], rel=1e-8, abs=0
+        )
         assert (low + high) / 2 == pytest.approx(value["value"], rel=1e-9, abs=0)
         assert 1.96 < (high - low) / 2 / se["value"] < most
     # Predicted and measured share their noise at a small eta; their difference has next to none.
