@@ -7,7 +7,6 @@ from architectures import (
     BATCH,
     CASES,
     CPU,
-    MASK_NR,
     P_NR,
     case_id,
     central_difference,
@@ -31,7 +30,7 @@ from torch.func import jvp
 from transformers import AutoModelForCausalLM
 
 import funcprobe
-from funcprobe import Entropy, UpdateBatch, estimators
+from funcprobe import UpdateBatch
 from funcprobe.adapters.config import PolicyConfig
 from funcprobe.adapters.model import load_policy
 from funcprobe.layout import microbatches
@@ -109,7 +108,8 @@ def test_derivatives(bases, tmp_path, case):
     assert measured == pytest.approx(routes.forward, abs=1e-6 * routes.size)
     # grad_X and grad_Y against the estimator's derivative and the log-probabilities' tangents.
     stats, tangent = probe.tangents(probe.params, BATCH, v)
-    along = estimators.first_order(stats, tangent, MASK_NR, BATCH.prompt_N, Entropy()).derivative
+    at = funcprobe.evaluate(BATCH, stats)
+    along = funcprobe.derivative(at, tangent, BATCH.prompt_N).derivative
     X = probe.grad_X(probe.params, BATCH)
     assert funcprobe.tree.dot(X, v) == pytest.approx(along, rel=1e-9)
     Y = probe.grad_Y(probe.params, UpdateBatch(BATCH, P_NR))
