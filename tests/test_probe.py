@@ -488,6 +488,21 @@ def independent_tokens(
     return batch, funcprobe.TokenStats(logp_V[tokens_NR] * mask_NR, h_NR * mask_NR)
 
 
+def test_check_float64_throughout(policy32) -> None:
+    model = tiny_policy()
+    found = checks.float64_throughout(model, E)
+    assert found.passed
+    assert not found.advisory
+    up = "base_model.model.model.layers.1.mlp.up_proj"
+    model.get_submodule(up).register_forward_hook(lambda _, __, y: y.bfloat16().double())
+    found = checks.float64_throughout(model, E)
+    assert not found.passed
+    assert f"{up} (" in found.saw
+    unknown = checks.float64_throughout(policy32, E)
+    assert (unknown.passed, unknown.advisory) == (False, True)
+    assert "float64 is expected" in unknown.saw
+
+
 def test_check_sampled_from_policy() -> None:
     # P(|z| > 4) is 6e-5 a sample where E is the policy's, whatever the prompts.
     for seed in range(20):
