@@ -121,8 +121,8 @@ def _sampled(
 
     def generate(path: Path) -> None:
         ids = [plan.prompt_ids[i] for i in index]
-        with narrator.phase(f"sample {name}", len(ids)) as advance:
-            found = sample_responses(policy, ids, plan.config.sampling, seed, advance)
+        found = sample_responses(policy, ids, plan.config.sampling, seed, stage.advance)
+        stage.drew(found.tokens, found.padding)
         drawn = Rollouts(
             prompt_index=index,
             prompt=[plan.prompts[i].text for i in index],
@@ -141,7 +141,10 @@ def _sampled(
         "index": index,
         "seed": seed,
     }
-    with stages.file(f"rollouts-{name}", inputs, "parquet", generate) as path:
+    with (
+        narrator.phase(f"sample {name}", len(index)) as stage,
+        stages.file(f"rollouts-{name}", inputs, "parquet", generate, stage.found) as path,
+    ):
         try:
             return rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
         except InputError as error:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from funcprobe.types import InputError
 
+from .allocator import keep_freed_memory
 from .config_file import commented_config, read_config
 from .console import Narrator
 from .tables import print_checks, print_results, verdict
@@ -72,15 +73,16 @@ def run(
     Stages whose inputs have not changed are taken from RUN.FOLDER/.stages.
     """
     parsed = read_config(config, overrides or ())
-    from . import run as probe  # transformers and peft load here, not for --help
-
     narrator = Narrator()
+    with narrator.phase("import"):
+        from . import run as probe  # transformers and peft load here, not for --help
+
     if dry_run:
         _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
         return
     document, folder = probe.run(parsed, narrator, fresh=fresh)
     print_results(document, _stdout())
-    total = sum(narrator.seconds.values())
+    total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {folder} in {total:.1f} s")
 
 
@@ -135,6 +137,7 @@ def inspect(
 
 def main() -> None:
     """Entry point. A problem of the user's input is one line on stderr and exit status 2."""
+    keep_freed_memory()
     try:
         app(prog_name="funcprobe")
     except InputError as error:

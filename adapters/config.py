@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from funcprobe.types import Baseline, Integrand, Per, Rule, Weights
 
+from .precision import Precision, dtype_of
+
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -37,17 +39,26 @@ class RunConfig(Section):
     folder: Text = Field("runs", description="Folder that holds the runs.")
     seed: int = Field(0, ge=0, description="Seed of prompts and sampling: same seed, same batches.")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".')
-    max_tokens: Positive = Field(
-        2048, description="Padded tokens of one microbatch, at most; more needs more memory."
+    max_tokens: Positive | Literal["auto"] = Field(
+        2048,
+        description='Tokens of one microbatch, at most; more needs more memory. "auto": what half of '
+        "the free memory holds, found by a trial.",
     )
+
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def _size_or_auto(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value != "auto" and not (whole and value >= 1):
+            raise ValueError('a whole number, at least 1, or "auto" is expected')
+        return value
 
 
 class PolicyConfig(Section):
     """The checkpoint: base model and LoRA adapter."""
 
     checkpoint: Text = Field(
-        "toy",
-        description='Folder (or hub id) with the adapter; "toy" is the built-in policy.',
+        "toy", description='Folder (or hub id) with the adapter; "toy" is the built-in policy.'
     )
     base: Text | None = Field(None, description="Base model; default: the one the adapter names.")
     adapter: str = Field(
@@ -59,17 +70,24 @@ class PolicyConfig(Section):
         "lora",
         description='"qlora": the base in 4-bit nf4, double quantisation, or a base saved in nf4.',
     )
+    precision: Precision | None = Field(
+        None,
+        description='"reference": float64 throughout; "standard": float32; "fast": matrix products of '
+        "bfloat16 operands (TF32 on a GPU), for predictions alone. Default: as dtype says.",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32",
-        description="float64 is exact to rounding; in bfloat16 measured changes drown in rounding.",
+        "float32", description="In bfloat16 and float16 measured changes drown in rounding."
     )
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="Attention; second derivatives get a kernel that has them either way."
     )
     trust_remote_code: bool = Field(False, description="Run modelling code that the hub id brings.")
-    max_trainable: Positive = Field(
-        50_000_000, description="Refuse more trainable parameters than this."
-    )
+    max_trainable: Positive = Field(50_000_000, description="Refuse more trainable ones than this.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dtype_of_the_precision(cls, table: Any) -> Any:
+        return dtype_of(table) if isinstance(table, dict) else table
 
 
 class OptimizerConfig(Section):
@@ -80,8 +98,7 @@ class OptimizerConfig(Section):
     )
     accept_positional: bool = Field(
         False,
-        description="Trust the order of a state without names, where equal shapes cannot show that it "
-        "is right; see funcprobe inspect.",
+        description="Trust the order of a state without names, of equal shapes; see funcprobe inspect.",
     )
     rule: Rule = Field(
         "adamw",
@@ -116,8 +133,7 @@ class PromptsConfig(Section):
     """The prompts E and U are drawn from."""
 
     source: Text = Field(
-        "toy",
-        description='JSONL or Parquet file, dataset name ("openai/gsm8k:main"), or "toy".',
+        "toy", description='JSONL or Parquet file, dataset name ("openai/gsm8k:main"), or "toy".'
     )
     split: str = Field("train", description="Split of a dataset by name.")
     prompt_column: str = Field("prompt", description="Column with the question.")
@@ -243,8 +259,7 @@ class MeasureConfig(Section):
         '(forward over forward, slower), or "none".',
     )
     resample: bool = Field(
-        False,
-        description="Where the importance weights say too little, sample responses at theta + eta v.",
+        False, description="Where weights say too little, sample responses at theta + eta v."
     )
 
     @field_validator("etas")

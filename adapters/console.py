@@ -1,20 +1,23 @@
-"""What a run says while it works: lines, progress bars, phase timings."""
+"""What a run says while it works: lines, progress bars; what its stages cost."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .cost import Cost, Stage
+from .memory import device_peak, process_peak, reset_peaks
+
 
 class Narrator:
-    """Says lines on stderr, shows a bar per phase, and keeps both for run.log and the results."""
+    """Says lines on stderr, shows a bar per stage, and keeps lines and costs for the run folder."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self.lines: list[str] = []
-        self.seconds: dict[str, float] = {}
+        self.costs: dict[str, Cost] = {}
 
     def say(self, line: str) -> None:
         """One line to the reader and to the log."""
@@ -22,18 +25,25 @@ class Narrator:
         self.console.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A timed phase of `total` steps; the block calls what it gets with the steps just done."""
+    def phase(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """A stage of about `total` sequences, whose cost is kept; stages do not nest."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
+        cost = self.costs.setdefault(name, Cost(name))
+        cost.peak_of_stage = reset_peaks()
         start = time.perf_counter()
         quiet = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=quiet) as progress:
             task = progress.add_task(name, total=total)
-            yield lambda done: progress.advance(task, done)
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.lines.append(f"{name}: {self.seconds[name]:.1f} s")
+            yield Stage(cost, lambda done: progress.advance(task, done))
+        seconds = time.perf_counter() - start
+        cost.seconds += seconds
+        cost.process_peak = max(cost.process_peak, process_peak())
+        peak = device_peak()
+        cost.device_peak = peak if cost.device_peak is None else max(cost.device_peak, peak or 0)
+        reused = f" ({cost.reused} of {cost.reused + cost.computed} from runs/.stages)"
+        self.lines.append(f"{name}: {seconds:.1f} s{reused if cost.reused else ''}")

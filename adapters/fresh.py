@@ -15,6 +15,7 @@ from funcprobe.types import Params
 from .batches import Batches, derived_seed
 from .brought import fresh_length
 from .console import Narrator
+from .cost import counted
 from .plan import Plan
 from .rollouts import Rollouts
 from .sampling import Responses, sample_responses
@@ -52,14 +53,17 @@ def sample_again(
         }
     )
     seed = derived_seed(plan.config.run.seed, f"E at eta {eta!r}")
-    with narrator.phase(f"sample E at eta {eta:g}", len(prompt_ids)) as advance:
+    # Every sequence twice: sampled, then read.
+    with narrator.phase(f"sample E at eta {eta:g}", 2 * len(prompt_ids)) as stage:
 
         def sample() -> Responses:
-            return sample_responses(plan.policy, prompt_ids, config, seed, advance)
+            return sample_responses(plan.policy, prompt_ids, config, seed, stage.advance)
 
         drawn = with_params(plan.policy.model, moved, sample)
-    batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)
-    stats = funcprobe.token_stats(moved, batch, plan.forward, plan.config.run.max_tokens)
+        stage.drew(drawn.tokens, drawn.padding)
+        batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)
+        forward = counted(plan.forward, stage, "fresh")
+        stats = funcprobe.token_stats(moved, batch, forward, plan.max_tokens)
     here = (at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
     there = (stats, funcprobe.response_mask(batch), at.entropy)
     influence_N = estimators.entropy_influence(*there) - estimators.entropy_influence(*here)

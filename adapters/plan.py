@@ -11,12 +11,14 @@ from funcprobe.policy import Forward
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
 from . import results, store
-from .brought import bring_eval, bring_update, common_temperature, fresh_length, open_update
+from .brought import bring_eval, bring_update, common_temperature, open_update
 from .config import Config
 from .console import Narrator
 from .devices import resolve_device
+from .microbatch import longest, require_positions, resolve, told_of_halves
 from .model import Policy, load_policy
 from .optimizer import OptimizerReport
+from .precision import rounded
 from .prompts import Prompt, encode_prompts, load_prompts, missing_column
 from .rewards import BUILT_IN, Reward, load_reward
 from .rollout_run import length_lines, training_run
@@ -28,8 +30,9 @@ from .toy import ensure_toy
 class Plan(NamedTuple):
     """What is known before a token is sampled."""
 
-    config: Config  # "toy" replaced by its paths
+    config: Config  # "toy" replaced by its paths, "auto" by its number
     policy: Policy
+    max_tokens: int  # run.max_tokens, chosen where that was "auto"
     forward: Forward  # at the temperature of E and U
     temperature: float
     adam_state: AdamState
@@ -86,15 +89,20 @@ def load(config: Config, narrator: Narrator) -> Plan:
         if not sampled:
             prompts, prompt_ids = [], []
         temperature = common_temperature(config, brought_eval, brought_update)
-        _require_positions(config, policy, prompt_ids, brought_eval, brought_update)
+        sequence = longest(config, prompt_ids, brought_eval, brought_update)
+        require_positions(config, policy, sum(sequence))
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
+        forward = rounded(forward, config.policy.precision)
+        forward = forward._replace(halved=told_of_halves(narrator))
     next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
     lines = (*policy.lines, *step_lines(config, adam_state, report, step), *guessed)
-    for line in (*lines, *_notices(config, objective, next_lr)):
+    for line in (*lines, *forward.notes, *_notices(config, objective, next_lr)):
         narrator.say(line)
+    config, max_tokens = resolve(config, policy, forward, sequence, vocabulary(policy), narrator)
     return Plan(
         config=config,
         policy=policy,
+        max_tokens=max_tokens,
         forward=forward,
         temperature=temperature,
         adam_state=adam_state,
@@ -120,8 +128,10 @@ def _notices(config: Config, objective: Objective, next_lr: float) -> list[str]:
         own = objective.advantage == "rollouts"
         source = "its own" if own else "made of its rewards, by [objective]"
         lines.append(f"U is brought: its advantages are {source}")
-    if config.policy.dtype in {"bfloat16", "float16"}:
-        lines.append(f"warning: in {config.policy.dtype} measured differences drown in rounding")
+    fast = config.policy.precision == "fast"
+    if fast or config.policy.dtype in {"bfloat16", "float16"}:
+        what = 'precision "fast"' if fast else config.policy.dtype
+        lines.append(f"warning: in {what} measured differences drown in rounding")
     if config.measure.next_lr and not next_lr:
         lines.append(
             "the next step's lr is 0 or not known, so it is not in the table: set optimizer.lr"
@@ -147,7 +157,7 @@ def load_eval(config: Config, policy: Policy) -> EvalSource:
     """E's prompts or rollouts for a policy that is there already; InputError as `load` raises it."""
     brought = bring_eval(config, policy, vocabulary(policy))
     prompt_ids = [] if brought else _encoded(config, policy)[1]
-    _require_positions(config, policy, prompt_ids, brought)
+    require_positions(config, policy, sum(longest(config, prompt_ids, brought)))
     temperature = brought.temperature if brought else config.sampling.temperature
     return EvalSource(temperature, prompt_ids, brought)
 
@@ -222,37 +232,6 @@ def _reward(config: Config) -> Reward:
     )
 
 
-def _require_positions(
-    config: Config, policy: Policy, prompt_ids: list[list[int]], *brought: Rollouts | None
-) -> None:
-    """InputError for sequences longer than a microbatch, or than a table of learned positions.
-
-    `brought` is E, then U; of a brought E that may be sampled anew those responses count, too.
-
-    Rotary positions have no end (transformers warns, and goes on).
-    """
-    lengths = [len(ids) + config.sampling.max_new_tokens for ids in prompt_ids]
-    for rollouts in filter(None, brought):
-        pairs = zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)
-        lengths += [len(x) + len(y) for x, y in pairs]
-    if config.measure.resample and brought[0]:
-        limit = fresh_length(config, brought[0])
-        lengths += [len(ids) + limit for ids in brought[0].prompt_ids]
-    if max(lengths) > config.run.max_tokens:
-        raise InputError(
-            f"the longest prompt and response may have {max(lengths)} tokens, a microbatch "
-            f"{config.run.max_tokens}: raise run.max_tokens, lower sampling.max_new_tokens, or drop "
-            "long prompts"
-        )
-    most = getattr(policy.model.config, "max_position_embeddings", None)
-    rotary = getattr(policy.model.config, "rope_parameters", None) is not None
-    if most is not None and not rotary and max(lengths) > most:
-        raise InputError(
-            f"the longest prompt and response may have {max(lengths)} tokens, the model has {most} "
-            "positions: lower sampling.max_new_tokens, or drop long prompts"
-        )
-
-
 def _stable(value: Any) -> str:
     """Text that does not vary with the order of a set (peft keeps target_modules as one)."""
     return str(sorted(map(str, value)) if isinstance(value, set) else value)
@@ -276,6 +255,7 @@ def _inputs(
             "end_and_padding": [*policy.eos_ids, policy.pad_id],
             "mode": config.policy.mode,
             "dtype": config.policy.dtype,
+            "precision": config.policy.precision,
             "attention": policy.attention,
             "device": str(policy.model.device),
             "versions": results.versions(),

@@ -18,7 +18,8 @@ from funcprobe.estimators import entropy_influence
 from funcprobe.intervals import Error, delta_error
 from funcprobe.types import InputError
 
-from . import store
+from . import cost, store
+from .cost import Cost
 from .sweep_results import Errors, errors_of, fits, interval, quantity, rows, second_order
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def document(
     unit_N: torch.Tensor,
     sweep: "Sweep",
     seen: list[Check],
-    seconds: dict[str, float],
+    costs: dict[str, Cost],
 ) -> dict[str, Any]:
-    """The content of results.json. Only "seconds" differs between two runs of the same seed.
+    """The content of results.json. Only "cost" differs between two runs of the same seed.
 
     Raises InputError for a number that is not finite, with its place, and for a predicted change
     of 0, of which nothing is a multiple.
@@ -75,17 +76,17 @@ def document(
             "objective": plan.objective._asdict(),
             "temperature": plan.temperature,
             "dtype": plan.config.policy.dtype,
+            "precision": plan.config.policy.precision or "as dtype",
+            "max_tokens": plan.max_tokens,
             "se": "one standard error; sampling units are the draws of E (its prompts, where E is "
             "brought) and the prompts of U",
             "interval": "95 %, Student's t; degrees of freedom by Welch-Satterthwaite for the total",
             "names": "X: gradient of the entropy estimator on E; Y: gradient of the objective on U; "
             "P: diagonal through which Y enters v; <., .>: sum over all parameters",
         },
-        "counts": _counts(plan, batches, sweep),
+        "counts": _counts(plan, batches),
         "entropy": quantity(prediction.entropy, entropy_unit(plan), f"per {plan.entropy.per}, over E"),
-        "entropy_interval": interval(
-            prediction.entropy, _entropy_error(plan, batches, prediction, unit_N)
-        ),
+        "entropy_interval": interval(prediction.entropy, _entropy_error(prediction, unit_N)),
         "mean_reward": _mean_reward(batches.update_rollouts.reward),
         "first_order": _first_order(plan, prediction, errors),
         "second_order": second_order(prediction, sweep, entropy_unit(plan)),
@@ -103,7 +104,7 @@ def document(
         "sweep": rows(prediction, unit_N, sweep, errors, entropy_unit(plan), plan.next_lr),
         "fit": fits(prediction, sweep, entropy_unit(plan)),
         "checks": [check._asdict() for check in seen],
-        "seconds": dict(seconds),
+        "cost": cost.document(costs.values(), _sizes(batches)),
     }
     store.require_finite(written, "results.json")
     return written
@@ -115,16 +116,9 @@ def _mean_reward(rewards: list[float] | None) -> dict[str, Any] | None:
     return quantity(float(np.mean(known)), "reward", "responses of U that have one") if known else None
 
 
-def _entropy_error(
-    plan: "Plan", batches: "Batches", prediction: funcprobe.Prediction, unit_N: torch.Tensor
-) -> Error:
+def _entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Error:
     """Of H(theta) on E, over E's sampling units."""
-    at = funcprobe.evaluate(
-        batches.eval_batch,
-        prediction.stats,
-        plan.entropy._replace(baseline="none"),
-        batches.sampler_logp_NR,
-    )
+    at = prediction.at
     influence_N = entropy_influence(at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
     return delta_error(influence_N, unit_N)
 
@@ -155,9 +149,14 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def _counts(plan: "Plan", batches: "Batches", sweep: "Sweep") -> dict[str, Any]:
+def _sizes(batches: "Batches") -> dict[str, int]:
+    """Sequences of what passes go over; those sampled at theta + eta v are as many as E's."""
+    count = len(batches.eval_batch.prompt_N)
+    return {"E": count, "fresh": count, "U": len(batches.update.batch.prompt_N)}
+
+
+def _counts(plan: "Plan", batches: "Batches") -> dict[str, Any]:
     update_batch = batches.update.batch
-    fresh = sum(point.fresh is not None for point in sweep.points)
     return {
         "E_sequences": len(batches.eval_batch.prompt_N),
         "E_prompts": len(batches.eval_batch.prompt_N.unique()),
@@ -167,11 +166,6 @@ def _counts(plan: "Plan", batches: "Batches", sweep: "Sweep") -> dict[str, Any]:
         "U_tokens": int(update_batch.response_length_N.sum()),
         "U_groups_without_gradient": batches.equal_groups,
         "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
-        "model_passes": {
-            "over_E": 3 + len(sweep.points) + sweep.extra,
-            "over_U": 2,
-            "over_fresh": fresh,
-        },
     }
 
 

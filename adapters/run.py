@@ -7,7 +7,7 @@ import torch
 
 import funcprobe
 from funcprobe import baselines, checks
-from funcprobe.layout import microbatches, response_mask, select
+from funcprobe.layout import response_mask, select
 from funcprobe.types import TokenStats
 
 from . import results, rollouts, store
@@ -15,9 +15,11 @@ from .batches import Batches, sample
 from .config import Config
 from .config_file import to_toml
 from .console import Narrator
+from .cost import Stage, counted
 from .plan import Plan, load
+from .precision import products
 from .store import Stages
-from .sweep import LEAVES, STATS, counted, measure_sweep, state_inputs
+from .sweep import LEAVES, STATS, measure_sweep, state_inputs
 
 
 def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dict[str, Any], Path]:
@@ -27,13 +29,14 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dic
     plan = load(config, narrator)
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
-    plan, batches = _sampled(plan, stages, narrator)
-    prediction = _predict(plan, batches, stages, narrator)
-    unit_N = _units(plan, batches)
-    sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
-    seen = check(plan, batches, prediction, narrator)
+    with products(config.policy.precision):
+        plan, batches = _sampled(plan, stages, narrator)
+        prediction = _predict(plan, batches, stages, narrator)
+        unit_N = _units(plan, batches)
+        sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
+        seen = check(plan, batches, prediction, narrator)
     seen.append(_untouched(versions, plan.policy.model))
-    document = results.document(plan, batches, prediction, unit_N, sweep, seen, narrator.seconds)
+    document = results.document(plan, batches, prediction, unit_N, sweep, seen, narrator.costs)
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()
@@ -62,9 +65,10 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update=small)})
     plan = load(config, narrator)
     versions = _versions(plan.policy.model)
-    plan, batches = _sampled(plan, Stages(None), narrator)
-    prediction = _predict(plan, batches, Stages(None), narrator)
-    seen = check(plan, batches, prediction, narrator)
+    with products(config.policy.precision):
+        plan, batches = _sampled(plan, Stages(None), narrator)
+        prediction = _predict(plan, batches, Stages(None), narrator)
+        seen = check(plan, batches, prediction, narrator)
     return [*seen, _untouched(versions, plan.policy.model)]
 
 
@@ -80,14 +84,15 @@ def check(
     narrator: Narrator,
 ) -> list[checks.Check]:
     """The sanity checks, on the run's batches (the slow ones on 32 sequences of E)."""
-    params, max_tokens, forward = plan.policy.params, plan.config.run.max_tokens, plan.forward
+    params, max_tokens = plan.policy.params, plan.max_tokens
     few = torch.arange(min(32, len(batches.eval_batch.prompt_N)))
     part = select(batches.eval_batch, few)
     few_logp_NR = None if batches.sampler_logp_NR is None else batches.sampler_logp_NR[few]
     if few_logp_NR is not None:
         few_logp_NR = few_logp_NR[:, : response_mask(part).shape[1]]
     v = prediction.direction.total
-    with narrator.phase("sanity checks"):
+    with narrator.phase("sanity checks") as stage:
+        forward = counted(plan.forward, stage, "E")
         stats = funcprobe.token_stats(params, part, forward, max_tokens)
         plain64 = forward.coarsest == torch.float64 and plan.config.policy.mode == "lora"
         return [
@@ -129,17 +134,23 @@ def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batc
 
 
 def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Prediction:
-    return funcprobe.summarise(
-        plan.policy.params,
-        _passes(plan, batches, stages, narrator),
-        batches.eval_batch,
-        batches.update,
-        plan.adam_state,
-        entropy=plan.entropy,
-        step=plan.step,
-        sampler_logp_NR=batches.sampler_logp_NR,
-        unit_N=_units(plan, batches),
-    )
+    with narrator.phase("first order", _twice(batches)) as stage:
+        return funcprobe.summarise(
+            plan.policy.params,
+            _passes(plan, batches, stages, stage),
+            batches.eval_batch,
+            batches.update,
+            plan.adam_state,
+            entropy=plan.entropy,
+            step=plan.step,
+            sampler_logp_NR=batches.sampler_logp_NR,
+            unit_N=_units(plan, batches),
+        )
+
+
+def _twice(batches: Batches) -> int:
+    """Sequences that first order passes over: Y and along P X on U, along v and X on E."""
+    return 2 * len(batches.eval_batch.prompt_N) + 2 * len(batches.update.batch.prompt_N)
 
 
 def _units(plan: Plan, batches: Batches) -> torch.Tensor:
@@ -152,10 +163,11 @@ def _units(plan: Plan, batches: Batches) -> torch.Tensor:
     return torch.arange(len(prompt_N)) if plan.brought_eval is None else prompt_N
 
 
-def _passes(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Passes:
-    params, max_tokens = plan.policy.params, plan.config.run.max_tokens
+def _passes(plan: Plan, batches: Batches, stages: Stages, stage: Stage) -> funcprobe.Passes:
+    params = plan.policy.params
     leaves = dict.fromkeys(params, LEAVES)
-    like = funcprobe.Passes(leaves, STATS, STATS, leaves, STATS)
+    baseline = None if plan.entropy.baseline == "none" else LEAVES
+    like = funcprobe.Passes(leaves, STATS, STATS, leaves, baseline, STATS)
     inputs = {
         **state_inputs(plan, batches),
         "coef": batches.update.coef_NR,
@@ -167,22 +179,20 @@ def _passes(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) ->
     }
 
     def compute() -> funcprobe.Passes:
-        rows = 3 * len(microbatches(batches.eval_batch, max_tokens))
-        rows += 2 * len(microbatches(batches.update.batch, max_tokens))
-        with narrator.phase("first order", rows) as advance:
-            return funcprobe.first_order_passes(
-                params,
-                batches.eval_batch,
-                batches.update,
-                plan.adam_state,
-                counted(plan.forward, advance),
-                entropy=plan.entropy,
-                step=plan.step,
-                max_tokens=max_tokens,
-                sampler_logp_NR=batches.sampler_logp_NR,
-            )
+        return funcprobe.first_order_passes(
+            params,
+            batches.eval_batch,
+            batches.update,
+            plan.adam_state,
+            counted(plan.forward, stage, "E"),
+            entropy=plan.entropy,
+            step=plan.step,
+            max_tokens=plan.max_tokens,
+            sampler_logp_NR=batches.sampler_logp_NR,
+            update_forward=counted(plan.forward, stage, "U"),
+        )
 
-    passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute)
+    passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute, stage.found)
     return passes
 
 

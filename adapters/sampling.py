@@ -18,6 +18,8 @@ class Responses(NamedTuple):
 
     ids: list[list[int]]
     finished: list[bool]
+    tokens: int  # that went through the model, as the prompts and step by step
+    padding: int  # of these: before prompts, and behind responses while others went on
 
 
 def sample_responses(
@@ -45,14 +47,19 @@ def sample_responses(
         use_cache=True,
     )
     ids: dict[int, list[int]] = {}
+    tokens = 0
     with random_state_kept(), torch.no_grad():
         torch.manual_seed(seed)
         for part in _parts(prompt_ids, config.generation_batch, padded=policy.attention != "eager"):
             found = _generate(policy, [prompt_ids[i] for i in part], generation)
             ids.update(zip(part, found, strict=True))
+            # The last token of the longest is drawn, never read.
+            tokens += len(part) * (max(len(prompt_ids[i]) for i in part) + len(found[0]) - 1)
             advance(len(part))
     cut = [_through_first_eos(ids[i], policy.eos_ids) for i in range(len(prompt_ids))]
-    return Responses(cut, [response[-1] in policy.eos_ids for response in cut])
+    real = sum(len(x) + len(y) - 1 for x, y in zip(prompt_ids, cut, strict=True))
+    finished = [response[-1] in policy.eos_ids for response in cut]
+    return Responses(cut, finished, tokens, tokens - real)
 
 
 def random_state_kept() -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
@@ -18,6 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from funcprobe.types import InputError, Params
+
+Told: TypeAlias = Callable[[bool], None]
+
+
+def _nobody(_: bool) -> None: ...
 
 
 class Stages(NamedTuple):
@@ -30,12 +35,20 @@ class Stages(NamedTuple):
     folder: Path | None
     fresh: bool = False  # compute again, whatever is there
 
-    def tensors(self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), a tree of tensors shaped as the tree `like`, from the file if it is there."""
+    def tensors(
+        self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any], told: Told = _nobody
+    ) -> Any:
+        """compute(), a tree of tensors shaped as the tree `like`, from the file if it is there.
+
+        `told` is called with whether it was, here and in `file`.
+        """
         if self.folder is None:
+            told(False)
             return compute()
         path = _stage_path(self.folder, stage, inputs, "safetensors")
-        if path.is_file() and not self.fresh:
+        there = path.is_file() and not self.fresh
+        told(there)
+        if there:
             try:
                 stored = load_file(path)
             except (OSError, SafetensorError) as error:
@@ -52,17 +65,25 @@ class Stages(NamedTuple):
 
     @contextmanager
     def file(
-        self, stage: str, inputs: Any, suffix: str, compute: Callable[[Path], None]
+        self,
+        stage: str,
+        inputs: Any,
+        suffix: str,
+        compute: Callable[[Path], None],
+        told: Told = _nobody,
     ) -> Iterator[Path]:
         """The path of a file that compute(path) writes, computed only if it is not there."""
         if self.folder is None:
+            told(False)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{stage}.{suffix}"
                 compute(path)
                 yield path
             return
         path = _stage_path(self.folder, stage, inputs, suffix)
-        if self.fresh or not path.is_file():
+        there = path.is_file() and not self.fresh
+        told(there)
+        if not there:
             write_whole(path, compute)
         yield path
 

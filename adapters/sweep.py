@@ -1,6 +1,5 @@
 """Where the true change is measured: over the learning rates, at tiny ones for rounding, for H''."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +9,13 @@ from funcprobe import curvature, tree
 from funcprobe.estimators import Measured
 from funcprobe.evaluation import Evaluation
 from funcprobe.intervals import Error, delta_error
-from funcprobe.layout import microbatches
 from funcprobe.policy import Forward
 from funcprobe.types import TokenStats
 
 from . import store
 from .batches import Batches
 from .console import Narrator
+from .cost import counted
 from .fresh import Fresh, sample_again
 from .hygiene import Hygiene, verdict
 from .plan import Plan
@@ -47,7 +46,6 @@ class Sweep(NamedTuple):
     """Measured changes at ascending learning rates; rounding of one of them; the second derivative."""
 
     points: tuple[Point, ...]
-    extra: int  # how many more passes over E were made for the two below
     rounding_noise: float | None  # sd, in one measured change; None where v moves nothing
     bend: Bend | None
 
@@ -65,8 +63,7 @@ def measure_sweep(
     Where the verdict is "resample" and `measure.resample` is set, responses are sampled at
     theta + eta v as well. `unit_N` numbers the sampling units of E.
     """
-    params, v, max_tokens = plan.policy.params, prediction.direction.total, plan.config.run.max_tokens
-    at = funcprobe.evaluate(batches.eval_batch, prediction.stats, plan.entropy, batches.sampler_logp_NR)
+    params, v, at = plan.policy.params, prediction.direction.total, prediction.at
     tiny = _rounding_eta(prediction, plan.forward)
     signed = [sign * part * tiny for sign in (1, -1) for part in (0.5, 1)] if tiny else []
     mode = _second_order(plan, narrator)
@@ -76,8 +73,7 @@ def measure_sweep(
         pair = [wide, -wide]
     etas = [*plan.etas, *signed, *pair]
     inputs = {**state_inputs(plan, batches), "direction": v}
-    rows = len(etas) * len(microbatches(batches.eval_batch, max_tokens))
-    with narrator.phase("measure", rows) as advance:
+    with narrator.phase("measure", len(etas) * len(batches.eval_batch.prompt_N)) as stage:
 
         def change(eta: float) -> Measured:
             moved = stages.tensors(
@@ -87,9 +83,10 @@ def measure_sweep(
                 lambda: funcprobe.token_stats(
                     tree.axpy(eta, v, params),
                     batches.eval_batch,
-                    counted(plan.forward, advance),
-                    max_tokens,
+                    counted(plan.forward, stage, "E"),
+                    plan.max_tokens,
                 ),
+                stage.found,
             )
             return funcprobe.change(at, moved)
 
@@ -109,29 +106,18 @@ def measure_sweep(
         if judged.verdict == "resample" and plan.config.measure.resample:
             fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
         points.append(Point(eta, found[eta], judged, fresh))
-    extra = len(signed) + len(pair) + (mode == "exact")
-    return Sweep(tuple(points), extra, noise, bend)
+    return Sweep(tuple(points), noise, bend)
 
 
 def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
     """What the statistics of E depend on, for the keys of stages."""
     return {
         "policy": plan.inputs["policy"],
-        "max_tokens": plan.config.run.max_tokens,
+        "max_tokens": plan.max_tokens,
         "eval": batches.eval_batch,
         "temperature": plan.temperature,
         "sampler_logp": batches.sampler_logp_NR,
     }
-
-
-def counted(forward: Forward, advance: Callable[[int], None]) -> Forward:
-    """The same forward, telling the progress bar of every microbatch."""
-
-    def hidden(*args: Any, **kwargs: Any) -> torch.Tensor:
-        advance(1)
-        return forward.hidden(*args, **kwargs)
-
-    return forward._replace(hidden=hidden)
 
 
 def _rounding_eta(prediction: funcprobe.Prediction, forward: Forward) -> float | None:
@@ -169,10 +155,7 @@ def _exact(
     stages: Stages,
     narrator: Narrator,
 ) -> Bend:
-    max_tokens = plan.config.run.max_tokens
-    checked = 3  # forwards that second_tangents checks itself by
-    rows = len(microbatches(batches.eval_batch, max_tokens)) + checked
-    with narrator.phase("second order", rows) as advance:
+    with narrator.phase("second order", len(batches.eval_batch.prompt_N)) as stage:
         _, tangent, second = stages.tensors(
             "second-order",
             {**state_inputs(plan, batches), "direction": direction},
@@ -181,9 +164,10 @@ def _exact(
                 plan.policy.params,
                 batches.eval_batch,
                 direction,
-                counted(plan.forward, advance),
-                max_tokens,
+                counted(plan.forward, stage, "E"),
+                plan.max_tokens,
             ),
+            stage.found,
         )
     found = funcprobe.second_derivative(at, tangent, second, unit_N)
     return Bend(found.derivative, delta_error(found.influence_N, unit_N), None)

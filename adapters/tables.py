@@ -8,6 +8,8 @@ from rich.table import Table
 
 from funcprobe.checks import Check
 
+from . import cost
+
 WIDE = 112  # columns of the whole table; what is narrower does without the second order
 
 
@@ -38,7 +40,7 @@ def print_results(document: dict[str, Any], console: Console) -> None:
             "rounding" if row["rounding"] else row["verdict"],
         )
     console.print(table)
-    for line in _summary(document):
+    for line in (*_summary(document), cost.summary(document["cost"])):
         console.print(line, soft_wrap=True, markup=False)
 
 

@@ -19,6 +19,7 @@ from .estimators import (
     sum_se,
 )
 from .evaluation import Evaluation, change, derivative, evaluate, second_derivative
+from .grad_dots import grad_dots
 from .gradients import grad_X, grad_Y, weighted_grad
 from .layout import collate, response_mask, select
 from .logprobs import seq_logprobs, token_stats
@@ -72,6 +73,7 @@ __all__ = [
     "frozen_forward",
     "grad_X",
     "grad_Y",
+    "grad_dots",
     "gradient_coefficients",
     "lora_params",
     "measure",

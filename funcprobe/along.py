@@ -5,9 +5,10 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import evaluation, gradients, logprobs, tree
+from . import evaluation, gradients, tree
 from .adam import UpdateDirection
 from .estimators import FirstOrder
+from .evaluation import Evaluation
 from .layout import MAX_TOKENS
 from .policy import Forward, lora_params
 from .tangents import tangents
@@ -30,8 +31,13 @@ class Along(NamedTuple):
     entropy: float  # H(theta) on E
     first_order: FirstOrder
     X: Params
-    stats: TokenStats  # of E at theta
+    at: Evaluation  # E at theta, its baseline fitted
     tangent: TokenStats  # of E along v
+
+    @property
+    def stats(self) -> TokenStats:
+        """Of E at theta."""
+        return self.at.stats
 
 
 class EvalPasses(NamedTuple):
@@ -40,6 +46,7 @@ class EvalPasses(NamedTuple):
     stats: TokenStats  # at theta
     tangent: TokenStats  # along the direction
     X: Params  # grad of the entropy estimator
+    baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
 
 
 def eval_passes(
@@ -52,16 +59,14 @@ def eval_passes(
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> EvalPasses:
-    """Three passes over E: statistics, tangents along a direction, X. InputError for an X of zeros."""
-    # Not the values that come with the tangents: those are made by another attention kernel, and
-    # ratios at eta = 0 must be exactly 1.
-    stats = logprobs.token_stats(params, eval_batch, forward, max_tokens)
-    _, tangent = tangents(params, eval_batch, direction, forward, max_tokens)
+    """Two passes over E: statistics with tangents, X. InputError for an X of zeros."""
+    # The values that come with tangents are token_stats' to the bit, so that ratios at eta = 0 are 1.
+    stats, tangent = tangents(params, eval_batch, direction, forward, max_tokens)
     at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR)
     p_NR, q_NR = evaluation.gradient_coefficients(at)
     X = gradients.weighted_grad(params, eval_batch, p_NR, q_NR, forward, max_tokens)
     require_gradients("X (of the entropy on E)", X)
-    return EvalPasses(stats, tangent, X)
+    return EvalPasses(stats, tangent, X, at.baseline_NR)
 
 
 def summarise_along(
@@ -78,8 +83,8 @@ def summarise_along(
 
     `unit_N` as in `summarise`.
     """
-    stats, tangent, X = passes
-    at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR)
+    stats, tangent, X, baseline_NR = passes
+    at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR, baseline_NR)
     unit_N = eval_batch.prompt_N if unit_N is None else unit_N
     first = evaluation.derivative(at, tangent, unit_N)
     return Along(
@@ -91,7 +96,7 @@ def summarise_along(
         entropy=evaluation.value(at),
         first_order=first,
         X=X,
-        stats=stats,
+        at=at,
         tangent=tangent,
     )
 

@@ -13,13 +13,15 @@ from torch.overrides import TorchFunctionMode
 
 from . import tree
 from .estimators import influence_se, ratio_derivative
-from .head import chunks, token_head
-from .layout import MAX_TOKENS, Rows, collate, microbatches, scatter
+from .forward_mode import ForwardMode
+from .head import head_second_tangents
+from .layout import MAX_TOKENS, collate, in_microbatches, microbatches, scatter
 from .policy import Forward
+from .rows import Rows
 from .types import Batch, Entropy, InputError, Params, ResponseMask, TokenStats
 from .weights import by_group, importance_weights, integrand, prefix_sum, responsive
 
-CHECKED_TOKENS = 16  # of the batch's first sequence, half prompt and half response where it has both
+CHECKED_TOKENS = 8  # of the batch's first sequence, half prompt and half response where it has both
 
 
 class SecondOrder(NamedTuple):
@@ -37,7 +39,7 @@ def second_tangents(
     """(l, h), d/d eta and d2/d eta2 of l and h at theta + eta * direction, eta = 0, [N, R] each.
 
     Forward mode over forward mode, in nats, nats per eta and nats per eta^2; no graph is kept. The
-    second derivatives of the logits are compared with a symmetric difference of their first ones on a
+    second derivatives of the model are compared with a symmetric difference of their first ones on a
     few tokens of the batch in every call. Raises InputError where the two differ, where the model has
     no nested forward mode, and for half precision, which cannot resolve that comparison; ValueError
     where `direction` has other names or shapes than `params`.
@@ -51,16 +53,14 @@ def second_tangents(
     params = {n: t.detach() for n, t in params.items()}  # grad mode is on below
     direction = {n: direction[n].detach().to(t) for n, t in params.items()}
     _require_second_derivatives(params, batch, direction, forward)
-    parts = microbatches(batch, max_tokens)
-    columns: list[list[Tensor]] = []
-    for rows in parts:
-        hidden = _hidden_jet(params, rows, direction, forward)
-        outs = [
-            _head_jet(params, [x[c] for x in hidden], rows.target_T[c], direction, forward)
-            for c in chunks(len(rows.target_T))
-        ]
-        columns.append([torch.cat(column) for column in zip(*outs, strict=True)])
-    tensors = [scatter(values, parts, batch) for values in zip(*columns, strict=True)]
+
+    def one(rows: Rows) -> tuple[Tensor, ...]:
+        jet = _hidden_jet(params, rows, direction, forward)
+        return head_second_tangents(params, jet, rows.target_T, direction, forward)
+
+    done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
+    parts, outs = zip(*done, strict=True)
+    tensors = [scatter(values, parts, batch) for values in zip(*outs, strict=True)]
     return TokenStats(*tensors[:2]), TokenStats(*tensors[2:4]), TokenStats(*tensors[4:])
 
 
@@ -183,7 +183,9 @@ def _layer_norm(
     return out if bias is None else out + bias
 
 
-def _hidden_jet(params: Params, rows: Rows, direction: Params, forward: Forward) -> list[Tensor]:
+def _hidden_jet(
+    params: Params, rows: Rows, direction: Params, forward: Forward
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [T, D] with their first and second derivatives."""
 
     def along(given: Params) -> tuple[Tensor, Tensor]:
@@ -192,25 +194,9 @@ def _hidden_jet(params: Params, rows: Rows, direction: Params, forward: Forward)
 
     # Nested forward mode needs grad mode (torch 2.13: "forward AD with aten::silu_backward"), though
     # nothing here requires a gradient; the fused attention kernels have none (pytorch #128971).
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm(), ForwardMode():
         (value, first), (_, second) = jvp(along, (params,), (direction,))  # type: ignore[misc]
-    return [value, first, second]
-
-
-def _head_jet(
-    params: Params, hidden: list[Tensor], target_T: Tensor, direction: Params, forward: Forward
-) -> tuple[Tensor, ...]:
-    """(l, h, l', h', l'', h'') of a chunk of tokens, from the hidden states' derivatives."""
-    head = partial(token_head, target_T=target_T, forward=forward)
-
-    def along(given: Params, value: Tensor, first: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        out: tuple[tuple[Tensor, ...], ...] = jvp(head, (given, value), (direction, first))  # type: ignore[misc]
-        return out
-
-    value, first, second = hidden
-    with torch.enable_grad():
-        (out, out1), (_, out2) = jvp(along, (params, value, first), (direction, first, second))  # type: ignore[misc]
-    return (*out, *out1, *out2)
+    return value, first, second
 
 
 def _require_second_derivatives(
@@ -218,26 +204,28 @@ def _require_second_derivatives(
 ) -> None:
     """InputError unless forward over forward is the symmetric difference of forward, on a few tokens.
 
-    Compared are the logits: l and h follow from them by operations that are right, and would hide
-    the rest where the policy is certain of the next token.
+    Compared are the hidden states, from which `readout.py` goes on in closed form, or else the logits:
+    l and h follow from them by operations that are right, and would hide the rest where the policy is
+    certain of the next token.
     """
     (rows,) = microbatches(_first_tokens(batch), CHECKED_TOKENS)
 
-    def tangent(given: Params) -> tuple[Float[Tensor, "T V"], Float[Tensor, "T V"]]:
-        def logits(at: Params) -> Tensor:
-            return forward.logits(at, forward.hidden(at, rows))
+    def tangent(given: Params) -> tuple[Tensor, Tensor]:
+        def outputs(at: Params) -> Tensor:
+            hidden_TD: Tensor = forward.hidden(at, rows)
+            return hidden_TD if forward.readout is not None else forward.logits(at, hidden_TD)
 
-        value, tangent = jvp(logits, (given,), (direction,))  # type: ignore[misc]
+        value, tangent = jvp(outputs, (given,), (direction,))  # type: ignore[misc]
         return value, tangent
 
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm(), ForwardMode():
             (value, first), (_, second) = jvp(tangent, (params,), (direction,))  # type: ignore[misc]
     except RuntimeError as error:  # NotImplementedError is one
         said = " ".join(str(error).split())[:200]
         raise InputError(f"this model has no forward over forward mode: {said}") from error
     scale, slope, bend = (float(x.double().norm()) for x in (value, first, second))
-    # One over the length along the direction on which the logits bend, also where some of these are 0.
+    # One over the length along the direction on which they bend, also where some of these are 0.
     rates = [bend / slope if slope else 0.0, math.sqrt(bend / scale) if scale else 0.0]
     rate = max(*rates, slope / scale if scale else 0.0) or tree.norm(direction)
     if rate == 0:
@@ -245,7 +233,7 @@ def _require_second_derivatives(
     # Truncation is (e rate)^2 and rounding eps / (e rate): least at eps^(1/3).
     eps = torch.finfo(first.dtype).eps
     e = eps ** (1 / 3) / rate
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), ForwardMode():
         plus, minus = (tangent(tree.axpy(sign * e, direction, params))[1] for sign in (1, -1))
     difference = (plus.double() - minus.double()) / (2 * e)
     gap, size = float((second.double() - difference).norm()), max(bend, float(difference.norm()))
@@ -253,8 +241,9 @@ def _require_second_derivatives(
     bound = 1e-6 if eps < 1e-12 else 5e-3
     # A first derivative is good to some 30 eps (4e-6 measured in float32), which e divides.
     if not gap <= bound * size + 100 * eps * slope / e:
+        where = "logits" if forward.readout is None else "hidden states"
         raise InputError(
-            "second derivatives of the logits are off a symmetric difference of their first ones, by "
+            f"second derivatives of the {where} are off a symmetric difference of their first ones, by "
             f"{gap / size:.2g} of it: an operation of this model is wrong in "
             "forward over forward mode; use second_difference() of two measured changes instead"
         )

@@ -27,19 +27,19 @@ def evaluate(
     stats: TokenStats,
     entropy: Entropy = Entropy(),
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+    baseline_NR: Float[Tensor, "N R"] | None = None,
 ) -> Evaluation:
     """E with its statistics at theta; the baseline is a function of these alone.
 
-    So whoever has the statistics gets the same baseline again, in prediction and in measurement.
-    InputError as `baselines.baseline`.
+    So whoever has the statistics gets the same baseline again, in prediction and in measurement; who
+    has the baseline as well gives it, and spares its fit. InputError as `baselines.baseline`.
     """
     mask_NR = response_mask(batch)
     ratio_NR = None if sampler_logp_NR is None else stats.logp_NR - sampler_logp_NR
     entropy = baselines.resolve(entropy, batch, own_samples=sampler_logp_NR is None)
-    b_NR = None
-    if entropy.baseline != "none":
-        b_NR = baselines.baseline(entropy.baseline, batch, stats, mask_NR, entropy, ratio_NR)
-    return Evaluation(stats, mask_NR, entropy, ratio_NR, b_NR)
+    if entropy.baseline != "none" and baseline_NR is None:
+        baseline_NR = baselines.baseline(entropy.baseline, batch, stats, mask_NR, entropy, ratio_NR)
+    return Evaluation(stats, mask_NR, entropy, ratio_NR, baseline_NR)
 
 
 def value(at: Evaluation) -> float:

@@ -9,10 +9,11 @@ from torch.func import vjp
 
 from . import tree
 from .evaluation import evaluate, gradient_coefficients
-from .head import chunks, token_head
-from .layout import MAX_TOKENS, gather, microbatches
+from .head import head_gradient
+from .layout import MAX_TOKENS, gather, in_microbatches
 from .logprobs import token_stats
 from .policy import Forward
+from .rows import Rows
 from .types import Batch, Entropy, Params, UpdateBatch
 
 
@@ -27,23 +28,20 @@ def weighted_grad(
     """d/d theta of sum_ik (p_ik l_ik + q_ik h_ik), the coefficients held fixed.
 
     Accumulated over microbatches on the CPU, in float32 (float64 where a parameter is float64).
-    The head's pullback is taken a chunk at a time, so that its [tokens, V] part never exists whole.
+    p and q are known, so that the head costs two products and no [tokens, V] tensor exists whole.
     """
-    total = tree.zeros(params)
-    total = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in total.items()}
-    for rows in microbatches(batch, max_tokens):
-        hidden_TD, pull_backbone = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
+    total = zero_gradient(params)
+
+    def one(rows: Rows) -> list[Params]:
+        hidden_TD, pull = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
         p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
-        grad_TD = torch.zeros_like(hidden_TD)
-        for c in chunks(len(p_T)):
-            head = partial(token_head, target_T=rows.target_T[c], forward=forward)
-            (logp_T, entropy_T), pull_head = vjp(head, params, hidden_TD[c].detach())  # type: ignore[misc]
-            with torch.no_grad():  # else the pullback records a graph nobody will use
-                grads, grad_TD[c] = pull_head((p_T[c].to(logp_T), q_T[c].to(entropy_T)))
-            total = _accumulate(total, grads)
-        with torch.no_grad():
-            (grads,) = pull_backbone(grad_TD)
-        total = _accumulate(total, grads)
+        grad_TD, grads = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
+        with torch.no_grad():  # else the pullback records a graph nobody will use
+            return [*pull(grad_TD), *grads]
+
+    for _, grads in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
+        for part in grads:
+            total = accumulate(total, part)
     return total
 
 
@@ -67,5 +65,12 @@ def grad_Y(
     return weighted_grad(params, update.batch, update.coef_NR, zero_NR, forward, max_tokens)
 
 
-def _accumulate(total: Params, part: Params) -> Params:
+def zero_gradient(params: Params) -> Params:
+    """Zeros to accumulate gradients in: on the CPU, in float32, float64 where a parameter is."""
+    total = tree.zeros(params)
+    return {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in total.items()}
+
+
+def accumulate(total: Params, part: Params) -> Params:
+    """total + part, where and in the precision in which `total` is."""
     return {n: t + part[n].to(device=t.device, dtype=t.dtype) for n, t in total.items()}

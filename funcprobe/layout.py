@@ -1,26 +1,22 @@
-"""Batch -> microbatches of rows (sorted by length, trimmed), and the statistics back to [N, R]."""
+"""Batch -> microbatches of rows, and the statistics back to [N, R]."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .rows import Rows, packed_rows, plain_rows
 from .types import Batch, InputError, ResponseMask
 
-MAX_TOKENS = 2048  # padded tokens of a microbatch; the activations of all of them are held at once
+T = TypeVar("T")
 
+MAX_TOKENS = 2048  # tokens of a microbatch, padding included; their activations are held at once
+WORTHWHILE = 0.95  # of the plainer layout's tokens: packed attention costs some per cent itself
 
-class Rows(NamedTuple):
-    """One microbatch: rows of tokens, and for every response token where it is and where it goes."""
-
-    tokens_NL: Int[Tensor, "n l"]
-    row_T: Int[Tensor, " T"]  # row in tokens_NL
-    position_T: Int[Tensor, " T"]  # position whose hidden state predicts the token
-    target_T: Int[Tensor, " T"]  # the token
-    sequence_T: Int[Tensor, " T"]  # sequence in the batch
-    k_T: Int[Tensor, " T"]  # position in the response
+Layout: TypeAlias = Literal["plain", "packed", "shared"]
+"""plain: a sequence a row, padded; packed: one row without padding; shared: and prompts once."""
 
 
 def collate(
@@ -64,27 +60,65 @@ def select(batch: Batch, index_N: Int[Tensor, " n"]) -> Batch:
     return Batch(*(field[index_N] for field in batch))
 
 
-def microbatches(batch: Batch, max_tokens: int) -> list[Rows]:
-    """Microbatches of at most `max_tokens` padded tokens that together hold every sequence once.
+def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> list[Rows]:
+    """Microbatches of at most `max_tokens` tokens that together hold every response token once.
 
-    Sequences are sorted by length, so that little is padding. Raises InputError if one sequence
-    alone is longer than `max_tokens`.
+    `layout` is the most that the model allows: of that and the plainer ones the one that reads the
+    fewest tokens is taken, if it saves 5 %. Sequences are sorted by length, so that little is padding.
+    Raises InputError if one sequence alone is longer than `max_tokens`.
     """
-    length_N = (batch.prompt_length_N + batch.response_length_N).tolist()
-    longest = max(length_N)
+    length_N = batch.prompt_length_N + batch.response_length_N
+    longest = int(length_N.max())
     if longest > max_tokens:
         raise InputError(
-            f"sequence {length_N.index(longest)} has {longest} tokens, a microbatch may hold "
+            f"sequence {int(length_N.argmax())} has {longest} tokens, a microbatch may hold "
             f"{max_tokens}: raise max_tokens to at least {longest}"
         )
-    order = sorted(range(len(length_N)), key=lambda i: (-length_N[i], i))
-    parts: list[Rows] = []
-    start = 0
-    while start < len(order):
-        count = max_tokens // length_N[order[start]]
-        parts.append(_rows(batch, torch.tensor(order[start : start + count])))
-        start += count
-    return parts
+    parts = _padded(length_N, max_tokens)
+    best: list[Rows] | None = None
+    read = sum(len(part) * int(length_N[part[0]]) for part in parts)
+    if layout != "plain" and int(length_N.sum()) < WORTHWHILE * read:
+        order = length_N.argsort(descending=True, stable=True).tolist()
+        packed = _filled([([i], int(length_N[i])) for i in order], max_tokens)
+        best, read = [packed_rows(batch, part) for part in packed], int(length_N.sum())
+    if layout == "shared":
+        first_N = _first_of_prompt(batch)
+        units = _by_prompt(batch, first_N, max_tokens)
+        if sum(tokens for _, tokens in units) < WORTHWHILE * read:
+            best = [packed_rows(batch, part, first_N) for part in _filled(units, max_tokens)]
+    return [plain_rows(batch, part) for part in parts] if best is None else best
+
+
+def in_microbatches(
+    compute: Callable[[Rows], T],
+    batch: Batch,
+    max_tokens: int,
+    layout: Layout,
+    halved: Callable[[int], None],
+) -> Iterator[tuple[Rows, T]]:
+    """(rows, compute(rows)) of every microbatch, one after another.
+
+    Where memory runs out, the microbatch is halved, `halved` is told the new bound, and nothing later
+    is larger. What a microbatch of one sequence raises is raised.
+    """
+    waiting = microbatches(batch, max_tokens, layout)
+    while waiting:
+        rows, *waiting = waiting
+        out = _unless_out_of_memory(compute, rows)
+        if out is not None:
+            yield rows, out[0]
+            continue
+        length_N = batch.prompt_length_N + batch.response_length_N
+        # The failed one by itself, as a later sequence may be longer than half of it.
+        own_N = rows.sequence_T.unique()
+        bound = max(rows.tokens // 2, int(length_N[own_N].max()))
+        again = _of_sequences(batch, own_N, bound, layout)
+        if waiting:
+            left_N = torch.cat([r.sequence_T for r in waiting]).unique()
+            bound = max(bound, int(length_N[left_N].max()))
+            again += _of_sequences(batch, left_N, bound, layout)
+        waiting = again
+        halved(bound)
 
 
 def gather(values_NR: Float[Tensor, "N R"], rows: Rows) -> Float[Tensor, " T"]:
@@ -102,18 +136,75 @@ def scatter(
     return torch.zeros(shape, dtype=torch.float64).index_put(index, flat)
 
 
-def _rows(batch: Batch, index_N: Int[Tensor, " n"]) -> Rows:
-    part = select(batch, index_N)
-    longest = int((part.prompt_length_N + part.response_length_N).max())
-    tokens_NL = part.tokens_NL[:, :longest]
-    row_T, k_T = response_mask(part).nonzero(as_tuple=True)
-    token_T = part.prompt_length_N[row_T] + k_T
-    return Rows(
-        # The last token of the longest row is predicted, never read.
-        tokens_NL=tokens_NL[:, :-1],
-        row_T=row_T,
-        position_T=token_T - 1,
-        target_T=tokens_NL[row_T, token_T],
-        sequence_T=index_N[row_T],
-        k_T=k_T,
-    )
+def _of_sequences(
+    batch: Batch, index_N: Int[Tensor, " n"], max_tokens: int, layout: Layout
+) -> list[Rows]:
+    """Microbatches of some of the sequences, which keep their numbers in the batch."""
+    parts = microbatches(select(batch, index_N), max_tokens, layout)
+    return [rows._replace(sequence_T=index_N[rows.sequence_T]) for rows in parts]
+
+
+def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] | None:
+    """(compute(rows),), or None where memory ran out on more than one sequence."""
+    try:
+        return (compute(rows),)
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is CUDA's; the CPU's allocator raises a plain RuntimeError.
+        out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not (out or "can't allocate memory" in str(error)) or len(rows.sequence_T.unique()) == 1:
+            raise
+    return None  # here, where the error and with it the tensors of its frames are gone
+
+
+def _padded(length_N: Tensor, max_tokens: int) -> list[Tensor]:
+    """Sequences, longest first, as many as fit when all are padded to the first."""
+    order = length_N.argsort(descending=True, stable=True)
+    parts, start = [], 0
+    while start < len(order):
+        count = max_tokens // int(length_N[order[start]])
+        parts.append(order[start : start + count])
+        start += count
+    return parts
+
+
+def _by_prompt(batch: Batch, first_N: Tensor, max_tokens: int) -> list[tuple[list[int], int]]:
+    """(sequences that share a prompt, tokens with the prompt once); a group too large is cut."""
+    prompt_N, count_N = batch.prompt_length_N.tolist(), batch.response_length_N.tolist()
+    members: dict[int, list[int]] = {}
+    for i, first in enumerate(first_N.tolist()):
+        members.setdefault(first, []).append(i)
+    units: list[tuple[list[int], int]] = []
+    for first, group in members.items():
+        pieces = _cut([([i], count_N[i]) for i in group], max_tokens - prompt_N[first])
+        units += [(piece, prompt_N[first] + sum(count_N[i] for i in piece)) for piece in pieces]
+    # Neighbours attend together, so they should have prompts of one length.
+    return sorted(units, key=lambda unit: -prompt_N[unit[0][0]])
+
+
+def _filled(units: Sequence[tuple[list[int], int]], max_tokens: int) -> list[Tensor]:
+    return [torch.tensor(part) for part in _cut(units, max_tokens)]
+
+
+def _cut(units: Sequence[tuple[list[int], int]], room: int) -> list[list[int]]:
+    """Runs of the units (members, tokens), in their order, of at most `room` tokens each."""
+    runs: list[list[int]] = []
+    left = -1
+    for members, tokens in units:
+        if tokens > left:
+            runs.append([])
+            left = room
+        runs[-1] += members
+        left -= tokens
+    return runs
+
+
+def _first_of_prompt(batch: Batch) -> Int[Tensor, " N"]:
+    """The first sequence that has the same prompt: number and tokens, as the number is only said."""
+    _, group_N = batch.prompt_N.unique(return_inverse=True)
+    own_N = torch.arange(len(group_N))
+    first_M = torch.full_like(own_N, len(own_N)).scatter_reduce(0, group_N, own_N, "amin")
+    first_N = first_M[group_N]
+    outside_NL = torch.arange(batch.tokens_NL.shape[1]) >= batch.prompt_length_N[:, None]
+    same_N = ((batch.tokens_NL == batch.tokens_NL[first_N]) | outside_NL).all(1)
+    same_N = same_N & (batch.prompt_length_N == batch.prompt_length_N[first_N])
+    return torch.where(same_N, first_N, own_N)

@@ -1,12 +1,12 @@
 """Log-probabilities and entropies of the sampled tokens: one forward in teacher forcing."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .head import chunks, token_head
-from .layout import MAX_TOKENS, microbatches, scatter
+from .head import token_head
+from .layout import MAX_TOKENS, in_microbatches, scatter
 from .policy import Forward
+from .rows import Rows
 from .types import Batch, Params, TokenStats
 
 
@@ -18,17 +18,13 @@ def token_stats(
     Differentiable in `params` with torch.func or autograd; makes no graph unless asked. Raises
     InputError if a sequence is longer than `max_tokens`.
     """
-    parts = microbatches(batch, max_tokens)
-    logp: list[Tensor] = []
-    entropy: list[Tensor] = []
-    for rows in parts:
-        hidden_TD = forward.hidden(params, rows)
-        outs = [
-            token_head(params, hidden_TD[c], rows.target_T[c], forward)
-            for c in chunks(len(rows.target_T))
-        ]
-        logp.append(torch.cat([out[0] for out in outs]))
-        entropy.append(torch.cat([out[1] for out in outs]))
+
+    def stats(rows: Rows) -> tuple[Tensor, Tensor]:
+        return token_head(params, forward.hidden(params, rows), rows.target_T, forward)
+
+    done = in_microbatches(stats, batch, max_tokens, forward.layout, forward.halved)
+    parts, outs = zip(*done, strict=True)
+    logp, entropy = zip(*outs, strict=True)
     return TokenStats(scatter(logp, parts, batch), scatter(entropy, parts, batch))
 
 

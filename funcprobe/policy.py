@@ -1,8 +1,8 @@
 """A frozen model -> pure functions of (params, rows): here, and in islands.py, is functional_call."""
 
+import inspect
 import math
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,8 +10,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .layout import Rows, collate, microbatches
+from .attention import NotPackedError, PackedAttention, no_mask
+from .layout import Layout, collate, microbatches
 from .precision import arithmetic_of
+from .readout import Readout
+from .rows import Packing, Rows, packed_rows, plain_rows
+from .suitability import (
+    causal_lm,
+    is_hooked,
+    refuse_unsuitable,
+    refuse_unsupported,
+    require_causal_lm,
+)
 from .tree import require_same
 from .types import InputError, Params
 
@@ -23,12 +33,19 @@ class Forward(NamedTuple):
 
     hidden(params, rows) -> hidden_TD, the backbone where response tokens are predicted;
     logits(params, hidden_TD) -> logits_TV, of p_theta = softmax(logits): divided by `temperature`.
-    `coarsest` is the least precise dtype that the values pass through.
+    `coarsest` is the least precise dtype that the values pass through. `readout` is the output
+    embedding where it is frozen and all there is to the logits, `layout` the most compact layout of
+    rows that the model can read; `notes` say why it is no more. `halved` is told the new bound on a
+    microbatch's tokens where memory ran out.
     """
 
     hidden: Callable[..., Tensor]
     logits: Callable[..., Tensor]
     coarsest: torch.dtype
+    readout: Readout | None
+    layout: Layout
+    notes: tuple[str, ...] = ()
+    halved: Callable[[int], None] = lambda _: None
 
 
 def trainable_params(model: nn.Module) -> Params:
@@ -54,8 +71,12 @@ def lora_params(params: Params) -> Params:
     return {n: t for n, t in params.items() if "lora_" in n or "lm_head" in n}
 
 
-def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -> Forward:
+def frozen_forward(
+    model: nn.Module, params: Params, temperature: float = 1.0, layout: Layout = "shared"
+) -> Forward:
     """Bind the model: its pure functions take exactly the names and shapes of `params`.
+
+    `layout` is the most compact one to be used, if the model can read it.
 
     The model is a Hugging Face causal language model, with or without peft around it. It is never
     changed. Raises InputError, here and at every call, where its numbers would silently be others
@@ -66,12 +87,12 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature = {temperature}: a positive, finite number is expected")
     require_causal_lm(model)
-    _refuse_unsupported(model)
-    _refuse_unsuitable(model, params)
+    refuse_unsupported(model)
+    refuse_unsuitable(model, params)
     backbone, head = _Backbone(model), _Head(model)
     places = _places(model, params)
 
-    def call(module: nn.Module, given: Params, *args: Tensor) -> Tensor:
+    def call(module: nn.Module, given: Params, *args: Any) -> Tensor:
         # functional_call ignores names it does not know, and the result is then silently wrong.
         require_same(params, given)
         with arithmetic_of(given):
@@ -83,18 +104,26 @@ def frozen_forward(model: nn.Module, params: Params, temperature: float = 1.0) -
 
     def hidden(given: Params, rows: Rows) -> Float[Tensor, "T D"]:
         # Again, as the caller may have left eval mode, or entered disable_adapter(), since.
-        _refuse_unsuitable(model, params)
+        refuse_unsuitable(model, params)
+        if forward.readout is not None and is_hooked(causal_lm(model).get_output_embeddings()):
+            raise InputError("the output embedding got a hook, which would be passed over: bind again")
         device = next(iter(given.values())).device
-        hidden_NLD = call(backbone, given, rows.tokens_NL.to(device))
+        packing = None if rows.packing is None else rows.packing.to(device)
+        hidden_NLD = call(backbone, given, rows.tokens_NL.to(device), packing)
         return hidden_NLD[rows.row_T.to(device), rows.position_T.to(device)]
 
     def logits(given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         return call(head, given, hidden_TD) / temperature
 
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    forward = Forward(hidden, logits, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    forward = Forward(hidden, logits, coarsest, _readout(model, params, temperature), "plain")
     _refuse_other_logits(model, params, forward, temperature)
-    return forward
+    why_plain = None if layout == "plain" else _unpackable(model, params, forward)
+    notes = [] if why_plain is None else [f"a sequence a row, prompts are not shared: {why_plain}"]
+    if forward.readout is None:
+        notes.append("the output embedding is trained, or no plain matrix: the head is the model's own")
+    return forward._replace(layout="plain" if why_plain else layout, notes=tuple(notes))
 
 
 def with_params(model: nn.Module, given: Params, compute: Callable[[], T]) -> T:
@@ -108,19 +137,6 @@ def with_params(model: nn.Module, given: Params, compute: Callable[[], T]) -> T:
     swapped = {f"model.{place}": given[name] for place, name in _places(model, given).items()}
     out: T = functional_call(_Compute(model), swapped, (compute,), tie_weights=False)
     return out
-
-
-def require_causal_lm(model: nn.Module) -> None:
-    """InputError unless this is a Hugging Face decoder with an output embedding, as logits need one."""
-    base = _causal_lm(model)
-    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    embedding = getattr(base, "get_output_embeddings", lambda: None)()
-    if embedding is None or encodes:
-        why = "an encoder-decoder" if encodes else "without an output embedding"
-        raise InputError(
-            f"the model is {type(base).__name__}, {why}: a causal language model is expected, as "
-            "AutoModelForCausalLM loads it"
-        )
 
 
 class _Compute(nn.Module):
@@ -141,10 +157,19 @@ class _Backbone(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens_NL: Tensor) -> Tensor:
-        causal_lm = _causal_lm(self.model)
-        backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-        hidden_NLD: Tensor = backbone(input_ids=tokens_NL, use_cache=False).last_hidden_state
+    def forward(self, tokens_NL: Tensor, packing: Packing | None) -> Tensor:
+        backbone = _backbone(self.model)
+        if packing is None:
+            out = backbone(input_ids=tokens_NL, use_cache=False)
+        else:
+            with PackedAttention(packing):
+                out = backbone(
+                    input_ids=tokens_NL,
+                    position_ids=packing.position_1S,
+                    attention_mask=no_mask(tokens_NL.device),
+                    use_cache=False,
+                )
+        hidden_NLD: Tensor = out.last_hidden_state
         return hidden_NLD
 
 
@@ -156,9 +181,9 @@ class _Head(nn.Module):
         self.model = model
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        causal_lm = _causal_lm(self.model)
-        logits_TV: Tensor = causal_lm.get_output_embeddings()(hidden_TD)
-        softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+        base = causal_lm(self.model)
+        logits_TV: Tensor = base.get_output_embeddings()(hidden_TD)
+        softcap = getattr(base.config, "final_logit_softcapping", None)
         return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
 
 
@@ -173,84 +198,56 @@ def _places(model: nn.Module, params: Params) -> dict[str, str]:
     }
 
 
-def _causal_lm(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _backbone(model: nn.Module) -> Any:
+    base = causal_lm(model)
+    return getattr(base, base.base_model_prefix)
 
 
-def _refuse_unsuitable(model: nn.Module, params: Params) -> None:
-    if not params:
-        raise InputError("the model has no trainable parameters: load the adapter as trainable")
-    if any(module.training for module in model.modules()):
-        raise InputError(
-            "the model, or a module of it, is in training mode, so dropout is on: call model.eval()"
-        )
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise InputError(
-            "gradient checkpointing is on, which torch.func cannot differentiate: "
-            "call gradient_checkpointing_disable() and disable_input_require_grads()"
-        )
-    if getattr(_causal_lm(model), "_require_grads_hooks", None):
-        raise InputError(
-            "input gradients are required, which torch.func cannot differentiate: "
-            "call disable_input_require_grads()"
-        )
-    for name, module in _causal_lm(model).named_modules():
-        # The model as a whole may be: what is called here are its parts.
-        if name and (getattr(module, "_compiled_call_impl", None) or "_orig_mod" in module._modules):
-            raise InputError(
-                f"{name} is compiled, which torch.func cannot differentiate: bind the model before "
-                "compile(), or set its _compiled_call_impl to None meanwhile"
-            )
-    names = {name for name, _ in model.named_parameters()}
-    if unknown := sorted(params.keys() - names):
-        raise InputError(f"{unknown[0]} is no parameter of this model: take names from the model")
-    prefixes = {p for n in params for p in accumulate(n.split("."), "{}.{}".format)}
-    for name, module in model.named_modules():
-        if not hasattr(module, "active_adapters"):
-            continue
-        # lora_A, lora_embedding_A, modules_to_save, ...: each a dict of adapters.
-        dicts = {
-            f"{name}.{kind}": adapters
-            for kind, adapters in module.named_children()
-            if isinstance(adapters, nn.ModuleDict | nn.ParameterDict)
-        }
-        if not dicts:
-            continue
-        used = {
-            a for prefix, adapters in dicts.items() for a in adapters if f"{prefix}.{a}" in prefixes
-        }
-        active: set[str] = set(module.active_adapters)
-        if used - active or getattr(module, "disable_adapters", False):
-            raise InputError(
-                f"{name}: adapter {', '.join(sorted(used - active)) or 'layers'} not active, so its "
-                "parameters would be ignored: call set_adapter() and leave disable_adapter()"
-            )
-        if getattr(module, "merged", False):
-            raise InputError(f"{name}: the adapter is merged into the base: call unmerge_adapter()")
+def _readout(model: nn.Module, params: Params, temperature: float) -> Readout | None:
+    """The output embedding, unless something of it is trained or it is no plain matrix."""
+    base = causal_lm(model)
+    embedding = base.get_output_embeddings()
+    trained = {id(p) for name, p in model.named_parameters() if name in params}
+    plain = type(embedding) is nn.Linear and not is_hooked(embedding)
+    if not plain or trained & {id(p) for p in embedding.parameters()}:
+        return None
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    bias = None if embedding.bias is None else embedding.bias.detach()
+    return Readout(embedding.weight.detach(), bias, softcap, temperature)
 
 
-def _refuse_unsupported(model: nn.Module) -> None:
-    """What no call can change later: packed weights, and forwards that are not W x + s B A x."""
-    for name, p in model.named_parameters():
-        if type(p) is not nn.Parameter or not p.is_floating_point():
-            raise InputError(
-                f"{name} is a {type(p).__name__} of {p.dtype}, a plain floating-point parameter is "
-                "expected: load the base unquantised, or, of bitsandbytes' 4 bits, call "
-                "funcprobe.adapters.quantised.freeze_quantised(model) first, before training too"
-            )
-    for name, module in model.named_modules():
-        for adapter, variant in getattr(module, "lora_variant", {}).items():
-            if adapter not in module.active_adapters:
-                continue
-            kind = type(variant).__name__
-            if kind.startswith("Dora"):
-                raise InputError(
-                    f"{name}: DoRA is not supported: peft holds its weight norm fixed in derivatives, "
-                    "so that they are not those of the policy"
-                )
-            raise InputError(
-                f"{name}: peft's {kind} is not supported, its forward is not plain LoRA's W x + s B A x"
-            )
+def _unpackable(model: nn.Module, params: Params, forward: Forward) -> str | None:
+    """Why the model cannot read a packed row, found by asking and by trying, or None."""
+    config = causal_lm(model).config
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return f"that needs sdpa attention, the model has {config._attn_implementation}"
+    for limit in ("sliding_window", "attention_chunk_size"):
+        if getattr(config, limit, None) is not None:
+            return f"the model's attention has a {limit}"
+    if "position_ids" not in inspect.signature(_backbone(model).forward).parameters:
+        return f"{type(_backbone(model)).__name__} takes no position_ids"
+    vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
+    prompts, responses = [[0, 1, 2], [0, 1, 2], [3]], [[3, 4], [1, 0, 2], [4, 5]]
+    x, y = ([[t % vocabulary for t in ids] for ids in part] for part in (prompts, responses))
+    batch, every, first_N = collate(x, y, [0, 0, 1]), torch.arange(3), torch.tensor([0, 0, 2])
+    packed, plain = packed_rows(batch, every, first_N), plain_rows(batch, every)
+    with torch.no_grad():
+        try:
+            packed_TD, plain_TD = (forward.hidden(params, rows) for rows in (packed, plain))
+        except NotPackedError as error:
+            return str(error)
+    worst, bound = float((packed_TD - plain_TD).abs().max()), _rounding(plain_TD)
+    return None if worst <= bound else f"its tokens see more than attention shows them, by {worst:.2g}"
+
+
+def _rounding(values: Tensor) -> float:
+    """What the same operations may differ by where sums are taken in another order.
+
+    Half precision sums in float32 and rounds once; more units in the last place would let a factor
+    pass.
+    """
+    eps = torch.finfo(values.dtype).eps
+    return (4 if eps > 1e-4 else 100) * eps * float(values.abs().max())
 
 
 def _refuse_other_logits(
@@ -258,7 +255,7 @@ def _refuse_other_logits(
 ) -> None:
     """Compare with the model's own forward, once, on four tokens."""
     device = next(iter(params.values())).device
-    vocabulary = _causal_lm(model).get_output_embeddings().weight.shape[0]
+    vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
     tokens = [i % vocabulary for i in range(5)]
     (rows,) = microbatches(collate([tokens[:1]], [tokens[1:]], [0]), max_tokens=5)
     with torch.no_grad(), arithmetic_of(params):
@@ -266,13 +263,9 @@ def _refuse_other_logits(
         theirs_TV = model(input_ids=read_NL, use_cache=False).logits[0] / temperature
     with torch.no_grad():
         ours_TV = forward.logits(params, forward.hidden(params, rows))
-    # Same operations in the same precision: only the order of sums may differ. Half precision sums in
-    # float32 and rounds once; more units in the last place would let a factor on the logits pass.
-    eps = torch.finfo(theirs_TV.dtype).eps
-    tolerance = (4 if eps > 1e-4 else 100) * eps * float(theirs_TV.abs().max())
     worst = float((ours_TV - theirs_TV).abs().max())
-    if not worst <= tolerance:
+    if not worst <= _rounding(theirs_TV):
         raise InputError(
-            f"{type(_causal_lm(model)).__name__}: logits are not the output embedding of the last "
+            f"{type(causal_lm(model)).__name__}: logits are not the output embedding of the last "
             f"hidden state (largest difference {worst:.3g}): this architecture is not supported"
         )

@@ -13,6 +13,8 @@ from .adam import UpdateDirection
 from .along import EvalPasses, eval_passes, require_gradients, summarise_along
 from .curvature import second_tangents
 from .estimators import FirstOrder, Measured
+from .evaluation import Evaluation
+from .grad_dots import grad_dots
 from .layout import MAX_TOKENS
 from .policy import Forward, frozen_forward, trainable_params
 from .tangents import alpha_vjp, require_derivatives, tangents
@@ -40,8 +42,13 @@ class Prediction(NamedTuple):
     X: Params
     Y: Params
     direction: UpdateDirection
-    stats: TokenStats  # of E at theta
+    at: Evaluation  # E at theta, its baseline fitted
     tangent: TokenStats  # of E along v
+
+    @property
+    def stats(self) -> TokenStats:
+        """Of E at theta."""
+        return self.at.stats
 
 
 class Passes(NamedTuple):
@@ -51,6 +58,7 @@ class Passes(NamedTuple):
     stats: TokenStats  # of E at theta
     tangent: TokenStats  # of E along v
     X: Params  # grad of the entropy estimator on E
+    baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
     along_PX: TokenStats  # tangents of U along P X
 
 
@@ -65,15 +73,18 @@ def first_order_passes(
     step: Step = Step(),
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+    update_forward: Forward | None = None,
 ) -> Passes:
-    """Five passes: Y on U, statistics and tangents along v on E, X on E, tangents along P X on U.
+    """Four passes: Y on U, statistics with tangents along v on E, X on E, tangents along P X on U.
 
+    `update_forward`, by default `forward`, makes the passes over U, so that a caller can count them.
     Raises InputError where a gradient is zero everywhere or not finite.
     """
-    Y = gradients.grad_Y(params, update, forward, max_tokens)
+    over_U = forward if update_forward is None else update_forward
+    Y = gradients.grad_Y(params, update, over_U, max_tokens)
     require_gradients("Y (of the objective on U)", Y)
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
-    stats, tangent, X = eval_passes(
+    stats, tangent, X, baseline_NR = eval_passes(
         params,
         eval_batch,
         direction.total,
@@ -83,8 +94,8 @@ def first_order_passes(
         sampler_logp_NR=sampler_logp_NR,
     )
     PX = tree.multiply(direction.scale, X)
-    _, along_PX = tangents(params, update.batch, PX, forward, max_tokens)
-    return Passes(Y, stats, tangent, X, along_PX)
+    _, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
+    return Passes(Y, stats, tangent, X, baseline_NR, along_PX)
 
 
 def summarise(
@@ -104,10 +115,10 @@ def summarise(
     `unit_N` numbers the sampling units of E, by default its prompts. Where E was drawn with
     replacement, one response a draw, the draws are independent: give torch.arange(N).
     """
-    Y, stats, tangent, X, along_PX = passes
+    Y, stats, tangent, X, baseline_NR, along_PX = passes
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
     along = summarise_along(
-        EvalPasses(stats, tangent, X),
+        EvalPasses(stats, tangent, X, baseline_NR),
         Y,
         direction,
         eval_batch,
@@ -187,6 +198,7 @@ class Probe(NamedTuple):
     tangents: Callable[[Params, Batch, Params], tuple[TokenStats, TokenStats]]
     second_tangents: Callable[[Params, Batch, Params], tuple[TokenStats, TokenStats, TokenStats]]
     alpha_vjp: Callable[..., Float[Tensor, " N"]]
+    grad_dots: Callable[..., tuple[Float[Tensor, " N"], Params]]
     predict: Callable[..., Prediction]
     measure: Callable[..., Measured]
 
@@ -197,15 +209,17 @@ def bind(
     temperature: float = 1.0,
     entropy: Entropy = Entropy(),
     max_tokens: int = MAX_TOKENS,
+    share_prompts: bool = True,
 ) -> Probe:
     """Pull the registry out of a model (in eval mode, adapter active) and apply it to the core.
 
-    `max_tokens` bounds the padded tokens of a microbatch. The model is read, never changed; the
-    registry shares its storage. Raises InputError where the model's numbers would silently not be
-    the policy's (see `policy.frozen_forward`).
+    `max_tokens` bounds the tokens of a microbatch. With `share_prompts` a prompt that several
+    sequences have is computed once, where that saves work and the model can read such rows. The model
+    is read, never changed; the registry shares its storage. Raises InputError where the model's numbers
+    would silently not be the policy's (see `policy.frozen_forward`).
     """
     params = trainable_params(model)
-    forward = frozen_forward(model, params, temperature)
+    forward = frozen_forward(model, params, temperature, "shared" if share_prompts else "packed")
     require_derivatives(params, forward)
     fixed: dict[str, Any] = {"forward": forward, "max_tokens": max_tokens}
     return Probe(
@@ -219,6 +233,7 @@ def bind(
         tangents=partial(tangents, **fixed),
         second_tangents=partial(second_tangents, **fixed),
         alpha_vjp=partial(alpha_vjp, **fixed),
+        grad_dots=partial(grad_dots, **fixed),
         predict=partial(predict, entropy=entropy, **fixed),
         measure=partial(measure, entropy=entropy, **fixed),
     )

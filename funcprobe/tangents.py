@@ -10,9 +10,11 @@ from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import tree
-from .head import chunks, token_head
-from .layout import MAX_TOKENS, Rows, collate, gather, microbatches, response_mask, scatter
+from .forward_mode import ForwardMode
+from .head import head_tangents, token_head
+from .layout import MAX_TOKENS, collate, gather, in_microbatches, response_mask, scatter
 from .policy import Forward
+from .rows import Rows
 from .types import Batch, InputError, Params, TokenStats
 
 
@@ -21,26 +23,21 @@ def tangents(
 ) -> tuple[TokenStats, TokenStats]:
     """(l, h) and (l', h') = d/d eta of l and h at theta + eta * direction, eta = 0, [N, R] each.
 
-    The pair is torch.func.jvp's: values, then their tangents, in nats and nats per unit of eta.
-    One forward-mode pass; no graph is kept, so memory does not grow with the batch. Raises
-    ValueError where `direction` has other names or shapes than `params`.
+    The pair is torch.func.jvp's: values, those of `token_stats` to the bit, then their tangents, in
+    nats and nats per unit of eta. One forward-mode pass; no graph is kept, so memory does not grow
+    with the batch. Raises ValueError where `direction` has other names or shapes than `params`.
     """
-    direction = _aligned(direction, params)
-    parts = microbatches(batch, max_tokens)
-    columns: list[list[Tensor]] = []
-    for rows in parts:
-        # The fused attention kernels have no forward mode (pytorch #128971).
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            hidden_TD, tangent_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
-        outs = []
-        for c in chunks(len(rows.target_T)):
-            head = partial(token_head, target_T=rows.target_T[c], forward=forward)
-            with torch.no_grad():
-                value, tangent = jvp(head, (params, hidden_TD[c]), (direction, tangent_TD[c]))  # type: ignore[misc]
-            outs.append((*value, *tangent))
-        columns.append([torch.cat(column) for column in zip(*outs, strict=True)])
+    direction = aligned(direction, params)
+
+    def one(rows: Rows) -> tuple[Tensor, ...]:
+        with torch.no_grad(), ForwardMode():
+            hidden_TD, dhidden_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
+        return head_tangents(params, hidden_TD, dhidden_TD, rows.target_T, direction, forward)
+
+    done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
+    parts, outs = zip(*done, strict=True)
     logp, entropy, dlogp, dentropy = (
-        scatter(values, parts, batch) for values in zip(*columns, strict=True)
+        scatter(values, parts, batch) for values in zip(*outs, strict=True)
     )
     return TokenStats(logp, entropy), TokenStats(dlogp, dentropy)
 
@@ -63,12 +60,12 @@ def alpha_vjp(
     ones) is where dh/d alpha is taken; the result must not depend on it. By default f_i = S_i, the
     log-probability of the response. Raises ValueError where `mu` does not match `params`.
     """
-    mu = _aligned(mu, params)
+    mu = aligned(mu, params)
     p_NR = response_mask(batch).double() if p_NR is None else p_NR
     q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
     alpha_N = torch.ones(len(p_NR)).double() if alpha_N is None else alpha_N
-    s_N = torch.zeros(len(p_NR), dtype=torch.float64)
-    for rows in microbatches(batch, max_tokens):
+
+    def one(rows: Rows) -> Tensor:
         sequence_n, index_T = rows.sequence_T.unique(return_inverse=True)
         f = partial(_sequence_sums, rows=rows, index_T=index_T, p_NR=p_NR, q_NR=q_NR, forward=forward)
         # The fused attention kernels have no double backward (pytorch #117629).
@@ -76,7 +73,11 @@ def alpha_vjp(
             h, pull_alpha = vjp(partial(_alpha_gradient_dot, f, params, mu), alpha_N[sequence_n])  # type: ignore[misc]
             with torch.no_grad():
                 (s_n,) = pull_alpha(torch.ones_like(h))
-        s_N[sequence_n] = s_n.to(device="cpu", dtype=torch.float64)
+        return tree.f64(s_n)
+
+    s_N = torch.zeros(len(p_NR), dtype=torch.float64)
+    for rows, s_n in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
+        s_N[rows.sequence_T.unique()] = s_n
     return s_N
 
 
@@ -109,7 +110,7 @@ def _alpha_gradient_dot(
     return torch.stack([(grads[name] * mu[name]).sum() for name in params]).sum()
 
 
-def _aligned(direction: Params, params: Params) -> Params:
+def aligned(direction: Params, params: Params) -> Params:
     """The direction in the parameters' order, dtypes and devices: jvp and vjp insist on all three."""
     tree.require_same(params, direction, "direction")
     return {n: direction[n].to(dtype=t.dtype, device=t.device) for n, t in params.items()}

@@ -168,3 +168,13 @@ def test_a_file_that_cannot_be_read(tmp_path, content) -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().run.seed = 3
+
+
+def test_a_named_precision_is_a_dtype(tmp_path) -> None:
+    for name, dtype in (("fast", "float32"), ("standard", "float32"), ("reference", "float64")):
+        found = read(tmp_path, "", f"policy.precision={name}").policy
+        assert (found.precision, found.dtype) == (name, dtype)
+        assert read(tmp_path, "", f"policy.precision={name}", f"policy.dtype={dtype}").policy == found
+    assert read(tmp_path, "", "policy.dtype=bfloat16").policy.precision is None
+    said = refusal(tmp_path, "", "policy.precision=reference", "policy.dtype=float32")
+    assert 'precision = "reference" is dtype = "float64", found "float32": set one' in said

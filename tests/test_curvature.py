@@ -164,9 +164,12 @@ def test_a_second_derivative_of_false_zeros_is_refused(monkeypatch, dtype):
     v = tree.scale(0.05, random_like(probe.params))
     seconds(probe, BATCH, v)
     logits = probe.forward.logits
-    wrong = probe.forward._replace(logits=lambda params, hidden: ZeroBend.apply(logits(params, hidden)))
-    with pytest.raises(InputError, match="off a symmetric difference"):
-        funcprobe.second_tangents(probe.params, BATCH, v, wrong)
+    in_head = {"logits": lambda params, hidden: ZeroBend.apply(logits(params, hidden)), "readout": None}
+    hidden_states = probe.forward.hidden
+    in_body = {"hidden": lambda params, rows: ZeroBend.apply(hidden_states(params, rows))}
+    for wrong, where in ((in_head, "logits"), (in_body, "hidden states")):
+        with pytest.raises(InputError, match=f"of the {where} are off a symmetric difference"):
+            funcprobe.second_tangents(probe.params, BATCH, v, probe.forward._replace(**wrong))
 
 
 def test_a_model_without_nested_forward_mode_is_refused(probe64, direction):
@@ -184,7 +187,7 @@ def test_a_model_without_nested_forward_mode_is_refused(probe64, direction):
             return grad
 
     wrong = probe64.forward._replace(
-        logits=lambda p, h: OnlyReverse.apply(probe64.forward.logits(p, h))
+        logits=lambda p, h: OnlyReverse.apply(probe64.forward.logits(p, h)), readout=None
     )
     with pytest.raises(InputError, match="no forward over forward mode"):
         funcprobe.second_tangents(probe64.params, BATCH, direction, wrong)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprobe
-from funcprobe import head, tree
+from funcprobe import head, readout, tree
 
 POLICY = tiny_policy()
 STEP = 1e-5  # central differences of smooth functions in float64: error about STEP^2 + 1e-16 / STEP
@@ -138,7 +138,8 @@ def test_chunks_of_the_head_change_nothing(monkeypatch, probe64, chunk):
         return stats, tangent, probe64.token_stats(probe64.params, batch), grads
 
     whole = everything()
-    monkeypatch.setattr(head, "CHUNK", chunk)
+    vocabulary, float64 = len(probe64.forward.readout.weight_VD), 8
+    monkeypatch.setattr(readout, "BYTES", 4 * float64 * vocabulary * chunk)
     parts = everything()
     for a, b in zip(whole[:3], parts[:3], strict=True):
         for x, y in zip(a, b, strict=True):

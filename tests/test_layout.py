@@ -54,7 +54,7 @@ def test_every_response_token_is_in_one_microbatch(lengths, room, padding, rando
         assert n * widest <= max_tokens
         assert read == widest - 1  # a row's last token is predicted, not read
         assert len(set(rows.row_T.tolist())) == n  # no row without a response token
-        columns = zip(*(column.tolist() for column in rows[1:]), strict=True)
+        columns = zip(*(column.tolist() for column in rows[1:6]), strict=True)
         for row, position, target, sequence, k in columns:
             i = order[sequence]
             place = lengths[i][0] + k
@@ -136,3 +136,21 @@ def test_too_long_a_sequence_is_refused():
 def test_unusable_sequences_are_refused(prompts, responses, number, says):
     with pytest.raises(InputError, match=says):
         collate(prompts, responses, number)
+
+
+@given(pairs, st.integers(0, 60))
+@settings(max_examples=40)
+def test_tokens_and_padding_are_counted(lengths, room):
+    """What goes through the model; a sequence's last token does not."""
+    batch = collate(*ragged(lengths))
+    real = sum(x + y - 1 for x, y in lengths)
+    for layout in ("plain", "packed"):
+        parts = microbatches(batch, max(x + y for x, y in lengths) + room, layout)
+        assert sum(rows.tokens - rows.padding for rows in parts) == real
+        assert all(rows.tokens == rows.tokens_NL.numel() for rows in parts)
+        assert all(rows.padding == 0 for rows in parts if rows.packing is not None)
+        for rows in parts:
+            of_row = [lengths[s] for s in rows.sequence_T.unique().tolist()]
+            longest = max(x + y - 1 for x, y in of_row)
+            if rows.packing is None:
+                assert rows.padding == sum(longest - (x + y - 1) for x, y in of_row)

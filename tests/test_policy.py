@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import funcprobe
-from funcprobe import AdamGroup, InputError, UpdateBatch
+from funcprobe import AdamGroup, InputError, UpdateBatch, head
 from funcprobe.layout import microbatches
 from funcprobe.policy import frozen_forward, trainable_params
 from funcprobe.precision import arithmetic_of
@@ -547,9 +547,112 @@ def test_the_model_is_untouched_by_a_call_that_fails():
     for place in places:
         handle = modules[place].register_forward_hook(fail)
         for call in calls.values():
-            with pytest.raises(ZeroDivisionError):
+            # The output embedding's own forward is passed over, so a hook on it is refused.
+            with pytest.raises(InputError if place.endswith("lm_head") else ZeroDivisionError):
                 call()
             require_untouched(model, before)
         handle.remove()
     for call in calls.values():
         call()
+
+
+TRAINED_HEADS = {
+    llama_with_lora_on_the_head,
+    llama_with_a_trainable_head,
+    llama_with_tied_tokens,
+    llama_with_a_tied_trainable_head,
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_frozen_output_embedding_gives_the_models_logits(build, temperature):
+    """Where closed forms take the place of the model's own head, and a note where they do not."""
+    model = built(build)
+    params = trainable_params(model)
+    forward = frozen_forward(model, params, temperature)
+    says = "the output embedding is trained, or no plain matrix: the head is the model's own"
+    assert (forward.readout is None) is (build in TRAINED_HEADS)
+    assert (says in forward.notes) is (build in TRAINED_HEADS)
+    (rows,) = microbatches(BATCH, 64)
+    with torch.no_grad():
+        hidden_TD = forward.hidden(params, rows)
+        logits_TV = forward.logits(params, hidden_TD)
+        found = head.token_head(params, hidden_TD, rows.target_T, forward)
+    logp_TV = logits_TV.log_softmax(-1)
+    expected_T = logp_TV.gather(1, rows.target_T[:, None])[:, 0]
+    torch.testing.assert_close(found[0], expected_T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], -(logp_TV.exp() * logp_TV).sum(1), rtol=1e-12, atol=1e-12)
+
+
+def with_a_biased_head(dtype):
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    base.lm_head = torch.nn.Linear(SHAPE["hidden_size"], SHAPE["vocab_size"], bias=True)
+    torch.nn.init.normal_(base.lm_head.bias)
+    return with_lora(base, dtype, ["v_proj"])
+
+
+def test_a_bias_of_the_output_embedding_is_in_the_logits():
+    model = built(with_a_biased_head)
+    params = trainable_params(model)
+    forward = frozen_forward(model, params)
+    assert forward.readout.bias_V is not None
+    stats = funcprobe.token_stats(params, BATCH, forward, 64)
+    with torch.no_grad(), arithmetic_of(params):
+        logits_LV = model(input_ids=BATCH.tokens_NL[2:3, :7]).logits[0]
+    expected = logits_LV.log_softmax(-1)[torch.arange(6), BATCH.tokens_NL[2, 1:7]]
+    torch.testing.assert_close(stats.logp_NR[2], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_on_the_output_embedding_is_run(before):
+    """One that is there when the model is bound belongs to the policy, in values and derivatives."""
+    model = built(qwen2)
+    embedding = model.get_output_embeddings()
+    if before:
+        embedding.register_forward_pre_hook(lambda _, args: (1.5 * args[0],))
+    else:
+        embedding.register_forward_hook(lambda _, __, out: 1.5 * out)
+    probe = funcprobe.bind(model, max_tokens=64)
+    assert probe.forward.readout is None
+    assert any("no plain matrix" in note for note in probe.forward.notes)
+    stats = probe.token_stats(probe.params, BATCH)
+    unhooked = built(qwen2)
+    other = funcprobe.bind(unhooked, temperature=1 / 1.5, max_tokens=64)  # the same scores
+    assert other.forward.readout is not None
+    expected = other.token_stats(other.params, BATCH)
+    torch.testing.assert_close(stats.logp_NR, expected.logp_NR, rtol=1e-12, atol=1e-12)
+    p_NR = funcprobe.response_mask(BATCH).double()
+    ours, theirs = (p.weighted_grad(p.params, BATCH, p_NR, 0.3 * p_NR) for p in (probe, other))
+    assert all(torch.allclose(ours[n], theirs[n], rtol=1e-9, atol=1e-12) for n in ours)
+
+
+def test_an_output_embedding_of_another_class_keeps_its_own_forward():
+    class Squared(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    base.lm_head = Squared(SHAPE["hidden_size"], SHAPE["vocab_size"], bias=False)
+    model = with_lora(base, torch.float64, ["v_proj"])
+    params = trainable_params(model)
+    forward = frozen_forward(model, params)
+    assert forward.readout is None
+    (rows,) = microbatches(BATCH, 64)
+    with torch.no_grad():
+        assert bool((forward.logits(params, forward.hidden(params, rows)) >= 0).all())
+
+
+def test_layouts_that_may_be_used():
+    """What is asked for is the most that is used; what a model cannot, it says."""
+    model = built(qwen2)
+    params = trainable_params(model)
+    for layout in ("plain", "packed", "shared"):
+        forward = frozen_forward(model, params, layout=layout)
+        assert (forward.layout, forward.notes) == (layout, ())
+    for share, layout in ((True, "shared"), (False, "packed")):
+        assert funcprobe.bind(model, share_prompts=share).forward.layout == layout
+    window = built(gemma2)
+    forward = frozen_forward(window, trainable_params(window))
+    assert forward.layout == "plain"
+    assert "that needs sdpa attention, the model has eager" in forward.notes[0]

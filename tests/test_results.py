@@ -22,7 +22,7 @@ def fits(etas, curve, noise, derivative=3.0, bend=None):
     """`fits` of measured changes curve(eta)."""
     measured = (Measured(curve(eta), 10.0, 1.0, 0, ONE, ONE) for eta in etas)
     points = tuple(sweep.Point(eta, m, None, None) for eta, m in zip(etas, measured, strict=True))
-    found = sweep.Sweep(points, 4, noise, bend)
+    found = sweep.Sweep(points, noise, bend)
     return sweep_results.fits(SimpleNamespace(derivative=derivative), found, "nats per token")
 
 
@@ -81,7 +81,7 @@ def test_rounding_of_a_symmetric_difference_is_its_spread():
     noise, eta = 1e-9, 1e-3
     changes = noise * np.random.default_rng(0).standard_normal((4000, 2))
     spread = np.std([funcprobe.second_difference(*map(float, pair), eta) for pair in changes])
-    found = sweep.Sweep((), 6, noise, sweep.Bend(6.0, Error(1.0, 5), eta))
+    found = sweep.Sweep((), noise, sweep.Bend(6.0, Error(1.0, 5), eta))
     document = sweep_results.second_order(SimpleNamespace(derivative=3.0), found, "nats per token")
     assert document["rounding"]["value"] == pytest.approx(float(spread), rel=0.05)
 

@@ -17,6 +17,7 @@ from funcprobe.adapters import batches, plan
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.config_file import read_config
 from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.precision import products
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
 
 
@@ -40,8 +41,8 @@ def probe(checkpoint, tmp_path, monkeypatch):
     return call
 
 
-def without_seconds(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key != "seconds"}
+def without_cost(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key != "cost"}
 
 
 def derivative(document: dict[str, Any]) -> float:
@@ -203,7 +204,7 @@ def test_parameters_buffers_and_random_state_are_bit_identical(probe, monkeypatc
 
 def test_the_same_seed_gives_the_same_results(probe) -> None:
     one, two, other = probe("one", fresh=True), probe("two", fresh=True), probe("three", run__seed=1)
-    assert without_seconds(one) == without_seconds(two)
+    assert without_cost(one) == without_cost(two)
     assert rollout_bytes("one") == rollout_bytes("two")
     assert derivative(other) != derivative(one)
     assert rollout_bytes("three") != rollout_bytes("one")
@@ -238,9 +239,9 @@ def test_the_size_of_a_generation_batch_is_part_of_the_seed(probe) -> None:
 
 
 def without_errors(document: Any) -> Any:
-    """All but the seconds and the standard errors of E."""
+    """All but the cost and the standard errors of E."""
     if isinstance(document, dict):
-        errors = ("seconds", "se_", "_se", "interval", "linear_until")
+        errors = ("cost", "se_", "_se", "interval", "linear_until")
         kept = {k: v for k, v in document.items() if not any(part in k for part in errors)}
         return {k: without_errors(v) for k, v in kept.items()}
     return [without_errors(v) for v in document] if isinstance(document, list) else document
@@ -279,9 +280,9 @@ def test_stages_whose_inputs_are_the_same_are_not_computed_again(probe, calls, d
     # Two etas, four tiny ones for the rounding, two for the second derivative.
     first = {"measure__etas": [1e-5, 1e-4]}
     assert done("one", **first) == (2, 1, 8)
-    before = without_seconds(json.loads(Path("runs/one/results.json").read_text()))
+    before = without_cost(json.loads(Path("runs/one/results.json").read_text()))
     assert done("one", **first) == (0, 0, 0)
-    assert without_seconds(json.loads(Path("runs/one/results.json").read_text())) == before
+    assert without_cost(json.loads(Path("runs/one/results.json").read_text())) == before
     assert done("two", measure__etas=[1e-5, 1e-4, 1e-3]) == (0, 0, 1)
     assert done("two", optimizer__rule="sgd", **first) == (0, 1, 8)
     assert done("two", optimizer__rule="precondition", **first) == (0, 1, 8)
@@ -319,7 +320,7 @@ def test_second_derivatives_of_another_direction_are_not_taken_from_a_stage(prob
     anew = [probe("two", fresh=True, optimizer__rule=rule, **given) for rule in rules]
     first, second = (document["second_order"]["second_derivative"]["value"] for document in anew)
     assert abs(second / first - 1) > 1e-3
-    assert [without_seconds(x) for x in after] == [without_seconds(x) for x in anew]
+    assert [without_cost(x) for x in after] == [without_cost(x) for x in anew]
 
 
 def test_another_temperature_of_the_same_rollouts_is_another_state(probe) -> None:
@@ -337,7 +338,7 @@ def test_another_temperature_of_the_same_rollouts_is_another_state(probe) -> Non
 
     warm, after = brought(1.0), brought(0.5)
     assert abs(derivative(after) / derivative(warm) - 1) > 1e-3
-    assert without_seconds(after) == without_seconds(brought(0.5, fresh=True))
+    assert without_cost(after) == without_cost(brought(0.5, fresh=True))
 
 
 # Rollouts that are brought
@@ -554,3 +555,28 @@ def test_without_optimizer_state_the_gradient_is_the_direction(probe, damaged) -
     assert first["from_momentum"]["value"] == first["from_weight_decay"]["value"] == 0
     assert document["norms"]["v"]["value"] == document["norms"]["Y"]["value"]
     assert not any(row["is_next_lr"] for row in document["sweep"])
+
+
+def test_named_precisions(probe, capsys) -> None:
+    """Products of bfloat16 leave three digits; what the process was set to comes back."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    settings: dict[str, Any] = {"rollouts__eval": "runs/reference/rollouts/eval.parquet"}
+    settings |= {"rollouts__update": "runs/reference/rollouts/update.parquet"}
+    reference = probe("reference", policy__precision="reference")
+    settings["policy__dtype"] = "float32"
+    standard = probe("standard", policy__precision="standard", **settings)
+    assert standard["conventions"]["dtype"] == "float32"
+    assert derivative(standard) == pytest.approx(derivative(reference), rel=1e-4)
+    capsys.readouterr()
+    fast = probe("fast", policy__precision="fast", **settings)
+    # Shares of either sign, each good to some per cent, nearly cancel: less than they scatter.
+    scatter = reference["first_order"]["se_given_U"]["value"]
+    assert abs(derivative(fast) - derivative(reference)) < 0.3 * scatter
+    # Without the instructions (AMX, AVX-512) oneDNN multiplies as before.
+    x = torch.ones(64, 64) + torch.finfo(torch.bfloat16).eps / 4
+    with products("fast"):
+        reduced = bool((x @ x != 64 * x[0, 0] ** 2).any())
+    assert (derivative(fast) != derivative(standard)) == reduced
+    assert fast["conventions"]["precision"] == "fast"
+    assert fast["second_order"] is None or fast["second_order"].get("value") is None
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -17,7 +17,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from transformers import GenerationConfig
 
 from funcprobe import tree
-from funcprobe.policy import require_causal_lm, trainable_params
+from funcprobe.policy import trainable_params
+from funcprobe.suitability import require_causal_lm
 from funcprobe.types import AdamState, InputError, Params
 
 from ..model import Policy, check_registry, eos_ids_of

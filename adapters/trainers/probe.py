@@ -157,10 +157,11 @@ def probe_step(
     direction = _direction(params, Y, state)
     Y = {n: Y.get(n, torch.zeros_like(v)) for n, v in direction.total.items()}
     lr = lr_now(optimizer, policy.model, state)
-    entropy, max_tokens = Entropy(**config.entropy.model_dump()), config.run.max_tokens
+    entropy, max_tokens = Entropy(**config.entropy.model_dump()), int(config.run.max_tokens)
     with at_rest(policy.model):
         batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step)
         forward = funcprobe.frozen_forward(policy.model, params, source.temperature)
+        forward = forward._replace(halved=_warn_of_memory)
         passes = eval_passes(
             params,
             batch,
@@ -238,6 +239,10 @@ def _warn_of_rounding(params: Params, coarsest: torch.dtype) -> None:
         )
 
 
+def _warn_of_memory(tokens: int) -> None:
+    warnings.warn(f"funcprobe: out of memory: at most {tokens:,} tokens at once", stacklevel=2)
+
+
 def _direction(params: Params, Y: Params, state: AdamState) -> UpdateDirection:
     """v of the step; zero where there is no gradient, since torch leaves such a parameter alone.
 
@@ -276,6 +281,8 @@ def _require_readable(config: Config) -> None:
             f"optimizer.{given[0] if given else 'rule'} is set: inside training the step is the "
             "trainer's own, by its optimizer and its gradients; leave it out"
         )
+    if config.run.max_tokens == "auto":
+        raise InputError('run.max_tokens = "auto" has no place inside training: give a number')
     if config.rollouts.update is not None:
         raise InputError("rollouts.update is set: inside training U is the trainer's own; leave it out")
     if config.rollouts.eval is None and config.prompts.source == "toy":

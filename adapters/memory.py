@@ -1,0 +1,76 @@
+"""Memory of the process and of the device: peaks that begin anew, and what is free."""
+
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from .allocator import hand_back_freed_memory
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+RESET_HIGH_WATER = "5"  # makes VmHWM the present VmRSS: proc_pid_clear_refs(5), Linux 4.0
+# (limit, in use) of a container: cgroup v2, then v1.
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def reset_peaks() -> bool:
+    """Peaks count from now on. False where the process's cannot: then it counts from its start."""
+    if torch.cuda.is_initialized():
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
+    hand_back_freed_memory()
+    try:
+        with CLEAR_REFS.open("w", encoding="ascii") as stream:
+            stream.write(RESET_HIGH_WATER)
+    except OSError:  # another system, or one that forbids it
+        return False
+    return True
+
+
+def process_peak() -> int:
+    """Most bytes of memory that the process held since the last reset, if any, else since its start."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def process_now() -> int:
+    """Bytes of memory that the process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def device_peak() -> int | None:
+    """Most bytes in tensors on the GPUs since the last reset; None where none is in use."""
+    if not torch.cuda.is_initialized():
+        return None
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+
+
+def free(device: torch.device) -> int:
+    """Bytes that can be had on a device; of the CPU's, what a container's limit leaves."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    found = psutil.virtual_memory().available
+    for limit, used in CGROUPS:
+        if Path(limit).is_file() and Path(used).is_file():
+            text = Path(limit).read_text(encoding="ascii").strip()
+            if text != "max":
+                found = min(found, max(0, int(text) - int(Path(used).read_text(encoding="ascii"))))
+            break
+    return int(found)

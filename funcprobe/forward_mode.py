@@ -1,0 +1,169 @@
+"""Forward mode where torch's own is slow or missing: frozen linear layers, fused attention."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from .transforms import derivatives
+
+SCORES = 2**24  # attention scores held at once, in each of four tensors
+
+
+class ForwardMode(TorchFunctionMode):
+    """While active, linear layers and attention have a forward mode of their own.
+
+    A linear layer whose weight has no derivative does no product for it: torch's forward mode
+    multiplies the input by a tangent of zeros, half as much again as the two products that are needed.
+    Attention keeps its fused kernel for the values, so that those that come with tangents are those of
+    a pass without them, to the bit; in nested forward mode it is torch's own, which needs
+    `sdpa_kernel(SDPBackend.MATH)`.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is linear:
+            return _linear(*args, **(kwargs or {}))
+        if func is torch.addmm and not kwargs:  # GPT-2's Conv1D: bias, input, weight
+            bias, x, weight = args
+            if derivatives(x) and not derivatives(weight) and not derivatives(bias):
+                # Transposed inside: a view that is made here would count as differentiated.
+                return _frozen_linear(x, weight, bias, transposed=True)
+        if func is scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+# Arguments have the names by which a model may give them.
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    fixed = not derivatives(weight) and (bias is None or not derivatives(bias))
+    if fixed and derivatives(input):
+        return _frozen_linear(input, weight, bias, transposed=False)
+    return linear(input, weight, bias)
+
+
+def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    out: Tensor = _FrozenLinear.apply(x, _Constants(weight, bias, transposed))  # type: ignore[no-untyped-call]
+    return out
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if max(derivatives(x) for x in (query, key, value)) != 1:
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    if enable_gqa:
+        each = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(each, 1) for x in (key, value))
+    settings = _Constants(attn_mask, dropout_p, is_causal, scale)
+    out: Tensor = _Attention.apply(query, key, value, settings)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Constants:
+    """Keeps tensors out of sight of autograd, which would make tangents of them."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """W x + b with W and b constant, at every level of nested forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, constants: _Constants) -> Tensor:
+        weight, bias, transposed = constants.values
+        return linear(x, weight.T if transposed else weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Constants], _: Tensor) -> None:
+        ctx.weight, _, ctx.transposed = inputs[1].values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ (ctx.weight.T if ctx.transposed else ctx.weight), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        # This function again, as plain operations in here have no derivative (pytorch #197867).
+        return _frozen_linear(dx, ctx.weight, None, transposed=ctx.transposed)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(scale Q K' + mask) V by the fused kernel, and its derivative along a direction.
+
+    With P the probabilities, S' = scale (Q' K' + Q K'') and E = P * S' (entry by entry, dots for the
+    transpose left out): O' = E V + P V' - rowsum(E) O.
+    """
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, settings: _Constants) -> Tensor:
+        mask, dropout_p, is_causal, scale = settings.values
+        return scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        query, key, value, ctx.settings = inputs
+        ctx.save_for_forward(query, key, value, output)
+
+    @staticmethod
+    def jvp(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor, _: None) -> Tensor:
+        mask, _, is_causal, scale = ctx.settings.values
+        query, key, value, out = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if is_causal:
+            mask = torch.ones(
+                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
+            ).tril()
+        rows = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
+        outs = []
+        for i in range(0, len(query), rows):
+            part = slice(i, i + rows)
+            of_part = mask if mask is None or mask.dim() < 4 or len(mask) == 1 else mask[part]
+            given, moved = (
+                [x[part] for x in xs] for xs in ((query, key, value, out), (dquery, dkey, dvalue))
+            )
+            outs.append(_attention_tangent(given, moved, of_part, scale))
+        return torch.cat(outs)
+
+
+def _attention_tangent(
+    given: Sequence[Tensor], moved: Sequence[Tensor], mask: Tensor | None, scale: float
+) -> Float[Tensor, "n H Q d"]:
+    (query, key, value, out), (dquery, dkey, dvalue) = given, moved
+    scores = (scale * query) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    p = torch.softmax(scores, -1)
+    del scores
+    # Q' K' + Q K'' in one product of twice the width
+    both, other = torch.cat([dquery, query], -1), torch.cat([key, dkey], -1)
+    e = p * ((scale * both) @ other.transpose(-1, -2))
+    return e @ value + p @ dvalue - e.sum(-1, keepdim=True) * out

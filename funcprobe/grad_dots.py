@@ -1,0 +1,175 @@
+"""<grad f_n, mu> of every sequence, and the gradient of their sum, from one backward pass."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from . import tree
+from .gradients import accumulate, weighted_grad, zero_gradient
+from .head import head_gradient
+from .layout import MAX_TOKENS, Layout, collate, gather, in_microbatches, microbatches, response_mask
+from .policy import Forward
+from .rows import Rows
+from .tangents import aligned, tangents
+from .types import Batch, Params
+
+
+def grad_dots(
+    params: Params,
+    batch: Batch,
+    mu: Params,
+    forward: Forward,
+    max_tokens: int = MAX_TOKENS,
+    *,
+    p_NR: Float[Tensor, "N R"] | None = None,
+    q_NR: Float[Tensor, "N R"] | None = None,
+) -> tuple[Float[Tensor, " N"], Params]:
+    """s_n = <grad f_n, mu> in float64, and grad sum_n f_n, f_n = sum_k (p_nk l_nk + q_nk h_nk).
+
+    By default f_n = S_n, the log-probability of the response. A linear layer y = W x with the gradient
+    g_t of y at token t adds sum_t <g_t, mu_W x_t> over a sequence's tokens to s_n, so that one backward
+    pass has both. Prompts are not shared, as the g of a shared token is of several sequences. Where
+    something is trained that is no linear layer of the backbone (embeddings, norms, the head), and in
+    half precision, s_n is from a second pass, `tangents`. Raises ValueError where `mu` does not match
+    `params`, RuntimeError where sum_n s_n is not <grad, mu>, which every microbatch is checked for.
+    """
+    mu = aligned(mu, params)
+    p_NR = response_mask(batch).double() if p_NR is None else p_NR
+    q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
+    if not _all_linear(params, mu, forward):
+        _, along = tangents(params, batch, mu, forward, max_tokens)
+        s_N = (p_NR * along.logp_NR + q_NR * along.entropy_NR).sum(1)
+        return s_N, weighted_grad(params, batch, p_NR, q_NR, forward, max_tokens)
+
+    def one(rows: Rows) -> tuple[Params, Tensor]:
+        at, alpha_n = partial(_hidden, rows=rows, mu=mu, forward=forward), _zeros(rows, params)
+        hidden_TD, pull = vjp(at, params, alpha_n)  # type: ignore[misc]
+        p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
+        grad_TD, _ = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
+        with torch.no_grad():
+            grads, s_n = pull(grad_TD)
+        _require_sum(s_n, grads, mu)
+        return grads, tree.f64(s_n)
+
+    s_N, total = torch.zeros(len(p_NR), dtype=torch.float64), zero_gradient(params)
+    layout: Layout = "plain" if forward.layout == "plain" else "packed"
+    for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, layout, forward.halved):
+        s_N[rows.sequence_T.unique()] = s_n
+        total = accumulate(total, grads)
+    return s_N, total
+
+
+class _LinearDots(TorchFunctionMode):
+    """Every trained linear layer y = W x + b becomes y + alpha_n (mu_W x + mu_b) at alpha = 0.
+
+    With alpha None it only takes down which names are seen.
+    """
+
+    def __init__(self, given: Params, mu: Params, alpha_NL: Tensor | None) -> None:
+        super().__init__()
+        self.name_of = {id(tensor): name for name, tensor in given.items()}
+        self.mu, self.alpha_NL = mu, alpha_NL
+        self.seen: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is linear:
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        names = [self.name_of.get(id(tensor)) for tensor in (weight, bias)]
+        self.seen |= {name for name in names if name is not None}
+        if self.alpha_NL is None or names == [None, None]:
+            return linear(input, weight, bias)
+        mu = [None if name is None else self.mu[name] for name in names]
+        out: Tensor = _LinearDot.apply(input, weight, bias, self.alpha_NL, mu)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _LinearDot(torch.autograd.Function):
+    """W x + b; the gradient in alpha_NL, which has no part in it, is <g_t, mu_W x_t + mu_b>."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor, __: list[Tensor | None]
+    ) -> Tensor:
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+        x, weight, _, _, ctx.mu = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        mu_weight, mu_bias = ctx.mu
+        back: Tensor | None = None
+        dot_NL = g.new_zeros(())
+        wide = mu_weight is not None and weight.shape[0] > weight.shape[1]
+        if of_x and not wide:
+            back = g @ weight
+        if wide:
+            # From the wide side, g, it is one product for both.
+            both = g @ torch.cat([weight, mu_weight], 1)
+            back, moved = both.chunk(2, -1)
+            dot_NL = (moved * x).sum(-1)
+        elif mu_weight is not None:
+            dot_NL = (g * linear(x, mu_weight)).sum(-1)
+        if mu_bias is not None:
+            dot_NL = dot_NL + g @ mu_bias
+        g_SD = g.flatten(0, -2)
+        return (
+            back,
+            g_SD.T @ x.flatten(0, -2) if of_weight else None,
+            g_SD.sum(0) if of_bias else None,
+            dot_NL,
+            None,
+        )
+
+
+def _hidden(
+    given: Params, alpha_n: Tensor, *, rows: Rows, mu: Params, forward: Forward
+) -> Float[Tensor, "T D"]:
+    alpha_NL = alpha_n[rows.sequence_NL.to(alpha_n.device)]
+    with _LinearDots(given, mu, alpha_NL):
+        hidden_TD: Tensor = forward.hidden(given, rows)
+    return hidden_TD
+
+
+def _zeros(rows: Rows, params: Params) -> Float[Tensor, " n"]:
+    like = next(iter(params.values()))
+    return like.new_zeros(len(rows.sequence_T.unique()))
+
+
+def _all_linear(params: Params, mu: Params, forward: Forward) -> bool:
+    """Whether all that is trained are weights and biases of linear layers in the backbone."""
+    (rows,) = microbatches(collate([[0]], [[0]], [0]), 2)
+    with torch.no_grad(), _LinearDots(params, mu, None) as mode:
+        forward.hidden(params, rows)
+    # Half precision would hide in its rounding what the sum's check is for.
+    return mode.seen == params.keys() and torch.finfo(forward.coarsest).eps < 1e-4
+
+
+def _require_sum(s_n: Tensor, grads: Params, mu: Params) -> None:
+    whole, size = tree.dot(grads, mu), float(tree.f64(s_n).abs().sum())
+    bound = 1e3 * max(torch.finfo(t.dtype).eps for t in grads.values())  # rounding of a long sum
+    if not abs(float(tree.f64(s_n).sum()) - whole) <= bound * (size + abs(whole)):
+        raise RuntimeError(
+            f"<grad f_n, mu> of the sequences sum to {float(s_n.sum()):.6g}, not to <grad, mu> = "
+            f"{whole:.6g}: a trained weight is used outside of linear layers; use tangents()"
+        )
