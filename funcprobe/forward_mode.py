@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from .transforms import derivatives
+from .transforms import derivatives, in_transform
 
 SCORES = 2**24  # attention scores held at once, in each of four tensors
 
@@ -21,7 +22,8 @@ class ForwardMode(TorchFunctionMode):
     multiplies the input by a tangent of zeros, half as much again as the two products that are needed.
     Attention keeps its fused kernel for the values, so that those that come with tangents are those of
     a pass without them, to the bit; in nested forward mode it is torch's own, which needs
-    `sdpa_kernel(SDPBackend.MATH)`.
+    `sdpa_kernel(SDPBackend.MATH)`. It serves torch.func's jvp and, with less overhead a call,
+    forward_ad's dual level.
     """
 
     def __torch_function__(
@@ -35,6 +37,8 @@ class ForwardMode(TorchFunctionMode):
             return _linear(*args, **(kwargs or {}))
         if func is torch.addmm and not kwargs:  # GPT-2's Conv1D: bias, input, weight
             bias, x, weight = args
+            if not any(in_transform(t) for t in args):
+                return _dual_addmm(bias, x, weight)
             if derivatives(x) and not derivatives(weight) and not derivatives(bias):
                 # Transposed inside: a view that is made here would count as differentiated.
                 return _frozen_linear(x, weight, bias, transposed=True)
@@ -45,6 +49,8 @@ class ForwardMode(TorchFunctionMode):
 
 # Arguments have the names by which a model may give them.
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (in_transform(input) or in_transform(weight)):
+        return _dual_linear(input, weight, bias)
     fixed = not derivatives(weight) and (bias is None or not derivatives(bias))
     if fixed and derivatives(input):
         return _frozen_linear(input, weight, bias, transposed=False)
@@ -54,6 +60,30 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
     out: Tensor = _FrozenLinear.apply(x, _Constants(weight, bias, transposed))  # type: ignore[no-untyped-call]
     return out
+
+
+def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, dx = unpack_dual(input)
+    w, dw = unpack_dual(weight)
+    b, db = (None, None) if bias is None else unpack_dual(bias)
+    out, moved = linear(x, w, b), []
+    if dx is not None and dw is not None and w.shape[0] > w.shape[1]:
+        # One product of twice the inner width spares a tensor as wide as the output.
+        moved.append(linear(torch.cat([dx, x], -1), torch.cat([w, dw], 1)))
+    else:
+        moved += [] if dx is None else [linear(dx, w)]
+        moved += [] if dw is None else [linear(x, dw)]
+    moved += [] if db is None else [db.expand_as(out)]
+    return make_dual(out, sum(moved[1:], moved[0])) if moved else out
+
+
+def _dual_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    (b, db), (x, dx), (w, dw) = (unpack_dual(t) for t in (bias, x, weight))
+    out, moved = torch.addmm(b, x, w), []
+    moved += [] if dx is None else [dx @ w]
+    moved += [] if dw is None else [x @ dw]
+    moved += [] if db is None else [db.expand_as(out)]
+    return make_dual(out, sum(moved[1:], moved[0])) if moved else out
 
 
 def _attention(
@@ -80,9 +110,26 @@ def _attention(
     if enable_gqa:
         each = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(each, 1) for x in (key, value))
+    if not any(in_transform(x) for x in (query, key, value)):
+        return _dual_attention(query, key, value, attn_mask, is_causal, scale)
     settings = _Constants(attn_mask, dropout_p, is_causal, scale)
     out: Tensor = _Attention.apply(query, key, value, settings)  # type: ignore[no-untyped-call]
     return out
+
+
+def _dual_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    (q, dq), (k, dk), (v, dv) = (unpack_dual(x) for x in (query, key, value))
+    moved = [torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv))]
+    out = scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale)
+    dual: Tensor = make_dual(out, _attention_along([q, k, v, out], moved, mask, is_causal, scale))
+    return dual
 
 
 class _Constants:
@@ -136,22 +183,30 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor, _: None) -> Tensor:
         mask, _, is_causal, scale = ctx.settings.values
-        query, key, value, out = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if is_causal:
-            mask = torch.ones(
-                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
-            ).tril()
-        rows = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
-        outs = []
-        for i in range(0, len(query), rows):
-            part = slice(i, i + rows)
-            of_part = mask if mask is None or mask.dim() < 4 or len(mask) == 1 else mask[part]
-            given, moved = (
-                [x[part] for x in xs] for xs in ((query, key, value, out), (dquery, dkey, dvalue))
-            )
-            outs.append(_attention_tangent(given, moved, of_part, scale))
-        return torch.cat(outs)
+        return _attention_along(ctx.saved_tensors, (dquery, dkey, dvalue), mask, is_causal, scale)
+
+
+def _attention_along(
+    at: Sequence[Tensor],
+    moved: Sequence[Tensor],
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Float[Tensor, "n H Q d"]:
+    """The derivative at (query, key, value, output) where the first three move, rows by rows."""
+    query, key, *_ = at
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if is_causal:
+        mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    rows = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
+    outs = []
+    for i in range(0, len(query), rows):
+        part = slice(i, i + rows)
+        own = mask is not None and mask.dim() == 4 and len(mask) > 1
+        of_part = mask[part] if mask is not None and own else mask
+        given, along = ([x[part] for x in xs] for xs in (at, moved))
+        outs.append(_attention_tangent(given, along, of_part, scale))
+    return torch.cat(outs)
 
 
 def _attention_tangent(

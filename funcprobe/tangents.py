@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,6 +16,7 @@ from .head import head_tangents, token_head
 from .layout import MAX_TOKENS, collate, gather, in_microbatches, response_mask, scatter
 from .policy import Forward
 from .rows import Rows
+from .transforms import in_transform
 from .types import Batch, InputError, Params, TokenStats
 
 
@@ -30,8 +32,7 @@ def tangents(
     direction = aligned(direction, params)
 
     def one(rows: Rows) -> tuple[Tensor, ...]:
-        with torch.no_grad(), ForwardMode():
-            hidden_TD, dhidden_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
+        hidden_TD, dhidden_TD = _hidden_along(params, rows, direction, forward)
         return head_tangents(params, hidden_TD, dhidden_TD, rows.target_T, direction, forward)
 
     done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
@@ -90,6 +91,22 @@ def require_derivatives(params: Params, forward: Forward) -> None:
     except RuntimeError as error:  # NotImplementedError is one
         said = " ".join(str(error).split())[:200]
         raise InputError(f"this architecture cannot be differentiated by torch.func: {said}") from error
+
+
+def _hidden_along(
+    params: Params, rows: Rows, direction: Params, forward: Forward
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+    """Hidden states and their tangents; by torch.func, which wraps every tensor, inside a transform."""
+    with torch.no_grad(), ForwardMode():
+        if any(in_transform(t) for t in params.values()):
+            hidden_TD, dhidden_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
+            return hidden_TD, dhidden_TD
+        with forward_ad.dual_level():
+            given = {n: forward_ad.make_dual(t, direction[n]) for n, t in params.items()}
+            hidden_TD, dhidden_TD = forward_ad.unpack_dual(forward.hidden(given, rows))
+            if dhidden_TD is None:  # nothing of the backbone is trained
+                dhidden_TD = torch.zeros_like(hidden_TD)
+    return hidden_TD, dhidden_TD
 
 
 def _sequence_sums(
