@@ -136,11 +136,20 @@ class _Constant:
 class _Rows(torch.autograd.Function):
     """(l, h) with the rows dl/dz and dh/dz, which make every first derivative a dot product."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(hidden_TD: Tensor, target_T: Tensor, constant: _Constant) -> tuple[Tensor, ...]:
         return readout.rows(hidden_TD, target_T, constant.value)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, hidden: Tensor, target: Tensor, constant: _Constant) -> Any:
+        # By hand, as tensors are written into: tokens are independent, a batch of them are more.
+        pairs = zip((hidden, target), in_dims, strict=False)
+        full = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in pairs
+        ]
+        outs = _Rows.apply(*(x.flatten(0, 1) for x in full), constant)  # type: ignore[no-untyped-call]
+        return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outs), (0, 0, 0, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

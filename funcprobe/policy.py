@@ -13,7 +13,7 @@ from torch.func import functional_call
 from .attention import NotPackedError, PackedAttention, no_mask
 from .layout import Layout, collate, microbatches
 from .precision import arithmetic_of
-from .readout import Readout
+from .readout import Readout, values
 from .rows import Packing, Rows, packed_rows, plain_rows
 from .suitability import (
     causal_lm,
@@ -119,6 +119,8 @@ def frozen_forward(
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     forward = Forward(hidden, logits, coarsest, _readout(model, params, temperature), "plain")
     _refuse_other_logits(model, params, forward, temperature)
+    if not _reads(params, forward):
+        forward = forward._replace(readout=None)
     why_plain = None if layout == "plain" else _unpackable(model, params, forward)
     notes = [] if why_plain is None else [f"a sequence a row, prompts are not shared: {why_plain}"]
     if forward.readout is None:
@@ -214,6 +216,24 @@ def _readout(model: nn.Module, params: Params, temperature: float) -> Readout | 
     softcap = getattr(base.config, "final_logit_softcapping", None)
     bias = None if embedding.bias is None else embedding.bias.detach()
     return Readout(embedding.weight.detach(), bias, softcap, temperature)
+
+
+def _reads(params: Params, forward: Forward) -> bool:
+    """Whether the readout, if any, has the probabilities that the head's own logits have."""
+    if forward.readout is None:
+        return False
+    device, width = next(iter(params.values())).device, forward.readout.weight_VD.shape[1]
+    draw = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(4, width, generator=draw).to(device, forward.readout.weight_VD.dtype)
+    target_T = torch.arange(4, device=device) % len(forward.readout.weight_VD)
+    with torch.no_grad():
+        logits_TV = forward.logits(params, hidden_TD)
+        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        theirs_T = torch.log_softmax(logits_TV, -1).gather(-1, target_T[:, None])[:, 0]
+        ours_T, _ = values(hidden_TD, target_T, forward.readout)
+    # The cap and the temperature are applied in the logits' own precision there, in float32 here.
+    bound = _rounding(forward.logits(params, hidden_TD)) + _rounding(theirs_T)
+    return float((ours_T - theirs_T).abs().max()) <= bound
 
 
 def _unpackable(model: nn.Module, params: Params, forward: Forward) -> str | None:

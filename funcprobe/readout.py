@@ -7,7 +7,7 @@ p and a', a'' the scores' derivatives along a direction, d = a' - <a'>:
     dh/da_v = -p_v c_v           h' = -<c a'>          h'' = -<c a''> - <(1 + c) d^2>
 
 so that one row of the embedding's width each is all that a gradient needs of a token. [n, V] tensors
-exist for a chunk of n tokens at a time: `BYTES` is what a chunk may take.
+exist for a chunk of n tokens at a time, written into again and again: `BYTES` is what they take.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-BYTES = 200 * 2**20
+# Three tensors of 128 tokens x 151,936 entries; a product of 64 rows takes 1.6 times as long a row.
+BYTES = 224 * 2**20
 MOST = 256  # tokens of a chunk; larger ones buy no time
 
 
@@ -36,12 +37,11 @@ def values(
 ) -> tuple[Float[Tensor, " T"], ...]:
     """(l, h), nats, of every token; one product with the embedding."""
 
-    def chunk(hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, ...]:
-        at = _softmax(hidden_nD, readout)
+    def chunk(work: list[Tensor], hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, ...]:
+        at = _softmax(hidden_nD, readout, *work)
         return _entry(at.logp_nV, target_n), at.entropy_n
 
-    # In the chunks of `along`: then its values are these to the bit.
-    return _by_chunk(chunk, (hidden_TD, target_T), readout, most=5)
+    return _by_chunk(chunk, (hidden_TD, target_T), readout, most=3)
 
 
 def rows(
@@ -49,14 +49,14 @@ def rows(
 ) -> tuple[Tensor, ...]:
     """(l, h, dl/dz, dh/dz), the last two [T, D]; three products."""
 
-    def chunk(hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, ...]:
-        at = _softmax(hidden_nD, readout)
+    def chunk(work: list[Tensor], hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, ...]:
+        at = _softmax(hidden_nD, readout, *work)
         mean_nD = _row(at.p_nV, at, readout)
         dlogp_nD = _target_row(at, target_n, readout) - mean_nD
         dentropy_nD = -_row(at.plogp_nV, at, readout) - at.entropy_n[:, None].to(mean_nD) * mean_nD
         return _entry(at.logp_nV, target_n), at.entropy_n, dlogp_nD, dentropy_nD
 
-    return _by_chunk(chunk, (hidden_TD, target_T), readout, most=4)
+    return _by_chunk(chunk, (hidden_TD, target_T), readout, most=3)
 
 
 def weighted_row(
@@ -68,14 +68,17 @@ def weighted_row(
 ) -> Float[Tensor, "T D"]:
     """d/dz of p l + q h for every token, p and q held fixed; two products."""
 
-    def chunk(hidden_nD: Tensor, target_n: Tensor, p_n: Tensor, q_n: Tensor) -> tuple[Tensor, ...]:
-        at = _softmax(hidden_nD, readout)
+    def chunk(
+        work: list[Tensor], hidden_nD: Tensor, target_n: Tensor, p_n: Tensor, q_n: Tensor
+    ) -> tuple[Tensor, ...]:
+        at = _softmax(hidden_nD, readout, *work)
         p_n1, q_n1 = p_n[:, None].to(at.p_nV), q_n[:, None].to(at.p_nV)
-        factor_n1 = p_n1 + q_n1 * at.entropy_n[:, None]
-        weight_nV = torch.addcmul(factor_n1 * at.p_nV, q_n1, at.plogp_nV)  # p (p + q c)
+        # p (p + q c), where p stood
+        weight_nV = torch.mul(at.p_nV, p_n1 + q_n1 * at.entropy_n[:, None], out=at.p_nV)
+        weight_nV = torch.addcmul(weight_nV, q_n1, at.plogp_nV, out=weight_nV)
         return (p_n1 * _target_row(at, target_n, readout) - _row(weight_nV, at, readout),)
 
-    return _by_chunk(chunk, (hidden_TD, target_T, p_T, q_T), readout, most=5)[0]
+    return _by_chunk(chunk, (hidden_TD, target_T, p_T, q_T), readout, most=3)[0]
 
 
 def along(
@@ -86,18 +89,17 @@ def along(
 ) -> tuple[Float[Tensor, " T"], ...]:
     """(l, h, l', h') along a direction of the hidden state; two products."""
 
-    def chunk(hidden_nD: Tensor, dhidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, ...]:
-        at = _softmax(hidden_nD, readout)
-        da_nV = _scaled(_product(dhidden_nD, readout), at.slope)
-        mean_n = _dot(at.p_nV, da_nV)
-        return (
-            _entry(at.logp_nV, target_n),
-            at.entropy_n,
-            _entry(da_nV, target_n) - mean_n,
-            -_dot(at.plogp_nV, da_nV) - at.entropy_n * mean_n,
-        )
+    def chunk(
+        work: list[Tensor], hidden_nD: Tensor, dhidden_nD: Tensor, target_n: Tensor
+    ) -> tuple[Tensor, ...]:
+        at = _softmax(hidden_nD, readout, *work)
+        logp_n = _entry(at.logp_nV, target_n)
+        da_nV = _scaled(_product(dhidden_nD, readout, at.logp_nV), at.slope)
+        mean_n = _mean(at.p_nV, da_nV)
+        dentropy_n = -_mean(at.plogp_nV, da_nV) - at.entropy_n * mean_n
+        return logp_n, at.entropy_n, _entry(da_nV, target_n) - mean_n, dentropy_n
 
-    return _by_chunk(chunk, (hidden_TD, dhidden_TD, target_T), readout, most=5)
+    return _by_chunk(chunk, (hidden_TD, dhidden_TD, target_T), readout, most=3)
 
 
 def twice_along(
@@ -110,31 +112,40 @@ def twice_along(
     """(l, h, l', h', l'', h'') along a path of the hidden state; three products."""
 
     def chunk(
-        hidden_nD: Tensor, dhidden_nD: Tensor, ddhidden_nD: Tensor, target_n: Tensor
+        work: list[Tensor],
+        hidden_nD: Tensor,
+        dhidden_nD: Tensor,
+        ddhidden_nD: Tensor,
+        target_n: Tensor,
     ) -> tuple[Tensor, ...]:
-        at = _softmax(hidden_nD, readout)
-        du_nV = _product(dhidden_nD, readout)
+        *work, free_nV = work
+        at = _softmax(hidden_nD, readout, *work)
+        logp_n = _entry(at.logp_nV, target_n)
+        du_nV = _product(dhidden_nD, readout, at.logp_nV)
+        bend_nV = None if at.bend_nV is None else at.bend_nV * du_nV.square()
         da_nV = _scaled(du_nV, at.slope)
-        dda_nV = _scaled(_product(ddhidden_nD, readout), at.slope)
-        if at.bend_nV is not None:
-            dda_nV = torch.addcmul(dda_nV, at.bend_nV, du_nV.square())
-        mean_n, mean2_n = _dot(at.p_nV, da_nV), _dot(at.p_nV, dda_nV)
-        d_nV = da_nV - mean_n[:, None]
-        variance_n = _dot(at.p_nV * d_nV, d_nV)
-        return (
-            _entry(at.logp_nV, target_n),
-            at.entropy_n,
-            _entry(d_nV, target_n),
-            -_dot(at.plogp_nV, da_nV) - at.entropy_n * mean_n,
-            _entry(dda_nV, target_n) - mean2_n - variance_n,
-            -_dot(at.plogp_nV, dda_nV)
+        mean_n = torch.mul(at.p_nV, da_nV, out=free_nV).sum(-1)
+        d_nV = torch.sub(da_nV, mean_n[:, None], out=da_nV)
+        dlogp_n = _entry(d_nV, target_n)
+        # -<c a'> = -<log p d>, as the means of c and d are 0
+        slope_nV = torch.mul(at.plogp_nV, d_nV, out=free_nV)
+        dentropy_n = -slope_nV.sum(-1)
+        skew_n = _mean(slope_nV, d_nV)
+        variance_n = _mean(torch.mul(at.p_nV, d_nV, out=free_nV), d_nV)
+        dda_nV = _scaled(_product(ddhidden_nD, readout, d_nV), at.slope)
+        dda_nV = dda_nV if bend_nV is None else torch.add(dda_nV, bend_nV, out=dda_nV)
+        mean2_n = torch.mul(at.p_nV, dda_nV, out=free_nV).sum(-1)
+        ddlogp_n = _entry(dda_nV, target_n) - mean2_n - variance_n
+        ddentropy_n = (
+            -_mean(at.plogp_nV, dda_nV)
             - at.entropy_n * mean2_n
             - (1 + at.entropy_n) * variance_n
-            - _dot(at.plogp_nV * d_nV, d_nV),
+            - skew_n
         )
+        return logp_n, at.entropy_n, dlogp_n, dentropy_n, ddlogp_n, ddentropy_n
 
     tensors = (hidden_TD, dhidden_TD, ddhidden_TD, target_T)
-    return _by_chunk(chunk, tensors, readout, most=9)
+    return _by_chunk(chunk, tensors, readout, most=4)
 
 
 class _Softmax(NamedTuple):
@@ -148,38 +159,43 @@ class _Softmax(NamedTuple):
     bend_nV: Tensor | None
 
 
-def _softmax(hidden_nD: Tensor, readout: Readout) -> _Softmax:
-    scores_nV = _product(hidden_nD, readout)
+def _softmax(
+    hidden_nD: Tensor, readout: Readout, p_nV: Tensor, logp_nV: Tensor, plogp_nV: Tensor
+) -> _Softmax:
+    """The distribution, written into the tensors given."""
+    scores_nV = _product(hidden_nD, readout, p_nV)
     if readout.bias_V is not None:
-        scores_nV = scores_nV + readout.bias_V
+        scores_nV = torch.add(scores_nV, readout.bias_V, out=scores_nV)
     slope: Tensor | float = 1 / readout.temperature
     bend_nV = None
     if readout.softcap is not None:
         tanh_nV = torch.tanh(scores_nV / readout.softcap)
-        scores_nV = readout.softcap * tanh_nV
+        scores_nV = torch.mul(tanh_nV, readout.softcap, out=scores_nV)
         slope = (1 - tanh_nV.square()) / readout.temperature
         bend_nV = -2 / readout.softcap * tanh_nV * slope
-    logp_nV = torch.log_softmax(_scaled(scores_nV, 1 / readout.temperature), -1)
-    del scores_nV
-    p_nV = logp_nV.exp()
-    plogp_nV = p_nV * logp_nV
+    logp_nV = torch.log_softmax(_scaled(scores_nV, 1 / readout.temperature), -1, out=logp_nV)
+    p_nV = torch.exp(logp_nV, out=p_nV)
+    plogp_nV = torch.mul(p_nV, logp_nV, out=plogp_nV)
     return _Softmax(logp_nV, p_nV, plogp_nV, -plogp_nV.sum(-1), slope, bend_nV)
 
 
-def _product(hidden_nD: Tensor, readout: Readout) -> Tensor:
-    """W z, in float32 at least."""
-    out_nV = linear(hidden_nD.to(readout.weight_VD.dtype), readout.weight_VD)
-    return out_nV.to(torch.promote_types(out_nV.dtype, torch.float32))
+def _product(hidden_nD: Tensor, readout: Readout, out_nV: Tensor) -> Tensor:
+    """W z, in float32 at least, written into `out_nV`."""
+    weight_VD = readout.weight_VD
+    hidden_nD = hidden_nD.to(weight_VD.dtype)
+    if weight_VD.dtype == out_nV.dtype:
+        return torch.mm(hidden_nD, weight_VD.T, out=out_nV)
+    return torch.add(linear(hidden_nD, weight_VD), 0.0, out=out_nV)
 
 
-def _scaled(x: Tensor, factor: Tensor | float) -> Tensor:
-    return x if isinstance(factor, float) and factor == 1 else x * factor
+def _scaled(x_nV: Tensor, factor: Tensor | float) -> Tensor:
+    """x * factor, where x stood."""
+    return x_nV if isinstance(factor, float) and factor == 1 else torch.mul(x_nV, factor, out=x_nV)
 
 
-def _dot(a_nV: Tensor, b_nV: Tensor) -> Tensor:
-    """sum_v a b."""
-    out_n: Tensor = torch.linalg.vecdot(a_nV, b_nV)
-    return out_n
+def _mean(weight_nV: Tensor, x_nV: Tensor) -> Tensor:
+    """sum_v w x, written over w."""
+    return torch.mul(weight_nV, x_nV, out=weight_nV).sum(-1)
 
 
 def _entry(x_nV: Tensor, target_n: Tensor) -> Tensor:
@@ -187,10 +203,11 @@ def _entry(x_nV: Tensor, target_n: Tensor) -> Tensor:
 
 
 def _row(weight_nV: Tensor, at: _Softmax, readout: Readout) -> Tensor:
-    """d/dz of sum_v w_v a_v, the w held fixed."""
+    """d/dz of sum_v w_v a_v, the w held fixed; w is written over where the scores have a cap."""
+    weight_VD = readout.weight_VD
     if not isinstance(at.slope, float):
-        return (weight_nV * at.slope).to(readout.weight_VD.dtype) @ readout.weight_VD
-    return _scaled(weight_nV.to(readout.weight_VD.dtype) @ readout.weight_VD, at.slope)
+        return _scaled(weight_nV, at.slope).to(weight_VD.dtype) @ weight_VD
+    return _scaled(weight_nV.to(weight_VD.dtype) @ weight_VD, at.slope)
 
 
 def _target_row(at: _Softmax, target_n: Tensor, readout: Readout) -> Tensor:
@@ -204,10 +221,20 @@ def _target_row(at: _Softmax, target_n: Tensor, readout: Readout) -> Tensor:
 def _by_chunk(
     chunk: Callable[..., tuple[Tensor, ...]], of_T: tuple[Tensor, ...], readout: Readout, most: int
 ) -> tuple[Tensor, ...]:
-    """chunk() of runs of tokens, joined; `most` [n, V] tensors exist at a time, with a cap 3 more."""
-    most += 3 * (readout.softcap is not None)
-    width = torch.finfo(torch.promote_types(readout.weight_VD.dtype, torch.float32)).bits // 8
-    size = BYTES // (most * width * readout.weight_VD.shape[0])
-    size = max(1, min(MOST, size))
-    outs = [chunk(*parts) for parts in zip(*(x_T.split(size) for x_T in of_T), strict=True)]
+    """chunk() of runs of tokens, joined; each is given `most` [n, V] tensors to write into.
+
+    The same ones every time: fresh ones would cost a page fault every 4 KiB. A cap needs five more.
+    """
+    weight_VD = readout.weight_VD
+    dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+    halves = weight_VD.dtype != dtype  # the products and weights in half precision, besides
+    room = most + halves + 5 * (readout.softcap is not None)
+    size = BYTES // (room * torch.finfo(dtype).bits // 8 * len(weight_VD))
+    size = max(1, min(MOST, size, len(of_T[0])))
+    shape = (size, len(weight_VD))
+    work = [torch.empty(shape, dtype=dtype, device=weight_VD.device) for _ in range(most)]
+    outs = [
+        chunk([w_nV[: len(parts[0])] for w_nV in work], *parts)
+        for parts in zip(*(x_T.split(size) for x_T in of_T), strict=True)
+    ]
     return tuple(torch.cat(column) for column in zip(*outs, strict=True))

@@ -129,7 +129,7 @@ FAULTS = {
     ),
     # The model
     "the probability of the token before": Fault(
-        "layout.py",
+        "rows.py",
         "target_T=tokens_NL[row_T, token_T]",
         "target_T=tokens_NL[row_T, token_T - 1]",
         MODEL,
@@ -141,7 +141,37 @@ FAULTS = {
         ("test_derivatives.py", "test_policy.py"),
     ),
     "the entropy of the token that was sampled": Fault(
-        "head.py", "-(logp_TV.exp() * logp_TV).sum(-1)", "-logp_T", MODEL
+        "head.py", "-(logp_TV.exp() * logp_TV).sum(-1)", "-logp_T", ("test_readout.py", *MODEL)
+    ),
+    "h' without the entropy": Fault(
+        "readout.py",
+        "-_dot(at.plogp_nV, da_nV) - at.entropy_n * mean_n,\n        )",
+        "-_dot(at.plogp_nV, da_nV),\n        )",
+        ("test_readout.py", *MODEL),
+    ),
+    "a response sees the other responses to its prompt": Fault(
+        "rows.py", "torch.ones(width, width).tril()", "torch.ones(width, width)", ("test_rows.py",)
+    ),
+    "positions go on from one response to the next": Fault(
+        "rows.py",
+        "position_S = begin[of_S] + offset_S",
+        "position_S = torch.arange(len(of_S))",
+        ("test_rows.py",),
+    ),
+    "attention's normaliser has no derivative": Fault(
+        "forward_mode.py", " - e.sum(-1, keepdim=True) * out", "", ("test_forward_mode.py", *MODEL)
+    ),
+    "the direction of a trained layer is left out": Fault(
+        "forward_mode.py",
+        "torch.cat([w, dw], 1)",
+        "torch.cat([w, 0 * dw], 1)",
+        ("test_forward_mode.py", *MODEL),
+    ),
+    "a halved microbatch loses the others": Fault(
+        "layout.py",
+        "        if waiting:\n",
+        "        if not waiting:\n",
+        ("test_rows.py", "test_layout.py"),
     ),
 }
 
