@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="0.5B")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cases", choices=[c.name for c in CASES], nargs="*", help="some of them")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     agreement = _agreement(args.device)
@@ -70,6 +71,8 @@ def main() -> None:
     shared, plain = _probes(model, max_tokens=most)  # every case is one microbatch, laid out plainly
     body = []
     for case in CASES:
+        if args.cases and case.name not in args.cases:
+            continue
         batch = _rows(args.shape, case)
         calls = {
             f"{layout} {name}": call
@@ -77,8 +80,8 @@ def main() -> None:
             for name, call in _passes(probe, batch).items()
         }
         asked = case.bounds is SHARED
-        times = paired(calls, args.repeat * (1 if asked else 3), args.device)
-        memory = {name: peak_extra(call, args.device)[1] for name, call in calls.items()}
+        memory = {name: peak_extra(call, args.device)[1] for name, call in calls.items()}  # warm now
+        times = paired(calls, args.repeat * (1 if asked else 3), args.device, warm=False)
         bounds = (None,) * 3 if asked and args.shape != "0.5B" else case.bounds
         for name, bound in zip(PASSES, bounds, strict=True):
             mine, theirs = f"shared {name}", f"plain {name}"

@@ -80,12 +80,12 @@ def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> lis
     if layout != "plain" and int(length_N.sum()) < WORTHWHILE * read:
         order = length_N.argsort(descending=True, stable=True).tolist()
         packed = _filled([([i], int(length_N[i])) for i in order], max_tokens)
-        best, read = [packed_rows(batch, part) for part in packed], int(length_N.sum())
+        best, read = [_packed(batch, part) for part in packed], int(length_N.sum())
     if layout == "shared":
         first_N = _first_of_prompt(batch)
         units = _by_prompt(batch, first_N, max_tokens)
         if sum(tokens for _, tokens in units) < WORTHWHILE * read:
-            best = [packed_rows(batch, part, first_N) for part in _filled(units, max_tokens)]
+            best = [_packed(batch, part, first_N) for part in _filled(units, max_tokens)]
     return [plain_rows(batch, part) for part in parts] if best is None else best
 
 
@@ -154,6 +154,12 @@ def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] 
         if not (out or "can't allocate memory" in str(error)) or len(rows.sequence_T.unique()) == 1:
             raise
     return None  # here, where the error and with it the tensors of its frames are gone
+
+
+def _packed(batch: Batch, index_N: Tensor, first_N: Tensor | None = None) -> Rows:
+    """One row; of a single token, which transformers takes for a step of generation, plain ones."""
+    rows = packed_rows(batch, index_N, first_N)
+    return rows if rows.tokens > 1 else plain_rows(batch, index_N)
 
 
 def _padded(length_N: Tensor, max_tokens: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .attention import NotPackedError, PackedAttention, no_mask
+from .attention import PackedAttention, no_mask
 from .layout import Layout, collate, microbatches
 from .precision import arithmetic_of
 from .readout import Readout, values
@@ -239,11 +239,15 @@ def _reads(params: Params, forward: Forward) -> bool:
 def _unpackable(model: nn.Module, params: Params, forward: Forward) -> str | None:
     """Why the model cannot read a packed row, found by asking and by trying, or None."""
     config = causal_lm(model).config
+    config = getattr(config, "get_text_config", lambda: config)()  # of one that reads images, too
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return f"that needs sdpa attention, the model has {config._attn_implementation}"
     for limit in ("sliding_window", "attention_chunk_size"):
         if getattr(config, limit, None) is not None:
             return f"the model's attention has a {limit}"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return f"the model has layers of {', '.join(sorted(kinds))}"
     if "position_ids" not in inspect.signature(_backbone(model).forward).parameters:
         return f"{type(_backbone(model)).__name__} takes no position_ids"
     vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
@@ -254,8 +258,10 @@ def _unpackable(model: nn.Module, params: Params, forward: Forward) -> str | Non
     with torch.no_grad():
         try:
             packed_TD, plain_TD = (forward.hidden(params, rows) for rows in (packed, plain))
-        except NotPackedError as error:
-            return str(error)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # NotPackedError is one; plain rows were read at bind already
+            return " ".join(str(error).split())[:200]
     worst, bound = float((packed_TD - plain_TD).abs().max()), _rounding(plain_TD)
     return None if worst <= bound else f"its tokens see more than attention shows them, by {worst:.2g}"
 

@@ -103,4 +103,5 @@ def causal_lm(model: Any) -> Any:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something of the user's runs when the module is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    replaced = "forward" in vars(module)  # accelerate's hooks stand there
+    return bool(module._forward_hooks or module._forward_pre_hooks) or replaced

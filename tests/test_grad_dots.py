@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from architectures import ADAPTERS, ARCHITECTURES, TIED
-from conftest import random_batch, random_like
+from conftest import random_batch, random_like, tiny_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import make_policy
@@ -231,3 +231,28 @@ def test_not_a_number_raises():
     next(iter(params.values()))[0, 0] = torch.nan
     with pytest.raises(RuntimeError, match="nan"):
         grad_dots(params, BATCH, random_like(params), FORWARD)
+
+
+def test_an_orthogonal_direction_is_no_misuse():
+    """s_n is rounding where mu is orthogonal to the gradient, and no weight is used elsewhere."""
+    probe = funcprobe.bind(tiny_policy(dtype=torch.float32))
+    batch = random_batch([(0, 3, 4)])
+    ones_NR = funcprobe.response_mask(batch).double()
+    grads = probe.weighted_grad(probe.params, batch, ones_NR, 0 * ones_NR)
+    mu = random_like(probe.params, seed=4)
+    share = tree.dot(mu, grads) / tree.dot(grads, grads)
+    mu = {n: (t.double() - share * grads[n].double()).float() for n, t in mu.items()}
+    s_N, _ = probe.grad_dots(probe.params, batch, mu)
+    # a sum of some thousand products in float32
+    assert abs(float(s_N[0])) < 1e-4 * tree.norm(grads) * tree.norm(mu)
+
+
+def test_a_model_that_flattens_its_tokens():
+    model = tiny_policy(dtype=torch.float64)
+    mlp = model.get_base_model().model.layers[0].mlp
+    inner = mlp.forward
+    mlp.forward = lambda x: inner(x.flatten(0, 1)).view(x.shape)
+    probe = funcprobe.bind(model)
+    batch, mu = random_batch([(0, 3, 4), (1, 2, 6), (2, 5, 2)]), random_like(probe.params, seed=4)
+    s_N, _ = probe.grad_dots(probe.params, batch, mu)
+    assert torch.allclose(s_N, probe.alpha_vjp(probe.params, batch, mu), rtol=1e-9)

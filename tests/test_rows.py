@@ -628,3 +628,11 @@ def test_halving_ends_where_a_later_sequence_is_longer_than_half():
 
     parts, _ = halving(batch, compute, 42, "shared")
     require_right(batch, parts)
+
+
+def test_a_row_of_a_single_token_is_plain():
+    """transformers takes one token for a step of generation, and folds its heads otherwise."""
+    batch = funcprobe.collate([[5]] * 4, [[1], [2], [3], [4]], [0] * 4)
+    (rows,) = microbatches(batch, 64, "shared")
+    assert rows.packing is None
+    assert rows.tokens == 4
