@@ -1,14 +1,13 @@
 """Attention within a packed row: its blocks attend each by itself, in one kernel call."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
+from .replaced import Replaced
 from .rows import Block, Packing
 
 
@@ -16,7 +15,7 @@ class NotPackedError(RuntimeError):
     """A model does not call attention as it would have to for packed rows."""
 
 
-class PackedAttention(TorchFunctionMode):
+class PackedAttention(Replaced):
     """Every scaled_dot_product_attention over a packed row becomes one call a block.
 
     The model is given the row as one sequence, with a mask that stands for nothing (`no_mask`), and
@@ -26,19 +25,7 @@ class PackedAttention(TorchFunctionMode):
     """
 
     def __init__(self, packing: Packing) -> None:
-        super().__init__()
-        self.packing = packing
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is scaled_dot_product_attention:
-            return _attend(self.packing, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        super().__init__({scaled_dot_product_attention: partial(_attend, packing)})
 
 
 def no_mask(device: torch.device) -> Float[Tensor, "1 1 1 1"]:

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from . import tree
 from .estimators import influence_se, ratio_derivative
@@ -17,6 +16,7 @@ from .forward_mode import ForwardMode
 from .head import head_second_tangents
 from .layout import MAX_TOKENS, collate, in_microbatches, microbatches, scatter
 from .policy import Forward
+from .replaced import Replaced
 from .rows import Rows
 from .types import Batch, Entropy, InputError, Params, ResponseMask, TokenStats
 from .weights import by_group, importance_weights, integrand, prefix_sum, responsive
@@ -155,17 +155,15 @@ def rounding_noise(plus: tuple[float, float], minus: tuple[float, float]) -> flo
     )
 
 
-class _PlainLayerNorm(TorchFunctionMode):
+class _PlainLayerNorm(Replaced):
     """layer_norm as elementary operations while the mode is active.
 
     Its own nested forward mode is silently wrong (torch 2.13, pytorch #196700): 90 % off on random
     input, where those of rms_norm, softmax and the activations are right.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func in (torch.nn.functional.layer_norm, torch.layer_norm):
-            return _layer_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__({torch.nn.functional.layer_norm: _layer_norm, torch.layer_norm: _layer_norm})
 
 
 def _layer_norm(

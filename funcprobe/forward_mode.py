@@ -1,6 +1,6 @@
 """Forward mode where torch's own is slow or missing: frozen linear layers, fused attention."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn.functional import linear, scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
-from .transforms import derivatives, in_transform
+from .replaced import Replaced
+from .transforms import Constants, derivatives, in_transform
 
 SCORES = 2**24  # attention scores held at once, in each of four tensors
 
 
-class ForwardMode(TorchFunctionMode):
+class ForwardMode(Replaced):
     """While active, linear layers and attention have a forward mode of their own.
 
     A linear layer whose weight has no derivative does no product for it: torch's forward mode
@@ -26,25 +26,10 @@ class ForwardMode(TorchFunctionMode):
     forward_ad's dual level.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is linear:
-            return _linear(*args, **(kwargs or {}))
-        if func is torch.addmm and not kwargs:  # GPT-2's Conv1D: bias, input, weight
-            bias, x, weight = args
-            if not any(in_transform(t) for t in args):
-                return _dual_addmm(bias, x, weight)
-            if derivatives(x) and not derivatives(weight) and not derivatives(bias):
-                # Transposed inside: a view that is made here would count as differentiated.
-                return _frozen_linear(x, weight, bias, transposed=True)
-        if func is scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__(
+            {linear: _linear, torch.addmm: _addmm, scaled_dot_product_attention: _attention}
+        )
 
 
 # Arguments have the names by which a model may give them.
@@ -57,8 +42,21 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return linear(input, weight, bias)
 
 
+def _addmm(*args: Tensor, **scales: Any) -> Tensor:
+    """GPT-2's Conv1D gives bias, input and weight; anything else is left alone."""
+    if scales or len(args) != 3:
+        return torch.addmm(*args, **scales)
+    bias, x, weight = args
+    if not any(in_transform(t) for t in args):
+        return _dual_addmm(bias, x, weight)
+    if derivatives(x) and not derivatives(weight) and not derivatives(bias):
+        # Transposed inside: a view that is made here would count as differentiated.
+        return _frozen_linear(x, weight, bias, transposed=True)
+    return torch.addmm(bias, x, weight)
+
+
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
-    out: Tensor = _FrozenLinear.apply(x, _Constants(weight, bias, transposed))  # type: ignore[no-untyped-call]
+    out: Tensor = _FrozenLinear.apply(x, Constants(weight, bias, transposed))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -73,8 +71,7 @@ def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     else:
         moved += [] if dx is None else [linear(dx, w)]
         moved += [] if dw is None else [linear(x, dw)]
-    moved += [] if db is None else [db.expand_as(out)]
-    return make_dual(out, sum(moved[1:], moved[0])) if moved else out
+    return _with_tangent(out, moved, db)
 
 
 def _dual_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -82,7 +79,12 @@ def _dual_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     out, moved = torch.addmm(b, x, w), []
     moved += [] if dx is None else [dx @ w]
     moved += [] if dw is None else [x @ dw]
-    moved += [] if db is None else [db.expand_as(out)]
+    return _with_tangent(out, moved, db)
+
+
+def _with_tangent(out: Tensor, moved: list[Tensor], dbias: Tensor | None) -> Tensor:
+    """`out` with the sum of `moved` and the bias's tangent for its own, if there are any."""
+    moved = moved if dbias is None else [*moved, dbias.expand_as(out)]
     return make_dual(out, sum(moved[1:], moved[0])) if moved else out
 
 
@@ -96,7 +98,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if max(derivatives(x) for x in (query, key, value)) != 1:
+    followed = attn_mask is not None and derivatives(attn_mask)  # a trained bias of positions
+    if followed or max(derivatives(x) for x in (query, key, value)) != 1:
         return scaled_dot_product_attention(
             query,
             key,
@@ -112,7 +115,7 @@ def _attention(
         key, value = (x.repeat_interleave(each, 1) for x in (key, value))
     if not any(in_transform(x) for x in (query, key, value)):
         return _dual_attention(query, key, value, attn_mask, is_causal, scale)
-    settings = _Constants(attn_mask, dropout_p, is_causal, scale)
+    settings = Constants(attn_mask, dropout_p, is_causal, scale)
     out: Tensor = _Attention.apply(query, key, value, settings)  # type: ignore[no-untyped-call]
     return out
 
@@ -132,25 +135,18 @@ def _dual_attention(
     return dual
 
 
-class _Constants:
-    """Keeps tensors out of sight of autograd, which would make tangents of them."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-
 class _FrozenLinear(torch.autograd.Function):
     """W x + b with W and b constant, at every level of nested forward mode."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, constants: _Constants) -> Tensor:
+    def forward(x: Tensor, constants: Constants) -> Tensor:
         weight, bias, transposed = constants.values
         return linear(x, weight.T if transposed else weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, _Constants], _: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Constants], _: Tensor) -> None:
         ctx.weight, _, ctx.transposed = inputs[1].values
 
     @staticmethod
@@ -171,7 +167,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, settings: _Constants) -> Tensor:
+    def forward(query: Tensor, key: Tensor, value: Tensor, settings: Constants) -> Tensor:
         mask, dropout_p, is_causal, scale = settings.values
         return scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
 

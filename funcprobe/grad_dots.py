@@ -1,19 +1,18 @@
 """<grad f_n, mu> of every sequence, and the gradient of their sum, from one backward pass."""
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from . import tree
 from .gradients import accumulate, weighted_grad, zero_gradient
 from .head import head_gradient
 from .layout import MAX_TOKENS, Layout, collate, gather, in_microbatches, microbatches, response_mask
 from .policy import Forward
+from .replaced import Replaced
 from .rows import Rows
 from .tangents import aligned, tangents
 from .types import Batch, Params
@@ -68,29 +67,18 @@ def grad_dots(
     return s_N, total
 
 
-class _LinearDots(TorchFunctionMode):
+class _LinearDots(Replaced):
     """Every trained linear layer y = W x + b becomes y + alpha_n (mu_W x + mu_b) at alpha = 0.
 
     With alpha None it only takes down which names are seen.
     """
 
     def __init__(self, given: Params, mu: Params, alpha_NL: Tensor | None) -> None:
-        super().__init__()
+        super().__init__({linear: self._linear})
         self.name_of = {id(tensor): name for name, tensor in given.items()}
         self.mu, self.alpha_NL = mu, alpha_NL
         self.seen: set[str] = set()
         self.shapes: set[tuple[int, ...]] = set()  # of the tokens that trained layers are given
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is linear:
-            return self._linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         names = [self.name_of.get(id(tensor)) for tensor in (weight, bias)]

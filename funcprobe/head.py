@@ -16,8 +16,7 @@ from torch.func import jvp, vjp
 
 from . import readout
 from .policy import Forward
-from .readout import Readout
-from .transforms import derivatives, in_transform
+from .transforms import Constants, derivatives, in_transform
 from .types import Params
 
 PLAIN_CHUNK = 256
@@ -40,7 +39,7 @@ def token_head(
     elif nested == 0:
         outs = readout.values(hidden_TD, target_T, forward.readout)
     else:
-        outs = _Rows.apply(hidden_TD, target_T, _Constant(forward.readout))  # type: ignore[no-untyped-call]
+        outs = _Rows.apply(hidden_TD, target_T, Constants(forward.readout))  # type: ignore[no-untyped-call]
     return outs[0], outs[1]
 
 
@@ -126,29 +125,22 @@ def _joined(outs: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*outs, strict=True))
 
 
-class _Constant:
-    """Keeps a Readout's tensors out of sight of autograd, which would make tangents of them."""
-
-    def __init__(self, value: Readout) -> None:
-        self.value = value
-
-
 class _Rows(torch.autograd.Function):
     """(l, h) with the rows dl/dz and dh/dz, which make every first derivative a dot product."""
 
     @staticmethod
-    def forward(hidden_TD: Tensor, target_T: Tensor, constant: _Constant) -> tuple[Tensor, ...]:
-        return readout.rows(hidden_TD, target_T, constant.value)
+    def forward(hidden_TD: Tensor, target_T: Tensor, constants: Constants) -> tuple[Tensor, ...]:
+        return readout.rows(hidden_TD, target_T, *constants.values)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, hidden: Tensor, target: Tensor, constant: _Constant) -> Any:
+    def vmap(info: Any, in_dims: Any, hidden: Tensor, target: Tensor, constants: Constants) -> Any:
         # By hand, as tensors are written into: tokens are independent, a batch of them are more.
         pairs = zip((hidden, target), in_dims, strict=False)
         full = [
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in pairs
         ]
-        outs = _Rows.apply(*(x.flatten(0, 1) for x in full), constant)  # type: ignore[no-untyped-call]
+        outs = _Rows.apply(*(x.flatten(0, 1) for x in full), constants)  # type: ignore[no-untyped-call]
         return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outs), (0, 0, 0, 0)
 
     @staticmethod

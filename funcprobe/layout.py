@@ -1,6 +1,7 @@
 """Batch -> microbatches of rows, and the statistics back to [N, R]."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -75,18 +76,18 @@ def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> lis
             f"{max_tokens}: raise max_tokens to at least {longest}"
         )
     parts = _padded(length_N, max_tokens)
-    best: list[Rows] | None = None
-    read = sum(len(part) * int(length_N[part[0]]) for part in parts)
-    if layout != "plain" and int(length_N.sum()) < WORTHWHILE * read:
+    read, build = sum(len(part) * int(length_N[part[0]]) for part in parts), plain_rows
+    whole = int(length_N.sum())
+    if layout != "plain" and whole < WORTHWHILE * read:
         order = length_N.argsort(descending=True, stable=True).tolist()
-        packed = _filled([([i], int(length_N[i])) for i in order], max_tokens)
-        best, read = [_packed(batch, part) for part in packed], int(length_N.sum())
+        parts = _filled([([i], int(length_N[i])) for i in order], max_tokens)
+        read, build = whole, _packed
     if layout == "shared":
         first_N = _first_of_prompt(batch)
         units = _by_prompt(batch, first_N, max_tokens)
         if sum(tokens for _, tokens in units) < WORTHWHILE * read:
-            best = [_packed(batch, part, first_N) for part in _filled(units, max_tokens)]
-    return [plain_rows(batch, part) for part in parts] if best is None else best
+            parts, build = _filled(units, max_tokens), partial(_packed, first_N=first_N)
+    return [build(batch, part) for part in parts]
 
 
 def in_microbatches(

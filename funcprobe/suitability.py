@@ -22,6 +22,7 @@ def require_causal_lm(model: nn.Module) -> None:
 
 
 def refuse_unsuitable(model: nn.Module, params: Params) -> None:
+    """InputError for what a caller may have changed since: modes, hooks, compiled or merged layers."""
     if not params:
         raise InputError("the model has no trainable parameters: load the adapter as trainable")
     if any(module.training for module in model.modules()):
@@ -98,6 +99,7 @@ def refuse_unsupported(model: nn.Module) -> None:
 
 
 def causal_lm(model: Any) -> Any:
+    """The Hugging Face model, without peft around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -1,8 +1,17 @@
 """What torch's transforms have made of a tensor: whether, and how often, it is differentiated."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+
+class Constants:
+    """Keeps tensors out of sight of an autograd.Function, which would make tangents of them."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
 
 
 def in_transform(tensor: Tensor) -> bool:
