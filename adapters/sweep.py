@@ -39,7 +39,7 @@ class Bend(NamedTuple):
 
     second: float
     error: Error
-    eta: float | None  # of the symmetric difference; None: exact, forward over forward
+    eta: float | None  # of the symmetric difference; None: exact, in Taylor mode
 
 
 class Sweep(NamedTuple):

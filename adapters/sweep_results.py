@@ -125,7 +125,7 @@ def second_order(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) ->
     if bend.eta is not None and sweep.rounding_noise is not None:
         rounding = quantity(math.sqrt(2) * sweep.rounding_noise / bend.eta**2, rate, "sd of rounding")
     return {
-        "method": "forward over forward" if bend.eta is None else "symmetric difference",
+        "method": "Taylor mode" if bend.eta is None else "symmetric difference",
         "difference_eta": bend.eta,
         "second_derivative": quantity(bend.second, rate, "over E"),
         "se_given_U": quantity(bend.error.se, rate, "units of E"),

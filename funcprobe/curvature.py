@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import tree
 from .estimators import influence_se, ratio_derivative
@@ -16,8 +15,8 @@ from .forward_mode import ForwardMode
 from .head import head_second_tangents
 from .layout import MAX_TOKENS, collate, in_microbatches, microbatches, scatter
 from .policy import Forward
-from .replaced import Replaced
 from .rows import Rows
+from .taylor import second_jvp
 from .types import Batch, Entropy, InputError, Params, ResponseMask, TokenStats
 from .weights import by_group, importance_weights, integrand, prefix_sum, responsive
 
@@ -38,11 +37,11 @@ def second_tangents(
 ) -> tuple[TokenStats, TokenStats, TokenStats]:
     """(l, h), d/d eta and d2/d eta2 of l and h at theta + eta * direction, eta = 0, [N, R] each.
 
-    Forward mode over forward mode, in nats, nats per eta and nats per eta^2; no graph is kept. The
-    second derivatives of the model are compared with a symmetric difference of their first ones on a
-    few tokens of the batch in every call. Raises InputError where the two differ, where the model has
-    no nested forward mode, and for half precision, which cannot resolve that comparison; ValueError
-    where `direction` has other names or shapes than `params`.
+    In Taylor mode, in nats, nats per eta and nats per eta^2; no graph is kept. On a few tokens of the
+    batch, in every call, the model's first derivatives are compared with forward mode's and its second
+    ones with a symmetric difference of these. Raises InputError where they differ, where the model has
+    no such derivatives, and for half precision, which cannot resolve that comparison; ValueError where
+    `direction` has other names or shapes than `params`.
     """
     tree.require_same(params, direction, "direction")
     if torch.finfo(forward.coarsest).eps > 1e-4:
@@ -50,12 +49,13 @@ def second_tangents(
             f"second derivatives of a model in {forward.coarsest} would be rounding: "
             'use policy.dtype = "float64" or "float32"'
         )
-    params = {n: t.detach() for n, t in params.items()}  # grad mode is on below
+    params = {n: t.detach() for n, t in params.items()}
     direction = {n: direction[n].detach().to(t) for n, t in params.items()}
     _require_second_derivatives(params, batch, direction, forward)
 
     def one(rows: Rows) -> tuple[Tensor, ...]:
-        jet = _hidden_jet(params, rows, direction, forward)
+        hidden = partial(forward.hidden, rows=rows)
+        jet = second_jvp(hidden, (params,), (direction,))
         return head_second_tangents(params, jet, rows.target_T, direction, forward)
 
     done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
@@ -155,52 +155,10 @@ def rounding_noise(plus: tuple[float, float], minus: tuple[float, float]) -> flo
     )
 
 
-class _PlainLayerNorm(Replaced):
-    """layer_norm as elementary operations while the mode is active.
-
-    Its own nested forward mode is silently wrong (torch 2.13, pytorch #196700): 90 % off on random
-    input, where those of rms_norm, softmax and the activations are right.
-    """
-
-    def __init__(self) -> None:
-        super().__init__({torch.nn.functional.layer_norm: _layer_norm, torch.layer_norm: _layer_norm})
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: bool,
-) -> Tensor:
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(axes, keepdim=True)
-    out = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
-    out = out if weight is None else out * weight
-    return out if bias is None else out + bias
-
-
-def _hidden_jet(
-    params: Params, rows: Rows, direction: Params, forward: Forward
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [T, D] with their first and second derivatives."""
-
-    def along(given: Params) -> tuple[Tensor, Tensor]:
-        value, tangent = jvp(partial(forward.hidden, rows=rows), (given,), (direction,))  # type: ignore[misc]
-        return value, tangent
-
-    # Nested forward mode needs grad mode (torch 2.13: "forward AD with aten::silu_backward"), though
-    # nothing here requires a gradient; the fused attention kernels have none (pytorch #128971).
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm(), ForwardMode():
-        (value, first), (_, second) = jvp(along, (params,), (direction,))  # type: ignore[misc]
-    return value, first, second
-
-
 def _require_second_derivatives(
     params: Params, batch: Batch, direction: Params, forward: Forward
 ) -> None:
-    """InputError unless forward over forward is the symmetric difference of forward, on a few tokens.
+    """InputError unless Taylor mode has forward mode's slope and the bend of its symmetric difference.
 
     Compared are the hidden states, from which `readout.py` goes on in closed form, or else the logits:
     l and h follow from them by operations that are right, and would hide the rest where the policy is
@@ -208,42 +166,44 @@ def _require_second_derivatives(
     """
     (rows,) = microbatches(_first_tokens(batch), CHECKED_TOKENS)
 
-    def tangent(given: Params) -> tuple[Tensor, Tensor]:
-        def outputs(at: Params) -> Tensor:
-            hidden_TD: Tensor = forward.hidden(at, rows)
-            return hidden_TD if forward.readout is not None else forward.logits(at, hidden_TD)
+    def outputs(at: Params) -> Tensor:
+        hidden_TD: Tensor = forward.hidden(at, rows)
+        return hidden_TD if forward.readout is not None else forward.logits(at, hidden_TD)
 
-        value, tangent = jvp(outputs, (given,), (direction,))  # type: ignore[misc]
-        return value, tangent
+    def tangent(given: Params) -> Tensor:
+        with torch.no_grad(), ForwardMode():
+            slope: Tensor = jvp(outputs, (given,), (direction,))[1]
+        return slope
 
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm(), ForwardMode():
-            (value, first), (_, second) = jvp(tangent, (params,), (direction,))  # type: ignore[misc]
+        value, first, second = second_jvp(outputs, (params,), (direction,))
+        expected = tangent(params)
     except RuntimeError as error:  # NotImplementedError is one
         said = " ".join(str(error).split())[:200]
-        raise InputError(f"this model has no forward over forward mode: {said}") from error
+        raise InputError(f"this model has no derivatives in Taylor mode: {said}") from error
     scale, slope, bend = (float(x.double().norm()) for x in (value, first, second))
     # One over the length along the direction on which they bend, also where some of these are 0.
     rates = [bend / slope if slope else 0.0, math.sqrt(bend / scale) if scale else 0.0]
     rate = max(*rates, slope / scale if scale else 0.0) or tree.norm(direction)
     if rate == 0:
         return
-    # Truncation is (e rate)^2 and rounding eps / (e rate): least at eps^(1/3).
     eps = torch.finfo(first.dtype).eps
+    where = "logits" if forward.readout is None else "hidden states"
+    advice = "in Taylor mode; use second_difference() of two measured changes instead"
+    # A first derivative is good to some 30 eps (4e-6 measured in float32).
+    if not float((first - expected).double().norm()) <= 100 * eps * max(slope, scale * rate):
+        raise InputError(f"first derivatives of the {where} are not those of forward mode {advice}")
+    # Truncation is (e rate)^2 and rounding eps / (e rate): least at eps^(1/3).
     e = eps ** (1 / 3) / rate
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), ForwardMode():
-        plus, minus = (tangent(tree.axpy(sign * e, direction, params))[1] for sign in (1, -1))
+    plus, minus = (tangent(tree.axpy(sign * e, direction, params)) for sign in (1, -1))
     difference = (plus.double() - minus.double()) / (2 * e)
     gap, size = float((second.double() - difference).norm()), max(bend, float(difference.norm()))
     # Truncation; tiny policies of every architecture are below 4e-10 and 2e-4.
     bound = 1e-6 if eps < 1e-12 else 5e-3
-    # A first derivative is good to some 30 eps (4e-6 measured in float32), which e divides.
     if not gap <= bound * size + 100 * eps * slope / e:
-        where = "logits" if forward.readout is None else "hidden states"
         raise InputError(
             f"second derivatives of the {where} are off a symmetric difference of their first ones, by "
-            f"{gap / size:.2g} of it: an operation of this model is wrong in "
-            "forward over forward mode; use second_difference() of two measured changes instead"
+            f"{gap / size:.2g} of it: an operation of this model is wrong {advice}"
         )
 
 

@@ -1,18 +1,15 @@
 """Forward mode where torch's own is slow or missing: frozen linear layers, fused attention."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from .attention_along import attention_along
 from .replaced import Replaced
 from .transforms import Constants, derivatives, in_transform
-
-SCORES = 2**24  # attention scores held at once, in each of four tensors
 
 
 class ForwardMode(Replaced):
@@ -98,7 +95,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    followed = attn_mask is not None and derivatives(attn_mask)  # a trained bias of positions
+    # A trained bias of positions; a boolean mask made inside a transform counts as differentiated.
+    followed = attn_mask is not None and attn_mask.is_floating_point() and derivatives(attn_mask)
     if followed or max(derivatives(x) for x in (query, key, value)) != 1:
         return scaled_dot_product_attention(
             query,
@@ -131,7 +129,7 @@ def _dual_attention(
     (q, dq), (k, dk), (v, dv) = (unpack_dual(x) for x in (query, key, value))
     moved = [torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv))]
     out = scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale)
-    dual: Tensor = make_dual(out, _attention_along([q, k, v, out], moved, mask, is_causal, scale))
+    dual: Tensor = make_dual(out, attention_along([q, k, v, out], moved, mask, is_causal, scale))
     return dual
 
 
@@ -160,11 +158,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale Q K' + mask) V by the fused kernel, and its derivative along a direction.
-
-    With P the probabilities, S' = scale (Q' K' + Q K'') and E = P * S' (entry by entry, dots for the
-    transpose left out): O' = E V + P V' - rowsum(E) O.
-    """
+    """Attention by the fused kernel, and its derivative along a direction."""
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, settings: Constants) -> Tensor:
@@ -179,42 +173,4 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor, _: None) -> Tensor:
         mask, _, is_causal, scale = ctx.settings.values
-        return _attention_along(ctx.saved_tensors, (dquery, dkey, dvalue), mask, is_causal, scale)
-
-
-def _attention_along(
-    at: Sequence[Tensor],
-    moved: Sequence[Tensor],
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Float[Tensor, "n H Q d"]:
-    """The derivative at (query, key, value, output) where the first three move, rows by rows."""
-    query, key, *_ = at
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if is_causal:
-        mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-    rows = max(1, SCORES // (query.shape[1] * query.shape[2] * key.shape[2]))
-    outs = []
-    for i in range(0, len(query), rows):
-        part = slice(i, i + rows)
-        own = mask is not None and mask.dim() == 4 and len(mask) > 1
-        of_part = mask[part] if mask is not None and own else mask
-        given, along = ([x[part] for x in xs] for xs in (at, moved))
-        outs.append(_attention_tangent(given, along, of_part, scale))
-    return torch.cat(outs)
-
-
-def _attention_tangent(
-    given: Sequence[Tensor], moved: Sequence[Tensor], mask: Tensor | None, scale: float
-) -> Float[Tensor, "n H Q d"]:
-    (query, key, value, out), (dquery, dkey, dvalue) = given, moved
-    scores = (scale * query) @ key.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, -1)
-    del scores
-    # Q' K' + Q K'' in one product of twice the width
-    both, other = torch.cat([dquery, query], -1), torch.cat([key, dkey], -1)
-    e = p * ((scale * both) @ other.transpose(-1, -2))
-    return e @ value + p @ dvalue - e.sum(-1, keepdim=True) * out
+        return attention_along(ctx.saved_tensors, (dquery, dkey, dvalue), mask, is_causal, scale)

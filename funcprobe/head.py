@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from . import readout
+from . import readout, tree
 from .policy import Forward
+from .taylor import second_jvp
 from .transforms import Constants, derivatives, in_transform
 from .types import Params
 
@@ -107,12 +108,9 @@ def head_second_tangents(
     for *jet_nD, target_n in _chunks(*jet, target_T):
         head = partial(_plain, target_T=target_n, forward=forward)
 
-        def along(given: Params, value: Tensor, first: Tensor, head: Any = head) -> Any:
-            return jvp(head, (given, value), (direction, first))
-
         value, first, second = jet_nD
-        with torch.enable_grad():  # nested forward mode needs it, see curvature.py
-            (out, out1), (_, out2) = jvp(along, (params, value, first), (direction, first, second))  # type: ignore[misc]
+        still = tree.zeros(direction)
+        out, out1, out2 = second_jvp(head, (params, value), (direction, first), (still, second))
         outs.append((*out, *out1, *out2))
     return _joined(outs)
 

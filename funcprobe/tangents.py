@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import tree
 from .forward_mode import ForwardMode
-from .head import head_tangents, token_head
+from .head import head_gradient, head_tangents, token_head
 from .layout import MAX_TOKENS, collate, gather, in_microbatches, response_mask, scatter
 from .policy import Forward
 from .rows import Rows
@@ -68,10 +68,18 @@ def alpha_vjp(
 
     def one(rows: Rows) -> Tensor:
         sequence_n, index_T = rows.sequence_T.unique(return_inverse=True)
-        f = partial(_sequence_sums, rows=rows, index_T=index_T, p_NR=p_NR, q_NR=q_NR, forward=forward)
+        p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
         # The fused attention kernels have no double backward (pytorch #117629).
         with sdpa_kernel(SDPBackend.MATH):
-            h, pull_alpha = vjp(partial(_alpha_gradient_dot, f, params, mu), alpha_N[sequence_n])  # type: ignore[misc]
+            pull, row = _pullback(params, rows, p_T, q_T, forward)
+
+            def dot(alpha_n: Tensor) -> Float[Tensor, ""]:
+                """h(alpha) = <d/d theta sum_i alpha_i f_i, mu>."""
+                alpha_T = alpha_n[index_T].to(row)
+                (grads,) = pull(alpha_T.view(-1, *[1] * (row.dim() - 1)) * row)
+                return torch.stack([(grads[name] * mu[name]).sum() for name in params]).sum()
+
+            h, pull_alpha = vjp(dot, alpha_N[sequence_n])  # type: ignore[misc]
             with torch.no_grad():
                 (s_n,) = pull_alpha(torch.ones_like(h))
         return tree.f64(s_n)
@@ -109,22 +117,25 @@ def _hidden_along(
     return hidden_TD, dhidden_TD
 
 
-def _sequence_sums(
-    params: Params, *, rows: Rows, index_T: Tensor, p_NR: Tensor, q_NR: Tensor, forward: Forward
-) -> Float[Tensor, " n"]:
-    """f_i = sum_k (p_ik l_ik + q_ik h_ik) of a microbatch's sequences."""
-    logp_T, entropy_T = token_head(params, forward.hidden(params, rows), rows.target_T, forward)
-    f_T = gather(p_NR, rows).to(logp_T) * logp_T + gather(q_NR, rows).to(logp_T) * entropy_T
-    return f_T.new_zeros(int(index_T.max()) + 1).index_add(0, index_T.to(f_T.device), f_T)
+def _pullback(
+    params: Params, rows: Rows, p_T: Tensor, q_T: Tensor, forward: Forward
+) -> tuple[Callable[[Tensor], tuple[Params]], Tensor]:
+    """A linear map to gradients, and x where alpha_t x_t goes to d/d theta sum_t alpha_t f_t.
 
+    f_t = p_t l_t + q_t h_t. Where only the backbone is trained the map is its pullback, and x are the
+    rows d f_t / d hidden_t, [T, D], in closed form; else x are ones, [T].
+    """
+    if forward.readout is not None:
+        hidden_TD, pull = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
+        row_TD, _ = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
+        return pull, row_TD
 
-def _alpha_gradient_dot(
-    f: Callable[[Params], Tensor], params: Params, mu: Params, alpha_n: Tensor
-) -> Float[Tensor, ""]:
-    """h(alpha) = <d/d theta sum_i alpha_i f_i, mu>."""
-    f_n, pull = vjp(f, params)  # type: ignore[misc]
-    (grads,) = pull(alpha_n.to(f_n))
-    return torch.stack([(grads[name] * mu[name]).sum() for name in params]).sum()
+    def f(given: Params) -> Float[Tensor, " T"]:
+        logp_T, entropy_T = token_head(given, forward.hidden(given, rows), rows.target_T, forward)
+        return p_T.to(logp_T) * logp_T + q_T.to(logp_T) * entropy_T
+
+    f_T, pull = vjp(f, params)  # type: ignore[misc]
+    return pull, torch.ones_like(f_T)
 
 
 def aligned(direction: Params, params: Params) -> Params:

@@ -165,7 +165,9 @@ def test_responses_sampled_anew_and_the_exact_second_order_are_stages(ran) -> No
     found = by_stage(document)
     assert found["sample E at eta 30"]["passes"] == {"fresh": 1}
     assert found["sample E at eta 30"]["generation_tokens"] > 0
-    assert found["second order"]["passes"]["E"] == pytest.approx(1, abs=0.1)  # and its check of itself
+    assert found["second order"]["passes"]["E"] == pytest.approx(
+        1, abs=0.15
+    )  # and its check: four of 8 tokens
     assert " 1 over fresh" in outcome.out
 
 

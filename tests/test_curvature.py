@@ -10,7 +10,7 @@ from conftest import random_batch, random_like, tiny_policy
 from peft import get_peft_model
 
 import funcprobe
-from funcprobe import Entropy, InputError, TokenStats, curvature, estimators, tree
+from funcprobe import Entropy, InputError, TokenStats, curvature, estimators, taylor, taylor_rules, tree
 from funcprobe.weights import by_unit, importance_weights
 
 ESTIMATORS = [
@@ -118,12 +118,8 @@ def test_plain_layer_norm_is_layer_norm(affine):
     norm = torch.nn.LayerNorm((4, 5), eps=0.1, elementwise_affine=affine, dtype=torch.float64)
     for p in norm.parameters():
         torch.nn.init.normal_(p)
-    expected = norm(x)
-    with curvature._PlainLayerNorm():
-        found = norm(x)
-        by_name = torch.layer_norm(x, (4, 5), norm.weight, norm.bias, 0.1)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(by_name, expected, rtol=1e-13, atol=1e-13)
+    found = taylor_rules._layer_norm(x, (4, 5), norm.weight, norm.bias, 0.1)
+    torch.testing.assert_close(found, norm(x), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -132,64 +128,84 @@ def test_wrong_nested_forward_mode_is_refused(monkeypatch, dtype):
     probe = funcprobe.bind(architecture("gpt2").to(dtype), max_tokens=64)
     v = tree.scale(0.02, random_like(probe.params))
     seconds(probe, BATCH, v)
-    monkeypatch.setattr(curvature, "_PlainLayerNorm", torch.overrides.BaseTorchFunctionMode)
+    monkeypatch.setattr(taylor, "COMPOSED", {})
     with pytest.raises(InputError, match=r"second derivatives .* off a symmetric difference"):
         seconds(probe, BATCH, v)
 
 
-class ZeroBend(torch.autograd.Function):
-    """sin, whose jvp of jvp is 0 as pytorch #197867 has it."""
+class Unseen(torch.autograd.Function):
+    """sin(c x), whose body Taylor mode does not see, so that all derivatives are 0 there."""
 
     @staticmethod
-    def forward(x):
-        return x.sin()
+    def forward(x, c):
+        with torch._C.DisableTorchFunctionSubclass():
+            return (c * x).sin()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_forward(*inputs)
-        ctx.save_for_backward(*inputs)
+        x, ctx.c = inputs
+        ctx.save_for_forward(x)
 
     @staticmethod
-    def jvp(ctx, tangent):
-        return ctx.saved_tensors[0].detach().cos() * tangent
+    def jvp(ctx, tangent, _):
+        return ctx.c * (ctx.c * ctx.saved_tensors[0]).cos() * tangent
+
+
+def spoilt(forward, spoil, where):
+    """The policy with its logits or hidden states through a function."""
+    if where == "logits":
+        logits = forward.logits
+        return forward._replace(logits=lambda p, h: spoil(logits(p, h)), readout=None)
+    hidden = forward.hidden
+    return forward._replace(hidden=lambda params, rows: spoil(hidden(params, rows)))
+
+
+@pytest.mark.parametrize("where", ["logits", "hidden states"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_that_are_not_seen_are_refused(dtype, where):
+    probe = funcprobe.bind(tiny_policy(dtype=dtype), max_tokens=64)
+    v = tree.scale(0.05, random_like(probe.params))
+    wrong = spoilt(probe.forward, lambda x: Unseen.apply(x, 1.0), where)
+    with pytest.raises(InputError, match=f"first derivatives of the {where} are not those of forward"):
+        funcprobe.second_tangents(probe.params, BATCH, v, wrong)
+
+
+@pytest.mark.parametrize("where", ["logits", "hidden states"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_derivative_of_false_zeros_is_refused(monkeypatch, dtype, where):
+    """A rule without its bend, for a function of which the first derivative is right."""
+    probe = funcprobe.bind(tiny_policy(dtype=dtype), max_tokens=64)
+    v = tree.scale(0.05, random_like(probe.params))
+    wrong = spoilt(probe.forward, torch.sin, where)
+    funcprobe.second_tangents(probe.params, BATCH, v, wrong)
+
+    def straight(jet):
+        x, *parts = jet
+        return taylor_rules.Jet(x.sin(), *(None if y is None else x.cos() * y for y in parts))
+
+    monkeypatch.setitem(taylor_rules.RULES, torch.sin, straight)
+    with pytest.raises(InputError, match=f"of the {where} are off a symmetric difference"):
+        funcprobe.second_tangents(probe.params, BATCH, v, wrong)
+
+
+class OnlyReverse(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
+        return grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_second_derivative_of_false_zeros_is_refused(monkeypatch, dtype):
-    probe = funcprobe.bind(tiny_policy(dtype=dtype), max_tokens=64)
-    v = tree.scale(0.05, random_like(probe.params))
-    seconds(probe, BATCH, v)
-    logits = probe.forward.logits
-    in_head = {"logits": lambda params, hidden: ZeroBend.apply(logits(params, hidden)), "readout": None}
-    hidden_states = probe.forward.hidden
-    in_body = {"hidden": lambda params, rows: ZeroBend.apply(hidden_states(params, rows))}
-    for wrong, where in ((in_head, "logits"), (in_body, "hidden states")):
-        with pytest.raises(InputError, match=f"of the {where} are off a symmetric difference"):
-            funcprobe.second_tangents(probe.params, BATCH, v, probe.forward._replace(**wrong))
-
-
-def test_a_model_without_nested_forward_mode_is_refused(probe64, direction):
-    class OnlyReverse(torch.autograd.Function):
-        @staticmethod
-        def forward(x):
-            return x.clone()
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            pass
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad
-
-    wrong = probe64.forward._replace(
-        logits=lambda p, h: OnlyReverse.apply(probe64.forward.logits(p, h)), readout=None
-    )
-    with pytest.raises(InputError, match="no forward over forward mode"):
+@pytest.mark.parametrize("spoil", [OnlyReverse.apply, lambda x: x.mul_(1.0)])
+def test_a_model_without_derivatives_in_taylor_or_forward_mode_is_refused(probe64, direction, spoil):
+    wrong = spoilt(probe64.forward, spoil, "logits")
+    with pytest.raises(InputError, match="no derivatives in Taylor mode"):
         funcprobe.second_tangents(probe64.params, BATCH, direction, wrong)
 
 

@@ -8,17 +8,19 @@ import torch
 from architectures import ADAPTERS, ARCHITECTURES
 from conftest import random_batch, random_like
 from policies import make_policy
+from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcprobe
-from funcprobe import forward_mode
+from funcprobe import attention_along
 from funcprobe.forward_mode import ForwardMode
 from funcprobe.layout import microbatches
 from funcprobe.policy import frozen_forward, trainable_params
 from funcprobe.rows import packed_rows, plain_rows
+from funcprobe.taylor import second_jvp
 from funcprobe.transforms import derivatives, in_transform
 
 
@@ -50,8 +52,18 @@ def both(call):
     """(with the mode, without it) under MATH, the only one of torch's that has a forward mode."""
     with ForwardMode(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         ours = call()
+    return ours, plain(call)
+
+
+def plain(call):
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        return ours, call()
+        return call()
+
+
+def dual(f, at, along):
+    """(f, f') on forward_ad's level, as `tangents` works, with the mode and fused attention."""
+    with torch.no_grad(), ForwardMode(), forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(*map(forward_ad.make_dual, at, along)))
 
 
 # Linear layers: what is differentiated of x, W and b.
@@ -82,6 +94,7 @@ def test_linear_layers(case):
     for call in (lambda: jvp(f, at, along), lambda: twice(f, at, along)):
         ours, theirs = both(call)
         close(ours, theirs)
+    close(dual(f, at, along), plain(lambda: jvp(f, at, along)))
     # Reverse mode, and reverse of forward, where the mode is on.
     cotangent = draw(*f(*at).shape, seed=7)
     close(*both(lambda: vjp(f, *at)[1](cotangent)))
@@ -184,22 +197,27 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("scores", [forward_mode.SCORES, 1, 2 * HEADS * Q * K])
+@pytest.mark.parametrize("scores", [attention_along.SCORES, 1, 2 * HEADS * Q * K])
 @pytest.mark.parametrize("case", ATTENTION)
 def test_attention(monkeypatch, case, scores):
     """All sequences at once, one at a time, and two and one."""
-    monkeypatch.setattr(forward_mode, "SCORES", scores)
+    monkeypatch.setattr(attention_along, "SCORES", scores)
     heads, keys, settings = ATTENTION[case]
     f, at, along = attention(heads, keys, **settings)
     close(*both(lambda: jvp(f, at, along)))
     close(*both(lambda: twice(f, at, along)))
+    close(dual(f, at, along), plain(lambda: jvp(f, at, along)))
+    value, first, _, second = plain(lambda: twice(f, at, along))
+    close(second_jvp(f, at, along), (value, first, second))
     # One of the three alone: the others have no tangent.
     for i in range(3):
 
         def of_one(x, i=i):
             return f(*at[:i], x, *at[i + 1 :])
 
-        close(*both(lambda i=i, of_one=of_one: jvp(of_one, at[i : i + 1], along[i : i + 1])))
+        alone = at[i : i + 1], along[i : i + 1]
+        close(*both(lambda of_one=of_one, alone=alone: jvp(of_one, *alone)))
+        close(dual(of_one, *alone), plain(lambda of_one=of_one, alone=alone: jvp(of_one, *alone)))
     # The fused kernel's value, to the bit, where torch has no forward mode for it at all.
     with ForwardMode(), torch.no_grad():
         value, _ = jvp(f, at, along)

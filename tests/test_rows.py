@@ -362,9 +362,11 @@ class ShiftedMLP(LlamaMLP):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_model_that_mixes_tokens_outside_of_attention_is_found_out(dtype):
-    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        shifted = ShiftedMLP(base.config)
     mlp = base.model.layers[1].mlp
-    shifted = ShiftedMLP(base.config)
     shifted.load_state_dict(mlp.state_dict())
     base.model.layers[1].mlp = shifted
     model = make_policy("llama", dtype=dtype, base=base)

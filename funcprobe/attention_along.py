@@ -1,0 +1,100 @@
+"""Derivatives of softmax(scale Q K^T + mask) V along a direction, a few rows of a batch at a time.
+
+With S the scores, P = softmax(S), <.> the mean over P of a row, and primes for derivatives along the
+direction (T for the transpose):
+
+    S'  = scale (Q' K^T + Q K'^T)                   P'  = P * d,  d = S' - <S'>
+    S'' = scale (Q'' K^T + 2 Q' K'^T + Q K''^T)     P'' = P * (S'' - <S''> + d^2 - <d^2>)
+    O'  = P' V + P V'                               O'' = P'' V + 2 P' V' + P V''
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+SCORES = 2**24  # attention scores held at once, in each of several tensors
+
+Mask = Bool[Tensor, "..."] | Float[Tensor, "..."] | None
+
+
+def attention_along(
+    at: Sequence[Tensor],
+    moved: Sequence[Tensor],
+    mask: Mask,
+    is_causal: bool,
+    scale: float | None,
+) -> Float[Tensor, "n H Q d"]:
+    """O' at (query, key, value, output) where the first three move; all [n, H, Q or K, d]."""
+    (out,) = _by_rows(_first, at[1].shape[-2], [*at, *moved], mask, is_causal, scale)
+    return out
+
+
+def attention_twice_along(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    value: Sequence[Tensor],
+    mask: Mask,
+    is_causal: bool,
+    scale: float | None,
+) -> Sequence[Float[Tensor, "n H Q d"]]:
+    """(O, O', O'') where each of the three is given with its first two derivatives."""
+    given = [*query, *key, *value]
+    return _by_rows(_second, key[0].shape[-2], given, mask, is_causal, scale)
+
+
+def _first(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, ...]:
+    query, key, value, out, dquery, dkey, dvalue = given
+    p = torch.softmax(_masked((scale * query) @ key.mT, mask), -1)
+    # Q' K + Q K' in one product of twice the width
+    e = p * (torch.cat([scale * dquery, scale * query], -1) @ torch.cat([key, dkey], -1).mT)
+    # P' V = E V - rowsum(E) O with E = P * S'
+    return (e @ value + p @ dvalue - e.sum(-1, keepdim=True) * out,)
+
+
+def _second(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, ...]:
+    query, dquery, ddquery, key, dkey, ddkey, value, dvalue, ddvalue = given
+    query, dquery, ddquery = scale * query, scale * dquery, scale * ddquery
+    p = torch.softmax(_masked(query @ key.mT, mask), -1)
+    d = torch.cat([dquery, query], -1) @ torch.cat([key, dkey], -1).mT
+    d = d.sub_((p * d).sum(-1, keepdim=True))
+    dp = p * d
+    bend = torch.cat([ddquery, 2 * dquery, query], -1) @ torch.cat([key, dkey, ddkey], -1).mT
+    ddp = bend.addcmul_(d, d).mul_(p)
+    ddp = ddp.sub_(p * ddp.sum(-1, keepdim=True))
+    # Each of P, P' and P'' meets all of V that it is multiplied with in one product.
+    of_p = p @ torch.cat([value, dvalue, ddvalue], -1)
+    of_dp = dp @ torch.cat([value, 2 * dvalue], -1)
+    out, first, second = of_p.split(value.shape[-1], -1)
+    first_too, second_too = of_dp.split(value.shape[-1], -1)
+    return out, first + first_too, second + second_too + ddp @ value
+
+
+def _masked(scores: Tensor, mask: Mask) -> Tensor:
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _by_rows(
+    f: Callable[[Sequence[Tensor], Mask, float], tuple[Tensor, ...]],
+    keys: int,
+    given: Sequence[Tensor],
+    mask: Mask,
+    is_causal: bool,
+    scale: float | None,
+) -> Sequence[Tensor]:
+    """f of as many rows at a time as SCORES allows, joined; `given` begins with the query."""
+    query = given[0]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if is_causal:
+        mask = query.new_ones(query.shape[-2], keys, dtype=torch.bool).tril()
+    rows = max(1, SCORES // (query.shape[1] * query.shape[2] * keys))
+    outs = []
+    for i in range(0, len(query), rows):
+        part = slice(i, i + rows)
+        own = mask is not None and mask.dim() == 4 and len(mask) > 1
+        of_part = mask[part] if mask is not None and own else mask
+        outs.append(f([x[part] for x in given], of_part, scale))
+    return outs[0] if len(outs) == 1 else [torch.cat(column) for column in zip(*outs, strict=True)]

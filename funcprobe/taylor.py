@@ -1,0 +1,113 @@
+"""Taylor mode: a function's value with its first two derivatives along a path, in one evaluation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .taylor_rules import COMPOSED, RULES, Jet, moves, or_zeros
+
+
+def second_jvp(
+    f: Callable[..., Any], at: Any, direction: Any, bend: Any = None
+) -> tuple[Any, Any, Any]:
+    """(f, df/dt, d2f/dt2) at t = 0 along at + t direction + t^2 bend / 2.
+
+    `at`, the tuple of f's arguments, `direction` and `bend` (None: zeros) are alike trees of tensors,
+    and each result is a tree as f's. f may call every torch function that does not write into a
+    tensor: those in `taylor_rules` by their rules, the others by nested torch.func.jvp, one at a
+    time. No graph is kept. Raises NotImplementedError for functions that write, RuntimeError where
+    torch has no derivative.
+    """
+    values, spec = optree.tree_flatten(at)
+    firsts = optree.tree_leaves(direction)
+    seconds = [None] * len(values) if bend is None else optree.tree_leaves(bend)
+    jets = map(_tensor, map(Jet, values, firsts, seconds))
+    with torch.no_grad():
+        out = f(*optree.tree_unflatten(spec, jets))
+    return tuple(optree.tree_map(lambda x, n=n: _part(x, n), out) for n in range(3))  # type: ignore[return-value,misc]
+
+
+class JetTensor(Tensor):
+    """A tensor with a jet, of which it is the value; torch functions of it give jets."""
+
+    jet: Jet
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in COMPOSED:
+            return COMPOSED[func](*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            rule, out = RULES.get(func), NotImplemented
+            if rule is not None:
+                given = [_jets(x) for x in args]
+                out = rule(*given, **{name: _jets(x) for name, x in kwargs.items()})
+            if out is NotImplemented:
+                return _nested(func, args, kwargs)
+            return _tensor(out) if isinstance(out, Jet) else type(out)(map(_tensor, out))
+
+
+def _tensor(jet: Jet) -> Tensor:
+    """Constants and integers stay plain tensors."""
+    if (jet.first is None and jet.second is None) or not moves(jet.value):
+        return jet.value
+    tensor = jet.value.as_subclass(JetTensor)
+    tensor.jet = jet
+    return tensor
+
+
+def _jets(x: Any) -> Any:
+    """The jets of tensors, also within a list or tuple."""
+    if isinstance(x, JetTensor):
+        return x.jet
+    return [_jets(y) for y in x] if type(x) in {list, tuple} and any(map(moves, x)) else x
+
+
+def _part(x: Any, order: int) -> Any:
+    jet = x.jet if isinstance(x, JetTensor) else Jet(x)
+    return or_zeros(jet[order], jet.value) if order else jet.value
+
+
+def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Any function by forward over forward mode; its value alone where nothing of it can move."""
+    name = getattr(func, "__name__", str(func))
+    if "out" in kwargs or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        raise NotImplementedError(f"{name} writes into a tensor that derivatives go through")
+    given: Any = (args, dict(kwargs))
+    leaves, spec = optree.tree_flatten(given)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, JetTensor)]
+
+    def call(*values: Tensor) -> Any:
+        instead = dict(zip(places, values, strict=True))
+        args, kwargs = optree.tree_unflatten(spec, [instead.get(i, x) for i, x in enumerate(leaves)])
+        return func(*args, **kwargs)
+
+    def moving(*values: Tensor) -> list[Tensor]:
+        return [x for x in optree.tree_leaves(call(*values)) if moves(x)]
+
+    # Expanded tensors are no tangents: several of their entries are one place in memory.
+    value, first, second = ([_part(leaves[i], n).contiguous() for i in places] for n in range(3))
+    outs, out_spec = optree.tree_flatten(call(*value))
+    if not any(map(moves, outs)):  # shapes, comparisons, indices
+        return optree.tree_unflatten(out_spec, outs)
+
+    def along(*both: Tensor) -> Any:
+        return jvp(moving, both[: len(places)], both[len(places) :])
+
+    # Nested forward mode needs grad mode (torch 2.13: "forward AD with aten::silu_backward"), though
+    # nothing here requires a gradient; the fused attention kernels have none (pytorch #128971).
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        _, (slopes, bends) = jvp(along, (*value, *first), (*first, *second))  # type: ignore[misc]
+    moved = iter(map(Jet, moving(*value), slopes, bends))
+    return optree.tree_unflatten(out_spec, [_tensor(next(moved)) if moves(x) else x for x in outs])

@@ -1,0 +1,278 @@
+"""Second derivatives along a path: every rule against reverse mode over reverse mode, in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from funcprobe import taylor
+from funcprobe.taylor import second_jvp
+from funcprobe.taylor_rules import COMPOSED, RULES
+
+
+def draw(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def by_reverse_mode(f, at, direction, bend):
+    """f, d/dt and d2/dt2 of f(at + t direction + t^2 bend / 2), entry by entry, from autograd."""
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    path = [x + t * v + t * t * a / 2 for x, v, a in zip(at, direction, bend, strict=True)]
+    with sdpa_kernel(SDPBackend.MATH):  # the only one that has second derivatives
+        out = f(*path)
+    rows = []
+    for entry in out.flatten():
+        first = slope(entry, t)
+        rows.append((entry, first, slope(first, t)))
+    return [torch.stack(column).reshape(out.shape).detach() for column in zip(*rows, strict=True)]
+
+
+def slope(y, t):
+    if not y.requires_grad:
+        return torch.zeros(())
+    (found,) = torch.autograd.grad(y, t, create_graph=True, materialize_grads=True)
+    return found
+
+
+X, C, M = draw(3, 4, seed=1), draw(4, seed=2), draw(4, 5, seed=3)
+FIRST = (3, 4)
+PAIR = [(3, 4), (4,)]  # the second is broadcast
+# name -> (f of jets alone, their shapes); constants are closed over.
+MAPS = {
+    "view": lambda x: x.view(2, 6),
+    "reshape": lambda x: torch.reshape(x.T, (2, 6)),
+    "transpose": lambda x: x.transpose(0, 1),
+    "permute": lambda x: x.permute(1, 0),
+    "contiguous": lambda x: x.T.contiguous(),
+    "to": lambda x: x.to(torch.float32).to(x.dtype) if x.dtype == torch.float32 else x.to(x.dtype),
+    "to like another": lambda x: x.to(C),
+    "float": lambda x: x.float(),
+    "double": lambda x: x.double(),
+    "clone": lambda x: x.clone(),
+    "__getitem__": lambda x: x[1:, [0, 2]],
+    "cat": lambda x: torch.cat([x, 2 * x], -1),
+    "cat with a constant": lambda x: torch.cat([x, X]),
+    "concat": lambda x: torch.concat((x, x * x)),
+    "stack": lambda x: torch.stack([x, -x], 1),
+    "split": lambda x: x.split(2, -1)[1],
+    "chunk": lambda x: x.chunk(2, -1)[0],
+    "unbind": lambda x: x.unbind(1)[3],
+    "neg": lambda x: -x,
+    "negative": torch.negative,
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "sum": lambda x: x.sum(0),
+    "expand": lambda x: x[:, None].expand(3, 2, 4),
+    "unsqueeze": lambda x: x.unsqueeze(1),
+    "squeeze": lambda x: x[:1].squeeze(0),
+    "flatten": lambda x: x.flatten(),
+    "unflatten": lambda x: x.unflatten(1, (2, 2)),
+    "t": lambda x: x.t(),
+    "T": lambda x: x.T,
+    "mT": lambda x: x.mT,
+    "repeat": lambda x: x.repeat(2, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 0),
+    "index_select": lambda x: x.index_select(1, torch.tensor([3, 0, 0])),
+    "select": lambda x: x.select(0, 2),
+    "narrow": lambda x: x.narrow(1, 1, 2),
+    "movedim": lambda x: x.movedim(0, 1),
+    "swapaxes": lambda x: x.swapaxes(0, 1),
+    "flip": lambda x: x.flip(0),
+    "roll": lambda x: x.roll(1, 1),
+}
+CASES = {
+    **{name: (f, [FIRST]) for name, f in MAPS.items()},
+    "add": (lambda x, y: x + y, PAIR),
+    "add, the wider second": (lambda x, y: y + x, PAIR),
+    "add a constant": (lambda y: y + X, [(4,)]),
+    "add from the right": (lambda x: 1 + x, [FIRST]),
+    "add, scaled": (lambda x, y: torch.add(x, y, alpha=3), PAIR),
+    "sub": (lambda x, y: x - y, PAIR),
+    "sub from a constant": (lambda y: torch.sub(X, y), [(4,)]),
+    "sub from a number": (lambda x: 1 - x, [FIRST]),
+    "sub, scaled": (lambda x, y: torch.sub(x, y, alpha=3), PAIR),
+    "mul": (lambda x, y: x * y, PAIR),
+    "mul by itself": (lambda x: x * x, [FIRST]),
+    "mul by a constant": (lambda x: x * C, [FIRST]),
+    "mul of a constant": (lambda y: X * y, [(4,)]),
+    "mul by a number": (lambda x: 3 * x, [FIRST]),
+    "mul of two precisions": (lambda x, y: x.float() * y, PAIR),
+    "multiply": (torch.multiply, PAIR),
+    "div": (lambda x: torch.div(x, C), [FIRST]),
+    "div by a jet": (lambda x, y: x / y, PAIR),
+    "true_divide": (lambda x: torch.true_divide(x, 2), [FIRST]),
+    "matmul": (lambda x, y: x @ y, [(2, 3, 4), (4, 5)]),
+    "mm": (torch.mm, [(3, 4), (4, 5)]),
+    "mm with a constant": (lambda x: torch.mm(x, M), [FIRST]),
+    "bmm": (torch.bmm, [(2, 3, 4), (2, 4, 5)]),
+    "linear": (functional.linear, [(2, 3, 4), (5, 4), (5,)]),
+    "linear, narrow": (functional.linear, [(2, 3, 4), (2, 4), (2,)]),
+    "linear, by name": (
+        lambda x, w: functional.linear(input=x * x, weight=w, bias=None),
+        [(3, 4), (2, 4)],
+    ),
+    "linear, narrow, frozen bias": (lambda x, w: functional.linear(x, w, C[:2]), [(3, 4), (2, 4)]),
+    "linear, frozen": (lambda x: functional.linear(x, M.T, M[0]), [FIRST]),
+    "linear of a constant": (lambda w: functional.linear(X, w), [(5, 4)]),
+    "linear, bias alone": (lambda b: functional.linear(X, M.T, b), [(5,)]),
+    "addmm": (torch.addmm, [(5,), (3, 4), (4, 5)]),
+    "addmm, frozen": (lambda x: torch.addmm(M[0], x, M), [FIRST]),
+    "addmm, scaled": (lambda x: torch.addmm(M[0], x, M, beta=2, alpha=3), [FIRST]),
+    "silu": (functional.silu, [FIRST]),
+    "silu of a jet that bends": (lambda x: functional.silu(x * x), [FIRST]),
+    "pow": (lambda x: x.pow(3), [FIRST]),
+    "pow, squared": (lambda x: x**2, [FIRST]),
+    "pow to the one half": (lambda x: (x * x + 1).pow(0.5), [FIRST]),
+    "pow to a jet": (lambda x, y: (x * x + 1).pow(y), PAIR),
+    "rsqrt": (lambda x: torch.rsqrt(x * x + 1), [FIRST]),
+    "tanh": (torch.tanh, [FIRST]),
+    "dropout": (lambda x: functional.dropout(x, 0.3, training=False), [FIRST]),
+    "scaled_dot_product_attention": (
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True),
+        [(2, 2, 3, 4)] * 3,
+    ),
+    "layer_norm": (lambda x, w, b: functional.layer_norm(x, (4,), w, b), [(3, 4), (4,), (4,)]),
+    "layer_norm of two axes": (lambda x: torch.layer_norm(x, (3, 4)), [(2, 3, 4)]),
+    # Without a rule
+    "softmax": (lambda x: x.softmax(-1), [FIRST]),
+    "gelu": (lambda x: functional.gelu(x, approximate="tanh"), [FIRST]),
+    "rms_norm": (lambda x, w: functional.rms_norm(x, (4,), w), [(3, 4), (4,)]),
+    "einsum": (lambda x, y: torch.einsum("ij,kj->ik", x, y), [(3, 4), (5, 4)]),
+    "where": (lambda x: torch.where(X > 0, x.exp(), 0.0), [FIRST]),
+    "topk": (lambda x: (x * x).topk(2, -1).values, [FIRST]),
+    "several results": (lambda x: torch.sub(*torch.var_mean(x, -1)), [FIRST]),
+    "another's shape": (lambda x, y: y.expand_as(x).exp(), PAIR),
+    "a constant of its shape": (lambda x: x * torch.ones_like(x) + x.new_zeros(x.shape), [FIRST]),
+    "an expanded derivative": (lambda y: (y + X[:, :1]).exp(), [(4,)]),
+    "detached": (lambda x: x * x.detach(), [FIRST]),
+}
+# Numbers of size 1 through a few operations, in float64; some cases pass through float32.
+ROUNDING = {"float": 1e-6, "mul of two precisions": 1e-6}
+
+
+def paths(shapes):
+    return [[draw(*s, seed=10 * n + i) for i, s in enumerate(shapes)] for n in (1, 2, 3)]
+
+
+def require_close(found, expected, bound=1e-13):
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert type(a) is Tensor
+        assert not a.requires_grad
+        assert float((a - b).norm()) <= bound * max(1.0, float(b.norm()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_reverse_mode(name):
+    """Along a curve, along a line, and where one argument alone moves."""
+    f, shapes = CASES[name]
+    at, direction, bend = paths(shapes)
+    still = [torch.zeros_like(x) for x in at]
+    bound = ROUNDING.get(name, 1e-13)
+    found = second_jvp(f, tuple(at), tuple(direction), tuple(bend))
+    require_close(found, by_reverse_mode(f, at, direction, bend), bound)
+    found = second_jvp(f, tuple(at), tuple(direction))
+    require_close(found, by_reverse_mode(f, at, direction, still), bound)
+    for i in range(len(at) if len(at) > 1 else 0):
+
+        def alone(x, i=i):
+            return f(*at[:i], x, *at[i + 1 :])
+
+        part = slice(i, i + 1)
+        found = second_jvp(alone, tuple(at[part]), tuple(direction[part]))
+        require_close(found, by_reverse_mode(alone, at[part], direction[part], still[part]), bound)
+
+
+def test_every_rule_has_a_case(monkeypatch):
+    """By name, as torch's function and the method of a name are one rule."""
+    used = set()
+
+    class Recorded(dict):
+        def get(self, func, default=None):
+            used.add(func.__name__ if func in self else None)
+            return super().get(func, default)
+
+    monkeypatch.setattr(taylor, "RULES", Recorded(RULES))
+    monkeypatch.setattr(taylor, "COMPOSED", {})
+    for f, shapes in CASES.values():
+        at, direction, _ = paths(shapes)
+        second_jvp(f, tuple(at), tuple(direction))
+    assert {func.__name__ for func in RULES} <= used
+    assert {func.__name__ for func in COMPOSED} == {"layer_norm"}
+
+
+def test_a_rule_takes_products_with_a_constant_three_times():
+    at, direction, bend = paths([FIRST])
+    with FlopCounterMode(display=False) as counter:
+        second_jvp(lambda x: functional.linear(x, M.T), tuple(at), tuple(direction), tuple(bend))
+    assert counter.get_total_flops() == 3 * 2 * 3 * 4 * 5
+
+
+def test_trees_constants_and_integers():
+    x = draw(3, seed=1)
+    at = ({"b": x, "a": 2 * x},)
+
+    def f(given):
+        assert given["a"].shape == (3,)
+        assert bool((given["a"] > given["b"]).any())
+        return {"y": given["a"] * given["b"], "n": given["a"].argmax(), "c": x}
+
+    value, first, second = second_jvp(f, at, ({"b": torch.ones(3).double(), "a": x},))
+    torch.testing.assert_close(first["y"], 2 * x + x * x)
+    torch.testing.assert_close(second["y"], 2 * x)
+    assert value["n"] == (2 * x).argmax()
+    assert not first["c"].any()
+    assert not second["c"].any()
+
+
+WRITES = {
+    "add_": lambda x: x.add_(1.0),
+    "__setitem__": lambda x: x.__setitem__(0, 1.0),
+    "out": lambda x: torch.add(x, x, out=torch.empty(3, 4).double()),
+    "__iadd__": lambda x: x.__iadd__(1.0),
+    "into a constant": lambda x: torch.zeros(3, 4).double().add_(x),
+    "into a part of a constant": lambda x: torch.zeros(3, 4).double().__setitem__(0, x[0]),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writing_is_refused(name):
+    at, direction, _ = paths([FIRST])
+    before = at[0].clone()
+    with pytest.raises(NotImplementedError, match="writes into a tensor"):
+        second_jvp(WRITES[name], tuple(at), tuple(direction))
+    assert torch.equal(at[0], before)
+
+
+def test_an_autograd_function_is_followed_inside():
+    """Its body is torch functions; its own derivatives, wrong here, are not asked for."""
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x**3
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx, dx):
+            return dx
+
+    at, direction, bend = paths([FIRST])
+    found = second_jvp(Cube.apply, tuple(at), tuple(direction), tuple(bend))
+    require_close(found, by_reverse_mode(lambda x: x**3, at, direction, bend))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_is_nothing_but_in_training(training, rate):
+    at, direction, _ = paths([FIRST])
+    _, first, _ = second_jvp(
+        lambda x: functional.dropout(x, rate, training), tuple(at), tuple(direction)
+    )
+    same = torch.equal(first, direction[0])
+    assert same == (rate == 0 or not training)
