@@ -82,7 +82,8 @@ def _part(x: Any, order: int) -> Any:
 def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Any function by forward over forward mode; its value alone where nothing of it can move."""
     name = getattr(func, "__name__", str(func))
-    if "out" in kwargs or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+    writes = "out" in kwargs or bool(kwargs.get("inplace"))
+    if writes or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
         raise NotImplementedError(f"{name} writes into a tensor that derivatives go through")
     given: Any = (args, dict(kwargs))
     leaves, spec = optree.tree_flatten(given)

@@ -168,7 +168,8 @@ def _elementwise(
     derivatives: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Any, **kwargs: Any
 ) -> Any:
     """y = f(x) entry by entry, from x -> (y, dy/dx, d2y/dx2)."""
-    if kwargs or not isinstance(args[0], Jet) or any(map(moves, args[1:])):
+    others = kwargs.items() - {("inplace", False)}  # as nn.SiLU says
+    if others or not args or not isinstance(args[0], Jet) or any(map(moves, args[1:])):
         return NotImplemented
     x = args[0]
     y, slope, bend = derivatives(x.value, *args[1:])

@@ -121,6 +121,7 @@ CASES = {
     "addmm, frozen": (lambda x: torch.addmm(M[0], x, M), [FIRST]),
     "addmm, scaled": (lambda x: torch.addmm(M[0], x, M, beta=2, alpha=3), [FIRST]),
     "silu": (functional.silu, [FIRST]),
+    "silu as a module": (torch.nn.SiLU(), [FIRST]),
     "silu of a jet that bends": (lambda x: functional.silu(x * x), [FIRST]),
     "pow": (lambda x: x.pow(3), [FIRST]),
     "pow, squared": (lambda x: x**2, [FIRST]),
@@ -232,6 +233,7 @@ WRITES = {
     "__setitem__": lambda x: x.__setitem__(0, 1.0),
     "out": lambda x: torch.add(x, x, out=torch.empty(3, 4).double()),
     "__iadd__": lambda x: x.__iadd__(1.0),
+    "inplace": lambda x: functional.silu(x, inplace=True),
     "into a constant": lambda x: torch.zeros(3, 4).double().add_(x),
     "into a part of a constant": lambda x: torch.zeros(3, 4).double().__setitem__(0, x[0]),
 }
