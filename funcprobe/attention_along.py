@@ -58,11 +58,11 @@ def _second(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, 
     query, dquery, ddquery = scale * query, scale * dquery, scale * ddquery
     p = torch.softmax(_masked(query @ key.mT, mask), -1)
     d = torch.cat([dquery, query], -1) @ torch.cat([key, dkey], -1).mT
-    d = d.sub_((p * d).sum(-1, keepdim=True))
+    d = d - (p * d).sum(-1, keepdim=True)
     dp = p * d
     bend = torch.cat([ddquery, 2 * dquery, query], -1) @ torch.cat([key, dkey, ddkey], -1).mT
-    ddp = bend.addcmul_(d, d).mul_(p)
-    ddp = ddp.sub_(p * ddp.sum(-1, keepdim=True))
+    ddp = p * torch.addcmul(bend, d, d)
+    ddp = ddp - p * ddp.sum(-1, keepdim=True)
     # Each of P, P' and P'' meets all of V that it is multiplied with in one product.
     of_p = p @ torch.cat([value, dvalue, ddvalue], -1)
     of_dp = dp @ torch.cat([value, 2 * dvalue], -1)

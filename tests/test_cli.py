@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -401,8 +401,13 @@ def test_help_names_what_there_is(command, verb, words) -> None:
 
 def test_help_waits_for_no_heavy_library(tmp_path) -> None:
     heavy = "{'transformers', 'peft', 'datasets', 'scipy', 'pyarrow'}"
-    before = f"import atexit; atexit.register(lambda: print({heavy} & sys.modules.keys()))"
-    done = child("run", "--help", cwd=tmp_path, before=before)
+    script = f"""
+        import atexit, sys
+        from funcprobe.adapters.cli import main
+        atexit.register(lambda: print({heavy} & sys.modules.keys()))
+        main()
+    """
+    done = process(script, "run", "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("set()\n")
 
@@ -548,6 +553,16 @@ def test_a_mistyped_checkpoint_is_not_looked_up_on_the_hub(command, checkpoint) 
 def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> None:
     """Every write of a whole run in turn: Parquet, safetensors, text, and a rename."""
     Path("c.toml").touch()
+    plans: list[Any] = []  # loading writes nothing: once is enough
+    load = run_module.load
+
+    def load_once(*args: Any) -> Any:
+        if not plans:
+            plans.append(load(*args))
+        return plans[0]
+
+    monkeypatch.setattr(run_module, "load", load_once)
+    monkeypatch.setattr(run_module, "check", lambda *_: [])  # nor do the checks
     fail_at = 0
     for fail_at in range(1, 60):
         count = 0
@@ -582,39 +597,68 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
     assert outcome.status == 0
 
 
-CHILD = """
-    import resource, sys
-    from funcprobe.adapters.cli import main
-    {before}
-    main()
-"""
-
-
-def child(*arguments: str, cwd: Path, before: str = "", **kwargs: Any) -> subprocess.CompletedProcess:
+def process(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD).format(before=before), *arguments],
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         timeout=120,
-        **kwargs,
     )
+
+
+# Each command in a process of its own, forked where the libraries are imported: that takes seconds.
+CHILDREN = """
+    import json, os, resource, sys
+    from funcprobe.adapters import run
+    from funcprobe.adapters.cli import main
+
+    commands, limits = json.loads(sys.argv[1])
+    ended = []
+    for arguments, limit in zip(commands, limits):
+        pipes = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            for number, (_, end) in zip((1, 2), pipes):
+                os.dup2(end, number)
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            sys.argv[1:] = arguments
+            main()
+            raise AssertionError("main() ends the process")
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # a pipe holds what they say
+        for _, end in pipes:
+            os.close(end)
+        ended.append([status, *(open(start).read() for start, _ in pipes)])
+    print(json.dumps(ended))
+"""
+
+
+def children(
+    commands: list[list[str]], *, cwd: Path, limits: Sequence[int | None] | None = None
+) -> list[Outcome]:
+    """How each ended; a limit is of the bytes in any file that is written."""
+    given = json.dumps([commands, limits or [None] * len(commands)])
+    done = process(CHILDREN, given, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, "")  # the imports say nothing
+    return [Outcome(*one) for one in json.loads(done.stdout)]
 
 
 def test_in_a_process_of_its_own_one_line_stands_alone(tmp_path, damaged, other) -> None:
     (tmp_path / "c.toml").touch()
     edit_json(damaged.base / "config.json", quantization_config={"quant_method": "gptq"})
     wider = damaged.settings() | {"policy.base": str(other["wider"].base)}
-    for given, said in (
+    cases = (
         (wider | {"policy.checkpoint": "/nowhere/x"}, "/nowhere/x: no such folder"),
         (wider, "has shape (2, 16), the base expects (2, 32)"),
         (damaged.settings(), "is quantised"),
-    ):
-        done = child("run", "c.toml", *sets(given), cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
-        (line,) = done.stderr.splitlines()
+    )
+    ended = children([["run", "c.toml", *sets(given)] for given, _ in cases], cwd=tmp_path)
+    for outcome, (_, said) in zip(ended, cases, strict=True):
+        assert (outcome.status, outcome.out) == (2, "")
+        (line,) = outcome.err.splitlines()
         assert line.startswith("funcprobe: ")
         assert said in line
     assert not (tmp_path / "runs").exists()
@@ -623,17 +667,16 @@ def test_in_a_process_of_its_own_one_line_stands_alone(tmp_path, damaged, other)
 def test_in_a_process_that_may_write_little(tmp_path, checkpoint) -> None:
     """RLIMIT_FSIZE stops real writes in the middle: the Parquet of E, then the first-order file."""
     (tmp_path / "c.toml").touch()
-    for limit in (1000, 12_000):
-        before = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-        folder = {"run.folder": f"runs{limit}"}
-        done = child(
-            "run", "c.toml", *sets(checkpoint.settings() | folder), cwd=tmp_path, before=before
-        )
-        assert (done.returncode, done.stdout) == (2, "")
-        last = done.stderr.splitlines()[-1]
+    limits = (1000, 12_000)
+    given = [checkpoint.settings() | {"run.folder": f"runs{limit}"} for limit in limits]
+    commands = [["run", "c.toml", *sets(one)] for one in given]
+    ended = children(commands, cwd=tmp_path, limits=limits)
+    for limit, outcome in zip(limits, ended, strict=True):
+        assert (outcome.status, outcome.out) == (2, "")
+        last = outcome.err.splitlines()[-1]
         assert last.startswith("funcprobe: ")
         assert "File too large" in last
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in outcome.err
         assert left_in(tmp_path / f"runs{limit}") == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 12_000
 

@@ -37,19 +37,20 @@ from funcprobe.adapters.trainers import ProbeCallback
 from funcprobe.layout import microbatches
 from funcprobe.types import InputError
 
+slow = partial(pytest.param, marks=pytest.mark.slow)  # their linears are llama's
 CASES = [
     ("qwen2", "all-linear"),  # with biases
     ("llama", "all-linear"),
-    ("gemma", "all-linear"),
+    slow("gemma", "all-linear"),
     ("gemma2", "all-linear"),
-    ("gemma3", "all-linear"),
-    ("mistral-window", "all-linear"),
+    slow("gemma3", "all-linear"),
+    slow("mistral-window", "all-linear"),
     ("gpt2", "all-linear"),  # Conv1D, whose weights are transposed
     ("llama", "lora-head"),
     ("llama", "lora-embedding"),
     ("llama", "trained-head"),
     ("llama", "trained-norms"),
-    ("llama", "trained-tokens"),
+    slow("llama", "trained-tokens"),
     ("llama", "lora-bias"),
     ("qwen2", "trained-biases"),  # those of the 4-bit layers themselves
 ]

@@ -211,6 +211,20 @@ def test_a_rule_takes_products_with_a_constant_three_times():
     assert counter.get_total_flops() == 3 * 2 * 3 * 4 * 5
 
 
+def test_lora_bends_by_twice_both_directions():
+    """y = B A x with x = u^2: y'' = 2 (B' A' x + B A' x' + B' A x') + B A x''."""
+    (u, a, b), (du, da, db), _ = paths([(3, 4), (2, 4), (5, 2)])
+
+    def lora(u, a, b):
+        return functional.linear(functional.linear(u * u, a), b)
+
+    x, dx, ddx = u * u, 2 * u * du, 2 * du * du
+    first = dx @ a.T @ b.T + x @ da.T @ b.T + x @ a.T @ db.T
+    both = x @ da.T @ db.T + dx @ da.T @ b.T + dx @ a.T @ db.T
+    found = second_jvp(lora, (u, a, b), (du, da, db))
+    require_close(found, (x @ a.T @ b.T, first, 2 * both + ddx @ a.T @ b.T))
+
+
 def test_trees_constants_and_integers():
     x = draw(3, seed=1)
     at = ({"b": x, "a": 2 * x},)
