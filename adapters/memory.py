@@ -71,6 +71,15 @@ def free(device: torch.device) -> int:
         if Path(limit).is_file() and Path(used).is_file():
             text = Path(limit).read_text(encoding="ascii").strip()
             if text != "max":
-                found = min(found, max(0, int(text) - int(Path(used).read_text(encoding="ascii"))))
+                in_use = int(Path(used).read_text(encoding="ascii")) - _page_cache(Path(used).parent)
+                found = min(found, max(0, int(text) - in_use))
             break
     return int(found)
+
+
+def _page_cache(cgroup: Path) -> int:
+    """Bytes of files read before, which count as used and are given up where memory is needed."""
+    stat = cgroup / "memory.stat"
+    lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
+    of = {name: int(count) for name, count in (line.split() for line in lines)}
+    return of.get("total_inactive_file", of.get("inactive_file", 0))  # cgroup v1's sum, v2's

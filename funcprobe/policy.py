@@ -18,6 +18,8 @@ from .rows import Packing, Rows, packed_rows, plain_rows
 from .suitability import (
     causal_lm,
     is_hooked,
+    longest_position,
+    refuse_longer,
     refuse_unsuitable,
     refuse_unsupported,
     require_causal_lm,
@@ -89,7 +91,7 @@ def frozen_forward(
     require_causal_lm(model)
     refuse_unsupported(model)
     refuse_unsuitable(model, params)
-    backbone, head = _Backbone(model), _Head(model)
+    backbone, head, limit = _Backbone(model), _Head(model), longest_position(model)
     places = _places(model, params)
 
     def call(module: nn.Module, given: Params, *args: Any) -> Tensor:
@@ -107,6 +109,7 @@ def frozen_forward(
         refuse_unsuitable(model, params)
         if forward.readout is not None and is_hooked(causal_lm(model).get_output_embeddings()):
             raise InputError("the output embedding got a hook, which would be passed over: bind again")
+        refuse_longer(rows, limit)
         device = next(iter(given.values())).device
         packing = None if rows.packing is None else rows.packing.to(device)
         hidden_NLD = call(backbone, given, rows.tokens_NL.to(device), packing)

@@ -1,10 +1,12 @@
 """Models whose numbers would silently be others than the policy's, refused by name."""
 
+import math
 from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
+from .rows import Rows
 from .types import InputError, Params
 
 
@@ -96,6 +98,37 @@ def refuse_unsupported(model: nn.Module) -> None:
             raise InputError(
                 f"{name}: peft's {kind} is not supported, its forward is not plain LoRA's W x + s B A x"
             )
+
+
+def longest_position(model: nn.Module) -> float:
+    """The length up to which a token's rotary embedding does not depend on the batch around it.
+
+    transformers picks the frequencies of "dynamic" and "longrope" by the longest sequence it is given,
+    beyond the length the model was first trained with.
+    """
+    config = causal_lm(model).config
+    config = getattr(config, "get_text_config", lambda: config)()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if "rope_type" not in rope else [rope]  # by kind of layer, in some models
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if isinstance(kind, dict) and kind.get("rope_type") in {"dynamic", "longrope"}
+    ]
+    return min(limits, default=math.inf)
+
+
+def refuse_longer(rows: Rows, limit: float) -> None:
+    """InputError for a sequence of more tokens than `longest_position`."""
+    if limit == math.inf:
+        return
+    packing = rows.packing
+    length = rows.tokens_NL.shape[1] if packing is None else int(packing.position_1S.max()) + 1
+    if length > limit:
+        raise InputError(
+            f"{length} tokens of a sequence are read: above {limit:g} this model's rotary embedding "
+            "changes with the longest sequence of a microbatch; use shorter prompts and responses"
+        )
 
 
 def causal_lm(model: Any) -> Any:

@@ -217,6 +217,11 @@ def test_free_memory_is_what_the_containers_limit_leaves(tmp_path, monkeypatch) 
     assert memory.free(cpu) == pytest.approx(whole, rel=0.5)
     limit.write_text("15000\n")
     assert memory.free(cpu) == 10_000
+    # Files that were read are given up where memory is needed; cgroup v1 has its own alone, and all.
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\nactive_file 1000\n")
+    assert memory.free(cpu) == 13_000
+    (tmp_path / "memory.stat").write_text("inactive_file 3000\ntotal_inactive_file 4000\n")
+    assert memory.free(cpu) == 14_000
 
 
 def test_the_line_for_the_reader_has_the_gpus_peak() -> None:

@@ -656,3 +656,40 @@ def test_layouts_that_may_be_used():
     forward = frozen_forward(window, trainable_params(window))
     assert forward.layout == "plain"
     assert "that needs sdpa attention, the model has eager" in forward.notes[0]
+
+
+def with_rope(**parameters):
+    torch.manual_seed(0)
+    rope = {"rope_parameters": {"rope_theta": 1e4, **parameters}}
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | {"max_position_embeddings": 12} | rope))
+
+
+def test_rotary_embeddings_that_depend_on_the_microbatch_are_refused():
+    model = with_lora(with_rope(rope_type="dynamic", factor=2.0), torch.float64)
+    probe = funcprobe.bind(model, max_tokens=64)
+    assert probe.forward.layout == "shared"
+    # The last token of a sequence is predicted, not read.
+    probe.token_stats(probe.params, random_batch([(0, 3, 9), (1, 5, 8)]))
+    packed = funcprobe.collate([[1, 2, 3]] * 2, [[4, 5], list(range(11))], [0, 0])
+    for long in (random_batch([(0, 3, 9), (1, 5, 9)]), packed):
+        with pytest.raises(InputError, match="13 tokens of a sequence are read: above 12 this model's"):
+            probe.token_stats(probe.params, long)
+    plain = funcprobe.bind(with_lora(with_rope(rope_type="default"), torch.float64), max_tokens=64)
+    plain.token_stats(plain.params, packed)
+
+
+def test_longrope_is_refused():
+    """It writes into its frequencies at every call."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    base = with_rope(rope_type="longrope", factor=2.0, original_max_position_embeddings=12, **factors)
+    with pytest.raises(InputError, match="cannot be differentiated"):
+        funcprobe.bind(with_lora(base, torch.float64), max_tokens=64)
+
+
+def test_a_long_sequence_does_change_a_short_one_there():
+    model = with_rope(rope_type="dynamic", factor=2.0).double().eval()
+    tokens_NL = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = model(input_ids=tokens_NL[:, :12]).logits
+        beside = model(input_ids=tokens_NL).logits[:, :12]
+    assert float((alone - beside).abs().max()) > 1e-3
