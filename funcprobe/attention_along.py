@@ -46,7 +46,7 @@ def attention_twice_along(
 
 def _first(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, ...]:
     query, key, value, out, dquery, dkey, dvalue = given
-    p = torch.softmax(_masked((scale * query) @ key.mT, mask), -1)
+    p = _probabilities((scale * query) @ key.mT, mask)
     # Q' K + Q K' in one product of twice the width
     e = p * (torch.cat([scale * dquery, scale * query], -1) @ torch.cat([key, dkey], -1).mT)
     # P' V = E V - rowsum(E) O with E = P * S'
@@ -56,7 +56,7 @@ def _first(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, .
 def _second(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, ...]:
     query, dquery, ddquery, key, dkey, ddkey, value, dvalue, ddvalue = given
     query, dquery, ddquery = scale * query, scale * dquery, scale * ddquery
-    p = torch.softmax(_masked(query @ key.mT, mask), -1)
+    p = _probabilities(query @ key.mT, mask)
     d = torch.cat([dquery, query], -1) @ torch.cat([key, dkey], -1).mT
     d = d - (p * d).sum(-1, keepdim=True)
     dp = p * d
@@ -71,10 +71,13 @@ def _second(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, 
     return out, first + first_too, second + second_too + ddp @ value
 
 
-def _masked(scores: Tensor, mask: Mask) -> Tensor:
+def _probabilities(scores: Tensor, mask: Mask) -> Tensor:
+    """0 for a query that sees no key, as torch's attention has it."""
     if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return torch.softmax(scores, -1)
+    hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+    masked = scores.masked_fill(hidden, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(masked, -1).masked_fill(hidden.all(-1, keepdim=True), 0)
 
 
 def _by_rows(

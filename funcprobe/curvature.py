@@ -187,7 +187,7 @@ def _require_second_derivatives(
     rate = max(*rates, slope / scale if scale else 0.0) or tree.norm(direction)
     if rate == 0:
         return
-    eps = torch.finfo(first.dtype).eps
+    eps = max(torch.finfo(dtype).eps for dtype in (first.dtype, forward.coarsest))
     where = "logits" if forward.readout is None else "hidden states"
     advice = "in Taylor mode; use second_difference() of two measured changes instead"
     # A first derivative is good to some 30 eps (4e-6 measured in float32).

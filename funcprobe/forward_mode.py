@@ -97,7 +97,7 @@ def _attention(
 ) -> Tensor:
     # A trained bias of positions; a boolean mask made inside a transform counts as differentiated.
     followed = attn_mask is not None and attn_mask.is_floating_point() and derivatives(attn_mask)
-    if followed or max(derivatives(x) for x in (query, key, value)) != 1:
+    if followed or query.dim() != 4 or max(derivatives(x) for x in (query, key, value)) != 1:
         return scaled_dot_product_attention(
             query,
             key,

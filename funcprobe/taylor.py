@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .taylor_rules import COMPOSED, RULES, Jet, moves, or_zeros
+from .replaced import Replaced
+from .taylor_rules import COMPOSED, RULES, WRONG, Jet, moves, or_zeros
 
 
 def second_jvp(
@@ -18,18 +19,26 @@ def second_jvp(
     """(f, df/dt, d2f/dt2) at t = 0 along at + t direction + t^2 bend / 2.
 
     `at`, the tuple of f's arguments, `direction` and `bend` (None: zeros) are alike trees of tensors,
-    and each result is a tree as f's. f may call every torch function that does not write into a
-    tensor: those in `taylor_rules` by their rules, the others by nested torch.func.jvp, one at a
-    time. No graph is kept. Raises NotImplementedError for functions that write, RuntimeError where
-    torch has no derivative.
+    and each result is a tree as f's. Torch functions in `taylor_rules` have their rules, others go by
+    nested torch.func.jvp, one at a time; where one writes into a tensor, the whole of f does. What
+    hides tensors from __torch_function__ (torch.jit, vmap, custom operators, numpy) has derivatives of
+    0 here: compare the first ones with forward mode's. No graph is kept. Raises RuntimeError where
+    torch has no derivative, or has a wrong one.
     """
     values, spec = optree.tree_flatten(at)
     firsts = optree.tree_leaves(direction)
     seconds = [None] * len(values) if bend is None else optree.tree_leaves(bend)
     jets = map(_tensor, map(Jet, values, firsts, seconds))
-    with torch.no_grad():
-        out = f(*optree.tree_unflatten(spec, jets))
+    try:
+        with torch.no_grad():
+            out = f(*optree.tree_unflatten(spec, jets))
+    except _WritesError:
+        return _whole(f, at, direction, optree.tree_map(torch.zeros_like, at) if bend is None else bend)
     return tuple(optree.tree_map(lambda x, n=n: _part(x, n), out) for n in range(3))  # type: ignore[return-value,misc]
+
+
+class _WritesError(RuntimeError):
+    """A torch function writes into a tensor, as experts add up what they make of their tokens."""
 
 
 class JetTensor(Tensor):
@@ -79,12 +88,24 @@ def _part(x: Any, order: int) -> Any:
     return or_zeros(jet[order], jet.value) if order else jet.value
 
 
+def _writes(func: Callable[..., Any], name: str, kwargs: Mapping[str, Any]) -> bool:
+    schema = getattr(func, "_schema", None)
+    return (
+        name == "__setitem__"
+        or (name.endswith("_") and not name.endswith("__"))
+        or kwargs.get("out") is not None
+        or bool(kwargs.get("inplace"))
+        or (schema is not None and schema.is_mutable)
+    )
+
+
 def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Any function by forward over forward mode; its value alone where nothing of it can move."""
     name = getattr(func, "__name__", str(func))
-    writes = "out" in kwargs or bool(kwargs.get("inplace"))
-    if writes or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-        raise NotImplementedError(f"{name} writes into a tensor that derivatives go through")
+    if name in WRONG:
+        raise NotImplementedError(f"{name} has a wrong second derivative in torch's forward mode")
+    if _writes(func, name, kwargs):
+        raise _WritesError(name)
     given: Any = (args, dict(kwargs))
     leaves, spec = optree.tree_flatten(given)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, JetTensor)]
@@ -103,12 +124,23 @@ def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     if not any(map(moves, outs)):  # shapes, comparisons, indices
         return optree.tree_unflatten(out_spec, outs)
 
-    def along(*both: Tensor) -> Any:
-        return jvp(moving, both[: len(places)], both[len(places) :])
+    moved = iter(map(Jet, *_whole(moving, tuple(value), tuple(first), tuple(second))))
+    return optree.tree_unflatten(out_spec, [_tensor(next(moved)) if moves(x) else x for x in outs])
+
+
+def _whole(f: Callable[..., Any], at: Any, direction: Any, bend: Any) -> tuple[Any, Any, Any]:
+    """(f, f', f'') by forward over forward mode; `bend` moves the direction along."""
+
+    def fresh(*args: Any) -> Any:
+        given: Any = args
+        return f(*optree.tree_map(torch.clone, given))  # f may write into them
+
+    def along(at: Any, direction: Any) -> tuple[Any, Any]:
+        value, first = jvp(fresh, at, direction)  # type: ignore[misc]
+        return value, first
 
     # Nested forward mode needs grad mode (torch 2.13: "forward AD with aten::silu_backward"), though
     # nothing here requires a gradient; the fused attention kernels have none (pytorch #128971).
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, (slopes, bends) = jvp(along, (*value, *first), (*first, *second))  # type: ignore[misc]
-    moved = iter(map(Jet, moving(*value), slopes, bends))
-    return optree.tree_unflatten(out_spec, [_tensor(next(moved)) if moves(x) else x for x in outs])
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Replaced(COMPOSED):
+        (value, first), (_, second) = jvp(along, (at, direction), (direction, bend))  # type: ignore[misc]
+    return value, first, second

@@ -7,7 +7,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, lora_config
 from conftest import random_batch, random_like, tiny_policy
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import funcprobe
 from funcprobe import Entropy, InputError, TokenStats, curvature, estimators, taylor, taylor_rules, tree
@@ -100,6 +101,30 @@ def test_every_architecture(name):
     assert relative(first, probe.tangents(probe.params, batch, v)[1]) < 1e-11
     # As above; Gemma's caps bend more.
     assert relative(second, difference_of_tangents(probe, batch, v, STEP)) < 1e-5
+
+
+def test_experts_that_are_added_up_in_place():
+    """Which no rule can follow, so that the model goes by nested jvp whole."""
+    config = MixtralConfig(
+        **{"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4},
+        initializer_range=0.3,
+        experts_implementation="eager",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = get_peft_model(
+            MixtralForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        )
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data += 0.2 * torch.randn_like(p)
+    probe = funcprobe.bind(model.double().eval(), max_tokens=64)
+    v = tree.scale(0.02, random_like(probe.params))
+    batch = random_batch([(0, 3, 4), (1, 5, 3)])
+    _, first, second = seconds(probe, batch, v)
+    assert relative(first, probe.tangents(probe.params, batch, v)[1]) < 1e-11
+    assert relative(second, difference_of_tangents(probe, batch, v, STEP)) < 1e-6
 
 
 @pytest.mark.parametrize("adapter", ["trained-norms", "trained-biases"])
@@ -202,7 +227,9 @@ class OnlyReverse(torch.autograd.Function):
         return grad
 
 
-@pytest.mark.parametrize("spoil", [OnlyReverse.apply, lambda x: x.mul_(1.0)])
+@pytest.mark.parametrize(
+    "spoil", [OnlyReverse.apply, lambda x: torch.native_layer_norm(x, (11,), None, None, 1e-5)[0]]
+)
 def test_a_model_without_derivatives_in_taylor_or_forward_mode_is_refused(probe64, direction, spoil):
     wrong = spoilt(probe64.forward, spoil, "logits")
     with pytest.raises(InputError, match="no derivatives in Taylor mode"):

@@ -143,6 +143,27 @@ CASES = {
     "einsum": (lambda x, y: torch.einsum("ij,kj->ik", x, y), [(3, 4), (5, 4)]),
     "where": (lambda x: torch.where(X > 0, x.exp(), 0.0), [FIRST]),
     "topk": (lambda x: (x * x).topk(2, -1).values, [FIRST]),
+    "complex": (lambda x: (torch.view_as_complex(x.view(3, 2, 2)) ** 2).real, [FIRST]),
+    "complex, rotated": (
+        lambda x: torch.view_as_real(torch.polar(X[:, :2].abs(), X[:, 2:]) * torch.fft.rfft(x)[:, :2]),
+        [FIRST],
+    ),
+    "normalize": (lambda x: functional.normalize(x, dim=-1), [FIRST]),
+    "pow to 1, at 0": (lambda x: (x - x).pow(1) + x, [FIRST]),
+    "pow to 0, at 0": (lambda x: (x - x).pow(0) + x, [FIRST]),
+    "add of two precisions": (lambda x: functional.linear(x.float() + X, M.T), [FIRST]),
+    "attention of three dimensions": (
+        functional.scaled_dot_product_attention,
+        [(2, 3, 4)] * 3,
+    ),
+    "attention of a query without keys": (
+        lambda q, k, v: functional.scaled_dot_product_attention(
+            q, k, v, torch.tensor([[True, False], [False, False]])
+        ).sum(-1),
+        [(1, 1, 2, 4)] * 3,
+    ),
+    "linear, a vector": (lambda x, w: functional.linear(x * x, w), [(3, 4), (4,)]),
+    "div by name": (lambda x: torch.div(x, other=C), [FIRST]),
     "several results": (lambda x: torch.sub(*torch.var_mean(x, -1)), [FIRST]),
     "another's shape": (lambda x, y: y.expand_as(x).exp(), PAIR),
     "a constant of its shape": (lambda x: x * torch.ones_like(x) + x.new_zeros(x.shape), [FIRST]),
@@ -150,7 +171,7 @@ CASES = {
     "detached": (lambda x: x * x.detach(), [FIRST]),
 }
 # Numbers of size 1 through a few operations, in float64; some cases pass through float32.
-ROUNDING = {"float": 1e-6, "mul of two precisions": 1e-6}
+ROUNDING = dict.fromkeys(("float", "mul of two precisions", "add of two precisions"), 1e-6)
 
 
 def paths(shapes):
@@ -242,24 +263,62 @@ def test_trees_constants_and_integers():
     assert not second["c"].any()
 
 
+def written(x):
+    out = torch.zeros(2, 4, dtype=x.dtype)
+    out[1] = x[0] * x[1]
+    return out
+
+
+def filled(x, value):
+    y = x * x
+    y[0] = value
+    return y
+
+
 WRITES = {
-    "add_": lambda x: x.add_(1.0),
-    "__setitem__": lambda x: x.__setitem__(0, 1.0),
-    "out": lambda x: torch.add(x, x, out=torch.empty(3, 4).double()),
-    "__iadd__": lambda x: x.__iadd__(1.0),
-    "inplace": lambda x: functional.silu(x, inplace=True),
-    "into a constant": lambda x: torch.zeros(3, 4).double().add_(x),
-    "into a part of a constant": lambda x: torch.zeros(3, 4).double().__setitem__(0, x[0]),
+    "add_": lambda x: (x * x).add_(x.sin()),
+    "into a constant": lambda x: torch.zeros_like(x).add_(x * x),
+    "__setitem__": lambda x: filled(x, 1.0),
+    "into a part of a constant": written,
+    "__iadd__": lambda x: (x * x).__iadd__(x),
+    "inplace": lambda x: functional.silu(x * x, inplace=True),
+    "an operator": lambda x: torch.ops.aten.mul_.Tensor(x * x, x),
+    # As experts are added up.
+    "index_add_": lambda x: torch.zeros_like(x).index_add_(0, torch.tensor([2, 0, 2]), x * x),
+    "into what is given": lambda x: x.mul_(x.sin()),
+    "and a layer_norm": lambda x: functional.layer_norm((x * x).add_(1.0), (4,)),
 }
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_writing_is_refused(name):
-    at, direction, _ = paths([FIRST])
+def test_a_function_that_writes_goes_by_nested_jvp_whole(name):
+    """And leaves alone what it was given."""
+    at, direction, bend = paths([FIRST])
     before = at[0].clone()
-    with pytest.raises(NotImplementedError, match="writes into a tensor"):
-        second_jvp(WRITES[name], tuple(at), tuple(direction))
+    found = second_jvp(WRITES[name], tuple(at), tuple(direction), tuple(bend))
     assert torch.equal(at[0], before)
+    if name == "into what is given":
+        expected = by_reverse_mode(lambda x: x * x.sin(), at, direction, bend)
+    else:
+        expected = by_reverse_mode(WRITES[name], at, direction, bend)
+    require_close(found, expected)
+    assert torch.equal(second_jvp(WRITES[name], tuple(at), tuple(direction))[1], found[1])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.native_layer_norm(x, (4,), None, None, 1e-5)[0],
+        lambda x: torch.ops.aten.layer_norm.default(x, (4,)),
+        lambda x: functional.batch_norm(x, None, None, training=True),
+        lambda x: functional.instance_norm(x[None]),
+        lambda x: torch.add(x, x, out=torch.empty(3, 4).double()),
+    ],
+)
+def test_what_torch_has_no_right_derivative_of_is_refused(f):
+    at, direction, _ = paths([FIRST])
+    with pytest.raises(RuntimeError, match=r"wrong second derivative|does not support"):
+        second_jvp(f, tuple(at), tuple(direction))
 
 
 def test_an_autograd_function_is_followed_inside():
