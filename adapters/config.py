@@ -256,7 +256,7 @@ class MeasureConfig(Section):
     second_order: Literal["difference", "exact", "none"] = Field(
         "difference",
         description='Second derivative along v: by a symmetric "difference" of two changes, "exact" '
-        '(in Taylor mode, one pass), or "none".',
+        '(in Taylor mode, the price of some five forwards instead of two), or "none".',
     )
     resample: bool = Field(
         False, description="Where weights say too little, sample responses at theta + eta v."

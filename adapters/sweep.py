@@ -134,7 +134,8 @@ def _rounding_eta(prediction: funcprobe.Prediction, forward: Forward) -> float |
 def _second_order(plan: Plan, narrator: Narrator) -> str:
     chosen = plan.config.measure.second_order
     if chosen != "none" and torch.finfo(plan.forward.coarsest).bits < 32:
-        narrator.say(f"warning: second order is left out: in {plan.forward.coarsest} it is rounding")
+        precision = f"{plan.forward.coarsest} (policy.dtype, policy.precision)"
+        narrator.say(f"warning: second order is left out: in {precision} it is rounding")
         return "none"
     return chosen
 

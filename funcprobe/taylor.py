@@ -19,12 +19,16 @@ def second_jvp(
     """(f, df/dt, d2f/dt2) at t = 0 along at + t direction + t^2 bend / 2.
 
     `at`, the tuple of f's arguments, `direction` and `bend` (None: zeros) are alike trees of tensors,
-    and each result is a tree as f's. Torch functions in `taylor_rules` have their rules, others go by
-    nested torch.func.jvp, one at a time; where one writes into a tensor, the whole of f does. What
-    hides tensors from __torch_function__ (torch.jit, vmap, custom operators, numpy) has derivatives of
-    0 here: compare the first ones with forward mode's. No graph is kept. Raises RuntimeError where
-    torch has no derivative, or has a wrong one.
+    of the same shapes, and each result is a tree as f's. Torch functions in `taylor_rules` have their
+    rules, others go by nested torch.func.jvp, one at a time; where one writes into a tensor, the whole
+    of f does. What hides tensors from __torch_function__ (torch.func's own transforms, inside or
+    around, torch.jit, custom operators, numpy) has derivatives of 0 here: compare the first ones with
+    forward mode's. No graph is kept. Raises RuntimeError where torch has no derivative, or has a wrong
+    one, ValueError for trees or shapes that differ.
     """
+    for other in (direction, bend):
+        if other is not None and _shapes(other) != _shapes(at):
+            raise ValueError(f"{_shapes(other)} is given along {_shapes(at)}: the same is expected")
     values, spec = optree.tree_flatten(at)
     firsts = optree.tree_leaves(direction)
     seconds = [None] * len(values) if bend is None else optree.tree_leaves(bend)
@@ -35,6 +39,10 @@ def second_jvp(
     except _WritesError:
         return _whole(f, at, direction, optree.tree_map(torch.zeros_like, at) if bend is None else bend)
     return tuple(optree.tree_map(lambda x, n=n: _part(x, n), out) for n in range(3))  # type: ignore[return-value,misc]
+
+
+def _shapes(given: Any) -> Any:
+    return optree.tree_map(lambda x: tuple(x.shape), given)
 
 
 class _WritesError(RuntimeError):

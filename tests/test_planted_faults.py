@@ -145,8 +145,8 @@ FAULTS = {
     ),
     "h' without the entropy": Fault(
         "readout.py",
-        "-_dot(at.plogp_nV, da_nV) - at.entropy_n * mean_n,\n        )",
-        "-_dot(at.plogp_nV, da_nV),\n        )",
+        "-_mean(at.plogp_nV, da_nV) - at.entropy_n * mean_n\n        return logp_n",
+        "-_mean(at.plogp_nV, da_nV)\n        return logp_n",
         ("test_readout.py", *MODEL),
     ),
     "a response sees the other responses to its prompt": Fault(

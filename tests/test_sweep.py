@@ -74,7 +74,10 @@ def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
 def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
     document, outcome = ran(policy__dtype="bfloat16")
     assert document["second_order"] is None
-    assert "second order is left out: in torch.bfloat16 it is rounding" in outcome.err
+    assert (
+        "second order is left out: in torch.bfloat16 (policy.dtype, policy.precision) it is"
+        in outcome.err
+    )
     assert "2nd order" not in outcome.out
     document, outcome = ran(measure__second_order="none")
     assert document["second_order"] is document["sweep"][0]["second_order"] is None

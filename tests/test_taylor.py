@@ -263,6 +263,22 @@ def test_trees_constants_and_integers():
     assert not second["c"].any()
 
 
+@pytest.mark.parametrize(
+    ("direction", "bend"),
+    [
+        (({"a": X},), None),
+        (({"a": X, "b": X[0]},), None),
+        (({"a": X, "c": X},), None),
+        (({"a": X, "b": X, "c": X},), None),
+        ((X, X), None),
+        (({"a": X, "b": X},), ({"a": X, "b": C},)),
+    ],
+)
+def test_other_trees_and_shapes_are_refused(direction, bend):
+    with pytest.raises(ValueError, match="the same is expected"):
+        second_jvp(lambda given: given["a"] * given["b"], ({"a": X, "b": X},), direction, bend)
+
+
 def written(x):
     out = torch.zeros(2, 4, dtype=x.dtype)
     out[1] = x[0] * x[1]
