@@ -136,7 +136,8 @@ def ours_tangents(params: Params, forward: Forward, given: Given) -> tuple[Tenso
 def ours_double_vjp(params: Params, forward: Forward, given: Given) -> Tensor:
     """<d f_t / d hidden, mu> of every token t, as alpha_vjp: rows, then their vjp in alpha."""
     row_TD = ours_gradient(params, forward, given)
-    dot, pull = vjp(lambda alpha_T: (alpha_T[:, None] * row_TD * given.tangent_TD).sum(), ones_T(given))
+    ones_T = torch.ones_like(given.p_T)
+    dot, pull = vjp(lambda alpha_T: (alpha_T[:, None] * row_TD * given.tangent_TD).sum(), ones_T)
     with torch.no_grad():
         (s_T,) = pull(torch.ones_like(dot))
     return s_T
@@ -192,14 +193,10 @@ def plain_double_vjp(head: Head, given: Given) -> Tensor:
         _, pull = vjp(f, given.hidden_TD)
         return (pull(alpha_T)[0] * given.tangent_TD).sum()
 
-    dot, pull_alpha = vjp(gradient_dot, ones_T(given))
+    dot, pull_alpha = vjp(gradient_dot, torch.ones_like(given.p_T))
     with torch.no_grad():
         (s_T,) = pull_alpha(torch.ones_like(dot))
     return s_T
-
-
-def ones_T(given: Given) -> Tensor:
-    return torch.ones_like(given.p_T)
 
 
 _PLAIN = dict(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from . import readout, tree
+from . import readout
 from .policy import Forward
 from .taylor import second_jvp
 from .transforms import Constants, derivatives, in_transform
@@ -104,12 +104,11 @@ def head_second_tangents(
     if forward.readout is not None:
         with torch.no_grad():
             return readout.twice_along(*jet, target_T, forward.readout)
-    outs = []
+    outs, still = [], {n: torch.zeros_like(t) for n, t in direction.items()}
     for *jet_nD, target_n in _chunks(*jet, target_T):
         head = partial(_plain, target_T=target_n, forward=forward)
 
         value, first, second = jet_nD
-        still = tree.zeros(direction)
         out, out1, out2 = second_jvp(head, (params, value), (direction, first), (still, second))
         outs.append((*out, *out1, *out2))
     return _joined(outs)

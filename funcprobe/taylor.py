@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .replaced import Replaced
 from .taylor_rules import COMPOSED, RULES, WRONG, Jet, moves, or_zeros
+from .transforms import in_transform
 
 
 def second_jvp(
@@ -21,24 +22,31 @@ def second_jvp(
     `at`, the tuple of f's arguments, `direction` and `bend` (None: zeros) are alike trees of tensors,
     of the same shapes, and each result is a tree as f's. Torch functions in `taylor_rules` have their
     rules, others go by nested torch.func.jvp, one at a time; where one writes into a tensor, the whole
-    of f does. What hides tensors from __torch_function__ (torch.func's own transforms, inside or
-    around, torch.jit, custom operators, numpy) has derivatives of 0 here: compare the first ones with
-    forward mode's. No graph is kept. Raises RuntimeError where torch has no derivative, or has a wrong
-    one, ValueError for trees or shapes that differ.
+    of f does. What hides tensors from __torch_function__ (in f: torch.func's own transforms, torch.jit,
+    custom operators, numpy) has derivatives of 0 here: compare the first ones with forward mode's. No
+    graph is kept. Raises RuntimeError where torch has no derivative, or has a wrong one, ValueError for
+    trees or shapes that differ.
     """
     for other in (direction, bend):
         if other is not None and _shapes(other) != _shapes(at):
             raise ValueError(f"{_shapes(other)} is given along {_shapes(at)}: the same is expected")
+    at, direction, bend = (optree.tree_map(_ungraphed, tree) for tree in (at, direction, bend))
     values, spec = optree.tree_flatten(at)
     firsts = optree.tree_leaves(direction)
     seconds = [None] * len(values) if bend is None else optree.tree_leaves(bend)
     jets = map(_tensor, map(Jet, values, firsts, seconds))
     try:
-        with torch.no_grad():
+        # A transform around is followed, autograd is not.
+        with torch.set_grad_enabled(any(map(in_transform, values))):
             out = f(*optree.tree_unflatten(spec, jets))
     except _WritesError:
         return _whole(f, at, direction, optree.tree_map(torch.zeros_like, at) if bend is None else bend)
     return tuple(optree.tree_map(lambda x, n=n: _part(x, n), out) for n in range(3))  # type: ignore[return-value,misc]
+
+
+def _ungraphed(x: Tensor) -> Tensor:
+    """Without autograd's graph; what a transform around has made of it stays."""
+    return x if in_transform(x) else x.detach()
 
 
 def _shapes(given: Any) -> Any:
@@ -49,7 +57,7 @@ class _WritesError(RuntimeError):
     """A torch function writes into a tensor, as experts add up what they make of their tokens."""
 
 
-class JetTensor(Tensor):
+class _JetTensor(Tensor):
     """A tensor with a jet, of which it is the value; torch functions of it give jets."""
 
     jet: Jet
@@ -79,20 +87,20 @@ def _tensor(jet: Jet) -> Tensor:
     """Constants and integers stay plain tensors."""
     if (jet.first is None and jet.second is None) or not moves(jet.value):
         return jet.value
-    tensor = jet.value.as_subclass(JetTensor)
+    tensor = jet.value.as_subclass(_JetTensor)
     tensor.jet = jet
     return tensor
 
 
 def _jets(x: Any) -> Any:
     """The jets of tensors, also within a list or tuple."""
-    if isinstance(x, JetTensor):
+    if isinstance(x, _JetTensor):
         return x.jet
     return [_jets(y) for y in x] if type(x) in {list, tuple} and any(map(moves, x)) else x
 
 
 def _part(x: Any, order: int) -> Any:
-    jet = x.jet if isinstance(x, JetTensor) else Jet(x)
+    jet = x.jet if isinstance(x, _JetTensor) else Jet(x)
     return or_zeros(jet[order], jet.value) if order else jet.value
 
 
@@ -116,7 +124,7 @@ def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         raise _WritesError(name)
     given: Any = (args, dict(kwargs))
     leaves, spec = optree.tree_flatten(given)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, JetTensor)]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _JetTensor)]
 
     def call(*values: Tensor) -> Any:
         instead = dict(zip(places, values, strict=True))

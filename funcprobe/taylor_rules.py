@@ -36,6 +36,7 @@ def moves(x: Any) -> bool:
 
 
 def or_zeros(derivative: Tensor | None, value: Tensor) -> Tensor:
+    """A derivative of `value`, zeros where it is None."""
     return torch.zeros_like(value) if derivative is None else derivative
 
 
@@ -108,7 +109,9 @@ def _mul(*args: Any, **kwargs: Any) -> Any:
 
 def _quotient(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """x / c."""
-    return NotImplemented if isinstance(args[-1], Jet) else _product(func, *args, **kwargs)
+    if kwargs or isinstance(args[-1], Jet):
+        return NotImplemented
+    return _product(func, *args)
 
 
 # Arguments have the names by which a model may give them.

@@ -679,11 +679,17 @@ def test_rotary_embeddings_that_depend_on_the_microbatch_are_refused():
 
 
 def test_longrope_is_refused():
-    """It writes into its frequencies at every call."""
+    """It writes into its frequencies at every call; without derivatives, from its length on."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     base = with_rope(rope_type="longrope", factor=2.0, original_max_position_embeddings=12, **factors)
+    model = with_lora(base, torch.float64)
     with pytest.raises(InputError, match="cannot be differentiated"):
-        funcprobe.bind(with_lora(base, torch.float64), max_tokens=64)
+        funcprobe.bind(model, max_tokens=64)
+    params = trainable_params(model)
+    forward = frozen_forward(model, params)
+    funcprobe.token_stats(params, random_batch([(1, 5, 8)]), forward, 64)
+    with pytest.raises(InputError, match="13 tokens of a sequence are read: above 12"):
+        funcprobe.token_stats(params, random_batch([(1, 5, 9)]), forward, 64)
 
 
 def test_a_long_sequence_does_change_a_short_one_there():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad, jvp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -164,6 +165,7 @@ CASES = {
     ),
     "linear, a vector": (lambda x, w: functional.linear(x * x, w), [(3, 4), (4,)]),
     "div by name": (lambda x: torch.div(x, other=C), [FIRST]),
+    "div, all by name": (lambda x: torch.div(input=x, other=C), [FIRST]),
     "several results": (lambda x: torch.sub(*torch.var_mean(x, -1)), [FIRST]),
     "another's shape": (lambda x, y: y.expand_as(x).exp(), PAIR),
     "a constant of its shape": (lambda x: x * torch.ones_like(x) + x.new_zeros(x.shape), [FIRST]),
@@ -335,6 +337,26 @@ def test_what_torch_has_no_right_derivative_of_is_refused(f):
     at, direction, _ = paths([FIRST])
     with pytest.raises(RuntimeError, match=r"wrong second derivative|does not support"):
         second_jvp(f, tuple(at), tuple(direction))
+
+
+def test_a_transform_around_is_followed():
+    """The third derivative of sum x^4 sin x along v^3, rules and a function without one in it."""
+    x, v = draw(5, seed=1), draw(5, seed=2)
+
+    def bend(x):
+        (value,) = second_jvp(lambda x: (x * x * x * x * x.sin()).sum(), (x,), (v,))[2:]
+        return value
+
+    third = x**4 * -x.cos() - 12 * x**3 * x.sin() + 36 * x**2 * x.cos() + 24 * x * x.sin()
+    torch.testing.assert_close(grad(bend)(x), v**2 * third, rtol=1e-12, atol=1e-12)
+    _, along = jvp(bend, (x,), (v,))
+    torch.testing.assert_close(along, (v**3 * third).sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("f", [torch.sin, torch.tanh, lambda x: (x * x).add_(x)])
+def test_no_graph_is_kept(f):
+    x, v = draw(5, seed=1).requires_grad_(), draw(5, seed=2).requires_grad_()
+    assert not any(part.requires_grad for part in second_jvp(f, (x,), (v,), (v,)))
 
 
 def test_an_autograd_function_is_followed_inside():
