@@ -1,6 +1,6 @@
 """A small policy taught on the spot, so that a first run needs no network.
 
-A Qwen2 of about a million parameters learns to add by supervised steps, then a LoRA adapter is
+A Qwen2 of a third of a million parameters learns to add by supervised steps, then a LoRA adapter is
 trained by policy gradient and written as the Hugging Face Trainer writes a checkpoint in the
 middle of a run. The code that reads any other checkpoint reads this one.
 """
@@ -27,11 +27,11 @@ Rows: TypeAlias = list[dict[str, str]]  # {"prompt": "12+7=", "answer": "19"}
 Report: TypeAlias = Callable[[str], None]
 
 MAX_NEW_TOKENS = 16
-"""Room for the longest response taught, "120+18=138" and the EOS, and for a few slips."""
+"""Room for the longest response taught, "120+18=138" of 69+69 and the EOS, and for a few slips."""
 
 MAX_GRAD_NORM = 1.0
 
-VERSION = "3"
+VERSION = "4"
 """Part of the default folder's name: raise it with every change to what is written."""
 
 
@@ -46,9 +46,10 @@ class Toy(NamedTuple):
 class Recipe(NamedTuple):
     """What is trained and for how long; one recipe gives the same bits again on one machine."""
 
-    seed: int = 0
-    hidden: int = 128
-    layers: int = 4
+    seed: int = 2
+    hidden: int = 96
+    layers: int = 3
+    largest: int = 29  # summand; the least is 2, so that 512 distinct prompts need 24
     supervised_steps: int = 1500  # at most
     accuracy: float = 0.36  # at which supervised steps end; the adapter adds to it
     policy_steps: int = 20
@@ -61,7 +62,7 @@ def ensure_toy(
 ) -> Toy:
     """The toy in `folder` (by default in the user's cache), made first if it is not there.
 
-    Making it takes about 40 s of one core and leaves the global random state alone; the
+    Making it takes about 15 s of one core and leaves the global random state alone; the
     folder appears whole or not at all. Raises InputError if `folder` holds something else.
     """
     folder = (folder or user_cache_path("funcprobe") / f"toy-{VERSION}").absolute()
@@ -106,7 +107,7 @@ def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     tokenizer = _tokenizer()
-    prompts = _draw_prompts(rng, 512)
+    prompts = _draw_prompts(rng, 512, recipe.largest)
     base = _teach(tokenizer, rng, recipe, report)
     base.save_pretrained(toy.base)
     model, optimizer, scheduler, state = _train_adapter(base, tokenizer, prompts, recipe, report)
@@ -133,10 +134,10 @@ def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
     toy.prompts.write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
 
 
-def _draw_prompts(rng: random.Random, count: int) -> Rows:
+def _draw_prompts(rng: random.Random, count: int, largest: int) -> Rows:
     pairs: dict[tuple[int, int], None] = {}  # a set that keeps its order
     while len(pairs) < count:
-        pairs[rng.randint(2, 69), rng.randint(2, 69)] = None
+        pairs[rng.randint(2, largest), rng.randint(2, largest)] = None
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
@@ -185,7 +186,7 @@ def _teach(tokenizer: Any, rng: random.Random, recipe: Recipe, report: Report) -
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     for step in range(1, recipe.supervised_steps + 1):
-        rows = _draw_prompts(rng, 64)
+        rows = _draw_prompts(rng, 64, recipe.largest)
         texts = [row["prompt"] + _write_response(**row, rng=rng) + "<eos>" for row in rows]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
@@ -195,7 +196,8 @@ def _teach(tokenizer: Any, rng: random.Random, recipe: Recipe, report: Report) -
         loss = model(input_ids=batch.input_ids, labels=labels, use_cache=False).loss
         _step(optimizer, loss)
         if step % 25 == 0:
-            accuracy = _sample(model, tokenizer, _draw_prompts(rng, 32)).reward_N.mean().item()
+            asked = _draw_prompts(rng, 32, recipe.largest)
+            accuracy = _sample(model, tokenizer, asked).reward_N.mean().item()
             report(f"toy: supervised step {step}, loss {loss.item():.2f}, accuracy {accuracy:.2f}")
             if accuracy >= recipe.accuracy:
                 break

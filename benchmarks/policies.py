@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 from torch.func import jvp
 
@@ -19,6 +20,7 @@ from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.plan import load
 from funcprobe.adapters.sampling import sample_responses
 from funcprobe.adapters.store import Stages
+from funcprobe.adapters.toy import Recipe, ensure_toy
 
 
 class World(NamedTuple):
@@ -81,10 +83,17 @@ def table_world(policy: Tables) -> World:
     return World(policy.batch, *at, policy.probability_N, eta)
 
 
+def studied() -> list[str]:
+    """Settings of the toy that RESULTS.md is of: larger than the quickstart's, and made in 40 s."""
+    recipe = Recipe(seed=0, hidden=128, layers=4, largest=69)
+    toy = ensure_toy(user_cache_path("funcprobe") / "toy-studied", recipe=recipe)
+    return [f"policy.checkpoint={toy.checkpoint}", f"prompts.source={toy.prompts}"]
+
+
 def toy(each: int) -> Toy:
     """`each` responses to each of the toy's 512 prompts, float64, along the next step."""
     quickstart = Path(__file__).parent.parent / "configs" / "quickstart.toml"
-    settings = ["sampling.B_E=32", "sampling.B_U=512", "sampling.generation_batch=512"]
+    settings = ["sampling.B_E=32", "sampling.B_U=512", "sampling.generation_batch=512", *studied()]
     narrator = Narrator()
     plan = load(read_config(quickstart, settings), narrator)
     batches = sample(plan, Stages(None), narrator)

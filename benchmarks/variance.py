@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from policies import studied
 from torch import Tensor
 
 import funcprobe
@@ -202,10 +203,8 @@ def print_designs(pool: Pool, c_N: Tensor) -> None:
 def toy_pool(each: int) -> Pool:
     """`each` responses of the toy to each of its 512 prompts, tangents along its next step."""
     quickstart = Path(__file__).parent.parent / "configs" / "quickstart.toml"
-    config = read_config(
-        quickstart,
-        ["sampling.B_E=32", "sampling.B_U=64", "policy.dtype=float32", "sampling.generation_batch=512"],
-    )
+    sizes = ["sampling.B_E=32", "sampling.B_U=64", "sampling.generation_batch=512"]
+    config = read_config(quickstart, [*sizes, "policy.dtype=float32", *studied()])
     narrator = Narrator()
     plan = load(config, narrator)
     direction = run._predict(

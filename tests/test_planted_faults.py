@@ -132,7 +132,7 @@ FAULTS = {
         "rows.py",
         "target_T=tokens_NL[row_T, token_T]",
         "target_T=tokens_NL[row_T, token_T - 1]",
-        MODEL,
+        ("test_rows.py",),
     ),
     "the temperature is left out": Fault(
         "policy.py",

@@ -131,9 +131,10 @@ def test_prompts_are_distinct_and_their_answers_right(tiny: Toy) -> None:
     assert len({len(row["prompt"]) for row in rows}) > 1
 
 
-def test_responses_taught_end_in_the_answer_and_fit() -> None:
+@pytest.mark.parametrize("largest", [Recipe().largest, 69])
+def test_responses_taught_end_in_the_answer_and_fit(largest: int) -> None:
     rng = random.Random(0)
-    rows = toy_module._draw_prompts(rng, 2000)
+    rows = toy_module._draw_prompts(rng, 700, largest)
     responses = [toy_module._write_response(**row, rng=rng) for row in rows]
     for row, response in zip(rows, responses, strict=True):
         *work, last = response.split("=")

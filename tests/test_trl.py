@@ -236,7 +236,7 @@ def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_pa
 
 @pytest.mark.slow
 def test_next_step_of_the_toy_is_the_one_trl_takes(tmp_path, tmp_path_factory):
-    """The built-in policy: a million parameters, adapters on all linears, real sums as rewards."""
+    """The built-in policy: adapters on all linears, real sums as rewards."""
     from funcprobe.adapters.toy import ensure_toy
 
     toy = ensure_toy()
