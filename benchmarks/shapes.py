@@ -6,6 +6,7 @@ and the last norm has a gain, so that entropies differ from token to token.
 
 import ctypes
 import gc
+import itertools
 import os
 import platform
 import random
@@ -19,6 +20,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import funcprobe
@@ -168,6 +170,15 @@ def peak_extra(call: Callable[[], T], device: str = "cpu") -> tuple[T, float]:
     before = resident_mib("VmRSS")
     value = call()
     return value, resident_mib("VmHWM") - before
+
+
+def peak_tensors(call: Callable[[], object]) -> float:
+    """MiB of tensors alive at the highest, above what was held, the allocator left out. CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(n for _, n in changes)) / 2**20
 
 
 def resident_mib(what: str) -> float:

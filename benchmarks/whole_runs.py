@@ -1,12 +1,13 @@
 """Seconds and peak memory of whole runs against the size of their batches, of their rows, of the model.
 
-    python benchmarks/whole_runs.py [--sweep B_E ...] [--shape small] [--device cpu]
+    python benchmarks/whole_runs.py [--sweep B_E ...] [--shape small] [--device cpu] [--tensors]
     python benchmarks/whole_runs.py --published --device cuda
 
 A run is `first_order_passes` and one measured point, on random rows; nothing is sampled. Each is a
 fresh process, warmed up on rows too few to matter; with --repeat, sweeps follow each other and seconds
 are medians, memory the largest. Peak: the process' resident memory (CUDA: allocated) at its highest
-during the run; extra: the same above what was held before. The second command is the published
+during the run; extra: the same above what was held before; with --tensors also what tensors hold of it,
+by a second run under torch's profiler (some 50,000 tokens at most). The second command is the published
 experiment's size: Qwen2.5-1.5B's shape, B_E = 2048, B_U = 64, G = 8, 100 response tokens, five etas.
 """
 
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from shapes import (
     adam_state,
     machine,
     peak_extra,
+    peak_tensors,
     policy,
     print_table,
     resident_mib,
@@ -52,6 +55,7 @@ class Cell(NamedTuple):
     etas: int = 1
     device: str = "cpu"
     max_tokens: int = MAX_TOKENS
+    tensors: bool = False
 
 
 class Cost(NamedTuple):
@@ -60,6 +64,7 @@ class Cost(NamedTuple):
     measured: float  # seconds of all etas
     held: float  # MiB before the run
     extra: float  # MiB at the highest, above what was held
+    tensors: float  # MiB of tensors alive at the highest, above what was held; 0: not asked for
 
     @property
     def seconds(self) -> float:
@@ -74,13 +79,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
     parser.add_argument("--most", type=int, help="leave out cells of more than so many tokens")
+    parser.add_argument("--tensors", action="store_true", help="memory of tensors, too; on a CPU")
     parser.add_argument("--published", action="store_true")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(run(Cell(**json.loads(args.cell)))))
         return
-    base = Cell(args.shape, device=args.device, max_tokens=args.max_tokens)
+    base = Cell(args.shape, device=args.device, max_tokens=args.max_tokens, tensors=args.tensors)
     print(f"float32, microbatches of {args.max_tokens} tokens. {machine(args.device)}")
     if args.published:
         _published(base)
@@ -115,8 +121,10 @@ def run(cell: Cell) -> Cost:
     once(B_E=4, B_U=1, G=2, etas=1)
     on_cuda = torch.device(cell.device).type == "cuda"
     held = torch.cuda.memory_allocated() / 2**20 if on_cuda else resident_mib("VmRSS")
-    _, extra = peak_extra(lambda: once(cell.B_E, cell.B_U, cell.G, cell.etas), cell.device)
-    return Cost(_tokens(cell), *seconds, held, extra)
+    whole = partial(once, cell.B_E, cell.B_U, cell.G, cell.etas)
+    _, extra = peak_extra(whole, cell.device)
+    taken = tuple(seconds)
+    return Cost(_tokens(cell), *taken, held, extra, peak_tensors(whole) if cell.tensors else 0.0)
 
 
 def _sweeps(base: Cell) -> dict[str, dict[str, Cell]]:
@@ -144,8 +152,10 @@ def _print_sweep(name: str, costs: dict[str, Cost], first: Cell) -> None:
         each = f"{1e3 * cost.seconds / cost.tokens:.3f}"
         peak = f"{cost.held + cost.extra:.0f}"
         cells = [value, f"{cost.tokens:,}", f"{cost.seconds:.2f}", each, peak, f"{cost.extra:.0f}"]
+        cells += [f"{cost.tensors:.0f}"] if first.tensors else []
         body.append([*cells, _parameters(value)] if name == "model" else cells)
     columns = [name, "tokens", "seconds", "ms a token", "peak, MiB", "extra, MiB"]
+    columns += ["tensors, MiB"] if first.tensors else []
     print_table([*columns, "parameters, millions"] if name == "model" else columns, body)
     if name == "model" or len(costs) < 3:
         return
@@ -155,9 +165,12 @@ def _print_sweep(name: str, costs: dict[str, Cost], first: Cell) -> None:
         for what, size in (
             ("peak", [c.held + c.extra for c in each]),
             ("extra", [c.extra for c in each]),
+            ("tensors", [c.tensors for c in each]),
         ):
+            if not size[0]:
+                continue
             growth = max(size) / size[0]
-            bound = verdict(growth, PLATEAU if what == "peak" else None)
+            bound = verdict(growth, None if what == "extra" else PLATEAU)
             print(f"Largest {what} over the first: {growth:.3f} {' '.join(bound)}".rstrip())
 
 
@@ -196,7 +209,7 @@ def _in_fresh_process(cell: Cell) -> Cost:
 
 def _typical(costs: list[Cost]) -> Cost:
     seconds = (statistics.median(c[i] for c in costs) for i in (1, 2))
-    return Cost(costs[0].tokens, *seconds, max(c.held for c in costs), max(c.extra for c in costs))
+    return Cost(costs[0].tokens, *seconds, *(max(c[i] for c in costs) for i in (3, 4, 5)))
 
 
 def _tokens(cell: Cell) -> int:
