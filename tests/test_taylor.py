@@ -157,6 +157,10 @@ CASES = {
         functional.scaled_dot_product_attention,
         [(2, 3, 4)] * 3,
     ),
+    "attention with a mask that moves": (
+        lambda q, m: functional.scaled_dot_product_attention(q, q, q, attn_mask=m),
+        [(2, 2, 3, 4), (3, 3)],
+    ),
     "attention of a query without keys": (
         lambda q, k, v: functional.scaled_dot_product_attention(
             q, k, v, torch.tensor([[True, False], [False, False]])
