@@ -136,6 +136,17 @@ def test_layer_norm_whose_own_weights_are_trained(adapter):
     assert relative(second, difference_of_tangents(probe, batch, v, STEP)) < 1e-5
 
 
+@pytest.mark.parametrize("adapter", ["trained-head", "lora-head"])
+def test_a_head_that_moves(adapter):
+    """Whose own weights and whose hidden states both do."""
+    probe = funcprobe.bind(architecture("qwen2", adapter), max_tokens=64)
+    assert probe.forward.readout is None
+    v = tree.scale(0.02, random_like(probe.params))
+    batch = random_batch([(0, 3, 4), (1, 5, 3)])
+    second = seconds(probe, batch, v)[2]
+    assert relative(second, difference_of_tangents(probe, batch, v, STEP)) < 1e-6
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_plain_layer_norm_is_layer_norm(affine):
     generator = torch.Generator().manual_seed(0)
