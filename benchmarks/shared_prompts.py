@@ -49,7 +49,7 @@ class Case(NamedTuple):
 SHARED = (2.2, 3.0, 1.9)  # at the 0.5B shape: issue 5
 CASES = (
     Case("shared", 1, 8, 200, 100, SHARED),
-    Case("short prompts", 1, 8, 8, 100, (NO_LOSS,) * 3),
+    Case("short prompts", 1, 8, 16, 100, (NO_LOSS,) * 3),
     Case("G = 1", 4, 1, 200, 100, (NO_LOSS,) * 3),
 )
 PASSES = ("forward", "gradient", "tangents")

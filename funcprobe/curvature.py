@@ -17,6 +17,7 @@ from .layout import MAX_TOKENS, collate, in_microbatches, microbatches, scatter
 from .policy import Forward
 from .rows import Rows
 from .taylor import second_jvp
+from .transforms import refuse_differentiated
 from .types import Batch, Entropy, InputError, Params, ResponseMask, TokenStats
 from .weights import by_group, importance_weights, integrand, prefix_sum, responsive
 
@@ -44,6 +45,7 @@ def second_tangents(
     `direction` has other names or shapes than `params`.
     """
     tree.require_same(params, direction, "direction")
+    refuse_differentiated(params, direction)
     if torch.finfo(forward.coarsest).eps > 1e-4:
         raise InputError(
             f"second derivatives of a model in {forward.coarsest} would be rounding: "

@@ -14,6 +14,7 @@ from .layout import MAX_TOKENS, gather, in_microbatches
 from .logprobs import token_stats
 from .policy import Forward
 from .rows import Rows
+from .transforms import refuse_differentiated
 from .types import Batch, Entropy, Params, UpdateBatch
 
 
@@ -29,7 +30,9 @@ def weighted_grad(
 
     Accumulated over microbatches on the CPU, in float32 (float64 where a parameter is float64).
     p and q are known, so that the head costs two products and no [tokens, V] tensor exists whole.
+    Raises InputError inside a transform that differentiates `params`, as all derivatives here do.
     """
+    refuse_differentiated(params)
     total = zero_gradient(params)
 
     def one(rows: Rows) -> list[Params]:

@@ -4,7 +4,6 @@ import math
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import nn
 
 from .rows import Rows
@@ -52,7 +51,6 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
     names = {name for name, _ in model.named_parameters()}
     if unknown := sorted(params.keys() - names):
         raise InputError(f"{unknown[0]} is no parameter of this model: take names from the model")
-    _refuse_narrower(model, params)
     prefixes = {p for n in params for p in accumulate(n.split("."), "{}.{}".format)}
     for name, module in model.named_modules():
         if not hasattr(module, "active_adapters"):
@@ -76,17 +74,6 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
             )
         if getattr(module, "merged", False):
             raise InputError(f"{name}: the adapter is merged into the base: call unmerge_adapter()")
-
-
-def _refuse_narrower(model: nn.Module, params: Params) -> None:
-    """InputError for float64 parameters on a model that is not: its products would be of two kinds."""
-    wide = next((n for n, t in params.items() if t.dtype == torch.float64), None)
-    for name, p in model.named_parameters() if wide else ():
-        if p.is_floating_point() and p.dtype != torch.float64 and name not in params:
-            raise InputError(
-                f"{wide} is float64 and {name} {str(p.dtype).removeprefix('torch.')}: "
-                "call model.double(), or give float32 parameters"
-            )
 
 
 def refuse_unsupported(model: nn.Module) -> None:

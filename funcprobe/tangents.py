@@ -16,7 +16,7 @@ from .head import head_gradient, head_tangents, token_head
 from .layout import MAX_TOKENS, collate, gather, in_microbatches, response_mask, scatter
 from .policy import Forward
 from .rows import Rows
-from .transforms import in_transform
+from .transforms import in_transform, refuse_differentiated
 from .types import Batch, InputError, Params, TokenStats
 
 
@@ -27,7 +27,8 @@ def tangents(
 
     The pair is torch.func.jvp's: values, those of `token_stats` to the bit, then their tangents, in
     nats and nats per unit of eta. One forward-mode pass; no graph is kept, so memory does not grow
-    with the batch. Raises ValueError where `direction` has other names or shapes than `params`.
+    with the batch. Raises ValueError where `direction` has other names or shapes than `params`,
+    InputError inside a transform that differentiates either.
     """
     direction = aligned(direction, params)
 
@@ -139,6 +140,10 @@ def _pullback(
 
 
 def aligned(direction: Params, params: Params) -> Params:
-    """The direction in the parameters' order, dtypes and devices: jvp and vjp insist on all three."""
+    """The direction in the parameters' order, dtypes and devices: jvp and vjp insist on all three.
+
+    Raises ValueError for other names or shapes, InputError for what a transform around differentiates.
+    """
     tree.require_same(params, direction, "direction")
+    refuse_differentiated(params, direction)
     return {n: direction[n].to(dtype=t.dtype, device=t.device) for n, t in params.items()}

@@ -6,6 +6,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,9 +25,14 @@ def second_jvp(
     rules, others go by nested torch.func.jvp, one at a time; where one writes into a tensor, the whole
     of f does. What hides tensors from __torch_function__ (in f: torch.func's own transforms, torch.jit,
     custom operators, numpy) has derivatives of 0 here: compare the first ones with forward mode's. No
-    graph is kept. Raises RuntimeError where torch has no derivative, or has a wrong one, ValueError for
-    trees or shapes that differ.
+    graph of the arguments is kept. Raises RuntimeError where torch has no derivative, or has a wrong
+    one, and for an argument with a tangent of forward_ad; ValueError for trees or shapes that differ.
     """
+    given: Any = (at, direction, bend)
+    if any(map(_dual, optree.tree_leaves(given))):
+        raise RuntimeError(
+            "an argument has a tangent of forward_ad, which is not followed: use torch.func"
+        )
     for other in (direction, bend):
         if other is not None and _shapes(other) != _shapes(at):
             raise ValueError(f"{_shapes(other)} is given along {_shapes(at)}: the same is expected")
@@ -42,6 +48,10 @@ def second_jvp(
     except _WritesError:
         return _whole(f, at, direction, optree.tree_map(torch.zeros_like, at) if bend is None else bend)
     return tuple(optree.tree_map(lambda x, n=n: _part(x, n), out) for n in range(3))  # type: ignore[return-value,misc]
+
+
+def _dual(x: Tensor) -> bool:
+    return not in_transform(x) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _ungraphed(x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .types import InputError, Params
+
 
 class Constants:
     """Keeps tensors out of sight of an autograd.Function, which would make tangents of them."""
@@ -29,3 +31,18 @@ def derivatives(tensor: Tensor) -> int:
     count += inner.requires_grad and torch.is_grad_enabled()
     # Inside a transform the dual level is its own, and counted.
     return count + (inner is tensor and forward_ad.unpack_dual(tensor).tangent is not None)
+
+
+def refuse_differentiated(*given: Params) -> None:
+    """InputError for parameters that a transform around differentiates; vmap is none.
+
+    For functions that are derivatives themselves: they keep no graph, so that grad around them would
+    find zeros.
+    """
+    with torch.no_grad():  # autograd itself says where there is no graph
+        differentiated = any(derivatives(t) for params in given for t in params.values())
+    if differentiated:
+        raise InputError(
+            "a transform differentiates what is a derivative itself and keeps no graph: "
+            "differentiate token_stats or seq_logprobs instead"
+        )

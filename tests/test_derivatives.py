@@ -1,15 +1,20 @@
 """Every derivative of the model against the others and against finite differences, in float64."""
 
+import optree
 import pytest
 import torch
 from conftest import VOCABULARY, random_batch, random_like, tiny_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.func import grad, jvp
 
 import funcprobe
 from funcprobe import head, readout, tree
+from funcprobe.types import InputError
 
 POLICY = tiny_policy()
+BATCH = random_batch([(0, 3, 4), (0, 3, 2), (1, 2, 3)])
+ONES = torch.ones(3, 4, dtype=torch.float64)
 STEP = 1e-5  # central differences of smooth functions in float64: error about STEP^2 + 1e-16 / STEP
 
 
@@ -109,6 +114,32 @@ def test_seq_logprobs_composes_with_torch_func(probe64):
     ours = probe64.weighted_grad(probe64.params, batch, mask, 0 * mask)
     for name in grads:
         assert torch.allclose(grads[name], ours[name], rtol=1e-9, atol=1e-12)
+
+
+DERIVATIVES = {
+    "weighted_grad": lambda probe, q, v: probe.weighted_grad(q, BATCH, ONES, ONES),
+    "tangents": lambda probe, q, v: probe.tangents(q, BATCH, v),
+    "along": lambda probe, q, v: probe.tangents(probe.params, BATCH, q),
+    "second_tangents": lambda probe, q, v: probe.second_tangents(q, BATCH, v),
+    "grad_dots": lambda probe, q, v: probe.grad_dots(q, BATCH, v),
+    "alpha_vjp": lambda probe, q, v: probe.alpha_vjp(q, BATCH, v),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_a_derivative_of_a_derivative_is_refused(probe64, derivative):
+    """It keeps no graph: grad around it would be zeros."""
+    v = random_like(probe64.params)
+
+    def total(q):
+        return sum(t.sum() for t in optree.tree_leaves(derivative(probe64, q, v)))
+
+    for transform in (grad(total), lambda q: jvp(total, (q,), (v,))):
+        with pytest.raises(InputError, match="differentiate token_stats or seq_logprobs instead"):
+            transform(probe64.params)
+    # Autograd's own leaves are allowed, and find no graph.
+    leaves = {n: t.clone().requires_grad_() for n, t in probe64.params.items()}
+    assert not total(leaves).requires_grad
 
 
 def test_grad_Y_is_the_gradient_of_J(probe64):

@@ -299,10 +299,6 @@ def a_layer_replaced_by_its_compilation(model):
     layers[1].mlp.act_fn = torch.compile(layers[1].mlp.act_fn, backend="eager")
 
 
-def narrower_norm(model):
-    model.get_base_model().model.norm.float()
-
-
 SPOILED = [
     (in_training, r"training mode.*model\.eval\(\)"),
     (an_adapter_added_later, r"training mode.*model\.eval\(\)"),
@@ -312,7 +308,6 @@ SPOILED = [
     (merged, r"merged into the base"),
     (a_compiled_layer, r"model\.layers\.1 is compiled.*bind the model before compile\(\)"),
     (a_layer_replaced_by_its_compilation, r"layers\.1\.mlp\.act_fn is compiled"),
-    (narrower_norm, r"lora_A.* is float64 and .*model\.norm\.weight float32: call model\.double\(\)"),
 ]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jvp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -355,6 +356,12 @@ def test_a_transform_around_is_followed():
     torch.testing.assert_close(grad(bend)(x), v**2 * third, rtol=1e-12, atol=1e-12)
     _, along = jvp(bend, (x,), (v,))
     torch.testing.assert_close(along, (v**3 * third).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_dual_level_around_is_refused():
+    x, v = draw(5, seed=1), draw(5, seed=2)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="not followed: use torch"):
+        second_jvp(lambda x: x * x, (forward_ad.make_dual(x, v),), (v,))
 
 
 @pytest.mark.parametrize("f", [torch.sin, torch.tanh, lambda x: (x * x).add_(x)])
