@@ -32,6 +32,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from funcprobe.adapters.optimizer import AdamOverrides, find_state, open_state, read_adam_state
+from funcprobe.adapters.optimizer import dcp as dcp_reader
+from funcprobe.adapters.optimizer.dcp_metadata import Slice
 from funcprobe.types import InputError
 
 
@@ -426,6 +428,16 @@ def test_truncated_metadata(folder: Path, plain) -> None:
     refused("has no .metadata", folder.parent, plain.model)
     (folder / "__0.metadata").write_bytes(whole)
     refused("each process saved by itself", folder, plain.model)
+
+
+@pytest.mark.parametrize(
+    "place", [Slice("\0", 0, 1), Slice("{}", 2**70, 1), Slice("{}", 0, 2**70), Slice("{}", 0, 2**62)]
+)
+def test_a_place_that_no_file_has_is_refused(folder: Path, place: Slice) -> None:
+    (file,) = folder.glob("*.distcp")
+    place = place._replace(file=place.file.format(file.name))
+    with pytest.raises(InputError, match=r"\.metadata is damaged: Slice\(.* holds w: copy"):
+        dcp_reader._load(folder, "w", place)
 
 
 @settings(max_examples=150)

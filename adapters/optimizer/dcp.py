@@ -121,6 +121,8 @@ def _load(folder: Path, key: str, place: Slice) -> Any:
     except OSError as error:
         why = error.strerror or error
         raise InputError(f"{place.file}, which holds {key}, cannot be read ({why}): {COPY}") from error
+    except (ValueError, OverflowError, MemoryError) as error:  # a NUL in a name, numbers past any file
+        raise InputError(f"{METADATA} is damaged: {place!r:.120} holds {key}: {COPY}") from error
     if len(data) < place.length:
         raise InputError(f"{place.file} is cut short, {key} is missing: {COPY}")
     try:
