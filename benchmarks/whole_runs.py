@@ -6,9 +6,10 @@
 A run is `first_order_passes` and one measured point, on random rows; nothing is sampled. Each is a
 fresh process, warmed up on rows too few to matter; with --repeat, sweeps follow each other and seconds
 are medians, memory the largest. Peak: the process' resident memory (CUDA: allocated) at its highest
-during the run; extra: the same above what was held before; with --tensors also what tensors hold of it,
-by a second run under torch's profiler (some 50,000 tokens at most). The second command is the published
-experiment's size: Qwen2.5-1.5B's shape, B_E = 2048, B_U = 64, G = 8, 100 response tokens, five etas.
+during the run; extra: the same above what was held before; with --tensors also what tensors hold of
+it, by a second run under torch's profiler, for some ten thousand tokens. The second command is the
+published experiment's size: Qwen2.5-1.5B's shape, B_E = 2048, B_U = 64, G = 8, 100 response tokens,
+five etas.
 """
 
 import argparse

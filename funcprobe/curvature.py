@@ -16,8 +16,8 @@ from .head import head_second_tangents
 from .layout import MAX_TOKENS, collate, in_microbatches, microbatches, scatter
 from .policy import Forward
 from .rows import Rows
+from .tangents import aligned
 from .taylor import second_jvp
-from .transforms import refuse_differentiated
 from .types import Batch, Entropy, InputError, Params, ResponseMask, TokenStats
 from .weights import by_group, importance_weights, integrand, prefix_sum, responsive
 
@@ -41,18 +41,17 @@ def second_tangents(
     In Taylor mode, in nats, nats per eta and nats per eta^2; no graph is kept. On a few tokens of the
     batch, in every call, the model's first derivatives are compared with forward mode's and its second
     ones with a symmetric difference of these. Raises InputError where they differ, where the model has
-    no such derivatives, and for half precision, which cannot resolve that comparison; ValueError where
-    `direction` has other names or shapes than `params`.
+    no such derivatives, for half precision, which cannot resolve that comparison, and inside a
+    transform that differentiates; ValueError where `direction` has other names or shapes than
+    `params`.
     """
-    tree.require_same(params, direction, "direction")
-    refuse_differentiated(params, direction)
+    direction = aligned(direction, params)
     if torch.finfo(forward.coarsest).eps > 1e-4:
         raise InputError(
             f"second derivatives of a model in {forward.coarsest} would be rounding: "
             'use policy.dtype = "float64" or "float32"'
         )
-    params = {n: t.detach() for n, t in params.items()}
-    direction = {n: direction[n].detach().to(t) for n, t in params.items()}
+    params, direction = ({n: t.detach() for n, t in given.items()} for given in (params, direction))
     _require_second_derivatives(params, batch, direction, forward)
 
     def one(rows: Rows) -> tuple[Tensor, ...]:

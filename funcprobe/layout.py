@@ -67,8 +67,7 @@ def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> lis
 
     `layout` is the most that the model allows: of that and the plainer ones the one that reads the
     fewest tokens is taken, if it saves 5 % (shared prompts: 10 %). Sequences are sorted by length, so
-    that little is padding.
-    Raises InputError if one sequence alone is longer than `max_tokens`.
+    that little is padding. Raises InputError if one sequence alone is longer than `max_tokens`.
     """
     length_N = batch.prompt_length_N + batch.response_length_N
     longest = int(length_N.max())

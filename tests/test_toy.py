@@ -128,6 +128,7 @@ def test_prompts_are_distinct_and_their_answers_right(tiny: Toy) -> None:
         assert row.keys() == {"prompt", "answer"}
         a, b = row["prompt"].removesuffix("=").split("+")
         assert int(row["answer"]) == int(a) + int(b)
+        assert all(2 <= int(summand) <= TINY.largest for summand in (a, b))
     assert len({len(row["prompt"]) for row in rows}) > 1
 
 
