@@ -11,13 +11,13 @@ from rich.console import Console
 
 from funcprobe.types import InputError
 
-from .allocator import keep_freed_memory
-from .config_file import commented_config, read_config
+from .config.file import commented_config, read_config
 from .console import Narrator
-from .tables import print_checks, print_results, verdict
+from .machine.allocator import keep_freed_memory
+from .results.tables import print_checks, print_results, verdict
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .stages.plan import Plan
 
 ABOUT = (
     "How the next optimizer step changes the entropy of a policy in RL training: predicted to first "

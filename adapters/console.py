@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cost import Cost, Stage
-from .memory import device_peak, process_peak, reset_peaks
+from .machine.cost import Cost, Stage
+from .machine.memory import device_peak, process_peak, reset_peaks
 
 
 class Narrator:

@@ -9,24 +9,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from funcprobe import adam
+from funcprobe.step import adam
 from funcprobe.types import AdamState, InputError, Params
 
-from .optimizer import (
-    OptimizerReport,
-    Saved,
-    Sidecar,
-    find_sidecar,
-    open_state,
-)
+from .checkpoint.trainer_state import FILE, trained_steps
+from .optimizer import OptimizerReport, Saved, Sidecar, find_sidecar, open_state
 from .optimizer.attach import attach
 from .optimizer.hyper import AdamOverrides, require_lr_ratio
 from .optimizer.names import Names, name_keys
 from .optimizer.saved import located, number, require_adam, shaped
-from .trainer_state import FILE, trained_steps
 
 if TYPE_CHECKING:
-    from .skeleton import Skeleton
+    from .checkpoint.skeleton import Skeleton
 
 HEALTHY_SCALE, SUSPECT_SCALE = 100.0, 1000.0  # of 1 / (sqrt(nu_hat) + eps)
 
@@ -188,9 +182,9 @@ def _named(
 def _skeleton(
     checkpoint: Path, base: str | None, adapter: str, missing: list[str]
 ) -> "Skeleton | None":
-    from .adapter import find_adapter  # transformers and peft load here
-    from .skeleton import skeleton
-    from .step import require_own_state
+    from .checkpoint.adapter import find_adapter  # transformers and peft load here
+    from .checkpoint.skeleton import skeleton
+    from .stages.step import require_own_state
 
     try:
         require_own_state(checkpoint, adapter)

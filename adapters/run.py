@@ -6,20 +6,22 @@ from typing import Any
 import torch
 
 import funcprobe
-from funcprobe import baselines, checks
-from funcprobe.layout import response_mask, select
+from funcprobe import checks
+from funcprobe.policy.layout import response_mask, select
+from funcprobe.statistics import baselines
 from funcprobe.types import TokenStats
 
-from . import results, rollouts, store
-from .batches import Batches, sample
-from .config import Config
-from .config_file import to_toml
+from . import rollouts, store
+from .config.file import to_toml
+from .config.schema import Config
 from .console import Narrator
-from .cost import Stage, counted
-from .plan import Plan, load
-from .precision import products
+from .machine.cost import Stage, counted
+from .machine.precision import products
+from .results import document as results
+from .stages.batches import Batches, sample
+from .stages.plan import Plan, load
+from .stages.sweep import LEAVES, STATS, measure_sweep, state_inputs
 from .store import Stages
-from .sweep import LEAVES, STATS, measure_sweep, state_inputs
 
 
 def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dict[str, Any], Path]:

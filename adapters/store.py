@@ -141,6 +141,11 @@ def fingerprint_path(path: Path) -> dict[str, str]:
     return {file.name: _file_hash(file) for file in files}
 
 
+def fingerprint_sources(folder: Path) -> dict[str, str]:
+    """Path below `folder` -> SHA-256, for every Python source there, subfolders included."""
+    return {str(file.relative_to(folder)): _file_hash(file) for file in sorted(folder.rglob("*.py"))}
+
+
 def require_finite(value: Any, where: str) -> None:
     """InputError for a number in `value` that is not finite, with its place and what to look at."""
     if isinstance(value, dict):

@@ -22,7 +22,7 @@ from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcprobe import Params, tree
-from funcprobe.policy import trainable_params
+from funcprobe.policy.forward import trainable_params
 
 DEFAULT_ROWS = {"small": (16, 128), "0.5B": (4, 128)}  # sequences, tokens of each
 

@@ -22,8 +22,9 @@ from published import print_published
 from scipy.stats import t as student
 from torch import Tensor
 
-from funcprobe import Entropy, intervals
-from funcprobe.intervals import Error, Interval
+from funcprobe import Entropy
+from funcprobe.statistics import intervals
+from funcprobe.statistics.intervals import Error, Interval
 
 EACH = 40  # responses to each of the toy's 512 prompts
 SIZES = (64, 256, 1024)  # draws of E

@@ -8,8 +8,9 @@ import torch
 from policies import World
 from torch import Tensor
 
-from funcprobe import Entropy, TokenStats, baselines, estimators, response_mask
-from funcprobe.layout import select
+from funcprobe import Entropy, TokenStats, response_mask
+from funcprobe.policy.layout import select
+from funcprobe.statistics import baselines, estimators
 
 PLAIN = [
     Entropy(per, integrand, weights, baseline="none")

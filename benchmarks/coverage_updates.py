@@ -15,11 +15,12 @@ from policies import Tables, Toy, World
 from torch import Tensor
 from torch.func import grad, jacfwd
 
-from funcprobe import Entropy, TokenStats, estimators, intervals, response_mask, tree
-from funcprobe.baselines import position_mean
-from funcprobe.gradients import weighted_grad
-from funcprobe.intervals import Error
-from funcprobe.layout import select
+from funcprobe import Entropy, TokenStats, response_mask, tree
+from funcprobe.passes.gradients import weighted_grad
+from funcprobe.policy.layout import select
+from funcprobe.statistics import estimators, intervals
+from funcprobe.statistics.baselines import position_mean
+from funcprobe.statistics.intervals import Error
 
 DRAWS = 500
 GROUP = 8  # responses to a prompt of U

@@ -33,8 +33,8 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 import funcprobe
 from funcprobe import Params, tree
-from funcprobe.head import head_gradient, head_tangents, token_head
-from funcprobe.policy import Forward
+from funcprobe.passes.head import head_gradient, head_tangents, token_head
+from funcprobe.policy.forward import Forward
 
 UNIT, OURS, ENTROPY = "product", "funcprobe", "log_softmax, gather, entropy"
 MODES = ("forward", "gradient", "tangents", "double vjp")

@@ -13,17 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from funcprobe import (
-    AdamState,
-    Batch,
-    Params,
-    Passes,
-    TokenStats,
-    UpdateBatch,
-    evaluation,
-    tree,
-    update_direction,
-)
+from funcprobe import AdamState, Batch, Params, Passes, TokenStats, UpdateBatch, tree, update_direction
+from funcprobe.statistics import evaluation
 
 
 class FirstOrder(NamedTuple):

@@ -12,15 +12,15 @@ from torch.func import jvp
 
 import funcprobe
 from funcprobe import Batch, Forward, Params, TokenStats, UpdateBatch, response_mask, tree
-from funcprobe.adam import UpdateDirection
 from funcprobe.adapters import run
-from funcprobe.adapters.batches import sample
-from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.checkpoint.toy import Recipe, ensure_toy
+from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
-from funcprobe.adapters.plan import load
-from funcprobe.adapters.sampling import sample_responses
+from funcprobe.adapters.sampling.generate import sample_responses
+from funcprobe.adapters.stages.batches import sample
+from funcprobe.adapters.stages.plan import load
 from funcprobe.adapters.store import Stages
-from funcprobe.adapters.toy import Recipe, ensure_toy
+from funcprobe.step.adam import UpdateDirection
 
 
 class World(NamedTuple):

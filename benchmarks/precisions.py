@@ -27,8 +27,8 @@ from shapes import (
 
 import funcprobe
 from funcprobe import Batch, Params, Probe
-from funcprobe.adapters.precision import products
-from funcprobe.curvature import rounding_noise
+from funcprobe.adapters.machine.precision import products
+from funcprobe.statistics.second_order import rounding_noise
 
 PASSES = ("forward", "gradient", "tangents")
 

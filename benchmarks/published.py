@@ -12,7 +12,7 @@ from torch import Tensor
 
 import funcprobe
 from funcprobe import Entropy, TokenStats, tree
-from funcprobe.layout import select
+from funcprobe.policy.layout import select
 
 TINY = 1e-6
 POOL, SIZE, TIMES = 2048, 256, 2000

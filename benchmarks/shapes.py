@@ -25,7 +25,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import funcprobe
 from funcprobe import AdamGroup, AdamState, Batch, Params, UpdateBatch
-from funcprobe.adapters.allocator import keep_freed_memory
+from funcprobe.adapters.machine.allocator import keep_freed_memory
 
 T = TypeVar("T")
 Calls: TypeAlias = Mapping[str, Callable[[], object]]

@@ -21,15 +21,16 @@ from policies import studied
 from torch import Tensor
 
 import funcprobe
-from funcprobe import Batch, Entropy, TokenStats, baselines, estimators, regression, response_mask
+from funcprobe import Batch, Entropy, TokenStats, response_mask
 from funcprobe.adapters import run
-from funcprobe.adapters.batches import sample
-from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
-from funcprobe.adapters.plan import load
-from funcprobe.adapters.sampling import sample_responses
+from funcprobe.adapters.sampling.generate import sample_responses
+from funcprobe.adapters.stages.batches import sample
+from funcprobe.adapters.stages.plan import load
 from funcprobe.adapters.store import Stages
-from funcprobe.layout import select
+from funcprobe.policy.layout import select
+from funcprobe.statistics import baselines, estimators, regression
 
 DRAWS = 256  # of a batch
 CUTS = 6  # of the pool into batches

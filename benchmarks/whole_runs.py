@@ -37,7 +37,7 @@ from shapes import (
 )
 
 import funcprobe
-from funcprobe.layout import MAX_TOKENS
+from funcprobe.policy.layout import MAX_TOKENS
 
 PLATEAU = 1.05  # the largest peak of a sweep over its first: issue 5
 ETAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)

@@ -3,30 +3,25 @@
 The functional core. Everything here is a pure function of its arguments.
 """
 
-from .adam import fresh_adam_state, precondition, preconditioner, update_direction
-from .curvature import (
-    difference_eta,
-    eta_star,
-    second_difference,
-    second_order,
-    second_tangents,
-)
-from .estimators import (
+from .passes.grad_dots import grad_dots
+from .passes.gradients import grad_X, grad_Y, weighted_grad
+from .passes.logprobs import seq_logprobs, token_stats
+from .passes.second_tangents import second_tangents
+from .passes.tangents import alpha_vjp, tangents
+from .policy.forward import Forward, frozen_forward, lora_params, trainable_params
+from .policy.layout import collate, response_mask, select
+from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
+from .statistics.estimators import (
     entropy_value,
     first_order,
     gradient_coefficients,
     measured_change,
     sum_se,
 )
-from .evaluation import Evaluation, change, derivative, evaluate, second_derivative
-from .grad_dots import grad_dots
-from .gradients import grad_X, grad_Y, weighted_grad
-from .layout import collate, response_mask, select
-from .logprobs import seq_logprobs, token_stats
-from .objective import PRESETS, Objective, advantages, coefficients
-from .policy import Forward, frozen_forward, lora_params, trainable_params
-from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
-from .tangents import alpha_vjp, tangents
+from .statistics.evaluation import Evaluation, change, derivative, evaluate, second_derivative
+from .statistics.second_order import difference_eta, eta_star, second_difference, second_order
+from .step.adam import fresh_adam_state, precondition, preconditioner, update_direction
+from .step.objective import PRESETS, Objective, advantages, coefficients
 from .types import (
     AdamGroup,
     AdamState,

@@ -5,13 +5,15 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import evaluation, gradients, tree
-from .adam import UpdateDirection
-from .estimators import FirstOrder
-from .evaluation import Evaluation
-from .layout import MAX_TOKENS
-from .policy import Forward, lora_params
-from .tangents import tangents
+from . import tree
+from .passes import gradients
+from .passes.tangents import tangents
+from .policy.forward import Forward, lora_params
+from .policy.layout import MAX_TOKENS
+from .statistics import evaluation
+from .statistics.estimators import FirstOrder
+from .statistics.evaluation import Evaluation
+from .step.adam import UpdateDirection
 from .types import Batch, Entropy, InputError, Params, TokenStats
 
 

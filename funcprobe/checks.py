@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import tree
-from .estimators import Measured
-from .gradients import weighted_grad
-from .islands import float32_islands
-from .layout import response_mask, select
-from .logprobs import token_stats
-from .policy import Forward
+from .passes.gradients import weighted_grad
+from .passes.logprobs import token_stats
+from .passes.tangents import alpha_vjp
+from .policy.forward import Forward
+from .policy.islands import float32_islands
+from .policy.layout import response_mask, select
 from .probe import Prediction, measure
-from .tangents import alpha_vjp
+from .statistics.estimators import Measured
 from .types import Batch, Entropy, InputError, Params, TokenStats
 
 FEW_TOKENS = 16

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import adam, estimators, evaluation, gradients, logprobs, tree
-from .adam import UpdateDirection
+from . import tree
 from .along import EvalPasses, eval_passes, require_gradients, summarise_along
-from .curvature import second_tangents
-from .estimators import FirstOrder, Measured
-from .evaluation import Evaluation
-from .grad_dots import grad_dots
-from .layout import MAX_TOKENS
-from .policy import Forward, frozen_forward, trainable_params
-from .tangents import alpha_vjp, require_derivatives, tangents
+from .passes import gradients, logprobs
+from .passes.grad_dots import grad_dots
+from .passes.second_tangents import second_tangents
+from .passes.tangents import alpha_vjp, require_derivatives, tangents
+from .policy.forward import Forward, frozen_forward, trainable_params
+from .policy.layout import MAX_TOKENS
+from .statistics import estimators, evaluation
+from .statistics.estimators import FirstOrder, Measured
+from .statistics.evaluation import Evaluation
+from .step import adam
+from .step.adam import UpdateDirection
 from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
 
 

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 import funcprobe
-from funcprobe.layout import microbatches
-from funcprobe.policy import frozen_forward, trainable_params
+from funcprobe.policy.forward import frozen_forward, trainable_params
+from funcprobe.policy.layout import microbatches
 
 CPU = torch.device("cpu")
 BATCH = random_batch([(0, 3, 4), (1, 5, 3), (2, 1, 6), (0, 3, 2)], vocabulary=len(PIECES))

@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM
 
 import funcprobe
 from funcprobe import UpdateBatch
-from funcprobe.adapters.config import PolicyConfig
-from funcprobe.adapters.model import load_policy
-from funcprobe.layout import microbatches
-from funcprobe.policy import frozen_forward
+from funcprobe.adapters.checkpoint.model import load_policy
+from funcprobe.adapters.config.schema import PolicyConfig
+from funcprobe.policy.forward import frozen_forward
+from funcprobe.policy.layout import microbatches
 from funcprobe.types import InputError
 
 # Each architecture and each adapter, in the default suite; the whole table with -m slow.

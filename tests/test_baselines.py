@@ -9,8 +9,9 @@ from conftest import random_batch, random_like, tiny_policy
 from test_estimators import VOCABULARY, population, rows, world  # noqa: F401
 
 import funcprobe
-from funcprobe import Entropy, InputError, TokenStats, baselines, estimators, regression, tree
-from funcprobe.layout import select
+from funcprobe import Entropy, InputError, TokenStats, tree
+from funcprobe.policy.layout import select
+from funcprobe.statistics import baselines, estimators, regression
 
 CONTROLLED = [
     Entropy(per, "rao_blackwell", weights)

@@ -32,7 +32,7 @@ from transformers import (
 import funcprobe
 from funcprobe import InputError, tree
 from funcprobe.adapters import rollouts
-from funcprobe.adapters.config import Config
+from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.optimizer import read_adam_state
 from funcprobe.adapters.trainers import ParamNamesCallback, ProbeCallback, live, probe
 

@@ -20,9 +20,9 @@ from conftest import PIECES, Checkpoint, Outcome, edit_json, make_checkpoint, se
 from safetensors.torch import load_file, save_file
 
 from funcprobe.adapters import run as run_module
-from funcprobe.adapters import sampling as sampling_module
-from funcprobe.adapters.config import Config
-from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.config.file import read_config
+from funcprobe.adapters.config.schema import Config
+from funcprobe.adapters.sampling import generate as sampling_module
 
 Command = Callable[..., Outcome]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funcprobe.adapters.config import Config
-from funcprobe.adapters.config_file import commented_config, read_config, to_toml
+from funcprobe.adapters.config.file import commented_config, read_config, to_toml
+from funcprobe.adapters.config.schema import Config
 from funcprobe.types import InputError
 
 

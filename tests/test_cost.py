@@ -11,12 +11,13 @@ import torch
 from conftest import random_batch, random_like, sets, tiny_policy
 
 import funcprobe
-from funcprobe import baselines
-from funcprobe.adapters import cost, max_tokens, memory, plan
-from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
-from funcprobe.adapters.cost import Cost, Stage
-from funcprobe.adapters.max_tokens import Trial, choose, fitted
+from funcprobe.adapters.machine import cost, memory
+from funcprobe.adapters.machine.cost import Cost, Stage
+from funcprobe.adapters.stages import max_tokens, plan
+from funcprobe.adapters.stages.max_tokens import Trial, choose, fitted
+from funcprobe.statistics import baselines
 from funcprobe.types import InputError
 
 

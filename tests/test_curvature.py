@@ -11,8 +11,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import funcprobe
-from funcprobe import Entropy, InputError, TokenStats, curvature, estimators, taylor, taylor_rules, tree
-from funcprobe.weights import by_unit, importance_weights
+from funcprobe import Entropy, InputError, TokenStats, tree
+from funcprobe.autodiff import taylor, taylor_rules
+from funcprobe.policy.layout import microbatches
+from funcprobe.statistics import estimators, second_order
+from funcprobe.statistics.weights import by_unit, importance_weights
 
 ESTIMATORS = [
     Entropy(per, integrand, weights)
@@ -276,7 +279,7 @@ def test_requires_grad_order_of_names_and_microbatches_change_nothing(probe64, d
     leaves = {n: t.clone().requires_grad_() for n, t in probe64.params.items()}
     backwards = dict(reversed(direction.items()))
     found = funcprobe.second_tangents(leaves, BATCH, backwards, probe64.forward, 8)
-    assert len(funcprobe.layout.microbatches(BATCH, 8)) > 3
+    assert len(microbatches(BATCH, 8)) > 3
     for x, y in zip(itertools.chain(*found), itertools.chain(*jet), strict=True):
         assert not x.requires_grad
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
@@ -361,7 +364,7 @@ def test_second_order_by_autograd_of_a_loop(entropy, clip):
     (bend,) = torch.autograd.grad(slope, eta)
     seen = estimators.first_order(here, first, MASK, UNIT, entropy, noise)
     assert seen.derivative == pytest.approx(float(slope.detach()), rel=1e-11)
-    found = curvature.second_order(here, first, second, MASK, UNIT, entropy, noise)
+    found = second_order.second_order(here, first, second, MASK, UNIT, entropy, noise)
     assert found.derivative == pytest.approx(float(bend), rel=1e-10)
     assert float(found.per_sequence_N.sum()) == pytest.approx(found.derivative, rel=1e-10)
 
@@ -434,9 +437,9 @@ def test_influence_is_what_one_more_copy_of_a_unit_adds(entropy, clip):
     def estimate(index):
         rows = [TokenStats(*(x[index] for x in s)) for s in (here, first, second)]
         units = torch.arange(len(index))
-        return curvature.second_order(*rows, MASK[index], units, entropy, noise[index]).derivative
+        return second_order.second_order(*rows, MASK[index], units, entropy, noise[index]).derivative
 
-    found = curvature.second_order(here, first, second, MASK, UNIT, entropy, noise)
+    found = second_order.second_order(here, first, second, MASK, UNIT, entropy, noise)
     many = torch.arange(len(MASK)).repeat(copies)
     start = estimate(many)
     added = [estimate(torch.cat([many, (m == UNIT).nonzero().squeeze(1)])) for m in UNIT.unique()]

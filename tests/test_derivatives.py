@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp
 
 import funcprobe
-from funcprobe import head, readout, tree
+from funcprobe import tree
+from funcprobe.passes import head
+from funcprobe.policy import precision, readout
+from funcprobe.policy.layout import microbatches
 from funcprobe.types import InputError
 
 POLICY = tiny_policy()
@@ -83,7 +86,7 @@ def test_statistics_by_a_plain_forward(policy64, probe64):
     for i in range(3):
         start, count = int(batch.prompt_length_N[i]), int(batch.response_length_N[i])
         row = batch.tokens_NL[i, : start + count]
-        with torch.no_grad(), funcprobe.precision.StayFloat64():
+        with torch.no_grad(), precision.StayFloat64():
             logp = policy64(input_ids=row[None]).logits[0].log_softmax(-1)
         for k in range(count):
             here = logp[start + k - 1]
@@ -100,7 +103,7 @@ def test_temperature_is_that_of_the_distribution(policy64, probe64):
     warm = probe64.token_stats(probe64.params, batch)
     assert float(cold.entropy_NR.sum()) < float(warm.entropy_NR.sum())
     row = batch.tokens_NL[0, :5]
-    with torch.no_grad(), funcprobe.precision.StayFloat64():
+    with torch.no_grad(), precision.StayFloat64():
         logits = policy64(input_ids=row[None]).logits[0, 1]
     expected = (logits / 0.5).log_softmax(-1)[row[2]]
     assert float(cold.logp_NR[0, 0]) == pytest.approx(float(expected), abs=1e-12)
@@ -185,8 +188,8 @@ def test_a_batch_of_many_microbatches_gives_the_same_numbers(policy64):
     batch = random_batch(lengths)
     one = funcprobe.bind(policy64, max_tokens=4096)
     many = funcprobe.bind(policy64, max_tokens=12)
-    assert len(funcprobe.layout.microbatches(batch, 12)) >= 10
-    assert len(funcprobe.layout.microbatches(batch, 4096)) == 1
+    assert len(microbatches(batch, 12)) >= 10
+    assert len(microbatches(batch, 4096)) == 1
     mask, v = funcprobe.response_mask(batch).double(), random_like(one.params)
     for a, b in zip(
         one.tangents(one.params, batch, v), many.tangents(one.params, batch, v), strict=True
@@ -286,7 +289,7 @@ def test_head_works_in_float32_on_half_precision_logits():
     """log_softmax in bfloat16 would leave three digits; here only the logits' own rounding stays."""
     probe = funcprobe.bind(tiny_policy(dtype=torch.bfloat16))
     batch = random_batch([(0, 2, 6), (1, 4, 4)])
-    (rows,) = funcprobe.layout.microbatches(batch, 2048)
+    (rows,) = microbatches(batch, 2048)
     hidden_TD = probe.forward.hidden(probe.params, rows)
     logp_T, entropy_T = head.token_head(probe.params, hidden_TD, rows.target_T, probe.forward)
     logp_TV = probe.forward.logits(probe.params, hidden_TD).double().log_softmax(-1)

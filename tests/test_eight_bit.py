@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_lora import make_model, registry, trainable, trainer_run
 
-from funcprobe.adam import update_direction
 from funcprobe.adapters.optimizer import live_adam_state, read_adam_state
 from funcprobe.adapters.optimizer.eight_bit import dequantised
 from funcprobe.adapters.optimizer.saved import require_adam
 from funcprobe.adapters.optimizer.torch_file import well_formed
+from funcprobe.step.adam import update_direction
 from funcprobe.types import InputError
 
 NESTED = "__bnb_optimizer_quant_state__"

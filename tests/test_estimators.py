@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprobe
-from funcprobe import Entropy, TokenStats, curvature, tree
-from funcprobe.weights import by_unit
+from funcprobe import Entropy, TokenStats, tree
+from funcprobe.statistics import second_order
+from funcprobe.statistics.weights import by_unit
 
 VOCABULARY, EOS, LONGEST = 5, 0, 4
 PROMPTS = ([1, 3], [4, 2, 2])
@@ -377,7 +378,7 @@ def test_rounding_noise_is_what_no_parabola_explains():
             )
             for sign, row in zip((1, -1), draw, strict=True)
         )
-        found.append(curvature.rounding_noise(plus, minus) ** 2)
+        found.append(second_order.rounding_noise(plus, minus) ** 2)
     # 1600 squares of a normal: relative error 0.035 of their mean.
     assert sum(found) / 800 == pytest.approx(noise**2, rel=0.15, abs=0)
 
@@ -390,7 +391,7 @@ def test_even_and_odd_rounding_each_make_half_of_the_variance(sign):
     """
     size = math.sqrt(1 / 2)
     found = [
-        curvature.rounding_noise(part, (sign * part[0], sign * part[1]))
+        second_order.rounding_noise(part, (sign * part[0], sign * part[1]))
         for part in ((size, 0.0), (0.0, size))
     ]
     assert sum(noise**2 for noise in found) == pytest.approx(1 / 2, rel=1e-12)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from funcprobe.adapters.fit import linear_fit
+from funcprobe.adapters.stages.fit import linear_fit
 from funcprobe.types import InputError
 
 ETAS = tuple(1e-8 * 10 ** (i / 2) for i in range(10))  # to 3e-4

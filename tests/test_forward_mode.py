@@ -15,13 +15,13 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcprobe
-from funcprobe import attention_along
-from funcprobe.forward_mode import ForwardMode
-from funcprobe.layout import microbatches
-from funcprobe.policy import frozen_forward, trainable_params
-from funcprobe.rows import packed_rows, plain_rows
-from funcprobe.taylor import second_jvp
-from funcprobe.transforms import derivatives, in_transform
+from funcprobe.autodiff import attention_along
+from funcprobe.autodiff.forward_mode import ForwardMode
+from funcprobe.autodiff.taylor import second_jvp
+from funcprobe.autodiff.transforms import derivatives, in_transform
+from funcprobe.policy.forward import frozen_forward, trainable_params
+from funcprobe.policy.layout import microbatches
+from funcprobe.policy.rows import packed_rows, plain_rows
 
 
 def draw(*shape, seed=0, dtype=torch.float64):

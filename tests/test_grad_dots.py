@@ -12,8 +12,8 @@ from policies import make_policy
 
 import funcprobe
 from funcprobe import response_mask, select, tree
-from funcprobe.grad_dots import grad_dots
-from funcprobe.policy import frozen_forward, trainable_params
+from funcprobe.passes.grad_dots import grad_dots
+from funcprobe.policy.forward import frozen_forward, trainable_params
 
 LENGTHS = [(0, 3, 4), (1, 5, 1), (2, 1, 6), (0, 3, 2), (0, 3, 1)]
 BATCH = random_batch(LENGTHS, vocabulary=14, seed=5)
@@ -74,7 +74,7 @@ def test_every_adapter(monkeypatch, architecture, adapter, tied):
         passes.append(args)
         return tangents(*args)
 
-    module = sys.modules["funcprobe.grad_dots"]  # the package has the function by this name
+    module = sys.modules["funcprobe.passes.grad_dots"]  # the package has the function by this name
     tangents = module.tangents
     monkeypatch.setattr(module, "tangents", counted)
     expected = loop(params, BATCH, P_NR, Q_NR, mu, forward)

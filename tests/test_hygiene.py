@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from funcprobe.adapters.hygiene import verdict
+from funcprobe.adapters.stages.weight_diagnostics import verdict
 from funcprobe.types import InputError
 
 

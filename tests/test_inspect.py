@@ -9,7 +9,7 @@ import torch
 from conftest import edit_json
 from test_optimizer_names import sidecar_of
 
-from funcprobe.adapters.skeleton import skeleton
+from funcprobe.adapters.checkpoint.skeleton import skeleton
 
 
 def edit(checkpoint, change) -> None:
@@ -71,8 +71,8 @@ def test_for_a_reader(command, checkpoint) -> None:
 
 
 def test_names_of_the_skeleton_are_those_of_the_model(checkpoint) -> None:
-    from funcprobe.adapters.config import PolicyConfig
-    from funcprobe.adapters.model import load_policy
+    from funcprobe.adapters.checkpoint.model import load_policy
+    from funcprobe.adapters.config.schema import PolicyConfig
 
     policy = load_policy(PolicyConfig(checkpoint=str(checkpoint.adapter)), torch.device("cpu"))
     bones = skeleton(checkpoint.adapter, None, "default")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprobe
-from funcprobe import Entropy, TokenStats, estimators, intervals
-from funcprobe.intervals import Error, Interval
+from funcprobe import Entropy, TokenStats
+from funcprobe.statistics import estimators, intervals
+from funcprobe.statistics.intervals import Error, Interval
 
 ENTROPY = Entropy(baseline="none")
 ETA = 0.3

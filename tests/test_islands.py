@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.utils import ModelOutput
 
-from funcprobe import islands
-from funcprobe.adapters.config import PolicyConfig
-from funcprobe.adapters.model import load_policy
-from funcprobe.islands import float32_islands
+from funcprobe.adapters.checkpoint.model import load_policy
+from funcprobe.adapters.config.schema import PolicyConfig
+from funcprobe.policy import islands
+from funcprobe.policy.islands import float32_islands
 from funcprobe.types import InputError
 
 TOKENS_NL = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

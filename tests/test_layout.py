@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from funcprobe import InputError, collate, response_mask, select
-from funcprobe.layout import gather, microbatches, scatter
+from funcprobe.policy.layout import gather, microbatches, scatter
 
 pairs = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=12)
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from funcprobe.adapters.config import PolicyConfig
-from funcprobe.adapters.model import check_registry, load_policy
+from funcprobe.adapters.checkpoint.model import check_registry, load_policy
+from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.types import InputError
 
 CPU = torch.device("cpu")

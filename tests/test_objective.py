@@ -8,13 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcprobe.objective import (
-    PRESETS,
-    Objective,
-    advantages,
-    coefficients,
-    equal_reward_groups,
-)
+from funcprobe.step.objective import PRESETS, Objective, advantages, coefficients, equal_reward_groups
 from funcprobe.types import InputError
 
 MODES = ["mean", "mean_std", "leave_one_out"]

@@ -16,12 +16,7 @@ from small_lora import make_model, registry, trainable, trainer_run
 from test_optimizer import assert_attached, take_steps
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from funcprobe.adapters.optimizer import (
-    AdamOverrides,
-    find_sidecar,
-    live_adam_state,
-    read_adam_state,
-)
+from funcprobe.adapters.optimizer import AdamOverrides, find_sidecar, live_adam_state, read_adam_state
 from funcprobe.types import InputError
 
 

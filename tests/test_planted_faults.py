@@ -32,149 +32,161 @@ ADAM = ("test_adam.py", "test_run.py::test_the_direction_is_what_torchs_adamw_do
 FAULTS = {
     # Weights and sums
     "the weight of k holds k itself": Fault(
-        "weights.py",
+        "statistics/weights.py",
         "return torch.cat([torch.zeros_like(x_NR[:, :1]), inclusive_NR[:, :-1]], dim=1)",
         "return inclusive_NR",
         ESTIMATORS,
     ),
     "the weight of k lacks k - 1": Fault(
-        "weights.py",
+        "statistics/weights.py",
         "return torch.cat([torch.zeros_like(x_NR[:, :1]), inclusive_NR[:, :-1]], dim=1)",
         "return torch.cat([torch.zeros_like(x_NR[:, :2]), inclusive_NR[:, :-2]], dim=1)",
         ESTIMATORS,
     ),
     "the score of j takes k = j": Fault(
-        "weights.py",
+        "statistics/weights.py",
         "return torch.cat([suffix_NR[:, 1:], torch.zeros_like(y_NR[:, :1])], dim=1)",
         "return suffix_NR",
         ESTIMATORS,
     ),
     "a response that ended counts no more": Fault(
-        "weights.py",
+        "statistics/weights.py",
         'return weight_NR * (mask_NR if entropy.per == "token" else torch.ones_like(mask_NR))',
         "return weight_NR * mask_NR",
         ESTIMATORS,
     ),
     "sequences of one prompt are taken to be independent": Fault(
-        "weights.py",
+        "statistics/weights.py",
         "units, index_N = unit_N.unique(return_inverse=True)",
         "units = index_N = torch.arange(len(unit_N))",
         ESTIMATORS,
     ),
     # The estimators
     "wrong sign of the score term, forward": Fault(
-        "estimators.py",
+        "statistics/estimators.py",
         "weight_NR * dz_NR + dweight_NR * z_NR, dweight_NR)",
         "weight_NR * dz_NR - dweight_NR * z_NR, -dweight_NR)",
         ESTIMATORS,
     ),
     "wrong sign of the score term, reverse": Fault(
-        "estimators.py",
+        "statistics/estimators.py",
         "score_NR = prefix_sum_transposed(moving_NR, entropy) * mask_NR",
         "score_NR = -prefix_sum_transposed(moving_NR, entropy) * mask_NR",
         ESTIMATORS,
     ),
     "the derivative lacks its normaliser's": Fault(
-        "estimators.py", "return (dN - N / D * dD) / D\n", "return dN / D\n", ESTIMATORS
+        "statistics/estimators.py", "return (dN - N / D * dD) / D\n", "return dN / D\n", ESTIMATORS
     ),
     "the gradient lacks its normaliser's": Fault(
-        "estimators.py", "(z_NR - N_g / D_g) / D_g", "z_NR / D_g", ESTIMATORS
+        "statistics/estimators.py", "(z_NR - N_g / D_g) / D_g", "z_NR / D_g", ESTIMATORS
     ),
     "the measured change lacks its normaliser's": Fault(
-        "estimators.py", "return (dN - N / D * dD) / (D + dD)", "return dN / (D + dD)", ESTIMATORS
+        "statistics/estimators.py",
+        "return (dN - N / D * dD) / (D + dD)",
+        "return dN / (D + dD)",
+        ESTIMATORS,
     ),
     "a standard error without the normaliser's noise": Fault(
-        "estimators.py",
+        "statistics/estimators.py",
         "(dn_Ng - R * dd_Ng - dD / D * (n_Ng - R * d_Ng) - F * d_Ng) / D",
         "(dn_Ng - F * d_Ng) / D",
         ESTIMATORS,
     ),
     # Adam
     "no bias correction of exp_avg": Fault(
-        "adam.py",
+        "step/adam.py",
         "per_moment = 1 / ((1 - group.beta1**step) * denominator)",
         "per_moment = 1 / denominator",
         ADAM,
     ),
     "no bias correction of exp_avg_sq": Fault(
-        "adam.py",
+        "step/adam.py",
         "denominator = (nu / (1 - group.beta2**step)).sqrt() + group.eps",
         "denominator = nu.sqrt() + group.eps",
         ADAM,
     ),
     "no bias correction of the preconditioner": Fault(
-        "adam.py",
+        "step/adam.py",
         "(1 - group.beta2**step if step else 1.0)",
         "1.0",
         ADAM,
     ),
     "bias correction of the step before": Fault(
-        "adam.py",
+        "step/adam.py",
         "group_of[name], adam_state.step[name] + 1",
         "group_of[name], max(adam_state.step[name], 1)",
         ADAM,
     ),
     "momentum of the other sign": Fault(
-        "adam.py", "momentum[name] = -group.beta1", "momentum[name] = group.beta1", ADAM
+        "step/adam.py", "momentum[name] = -group.beta1", "momentum[name] = group.beta1", ADAM
     ),
     # The objective
     "a response is compared with itself, too": Fault(
-        "objective.py",
+        "step/objective.py",
         "r_N - (sum_M[group_N] - r_N) / (size_M[group_N] - 1)",
         "r_N - sum_M[group_N] / size_M[group_N]",
         OBJECTIVE,
     ),
     "every response weighs as much as every other": Fault(
-        "objective.py", "return T_N.sum() * ones_N", "return N * T_N * ones_N", OBJECTIVE
+        "step/objective.py", "return T_N.sum() * ones_N", "return N * T_N * ones_N", OBJECTIVE
     ),
     # The model
     "the probability of the token before": Fault(
-        "rows.py",
+        "policy/rows.py",
         "target_T=tokens_NL[row_T, token_T]",
         "target_T=tokens_NL[row_T, token_T - 1]",
         ("test_rows.py",),
     ),
     "the temperature is left out": Fault(
-        "policy.py",
+        "policy/forward.py",
         "return call(head, given, hidden_TD) / temperature",
         "return call(head, given, hidden_TD)",
         ("test_derivatives.py", "test_policy.py"),
     ),
     "the entropy of the token that was sampled": Fault(
-        "head.py", "-(logp_TV.exp() * logp_TV).sum(-1)", "-logp_T", ("test_readout.py", *MODEL)
+        "passes/head.py", "-(logp_TV.exp() * logp_TV).sum(-1)", "-logp_T", ("test_readout.py", *MODEL)
     ),
     "h' without the entropy": Fault(
-        "readout.py",
+        "policy/readout.py",
         "-_mean(at.plogp_nV, da_nV) - at.entropy_n * mean_n\n        return logp_n",
         "-_mean(at.plogp_nV, da_nV)\n        return logp_n",
         ("test_readout.py", *MODEL),
     ),
     "a response sees the other responses to its prompt": Fault(
-        "rows.py", "torch.ones(width, width).tril()", "torch.ones(width, width)", ("test_rows.py",)
+        "policy/rows.py",
+        "torch.ones(width, width).tril()",
+        "torch.ones(width, width)",
+        ("test_rows.py",),
     ),
     "positions go on from one response to the next": Fault(
-        "rows.py",
+        "policy/rows.py",
         "position_S = begin[of_S] + offset_S",
         "position_S = torch.arange(len(of_S))",
         ("test_rows.py",),
     ),
     "attention's normaliser has no derivative": Fault(
-        "attention_along.py", " - e.sum(-1, keepdim=True) * out", "", ("test_forward_mode.py", *MODEL)
+        "autodiff/attention_along.py",
+        " - e.sum(-1, keepdim=True) * out",
+        "",
+        ("test_forward_mode.py", *MODEL),
     ),
     "a product of two jets has its cross term once": Fault(
-        "taylor_rules.py", "torch.mul(2 * a.first, b.first)", "a.first * b.first", ("test_taylor.py",)
+        "autodiff/taylor_rules.py",
+        "torch.mul(2 * a.first, b.first)",
+        "a.first * b.first",
+        ("test_taylor.py",),
     ),
     "a narrow layer's cross term has the other sign": Fault(
-        "taylor_rules.py", ", 2 * cross]", ", -2 * cross]", ("test_taylor.py",)
+        "autodiff/taylor_rules.py", ", 2 * cross]", ", -2 * cross]", ("test_taylor.py",)
     ),
     "the direction of a trained layer is left out": Fault(
-        "forward_mode.py",
+        "autodiff/forward_mode.py",
         "torch.cat([w, dw], 1)",
         "torch.cat([w, 0 * dw], 1)",
         ("test_forward_mode.py", *MODEL),
     ),
     "a halved microbatch loses the others": Fault(
-        "layout.py",
+        "policy/layout.py",
         "        if waiting:\n",
         "        if not waiting:\n",
         ("test_rows.py", "test_layout.py"),

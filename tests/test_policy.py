@@ -24,10 +24,11 @@ from transformers import (
 )
 
 import funcprobe
-from funcprobe import AdamGroup, InputError, UpdateBatch, head
-from funcprobe.layout import microbatches
-from funcprobe.policy import frozen_forward, trainable_params
-from funcprobe.precision import arithmetic_of
+from funcprobe import AdamGroup, InputError, UpdateBatch
+from funcprobe.passes import head
+from funcprobe.policy.forward import frozen_forward, trainable_params
+from funcprobe.policy.layout import microbatches
+from funcprobe.policy.precision import arithmetic_of
 
 SHAPE = {
     "vocab_size": 11,

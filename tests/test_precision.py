@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 import funcprobe
-from funcprobe import policy, tree
-from funcprobe.precision import StayFloat64, arithmetic_of
+from funcprobe import tree
+from funcprobe.policy import forward as policy
+from funcprobe.policy.precision import StayFloat64, arithmetic_of
 
 THIRD = torch.tensor([1 / 3, -2 / 7], dtype=torch.float64)  # not representable in float32
 NARROW = torch.ones(2, dtype=torch.float32)

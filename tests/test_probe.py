@@ -9,7 +9,7 @@ from conftest import random_batch, random_like, tiny_policy
 
 import funcprobe
 from funcprobe import AdamGroup, AdamState, Entropy, InputError, Step, UpdateBatch, checks, tree
-from funcprobe.policy import Forward
+from funcprobe.policy.forward import Forward
 from funcprobe.probe import require_gradients
 
 # Prompt 1 is drawn three times into E; lengths, group sizes and coefficients are all unequal.

@@ -14,9 +14,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from funcprobe.adapters.prompts import (
+from funcprobe.adapters.checkpoint.vocabulary import check_vocabulary
+from funcprobe.adapters.sampling.prompts import (
     Prompt,
-    check_vocabulary,
     draw_distinct,
     draw_with_replacement,
     encode_prompts,

@@ -29,12 +29,12 @@ from torch.func import grad, jvp, vjp, vmap
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import funcprobe
-from funcprobe.adapters import quantised
-from funcprobe.adapters.config import PolicyConfig
-from funcprobe.adapters.model import load_policy
-from funcprobe.adapters.quantised import FrozenLinear4bit, freeze_quantised
+from funcprobe.adapters.checkpoint import quantised
+from funcprobe.adapters.checkpoint.model import load_policy
+from funcprobe.adapters.checkpoint.quantised import FrozenLinear4bit, freeze_quantised
+from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.adapters.trainers import ProbeCallback
-from funcprobe.layout import microbatches
+from funcprobe.policy.layout import microbatches
 from funcprobe.types import InputError
 
 slow = partial(pytest.param, marks=pytest.mark.slow)  # their linears are llama's

@@ -1,5 +1,6 @@
 """The README's notebook section runs as it stands."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import funcprobe
-from funcprobe import intervals
 from funcprobe.adapters.optimizer import read_adam_state
+from funcprobe.statistics import intervals
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -24,12 +25,20 @@ def rows(batch: funcprobe.Batch) -> tuple[list, list, list]:
     return [p for p, _ in parts], [r for _, r in parts], batch.prompt_N.tolist()
 
 
-def test_every_file_is_where_it_is_said_to_be():
+def test_the_tree_is_the_repository():
+    """Every folder and file at the top of the two rooms stands in the tree, and nothing else does."""
     text = README.read_text(encoding="utf-8")
-    named = set(re.findall(r"\b(\w+\.py)\b", text[text.index("## What is where") :]))
-    folders = ("funcprobe", "adapters", "adapters/optimizer", "benchmarks")
-    there = {path.name for folder in folders for path in (README.parent / folder).glob("*.py")}
-    assert named - {"file.py"} == there - {"__init__.py"}
+    (block,) = re.findall(r"^```\n(funcprobe/ .*?)^```", text, re.DOTALL | re.MULTILINE)
+    for room in ("funcprobe", "adapters"):
+        lines = block[block.index(f"{room}/ ") :].splitlines()[1:]
+        indented = itertools.takewhile(lambda line: line.startswith("  "), lines)
+        named = {name for line in indented for name in re.findall(r"\b\w+(?:/|\.py\b)", line[:30])}
+        there = {
+            path.name + ("/" if path.is_dir() else "")
+            for path in (README.parent / room).iterdir()
+            if path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__")
+        }
+        assert named == there - {"__init__.py"}
 
 
 def test_every_test_that_is_named_is_there():

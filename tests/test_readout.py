@@ -12,8 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from funcprobe import head, readout
-from funcprobe.readout import Readout
+from funcprobe.passes import head
+from funcprobe.policy import readout
+from funcprobe.policy.readout import Readout
 
 T, D, V = 7, 5, 19
 

@@ -11,9 +11,11 @@ import torch
 from conftest import sets
 
 import funcprobe
-from funcprobe.adapters import results, sweep, sweep_results
-from funcprobe.estimators import Measured
-from funcprobe.intervals import Error
+from funcprobe.adapters.results import document as results
+from funcprobe.adapters.results import sweep as sweep_results
+from funcprobe.adapters.stages import sweep
+from funcprobe.statistics.estimators import Measured
+from funcprobe.statistics.intervals import Error
 
 ONE = torch.ones(1, dtype=torch.float64)
 

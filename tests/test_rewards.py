@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcprobe.adapters.rewards import load_reward
+from funcprobe.adapters.sampling.rewards import load_reward
 from funcprobe.types import InputError
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"

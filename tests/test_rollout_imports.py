@@ -20,18 +20,18 @@ from test_step import with_sidecar
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from funcprobe.adapters.advantages import update_advantages
-from funcprobe.adapters.batches import sample
-from funcprobe.adapters.brought import bring_update, open_update
-from funcprobe.adapters.config import Config
-from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.config.file import read_config
+from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.console import Narrator
-from funcprobe.adapters.plan import load
-from funcprobe.adapters.rewards import load_reward
-from funcprobe.adapters.rollout_files import Columns, read_columns
-from funcprobe.adapters.rollout_imports import Guesses, import_columns, layout_of
-from funcprobe.adapters.rollout_run import TrainingRun, training_run
 from funcprobe.adapters.rollouts import Rollouts, load_rollouts, parse_rollouts, save_rollouts
+from funcprobe.adapters.rollouts.files import Columns, read_columns
+from funcprobe.adapters.rollouts.imports import Guesses, import_columns, layout_of
+from funcprobe.adapters.rollouts.provenance import TrainingRun, training_run
+from funcprobe.adapters.sampling.advantages import update_advantages
+from funcprobe.adapters.sampling.rewards import load_reward
+from funcprobe.adapters.sampling.supplied import bring_update, open_update
+from funcprobe.adapters.stages.batches import sample
+from funcprobe.adapters.stages.plan import load
 from funcprobe.adapters.store import Stages
 from funcprobe.adapters.trainers import ParamNamesCallback
 from funcprobe.types import InputError

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funcprobe.adapters.advantages import groups_of_zero, update_advantages
 from funcprobe.adapters.rollouts import (
     SCHEMA,
     Rollouts,
@@ -21,6 +20,7 @@ from funcprobe.adapters.rollouts import (
     save_rollouts,
     to_batch,
 )
+from funcprobe.adapters.sampling.advantages import groups_of_zero, update_advantages
 from funcprobe.types import InputError
 
 FULL = Rollouts(

@@ -16,10 +16,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import funcprobe
 from funcprobe import Batch, collate, response_mask, select
-from funcprobe.attention import NotPackedError, PackedAttention, no_mask
-from funcprobe.layout import PACKING, SHARING, in_microbatches, microbatches
-from funcprobe.policy import frozen_forward
-from funcprobe.rows import ALIKE, Rows, packed_rows, plain_rows
+from funcprobe.policy import precision
+from funcprobe.policy.attention import NotPackedError, PackedAttention, no_mask
+from funcprobe.policy.forward import frozen_forward
+from funcprobe.policy.layout import PACKING, SHARING, in_microbatches, microbatches
+from funcprobe.policy.rows import ALIKE, Rows, packed_rows, plain_rows
 
 LAYOUTS = ("plain", "packed", "shared")
 
@@ -303,7 +304,7 @@ def everything(params, forward, v, max_tokens, second=True):
 )
 def test_every_layout_gives_the_same_numbers(architecture, dtype):
     model = make_policy(architecture, dtype=dtype)
-    params = funcprobe.policy.trainable_params(model)
+    params = funcprobe.trainable_params(model)
     v = random_like(params)
     forwards = {layout: frozen_forward(model, params, layout=layout) for layout in LAYOUTS}
     assert [f.layout for f in forwards.values()] == list(LAYOUTS)
@@ -336,7 +337,7 @@ def test_every_layout_gives_the_same_numbers(architecture, dtype):
 )
 def test_a_model_that_cannot_pack_says_why(architecture, says):
     model = make_policy(architecture)
-    params = funcprobe.policy.trainable_params(model)
+    params = funcprobe.trainable_params(model)
     forward = frozen_forward(model, params)
     assert forward.layout == "plain"
     (note,) = forward.notes
@@ -370,14 +371,14 @@ def test_a_model_that_mixes_tokens_outside_of_attention_is_found_out(dtype):
     shifted.load_state_dict(mlp.state_dict())
     base.model.layers[1].mlp = shifted
     model = make_policy("llama", dtype=dtype, base=base)
-    params = funcprobe.policy.trainable_params(model)
+    params = funcprobe.trainable_params(model)
     forward = frozen_forward(model, params)
     assert forward.layout == "plain"
     (note,) = forward.notes
     assert "its tokens see more than attention shows them, by " in note
     if dtype == torch.float64:
         stats = funcprobe.token_stats(params, BATCH, forward, 200)
-        with torch.no_grad(), funcprobe.precision.StayFloat64():
+        with torch.no_grad(), precision.StayFloat64():
             logits = model(input_ids=BATCH.tokens_NL[4:5, :12]).logits[0]
         logp_V = logits[10].log_softmax(-1)
         assert float(stats.logp_NR[4, 6]) == pytest.approx(float(logp_V[BATCH.tokens_NL[4, 11]]))
@@ -397,7 +398,7 @@ def test_a_model_that_makes_its_own_masks_is_found_out():
             return args, {**kwargs, "attention_mask": None}
 
     model = make_policy("llama", base=Unmasked(LlamaConfig(**SHAPE)))
-    forward = frozen_forward(model, funcprobe.policy.trainable_params(model))
+    forward = frozen_forward(model, funcprobe.trainable_params(model))
     assert forward.layout == "plain"
     (note,) = forward.notes
     assert note.endswith("its attention makes masks of its own")
@@ -457,8 +458,7 @@ def test_autograd_through_a_shared_prompt_sums_over_its_responses():
     """The parameters of a plain model require gradients; one backward through packed rows."""
     model = make_policy()
     params = {
-        n: t.detach().clone().requires_grad_()
-        for n, t in funcprobe.policy.trainable_params(model).items()
+        n: t.detach().clone().requires_grad_() for n, t in funcprobe.trainable_params(model).items()
     }
     grads = []
     for layout in LAYOUTS:
@@ -474,13 +474,13 @@ def test_autograd_through_a_shared_prompt_sums_over_its_responses():
 def test_the_plain_layout_is_what_the_model_itself_gives():
     """The three layouts agree; this one with a forward that knows nothing of them."""
     model = make_policy()
-    params = funcprobe.policy.trainable_params(model)
+    params = funcprobe.trainable_params(model)
     stats = funcprobe.token_stats(params, BATCH, frozen_forward(model, params), 200)
     for i, (prompt, count) in enumerate(
         zip(BATCH.prompt_length_N.tolist(), BATCH.response_length_N.tolist(), strict=True)
     ):
         ids = BATCH.tokens_NL[i : i + 1, : prompt + count]
-        with torch.no_grad(), funcprobe.precision.StayFloat64():
+        with torch.no_grad(), precision.StayFloat64():
             out = functional_call(model, params, (), {"input_ids": ids})
         logp_LV = out.logits[0, prompt - 1 : -1].log_softmax(-1)
         expected = logp_LV.gather(1, ids[0, prompt:, None])[:, 0]
@@ -519,7 +519,7 @@ def limited(forward, most, error, read):
 )
 def test_microbatches_are_halved_where_memory_runs_out(error, layout):
     model = make_policy()
-    params = funcprobe.policy.trainable_params(model)
+    params = funcprobe.trainable_params(model)
     forward = frozen_forward(model, params, layout=layout)
     v = random_like(params)
     whole = everything(params, forward, v, 200, second=False)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import funcprobe
-from funcprobe.adapters import batches, plan
 from funcprobe.adapters import run as run_module
-from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
-from funcprobe.adapters.precision import products
+from funcprobe.adapters.machine.precision import products
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
+from funcprobe.adapters.stages import batches, plan
 
 
 @pytest.fixture

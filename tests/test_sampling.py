@@ -12,9 +12,9 @@ from scipy import stats
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import funcprobe
-from funcprobe.adapters.config import PolicyConfig, SamplingConfig
-from funcprobe.adapters.model import Policy, load_policy
-from funcprobe.adapters.sampling import sample_responses
+from funcprobe.adapters.checkpoint.model import Policy, load_policy
+from funcprobe.adapters.config.schema import PolicyConfig, SamplingConfig
+from funcprobe.adapters.sampling.generate import sample_responses
 
 PIECES = ("<pad>", "<eos>", "1", "2", "<end>")
 EOS = (1, 4)  # the tokenizer's, and one more that the base's generation_config names

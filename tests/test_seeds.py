@@ -8,7 +8,7 @@ import pytest
 from conftest import make_checkpoint, sets
 
 from funcprobe.adapters import run as run_module
-from funcprobe.adapters.config_file import read_config
+from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,10 @@ import torch
 from conftest import Checkpoint
 from test_optimizer_names import sidecar_of
 
-from funcprobe.adapters.config import Config
-from funcprobe.adapters.model import load_policy
-from funcprobe.adapters.skeleton import skeleton
-from funcprobe.adapters.step import load_step, step_lines
+from funcprobe.adapters.checkpoint.model import load_policy
+from funcprobe.adapters.checkpoint.skeleton import skeleton
+from funcprobe.adapters.config.schema import Config
+from funcprobe.adapters.stages.step import load_step, step_lines
 from funcprobe.types import InputError
 
 

@@ -12,15 +12,17 @@ from scipy import stats as scipy_stats
 from test_estimators import ESTIMATORS, each_estimator, random_statistics, rows
 
 import funcprobe
-from funcprobe import baselines, estimators, tree
-from funcprobe.adapters import fresh, model, plan
-from funcprobe.adapters.batches import derived_seed, sample
-from funcprobe.adapters.config_file import read_config
+from funcprobe import tree
+from funcprobe.adapters.checkpoint import model
+from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
-from funcprobe.adapters.sampling import sample_responses
+from funcprobe.adapters.sampling.generate import sample_responses
+from funcprobe.adapters.stages import fresh, plan
+from funcprobe.adapters.stages.batches import derived_seed, sample
 from funcprobe.adapters.store import Stages
-from funcprobe.policy import with_params
+from funcprobe.policy.forward import with_params
+from funcprobe.statistics import baselines, estimators, evaluation
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_measured_meets_predicted_where_first_order_holds(probe64, entropy) -> N
     entropy = entropy._replace(baseline="auto")
     params, stats = probe64.params, probe64.token_stats(probe64.params, batch)
     at = funcprobe.evaluate(batch, stats, entropy)
-    p, q = funcprobe.evaluation.gradient_coefficients(at)
+    p, q = evaluation.gradient_coefficients(at)
     v = probe64.weighted_grad(params, batch, p, q)
     first = funcprobe.derivative(at, probe64.tangents(params, batch, v)[1], batch.prompt_N)
     second = funcprobe.second_derivative(

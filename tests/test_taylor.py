@@ -9,9 +9,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from funcprobe import taylor
-from funcprobe.taylor import second_jvp
-from funcprobe.taylor_rules import COMPOSED, RULES
+from funcprobe.autodiff import taylor
+from funcprobe.autodiff.taylor import second_jvp
+from funcprobe.autodiff.taylor_rules import COMPOSED, RULES
 
 
 def draw(*shape, seed):

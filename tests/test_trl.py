@@ -22,11 +22,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 import funcprobe
 from funcprobe import InputError, UpdateBatch, tree
-from funcprobe.adapters import differences, rollouts
-from funcprobe.adapters.config import PolicyConfig
-from funcprobe.adapters.model import load_policy
+from funcprobe.adapters import rollouts
+from funcprobe.adapters.checkpoint.model import load_policy
+from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.adapters.optimizer import read_adam_state
+from funcprobe.adapters.stages import differences
 from funcprobe.adapters.trainers import ParamNamesCallback, names, record_rollouts
+from funcprobe.step.adam import UpdateDirection
 
 # Rounding of theta in float32 (|theta| under 1, so 6e-8) over lr = 5e-3 is 1e-5 per entry, of
 # entries of v of order 1: a tenth of the bound of 1e-4, which has to hold what else differs.
@@ -185,7 +187,7 @@ def test_next_step_is_the_one_trl_takes(
 
     probe = funcprobe.bind(policy.model, temperature=temperature)
 
-    def direction(normalisation: str, clip: float | None) -> funcprobe.adam.UpdateDirection:
+    def direction(normalisation: str, clip: float | None) -> UpdateDirection:
         coef_NR = funcprobe.coefficients(
             advantage_N, batch.response_length_N, batch.prompt_N, normalisation, objective.constant
         )
@@ -237,7 +239,7 @@ def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_pa
 @pytest.mark.slow
 def test_next_step_of_the_toy_is_the_one_trl_takes(tmp_path, tmp_path_factory):
     """The built-in policy: adapters on all linears, real sums as rewards."""
-    from funcprobe.adapters.toy import ensure_toy
+    from funcprobe.adapters.checkpoint.toy import ensure_toy
 
     toy = ensure_toy()
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

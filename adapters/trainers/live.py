@@ -17,13 +17,13 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from transformers import GenerationConfig
 
 from funcprobe import tree
-from funcprobe.policy import trainable_params
-from funcprobe.suitability import require_causal_lm
+from funcprobe.policy.forward import trainable_params
+from funcprobe.policy.suitability import require_causal_lm
 from funcprobe.types import AdamState, InputError, Params
 
-from ..model import Policy, check_registry, eos_ids_of
+from ..checkpoint.model import Policy, check_registry, eos_ids_of
 from ..optimizer import live_adam_state
-from ..sampling import random_state_kept
+from ..sampling.generate import random_state_kept
 
 _ABSENT = object()
 

@@ -12,19 +12,19 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import funcprobe
-from funcprobe import adam, tree
-from funcprobe.adam import UpdateDirection
+from funcprobe import tree
 from funcprobe.along import Along, eval_passes, summarise_along
-from funcprobe.estimators import Measured
+from funcprobe.statistics.estimators import Measured
+from funcprobe.step import adam
 from funcprobe.types import AdamState, Batch, Entropy, InputError, Params
 
 from .. import rollouts
-from ..config import Config
-from ..config_file import read_config
-from ..model import Policy
-from ..plan import EvalSource, load_eval
-from ..prompts import draw_with_replacement
-from ..sampling import sample_responses
+from ..checkpoint.model import Policy
+from ..config.file import read_config
+from ..config.schema import Config
+from ..sampling.generate import sample_responses
+from ..sampling.prompts import draw_with_replacement
+from ..stages.plan import EvalSource, load_eval
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 
 # What makes the step is the trainer's, not the configuration's.
@@ -35,7 +35,7 @@ class StepProbe(NamedTuple):
     """What is known of one step before it is taken; entropies in the unit of the estimator."""
 
     lr: float  # of this step, the first group's
-    direction: UpdateDirection
+    direction: adam.UpdateDirection
     along: Along
     measured: Measured  # at theta + lr * direction
     coarsest: torch.dtype  # of the model: in half precision `measured.delta` is rounding
@@ -243,7 +243,7 @@ def _warn_of_memory(tokens: int) -> None:
     warnings.warn(f"funcprobe: out of memory: at most {tokens:,} tokens at once", stacklevel=2)
 
 
-def _direction(params: Params, Y: Params, state: AdamState) -> UpdateDirection:
+def _direction(params: Params, Y: Params, state: AdamState) -> adam.UpdateDirection:
     """v of the step; zero where there is no gradient, since torch leaves such a parameter alone.
 
     Y is clipped already.

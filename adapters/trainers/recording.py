@@ -9,8 +9,8 @@ from torch import Tensor
 
 from funcprobe.types import InputError
 
-from ..differences import LOSSES, SEQUENCES, terms
 from ..rollouts import Rollouts, save_rollouts
+from ..stages.differences import LOSSES, SEQUENCES, terms
 from ..store import write_whole
 from .live import tokenizer_of
 

@@ -1,0 +1,97 @@
+"""The configuration as a file: TOML, `--set` overrides, and the commented file that `init` writes."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from pydantic import ValidationError
+
+from funcprobe.types import InputError
+
+from .schema import Config, Section
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """TOML file and `section.key=value` overrides -> Config; InputError, one line, if invalid."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give the path of a TOML file") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _set(tables, override)
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_one_line(error)}") from error
+
+
+def commented_config() -> str:
+    """A TOML file with every key at its default and what it means; unset keys are commented out."""
+    document = tomlkit.document()
+    for name, section in Config.model_fields.items():
+        model = section.annotation
+        assert isinstance(model, type) and issubclass(model, Section)  # noqa: PT018  for the type checker
+        table = tomlkit.table()
+        table.comment((model.__doc__ or "").strip().splitlines()[0])
+        for key, field in model.model_fields.items():
+            table.add(tomlkit.comment(field.description or ""))
+            if field.default is None:
+                table.add(tomlkit.comment(f"{key} = "))
+            else:
+                value = list(field.default) if isinstance(field.default, tuple) else field.default
+                table.add(key, value)
+        document.add(name, table)
+    return tomlkit.dumps(document)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; keys that are unset are left out."""
+    return tomlkit.dumps(config.model_dump(exclude_none=True, mode="json"))
+
+
+def _set(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise InputError(f'--set {override}: expected section.key=value, as "sampling.B_E=64"')
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    # A bare word is a string, so that shells need no nested quotes; so is what spans lines.
+    value = parsed["value"] if len(parsed) == 1 else text.strip()
+    table = tables.setdefault(parts[0], {})
+    if not isinstance(table, dict):
+        raise InputError(f"--set {override}: {parts[0]} is not a section")
+    table[parts[1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first, *rest = error.errors()
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key {where}{_nearest(first['loc'])}"
+    else:
+        said = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+        if first["type"] == "tuple_type":
+            said = "a list is expected, as [1e-5, 1e-4]"
+        found = first["input"]
+        shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+        message = f"{where}: {said}{shown}" if where else said
+    return message + (f"; and {len(rest)} more" if rest else "")
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    section = Config.model_fields.get(str(loc[0])) if len(loc) > 1 else None
+    model = section.annotation if section else Config
+    known = list(getattr(model, "model_fields", {}))
+    folded = {key.casefold(): key for key in known}
+    close = difflib.get_close_matches(str(loc[-1]).casefold(), folded, n=1, cutoff=0.5)
+    return f": did you mean {folded[close[0]]}?" if close else f": known keys are {', '.join(known)}"

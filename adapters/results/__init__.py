@@ -1,0 +1,1 @@
+"""What a run writes and prints: results.json, manifest.json, tables."""

@@ -1,0 +1,93 @@
+"""What rows of rollouts must fulfil beyond their types: the first that does not is named."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from funcprobe.types import InputError
+
+from .files import Columns
+
+
+def check_tokens(file: Columns, columns: dict[str, list[Any]], vocabulary: int) -> None:
+    """InputError for zero tokens, an id outside the vocabulary, an index with two prompts."""
+    prompts: dict[int, list[int]] = {}
+    for place, index, x, y in zip(
+        file.place,
+        columns["prompt_index"],
+        columns["prompt_ids"],
+        columns["response_ids"],
+        strict=True,
+    ):
+        if not x or not y:
+            part = "response" if x else "prompt"
+            raise InputError(
+                f"{file.path}: {place} has a {part} of zero tokens: at least one is needed"
+            )
+        if not all(0 <= token < vocabulary for token in (*x, *y)):
+            raise InputError(
+                f"{file.path}: {place} has a token id outside the model's {vocabulary}: these rollouts "
+                "were made with another tokenizer"
+            )
+        if prompts.setdefault(index, x) != x:
+            raise InputError(
+                f"{file.path}: {place} has another prompt than the rows before it with prompt_index "
+                f"{index}"
+            )
+
+
+def check_ends(file: Columns, columns: dict[str, list[Any]], eos_ids: Collection[int]) -> None:
+    """InputError where a response ends otherwise than finish_reason says, or goes on behind an EOS.
+
+    Without `eos_ids` only the words of finish_reason are looked at.
+    """
+    for place, y, reason in zip(
+        file.place, columns["response_ids"], columns["finish_reason"], strict=True
+    ):
+        if reason not in {None, "stop", "length"}:
+            raise InputError(
+                f"{file.path}: {place} has finish_reason {reason!r}, stop, length or null is expected"
+            )
+        if eos_ids and any(token in eos_ids for token in y[:-1]):
+            raise InputError(
+                f"{file.path}: {place} has tokens after its first end-of-sequence token (padding?): "
+                "cut response_ids behind it"
+            )
+        ended = y[-1] in eos_ids
+        # One token too few, or too many, in the log-probability of the whole response.
+        if eos_ids and reason == "stop" and not ended:
+            raise InputError(
+                f"{file.path}: {place} has finish_reason stop and no end-of-sequence token at its end "
+                f"({', '.join(map(str, eos_ids))}): append the one that was sampled, or, where a stop "
+                "string ended it, set finish_reason to null"
+            )
+        if eos_ids and reason == "length" and ended:
+            raise InputError(
+                f"{file.path}: {place} has finish_reason length and ends in an end-of-sequence token: "
+                "drop it if it is padding; if it was sampled, finish_reason is stop"
+            )
+
+
+def check_temperature(file: Columns, values: list[float]) -> None:
+    """InputError unless all are one positive number."""
+    found = sorted(set(values))
+    if len(found) > 1 or not 0 < found[0] < math.inf:
+        shown = ", ".join(f"{t:.9g}" for t in found)
+        raise InputError(f"{file.path} has temperature {shown}: one positive number is expected")
+
+
+def check_sampler_logp(file: Columns, columns: dict[str, list[Any]]) -> None:
+    """InputError unless every response token has a log-probability, where there are any."""
+    if columns["sampler_logp"][0] is None:
+        return
+    for place, row, y in zip(file.place, columns["sampler_logp"], columns["response_ids"], strict=True):
+        if len(row) != len(y):
+            raise InputError(
+                f"{file.path}: {place} has {len(row)} sampler_logp for {len(y)} response tokens"
+            )
+        # Half precision rounds a certain token's 0 to a little above it.
+        if not all(-math.inf < logp < 0.01 for logp in row):
+            raise InputError(
+                f"{file.path}: {place} has a sampler_logp that is no log-probability: finite numbers, "
+                "at most 0, are expected (nats)"
+            )

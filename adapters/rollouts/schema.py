@@ -1,0 +1,242 @@
+"""Sampled batches as they are stored, and as the core's Batch."""
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from funcprobe.policy.layout import collate, response_mask
+from funcprobe.types import Batch, InputError
+
+from .checks import check_ends, check_sampler_logp, check_temperature, check_tokens
+from .files import Columns, is_text, read_columns, write_json, write_parquet
+
+_ABOUT = {
+    "prompt_index": "int, required: which prompt, so also which group; equal numbers, equal prompts",
+    "prompt": "text, optional: the prompt as text; no number depends on it",
+    "response": "text, optional: the response as text; no number depends on it",
+    "prompt_ids": "ints, required: the prompt as the policy saw it, without padding",
+    "response_ids": "ints, required: the tokens sampled, the first EOS included and nothing behind it",
+    "finish_reason": "text, optional: stop (ends in an EOS) or length (cut off); checked against "
+    "response_ids; null for another reason, a stop string for instance",
+    "temperature": "float, required: softmax(logits / temperature) was sampled; one for all rows",
+    "reward": "float: required for U, unless its advantages are taken as they are; null: none applies",
+    "advantage": 'float, optional: required for U with objective.advantage = "rollouts"',
+    "sampler_logp": "floats, optional: log-probability of every response token under the program "
+    "that sampled (nats, at the temperature); in E it makes the importance ratios",
+}
+_TYPES = {
+    "prompt_index": pa.int64(),
+    "prompt": pa.string(),
+    "response": pa.string(),
+    "prompt_ids": pa.list_(pa.int64()),
+    "response_ids": pa.list_(pa.int64()),
+    "finish_reason": pa.string(),
+    "temperature": pa.float64(),
+    "reward": pa.float64(),
+    "advantage": pa.float64(),
+    "sampler_logp": pa.list_(pa.float64()),
+}
+SCHEMA = pa.schema([pa.field(n, t, metadata={"about": _ABOUT[n]}) for n, t in _TYPES.items()])
+"""A row a response, in Parquet (.parquet) or as JSON lines (.jsonl, .json); "about" of every field
+says what it means and what happens without it. A column may be missing where it says so, and in
+JSON lines null is the same as missing. Other columns are allowed and not read."""
+
+REQUIRED = ("prompt_index", "prompt_ids", "response_ids", "temperature")
+_OF_E = (*REQUIRED, "finish_reason", "sampler_logp")  # what is read of E
+
+# What others call these columns. Under such a name a column would be passed over without a word.
+_ALIASES = {
+    "prompt_index": ("group", "group_id", "group_index", "prompt_id", "uid"),
+    "prompt_ids": ("prompt_token_ids", "input_ids"),
+    "response_ids": ("completion_ids", "response_token_ids", "output_ids", "token_ids"),
+    "reward": ("rewards", "score", "scores"),
+    "advantage": ("advantages",),
+    "finish_reason": ("finish_reasons", "stop_reason"),
+    "sampler_logp": ("logprobs", "logps", "sampler_logps", "sampling_logps", "old_logps"),
+}
+
+
+class Rollouts(NamedTuple):
+    """Sequences with what is known of each. A column that is not known is None throughout."""
+
+    prompt_index: list[int]
+    prompt: list[str]
+    response: list[str]
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    finish_reason: list[str]  # stop, length or unknown
+    temperature: float
+    reward: list[float] | None = None  # NaN where none applies
+    advantage: list[float] | None = None
+    sampler_logp: list[list[float]] | None = None  # where another program sampled
+
+
+def to_batch(rollouts: Rollouts) -> Batch:
+    """The core's Batch; equal prompt indices are one sampling unit."""
+    return collate(rollouts.prompt_ids, rollouts.response_ids, rollouts.prompt_index)
+
+
+def sampler_logp(rollouts: Rollouts, batch: Batch) -> Float[Tensor, "N R"] | None:
+    """The sampler's own log-probabilities [N, R], where the rollouts bring them."""
+    if rollouts.sampler_logp is None:
+        return None
+    mask_NR = response_mask(batch)
+    logp_NR = torch.zeros(mask_NR.shape, dtype=torch.float64)
+    flat = [x for row in rollouts.sampler_logp for x in row]
+    logp_NR[mask_NR] = torch.tensor(flat, dtype=torch.float64)
+    return logp_NR
+
+
+def save_rollouts(rollouts: Rollouts, path: Path) -> None:
+    """Write SCHEMA, as JSON lines where the path ends in .jsonl or .json, else as Parquet."""
+    count = len(rollouts.response_ids)
+    columns = {k: [None] * count if v is None else v for k, v in rollouts._asdict().items()}
+    columns["temperature"] = [rollouts.temperature] * count
+    columns["finish_reason"] = [None if x == "unknown" else x for x in rollouts.finish_reason]
+    for name in ("reward", "advantage"):
+        columns[name] = [None if x is None or math.isnan(x) else x for x in columns[name]]
+    (write_json if path.suffix in {".jsonl", ".json"} else write_parquet)(columns, SCHEMA, path)
+
+
+def load_rollouts(
+    path: Path,
+    vocabulary: int,
+    *,
+    rewards: bool,
+    advantages: bool = False,
+    eos_ids: Collection[int] = (),
+) -> Rollouts:
+    """Read SCHEMA from Parquet or JSON lines; see `parse_rollouts`."""
+    return parse_rollouts(
+        read_columns(path), vocabulary, rewards=rewards, advantages=advantages, eos_ids=eos_ids
+    )
+
+
+def parse_rollouts(
+    file: Columns,
+    vocabulary: int,
+    *,
+    rewards: bool,
+    advantages: bool = False,
+    eos_ids: Collection[int] = (),
+) -> Rollouts:
+    """Columns of SCHEMA -> Rollouts; `rewards`, `advantages` say what is needed (by U).
+
+    Raises InputError, one line that names the row, for missing, misnamed or ill-typed columns, no
+    rows, an index that stands for two prompts, zero tokens, ids outside the vocabulary, several
+    temperatures, a reward or advantage that is needed and not a finite number, log-probabilities that
+    do not match, and, where `eos_ids` are given, for a response whose end is not what finish_reason
+    says, or that goes on behind its first EOS.
+    """
+    if not file.place:
+        raise InputError(f"{file.path} has no rows: at least two prompts are needed")
+    needed = REQUIRED + ("reward",) * rewards + ("advantage",) * advantages
+    _require_columns(
+        file, needed, _OF_E + ("reward",) * rewards + ("advantage",) * (rewards or advantages)
+    )
+    columns = {field.name: _typed(file, field) for field in SCHEMA}
+    for name in needed:
+        _require_whole(file, name, columns[name])
+    for name in ("sampler_logp", *(["advantage"] if rewards else [])):
+        if any(value is not None for value in columns[name]):
+            _require_whole(file, name, columns[name])
+    if rewards or advantages:
+        for name in ("reward", "advantage"):
+            _require_finite(file, name, columns[name])
+    check_tokens(file, columns, vocabulary)
+    check_ends(file, columns, eos_ids)
+    check_temperature(file, columns["temperature"])
+    check_sampler_logp(file, columns)
+    return Rollouts(
+        prompt_index=columns["prompt_index"],
+        prompt=[x or "" for x in columns["prompt"]],
+        response=[x or "" for x in columns["response"]],
+        prompt_ids=columns["prompt_ids"],
+        response_ids=columns["response_ids"],
+        finish_reason=[x or "unknown" for x in columns["finish_reason"]],
+        temperature=columns["temperature"][0],
+        reward=_known(columns["reward"]),
+        advantage=_known(columns["advantage"]),
+        sampler_logp=None if columns["sampler_logp"][0] is None else columns["sampler_logp"],
+    )
+
+
+def _require_columns(file: Columns, needed: Sequence[str], read: Sequence[str]) -> None:
+    there = file.values.keys()
+    for name in read:
+        if name in there:
+            continue
+        if alias := next((a for a in _ALIASES.get(name, ()) if a in there), None):
+            raise InputError(
+                f"{file.path} has no column {name} and a column {alias}: rename it, or drop it if it "
+                f"is something else than {name} ({_ABOUT[name]})"
+            )
+    if missing := [name for name in needed if name not in there]:
+        raise InputError(
+            f"{file.path} has no column {missing[0]}: needed are {', '.join(needed)}; its columns are: "
+            f"{', '.join(there) or 'none'}"
+        )
+
+
+def _typed(file: Columns, field: pa.Field) -> list[Any]:
+    """The column in the field's type; InputError for the first value that is of another."""
+    values = file.values.get(field.name, [None] * len(file.place))
+    of_list = pa.types.is_list(field.type)
+    one = field.type.value_type if of_list else field.type
+    good, single, several = _KINDS[one]
+    typed: list[Any] = []
+    for place, value in zip(file.place, values, strict=True):
+        parts = value if of_list and isinstance(value, list) else [value]
+        if value is not None and (isinstance(value, list) != of_list or not all(map(good, parts))):
+            bad = next((x for x in parts if not good(x)), value)
+            raise InputError(
+                f"{file.path}: {place} has {bad!r:.60} in {field.name}, "
+                f"{f'a list of {several}' if of_list else single} is expected"
+            )
+        typed.append(value)
+    if not pa.types.is_floating(one):
+        return typed
+    return [[*map(float, x)] if isinstance(x, list) else x if x is None else float(x) for x in typed]
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    # An integer beyond 2^53 would not stay itself as a double.
+    return isinstance(value, float) or (type(value) is int and abs(value) <= 2**53)
+
+
+_KINDS = {
+    pa.int64(): (_is_integer, "an integer", "integers"),
+    pa.float64(): (_is_number, "a number", "numbers"),
+    pa.string(): (is_text, "Unicode text", "texts"),
+}
+
+
+def _known(values: list[float | None]) -> list[float] | None:
+    if all(value is None for value in values):
+        return None
+    return [math.nan if value is None else value for value in values]
+
+
+def _require_whole(file: Columns, name: str, values: list[Any]) -> None:
+    if None not in values:
+        return
+    cure = "fill it in, or drop the whole column" if name == "sampler_logp" else "fill it in"
+    if name == "reward":
+        cure = 'drop the row, or set objective.advantage = "rollouts" to take the column advantage'
+    raise InputError(f"{file.path}: {file.place[values.index(None)]} has no {name}: {cure}")
+
+
+def _require_finite(file: Columns, name: str, values: list[float | None]) -> None:
+    for place, value in zip(file.place, values, strict=True):
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"{file.path}: {place} has {name} {value}, a finite number is expected")

@@ -1,0 +1,1 @@
+"""Prompts, rewards, advantages, generation, and batches supplied from files."""

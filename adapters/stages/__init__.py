@@ -1,0 +1,1 @@
+"""The stages of a run between configuration and results, each kept on disk."""

@@ -1,0 +1,156 @@
+"""E and U: sampled from the policy, taken from an earlier run's stage, or brought; with rewards."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from funcprobe.step.objective import coefficients
+from funcprobe.types import Batch, InputError, UpdateBatch
+
+from .. import rollouts
+from ..config.schema import PromptsConfig
+from ..console import Narrator
+from ..rollouts import Rollouts
+from ..sampling.advantages import require_gradient, require_prompts, update_advantages, zero_means
+from ..sampling.generate import sample_responses
+from ..sampling.prompts import draw_distinct, draw_with_replacement, load_prompts
+from ..sampling.rewards import Text
+from ..store import Stages
+from .plan import Plan, vocabulary
+
+
+class Batches(NamedTuple):
+    """E and U as they are stored and as the core takes them."""
+
+    eval_rollouts: Rollouts
+    update_rollouts: Rollouts
+    eval_batch: Batch
+    update: UpdateBatch
+    sampler_logp_NR: torch.Tensor | None
+    equal_groups: int
+
+
+def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
+    """Both batches. InputError for rewards that cannot be used, and for fewer than two prompts.
+
+    What is brought was held to the same when the plan was loaded.
+    """
+    eval_rollouts = plan.brought_eval or _eval(plan, stages, narrator)
+    update_rollouts = plan.brought_update or _update(plan, stages, narrator)
+    require_prompts("E", eval_rollouts.prompt_index)
+    require_prompts("U", update_rollouts.prompt_index)
+    mode = plan.objective.advantage
+    advantage_N, lines = update_advantages(update_rollouts, mode)
+    equal = require_gradient(advantage_N, update_rollouts.prompt_index, mode)
+    eval_batch = rollouts.to_batch(eval_rollouts)
+    update_batch = rollouts.to_batch(update_rollouts)
+    size_M = update_batch.prompt_N.unique(return_counts=True)[1]
+    coef_NR = coefficients(
+        advantage_N,
+        update_batch.response_length_N,
+        update_batch.prompt_N,
+        plan.objective.normalisation,
+        plan.objective.constant,
+    )
+    if len(size_M.unique()) > 1:
+        lines.append(
+            f"warning: U has {int(size_M.min())} to {int(size_M.max())} responses per prompt, where "
+            "trainers write groups of one size: is the file whole?"
+        )
+    for line in lines:
+        narrator.say(line)
+    known = [r for r in update_rollouts.reward or [] if not math.isnan(r)]
+    mean = f"mean reward {sum(known) / len(known):.3f}, " if known else ""
+    narrator.say(
+        f"E: {len(eval_batch.prompt_N)} responses to {len(eval_batch.prompt_N.unique())} prompts; "
+        f"U: {len(advantage_N)} responses to {len(size_M)} prompts, {mean}"
+        f"{equal} groups of {zero_means(mode)} (no gradient from these)"
+    )
+    return Batches(
+        eval_rollouts=eval_rollouts,
+        update_rollouts=update_rollouts._replace(advantage=advantage_N.tolist()),
+        eval_batch=eval_batch,
+        update=UpdateBatch(update_batch, coef_NR),
+        sampler_logp_NR=rollouts.sampler_logp(eval_rollouts, eval_batch),
+        equal_groups=equal,
+    )
+
+
+def _eval(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
+    seed = derived_seed(plan.config.run.seed, "E")
+    index = draw_with_replacement(plan.config.sampling.B_E, len(plan.prompts), seed)
+    return _sampled(plan, "E", index, seed, stages, narrator)
+
+
+def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
+    seed, sampling = derived_seed(plan.config.run.seed, "U"), plan.config.sampling
+    distinct = draw_distinct(sampling.B_U, len(plan.prompts), seed)
+    index = [i for i in distinct for _ in range(sampling.G)]
+    drawn = _sampled(plan, "U", index, seed, stages, narrator)
+    assert plan.reward is not None  # loaded unless U is brought
+    with narrator.phase("rewards of U"):
+        rows = [plan.prompts[i].row for i in drawn.prompt_index]
+        prompts: Sequence[Text] = drawn.prompt
+        if plan.config.reward.conversational:
+            chats = _messages(plan.config.prompts)
+            prompts = [chats[i] for i in drawn.prompt_index]
+        reward_N = plan.reward(prompts, drawn.response, drawn.response_ids, rows)
+    return drawn._replace(reward=reward_N.tolist())
+
+
+def _messages(config: PromptsConfig) -> list[list[dict[str, str]]]:
+    """The messages that the chat template rendered, of every prompt of the source."""
+    users = load_prompts(
+        config.source, prompt_column=config.prompt_column, split=config.split, template=config.template
+    )
+    system = [] if config.system_prompt is None else [("system", config.system_prompt)]
+    return [
+        [{"role": role, "content": text} for role, text in (*system, ("user", user.text))]
+        for user in users
+    ]
+
+
+def _sampled(
+    plan: Plan, name: str, index: list[int], seed: int, stages: Stages, narrator: Narrator
+) -> Rollouts:
+    policy = plan.policy
+
+    def generate(path: Path) -> None:
+        ids = [plan.prompt_ids[i] for i in index]
+        found = sample_responses(policy, ids, plan.config.sampling, seed, stage.advance)
+        stage.drew(found.tokens, found.padding)
+        drawn = Rollouts(
+            prompt_index=index,
+            prompt=[plan.prompts[i].text for i in index],
+            response=[policy.tokenizer.decode(y, skip_special_tokens=True) for y in found.ids],
+            prompt_ids=ids,
+            response_ids=found.ids,
+            finish_reason=["stop" if done else "length" for done in found.finished],
+            temperature=plan.config.sampling.temperature,
+        )
+        rollouts.save_rollouts(drawn, path)
+
+    inputs = {
+        "policy": plan.inputs["policy"],
+        "prompt_ids": [plan.prompt_ids[i] for i in index],
+        "sampling": plan.config.sampling.model_dump(exclude={"B_E", "B_U", "G"}),
+        "index": index,
+        "seed": seed,
+    }
+    with (
+        narrator.phase(f"sample {name}", len(index)) as stage,
+        stages.file(f"rollouts-{name}", inputs, "parquet", generate, stage.found) as path,
+    ):
+        try:
+            return rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
+        except InputError as error:
+            raise InputError(f"stored stage is damaged ({error}): delete it, or use --fresh") from error
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Independent seeds of E and U from one: neighbouring run seeds share nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6])

@@ -1,0 +1,115 @@
+"""Where a run, as its optimizer_param_names.json tells, sampled or summed otherwise than the probe."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from funcprobe.step.objective import PRESETS
+
+from ..config.schema import Config
+from ..optimizer import Sidecar
+
+# TRL's scale_rewards -> our advantage.
+_ADVANTAGE = {"group": "mean_std", "True": "mean_std", "none": "mean", "False": "mean"}
+# Settings of TRL that change which responses are in U, with the values at which they do not.
+_CUTS = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
+# Settings of TRL (read in 1.16), each with the value at which it changes nothing. The first change the
+# loss: while the ratio to the sampling policy is 1, and with importance_sampling_level "sequence" too,
+# the gradient of LOSSES is else that of J = sum of advantage x normalisation x l. (use_adaptive_entropy
+# moves entropy_coef in training, from 0 as well.) The others change whose sequences they are.
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+_TERMS = {
+    "beta": 0.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+}
+SEQUENCES = {"num_iterations": 1, "mask_truncated_completions": False}
+# On by default, and nothing without vLLM: the loss of each token times the ratio of the policy's
+# probability to vLLM's, of the token or of its sequence, clipped or masked.
+_CORRECTION = "vllm_importance_sampling_correction"
+
+
+class Setting(NamedTuple):
+    """One that is on."""
+
+    name: str
+    value: Any
+    off: Any
+
+
+def terms(settings: Mapping[str, Any]) -> list[Setting]:
+    """Of a run's settings, by TRL's names, those with which its loss has terms or weights that J lacks.
+
+    What is missing or None is off.
+    """
+    found = _switched_on(settings, _TERMS)
+    if settings.get("use_vllm"):
+        found += _switched_on(settings, {_CORRECTION: False})
+    return found
+
+
+def differences(config: Config, sidecar: Sidecar | None) -> list[str]:
+    """A warning for each setting of the run with which its step is another than the one probed."""
+    if sidecar is None:
+        return []
+    return [
+        f"warning: the run's {line}"
+        for line in (*_sampling(config, sidecar), *_objective(config, sidecar), *_loss(sidecar))
+    ]
+
+
+def _sampling(config: Config, sidecar: Sidecar) -> list[str]:
+    ran, here = sidecar.sampling, config.sampling.temperature
+    lines = []
+    if ran.get("temperature") not in (None, here):
+        lines.append(f"sampling had temperature {ran['temperature']}, sampling.temperature is {here:g}")
+    if config.rollouts.update is None:
+        lines += [
+            f"sampling had {key} = {ran[key]}, and U is sampled without it here"
+            for key, off in _CUTS.items()
+            if ran.get(key) not in (None, *off)
+        ]
+    return lines
+
+
+def _objective(config: Config, sidecar: Sidecar) -> list[str]:
+    objective, kind, scale = config.objective, _kind(sidecar), sidecar.loss.get("scale_rewards")
+    lines = []
+    if kind in PRESETS and kind != objective.preset and objective.normalisation is None:
+        lines.append(f"loss_type was {kind}, objective.preset is {objective.preset}")
+    advantage = objective.advantage or PRESETS[objective.preset].advantage
+    ran = _ADVANTAGE.get(str(scale))
+    if scale is not None and advantage not in ("rollouts", ran):
+        cure = f'set it to "{ran}"' if ran else "only rollouts that bring the run's own have them"
+        lines.append(f"scale_rewards was {scale}, objective.advantage is {advantage}: {cure}")
+    return lines
+
+
+def _loss(sidecar: Sidecar) -> list[str]:
+    kind, lines = _kind(sidecar), []
+    if kind == "bnpo":
+        lines.append(
+            "loss_type was bnpo, a token mean of each micro-batch: that is the preset dapo where there "
+            "is one micro-batch to a step, and no preset otherwise"
+        )
+    elif kind is not None and kind not in {*LOSSES, *PRESETS}:
+        lines.append(f"loss_type was {kind}, of which no objective here is the gradient")
+    unlike = terms({**sidecar.sampling, **sidecar.loss}) + _switched_on(sidecar.loss, SEQUENCES)
+    return lines + [
+        f"{name} was {value}, and J here has no such term: its step is another one"
+        for name, value, _ in unlike
+    ]
+
+
+def _switched_on(settings: Mapping[str, Any], table: Mapping[str, Any]) -> list[Setting]:
+    return [
+        Setting(name, settings[name], off)
+        for name, off in table.items()
+        if settings.get(name) not in (off, None)
+    ]
+
+
+def _kind(sidecar: Sidecar) -> str | None:
+    kind = sidecar.loss.get("loss_type")
+    return kind if isinstance(kind, str) else None

@@ -1,0 +1,80 @@
+"""The direct estimate: responses sampled at theta + eta v, where importance weights say too little."""
+
+from typing import NamedTuple
+
+import torch
+
+import funcprobe
+from funcprobe import tree
+from funcprobe.policy.forward import with_params
+from funcprobe.policy.layout import collate
+from funcprobe.statistics import estimators
+from funcprobe.statistics.evaluation import Evaluation
+from funcprobe.statistics.intervals import Error, delta_error
+from funcprobe.types import Params
+
+from ..console import Narrator
+from ..machine.cost import counted
+from ..rollouts import Rollouts
+from ..sampling.generate import Responses, sample_responses
+from ..sampling.supplied import fresh_length
+from .batches import Batches, derived_seed
+from .plan import Plan
+
+
+class Fresh(NamedTuple):
+    """H(theta + eta v) of responses sampled there, minus H(theta) of E: the same prompts in both."""
+
+    delta: float
+    error: Error  # over the sampling units of E, each with both of its responses
+    rollouts: Rollouts
+
+
+def sample_again(
+    plan: Plan,
+    batches: Batches,
+    at: Evaluation,
+    direction: Params,
+    eta: float,
+    unit_N: torch.Tensor,
+    narrator: Narrator,
+) -> Fresh:
+    """One response at theta + eta v to the prompt of every sequence of E; the model is as before.
+
+    Sampled anew in every run, as no stage holds them.
+    """
+    prompt_ids = batches.eval_rollouts.prompt_ids
+    moved = tree.axpy(eta, direction, plan.policy.params)
+    config = plan.config.sampling.model_copy(
+        update={
+            "temperature": plan.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "max_new_tokens": fresh_length(plan.config, plan.brought_eval),
+        }
+    )
+    seed = derived_seed(plan.config.run.seed, f"E at eta {eta!r}")
+    # Every sequence twice: sampled, then read.
+    with narrator.phase(f"sample E at eta {eta:g}", 2 * len(prompt_ids)) as stage:
+
+        def sample() -> Responses:
+            return sample_responses(plan.policy, prompt_ids, config, seed, stage.advance)
+
+        drawn = with_params(plan.policy.model, moved, sample)
+        stage.drew(drawn.tokens, drawn.padding)
+        batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)
+        forward = counted(plan.forward, stage, "fresh")
+        stats = funcprobe.token_stats(moved, batch, forward, plan.max_tokens)
+    here = (at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
+    there = (stats, funcprobe.response_mask(batch), at.entropy)
+    influence_N = estimators.entropy_influence(*there) - estimators.entropy_influence(*here)
+    return Fresh(
+        delta=estimators.entropy_value(*there) - estimators.entropy_value(*here),
+        error=delta_error(influence_N, unit_N),
+        rollouts=batches.eval_rollouts._replace(
+            response=[plan.policy.tokenizer.decode(y, skip_special_tokens=True) for y in drawn.ids],
+            response_ids=drawn.ids,
+            finish_reason=["stop" if done else "length" for done in drawn.finished],
+            sampler_logp=None,
+        ),
+    )

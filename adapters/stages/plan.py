@@ -1,0 +1,274 @@
+"""Everything a run needs before a token is sampled: loaded, checked against each other, described."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.utils.logging import disable_progress_bar
+
+import funcprobe
+from funcprobe.policy.forward import Forward
+from funcprobe.step.objective import Objective
+from funcprobe.types import AdamState, Entropy, InputError, Step
+
+from .. import store
+from ..checkpoint.model import Policy, load_policy
+from ..checkpoint.toy import ensure_toy
+from ..config.schema import Config
+from ..console import Narrator
+from ..machine.devices import resolve_device
+from ..machine.precision import rounded
+from ..machine.versions import versions
+from ..optimizer import OptimizerReport
+from ..rollouts import Rollouts
+from ..rollouts.provenance import length_lines, training_run
+from ..sampling.prompts import Prompt, encode_prompts, load_prompts, missing_column
+from ..sampling.rewards import BUILT_IN, Reward, load_reward
+from ..sampling.supplied import bring_eval, bring_update, common_temperature, open_update
+from .microbatch import longest, require_positions, resolve, told_of_halves
+from .step import choose_objective, load_step, step_lines
+
+
+class Plan(NamedTuple):
+    """What is known before a token is sampled."""
+
+    config: Config  # "toy" replaced by its paths, "auto" by its number
+    policy: Policy
+    max_tokens: int  # run.max_tokens, chosen where that was "auto"
+    forward: Forward  # at the temperature of E and U
+    temperature: float
+    adam_state: AdamState
+    optimizer: OptimizerReport | None
+    step: Step
+    objective: Objective
+    entropy: Entropy
+    prompts: list[Prompt]  # none where E and U are brought
+    prompt_ids: list[list[int]]
+    reward: Reward | None  # None where U is brought
+    brought_eval: Rollouts | None
+    brought_update: Rollouts | None
+    etas: tuple[float, ...]  # ascending, the next step's lr among them
+    next_lr: float
+    inputs: dict[str, Any]  # hashes of the files the numbers depend on
+
+
+def load(config: Config, narrator: Narrator) -> Plan:
+    """Policy, optimizer state, prompts, rewards and rollouts that are brought.
+
+    Everything that can be refused without sampling is: InputError, one line.
+    """
+    disable_progress_bar()  # transformers' own, between the lines of ours
+    objective = choose_objective(config)
+    update_file = open_update(config)
+    lossy = update_file.layout if update_file else None
+    sampled = config.rollouts.eval is None or config.rollouts.update is None
+    # verl's log holds prompts without their special tokens: they are looked up.
+    named = config.prompts.source != "toy" or config.policy.checkpoint == "toy"
+    needed = sampled or (lossy == "verl" and named)
+    config = _with_toy(config, narrator, prompts=needed)
+    reward = _reward(config) if config.rollouts.update is None else None
+    device = resolve_device(config.run.device)
+    with narrator.phase("load"):
+        policy = load_policy(config.policy, device)
+        adam_state, report, step = load_step(config, policy)
+        run = training_run(
+            Path(config.policy.checkpoint).expanduser(), report.sidecar if report else None
+        )
+        prompts, prompt_ids = _prompts(config, policy) if needed else ([], [])
+        brought_eval = bring_eval(config, policy, vocabulary(policy))
+        brought_update, guessed = bring_update(
+            update_file,
+            config,
+            policy,
+            vocabulary(policy),
+            mode=objective.advantage,
+            prompt_ids=prompt_ids if needed else None,
+            run=run,
+        )
+        if sampled or lossy:
+            guessed += length_lines(run, config.sampling.max_new_tokens)
+        inputs = _inputs(config, policy, report, prompts, prompt_ids)
+        if not sampled:
+            prompts, prompt_ids = [], []
+        temperature = common_temperature(config, brought_eval, brought_update)
+        sequence = longest(config, prompt_ids, brought_eval, brought_update)
+        require_positions(config, policy, sum(sequence))
+        forward = funcprobe.bind(policy.model, temperature=temperature).forward
+        forward = rounded(forward, config.policy.precision)
+        forward = forward._replace(halved=told_of_halves(narrator))
+    next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
+    lines = (*policy.lines, *step_lines(config, adam_state, report, step), *guessed)
+    for line in (*lines, *forward.notes, *_notices(config, objective, next_lr)):
+        narrator.say(line)
+    config, max_tokens = resolve(config, policy, forward, sequence, vocabulary(policy), narrator)
+    return Plan(
+        config=config,
+        policy=policy,
+        max_tokens=max_tokens,
+        forward=forward,
+        temperature=temperature,
+        adam_state=adam_state,
+        optimizer=report,
+        step=step,
+        objective=objective,
+        entropy=Entropy(**config.entropy.model_dump()),
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        reward=reward,
+        brought_eval=brought_eval,
+        brought_update=brought_update,
+        etas=_etas(config, next_lr),
+        next_lr=next_lr,
+        inputs=inputs,
+    )
+
+
+def _notices(config: Config, objective: Objective, next_lr: float) -> list[str]:
+    """What the reader is told of the configuration itself."""
+    lines = []
+    if config.rollouts.update is not None:
+        own = objective.advantage == "rollouts"
+        source = "its own" if own else "made of its rewards, by [objective]"
+        lines.append(f"U is brought: its advantages are {source}")
+    fast = config.policy.precision == "fast"
+    if fast or config.policy.dtype in {"bfloat16", "float16"}:
+        what = 'precision "fast"' if fast else config.policy.dtype
+        lines.append(f"warning: in {what} measured differences drown in rounding")
+    if config.measure.next_lr and not next_lr:
+        lines.append(
+            "the next step's lr is 0 or not known, so it is not in the table: set optimizer.lr"
+        )
+    return lines
+
+
+def _etas(config: Config, next_lr: float) -> tuple[float, ...]:
+    """The learning rates that are measured, ascending, each once."""
+    coming = {next_lr} if config.measure.next_lr and next_lr > 0 else set()
+    return tuple(sorted({*config.measure.etas, *coming}))
+
+
+class EvalSource(NamedTuple):
+    """What E comes from: prompts to sample from, or rollouts that are brought."""
+
+    temperature: float
+    prompt_ids: list[list[int]]  # none where E is brought
+    brought: Rollouts | None
+
+
+def load_eval(config: Config, policy: Policy) -> EvalSource:
+    """E's prompts or rollouts for a policy that is there already; InputError as `load` raises it."""
+    brought = bring_eval(config, policy, vocabulary(policy))
+    prompt_ids = [] if brought else _encoded(config, policy)[1]
+    require_positions(config, policy, sum(longest(config, prompt_ids, brought)))
+    temperature = brought.temperature if brought else config.sampling.temperature
+    return EvalSource(temperature, prompt_ids, brought)
+
+
+def vocabulary(policy: Policy) -> int:
+    """Rows of the model's input embedding."""
+    return int(policy.model.get_input_embeddings().weight.shape[0])
+
+
+def _with_toy(config: Config, narrator: Narrator, *, prompts: bool) -> Config:
+    policy = config.policy.checkpoint == "toy"
+    prompts = prompts and config.prompts.source == "toy"
+    if not policy and not prompts:
+        return config
+    if not policy:
+        raise InputError(
+            f'policy.checkpoint is {config.policy.checkpoint}, prompts.source still "toy", whose sums '
+            "are for the toy policy: set prompts.source to your prompts"
+        )
+    with narrator.phase("make the toy policy (once)"):
+        toy = ensure_toy(report=narrator.say)
+    chosen = config.policy.model_copy(update={"checkpoint": str(toy.checkpoint)})
+    changes: dict[str, Any] = {"policy": chosen}
+    if prompts:
+        changes["prompts"] = config.prompts.model_copy(update={"source": str(toy.prompts)})
+    return config.model_copy(update=changes)
+
+
+def _encoded(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
+    chosen = config.prompts
+    prompts = load_prompts(
+        chosen.source,
+        prompt_column=chosen.prompt_column,
+        split=chosen.split,
+        template=chosen.template,
+        chat=chosen.chat,
+        system_prompt=chosen.system_prompt,
+        tokenizer=policy.tokenizer,
+    )
+    ids = encode_prompts(
+        prompts, policy.tokenizer, chat=chosen.chat, max_prompt_tokens=chosen.max_prompt_tokens
+    )
+    return prompts, ids
+
+
+def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
+    prompts, ids = _encoded(config, policy)
+    source = config.prompts.source
+    if config.rollouts.update is None and len(prompts) < config.sampling.B_U:
+        raise InputError(
+            f"{source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
+            "distinct ones are asked for: lower B_U or give more prompts"
+        )
+    if config.rollouts.eval is None and len(prompts) < 2:
+        raise InputError(
+            f"{source} has {len(prompts)} prompts, and E needs two for a standard error: give more"
+        )
+    builtin = config.rollouts.update is None and config.reward.function in BUILT_IN
+    if builtin and config.reward.answer_column not in prompts[0].row:
+        raise missing_column(config.reward.answer_column, prompts[0].row, source)
+    return prompts, ids
+
+
+def _reward(config: Config) -> Reward:
+    chosen = config.reward
+    if chosen.conversational and not config.prompts.chat:
+        raise InputError(
+            "reward.conversational = true needs prompts of messages: set prompts.chat = true as well"
+        )
+    return load_reward(
+        chosen.function, answer_column=chosen.answer_column, conversational=chosen.conversational
+    )
+
+
+def _stable(value: Any) -> str:
+    """Text that does not vary with the order of a set (peft keeps target_modules as one)."""
+    return str(sorted(map(str, value)) if isinstance(value, set) else value)
+
+
+def _inputs(
+    config: Config,
+    policy: Policy,
+    report: OptimizerReport | None,
+    prompts: list[Prompt],
+    prompt_ids: list[list[int]],
+) -> dict[str, Any]:
+    base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
+    lora = policy.model.peft_config[config.policy.adapter].to_dict()
+    return {
+        # The distribution that is sampled and probed, but for its temperature.
+        "policy": {
+            "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
+            "adapter": store.fingerprint(policy.params),
+            "adapter_config": store.fingerprint({key: _stable(lora[key]) for key in sorted(lora)}),
+            "end_and_padding": [*policy.eos_ids, policy.pad_id],
+            "mode": config.policy.mode,
+            "dtype": config.policy.dtype,
+            "precision": config.policy.precision,
+            "attention": policy.attention,
+            "device": str(policy.model.device),
+            "versions": versions(),
+            # An editable install keeps its version while its formulas change.
+            "core": store.fingerprint_sources(Path(funcprobe.__file__).parent),
+        },
+        "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
+        "optimizer": store.fingerprint_path(report.path) if report else {},
+        "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),
+        "rollouts": {
+            key: store.fingerprint_path(Path(path).expanduser())
+            for key, path in config.rollouts
+            if path is not None
+        },
+    }

@@ -1,0 +1,160 @@
+"""From the configuration and the checkpoint to the objective, Adam's state and the rule of the step."""
+
+from pathlib import Path
+
+from funcprobe.step import adam
+from funcprobe.step.objective import PRESETS, Objective
+from funcprobe.types import AdamGroup, AdamState, InputError, Step
+
+from ..checkpoint.model import Policy
+from ..checkpoint.trainer_state import FILE, trained_steps
+from ..config.schema import Config
+from ..optimizer import AdamOverrides, OptimizerReport, Sidecar, find_state, read_adam_state
+from .differences import differences
+
+DEFAULT_MAX_GRAD_NORM = 1.0  # transformers.TrainingArguments'
+
+
+def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerReport | None, Step]:
+    """Adam's state, how it was read, and the rule; InputError where they do not make a step.
+
+    Below `min_coverage`, with on_low_coverage = "identity", the rule becomes "sgd".
+    """
+    chosen = config.optimizer
+    if chosen.rule == "sgd":
+        group = AdamGroup(tuple(policy.params), chosen.lr or 0.0, 0.9, 0.999, 1e-8, 0.0)
+        return AdamState({}, {}, {}, (group,)), None, _step(config, None)
+    checkpoint = Path(config.policy.checkpoint).expanduser()
+    if chosen.state is None:
+        require_own_state(checkpoint, config.policy.adapter)
+    path = Path(chosen.state).expanduser() if chosen.state else find_state(checkpoint)
+    beta1, beta2 = chosen.betas or (None, None)
+    adam_state, report = read_adam_state(
+        path,
+        policy.model,
+        policy.params,
+        overrides=AdamOverrides(
+            chosen.lr, beta1, beta2, chosen.eps, chosen.weight_decay, chosen.checkpoint_step
+        ),
+        min_coverage=chosen.min_coverage,
+        allow_low_coverage=chosen.on_low_coverage == "identity",
+        accept_positional=chosen.accept_positional,
+    )
+    if chosen.state is None:
+        _require_one_adapter(checkpoint, config.policy.adapter, report)
+    step = _step(config, report.sidecar)
+    covered = min(report.coverage["exp_avg"], report.coverage["exp_avg_sq"])
+    if covered < chosen.min_coverage * report.parameters:
+        step = step._replace(rule="sgd")
+    adam.require_state(policy.params, adam_state, step.rule)
+    return adam_state, report, step
+
+
+def choose_objective(config: Config) -> Objective:
+    """J of the preset, or as set. InputError where it needs what U does not bring, or is not told."""
+    chosen, preset = config.objective, PRESETS[config.objective.preset]
+    brought = config.rollouts.update is not None
+    if chosen.advantage == "rollouts" and not brought:
+        raise InputError(
+            'objective.advantage = "rollouts" takes the column advantage of rollouts.update, which is '
+            "not set: name the file, or let the advantages be made of the rewards"
+        )
+    normalisation = chosen.normalisation or preset.normalisation
+    if normalisation == "constant" and brought and chosen.constant is None:
+        raise InputError(
+            'normalisation "constant" divides by L, and sampling.max_new_tokens need not be that of '
+            "rollouts.update: set objective.constant to what the trainer used (max_completion_length)"
+        )
+    return Objective(
+        chosen.advantage or preset.advantage,
+        normalisation,
+        chosen.constant or float(config.sampling.max_new_tokens),
+    )
+
+
+def require_own_state(checkpoint: Path, adapter: str) -> None:
+    """InputError where the state in a checkpoint is another adapter's: TRL's ref/ beside the policy."""
+    if adapter != "default" and (checkpoint / "adapter_config.json").is_file():
+        raise InputError(
+            f"the optimizer's state in {checkpoint} is of the adapter that lies there, not of "
+            f'{adapter}/: set optimizer.state to that of {adapter}, or rule = "sgd"'
+        )
+
+
+def _require_one_adapter(checkpoint: Path, adapter: str, report: OptimizerReport) -> None:
+    """Of several adapters' folders beside a state, only saved names tell which it is of."""
+    folders = sorted(path.parent.name for path in checkpoint.glob("*/adapter_config.json"))
+    if report.positional and adapter in folders and len(folders) > 1:
+        raise InputError(
+            f"{report.path} has no names, and lies beside the adapters {', '.join(folders)}: nothing "
+            "says which of them was trained; save names with ParamNamesCallback, or set "
+            f"optimizer.state to a state that is of {adapter} alone"
+        )
+
+
+def _step(config: Config, sidecar: Sidecar | None) -> Step:
+    chosen = config.optimizer
+    clip = chosen.max_grad_norm
+    if clip is None:
+        clip = sidecar.max_grad_norm if sidecar else None
+    if clip is None:
+        clip = DEFAULT_MAX_GRAD_NORM
+    return Step(chosen.rule, clip or None, chosen.max_scale or None)
+
+
+def step_lines(
+    config: Config, adam_state: AdamState, report: OptimizerReport | None, step: Step
+) -> list[str]:
+    """What the reader is told of the optimizer's state, warnings included."""
+    if report is None:
+        return ['optimizer: rule "sgd", no state is read']
+    covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
+    lines = [
+        f"optimizer {report.path.name}: {report.format}; parameters found {report.route}, "
+        f"{report.certainty}; {covered} of {report.parameters}",
+        *report.notes,
+    ]
+    if step.rule == "sgd":
+        lines.append("warning: coverage is low and on_low_coverage is identity: v is the raw gradient")
+    return [
+        *lines,
+        *_clipping(config, report.sidecar, step),
+        *differences(config, report.sidecar),
+        *_other_checkpoint(config, adam_state, report.sidecar),
+    ]
+
+
+def _clipping(config: Config, sidecar: Sidecar | None, step: Step) -> list[str]:
+    given, saved = config.optimizer.max_grad_norm, sidecar.max_grad_norm if sidecar else None
+    if step.rule != "adamw":
+        return []
+    if given is None and saved is None:
+        return [
+            f"warning: the run's max_grad_norm is not known, {DEFAULT_MAX_GRAD_NORM:g} (the Trainer's "
+            "default) is used: set optimizer.max_grad_norm"
+        ]
+    if None not in (given, saved) and given != saved:
+        return [
+            f"warning: optimizer.max_grad_norm is {given:g}, the run was trained with {saved:g}: the "
+            "config's is used"
+        ]
+    return []
+
+
+def _other_checkpoint(config: Config, adam_state: AdamState, sidecar: Sidecar | None) -> list[str]:
+    """A state of another checkpoint has the right shapes; only the count of its steps can tell."""
+    if not adam_state.step:
+        return []
+    said: dict[str, int] = {}
+    checkpoint = Path(config.policy.checkpoint).expanduser()
+    if (trained := trained_steps(checkpoint)) is not None:
+        said[str(checkpoint / FILE)] = trained
+    if sidecar is not None and sidecar.global_step is not None:
+        said[str(sidecar.path)] = sidecar.global_step
+    taken = max(adam_state.step.values())
+    return [
+        f"warning: the optimizer state has taken {taken} steps and {place} says {trained}: is it of "
+        "another checkpoint? The prediction would be of a step nobody takes"
+        for place, trained in said.items()
+        if taken != trained
+    ]

@@ -1,0 +1,175 @@
+"""Where the true change is measured: over the learning rates, at tiny ones for rounding, for H''."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+import funcprobe
+from funcprobe import tree
+from funcprobe.policy.forward import Forward
+from funcprobe.statistics.estimators import Measured
+from funcprobe.statistics.evaluation import Evaluation
+from funcprobe.statistics.intervals import Error, delta_error
+from funcprobe.statistics.second_order import difference_eta, rounding_noise, second_difference
+from funcprobe.types import TokenStats
+
+from .. import store
+from ..console import Narrator
+from ..machine.cost import counted
+from ..store import Stages
+from .batches import Batches
+from .fresh import Fresh, sample_again
+from .plan import Plan
+from .weight_diagnostics import Hygiene, verdict
+
+LEAVES = torch.zeros(0)  # stands for a tensor where only the shape of a tree is meant
+STATS = TokenStats(LEAVES, LEAVES)
+
+
+class Point(NamedTuple):
+    """The change at one learning rate, and how far its importance weights are to be trusted."""
+
+    eta: float
+    measured: Measured
+    hygiene: Hygiene
+    fresh: Fresh | None
+
+
+class Bend(NamedTuple):
+    """The second derivative of the estimator along v, per unit of eta squared."""
+
+    second: float
+    error: Error
+    eta: float | None  # of the symmetric difference; None: exact, in Taylor mode
+
+
+class Sweep(NamedTuple):
+    """Measured changes at ascending learning rates; rounding of one of them; the second derivative."""
+
+    points: tuple[Point, ...]
+    rounding_noise: float | None  # sd, in one measured change; None where v moves nothing
+    bend: Bend | None
+
+
+def measure_sweep(
+    plan: Plan,
+    batches: Batches,
+    prediction: funcprobe.Prediction,
+    unit_N: torch.Tensor,
+    stages: Stages,
+    narrator: Narrator,
+) -> Sweep:
+    """Every eta of the plan, the rounding noise and the second derivative; E's statistics are stored.
+
+    Where the verdict is "resample" and `measure.resample` is set, responses are sampled at
+    theta + eta v as well. `unit_N` numbers the sampling units of E.
+    """
+    params, v, at = plan.policy.params, prediction.direction.total, prediction.at
+    tiny = _rounding_eta(prediction, plan.forward)
+    signed = [sign * part * tiny for sign in (1, -1) for part in (0.5, 1)] if tiny else []
+    mode = _second_order(plan, narrator)
+    pair = []
+    if mode == "difference" and tiny:
+        wide = difference_eta(prediction.tangent, at.mask_NR, plan.forward.coarsest)
+        pair = [wide, -wide]
+    etas = [*plan.etas, *signed, *pair]
+    inputs = {**state_inputs(plan, batches), "direction": v}
+    with narrator.phase("measure", len(etas) * len(batches.eval_batch.prompt_N)) as stage:
+
+        def change(eta: float) -> Measured:
+            moved = stages.tensors(
+                "moved",
+                {**inputs, "eta": eta},
+                STATS,
+                lambda: funcprobe.token_stats(
+                    tree.axpy(eta, v, params),
+                    batches.eval_batch,
+                    counted(plan.forward, stage, "E"),
+                    plan.max_tokens,
+                ),
+                stage.found,
+            )
+            return funcprobe.change(at, moved)
+
+        found = {eta: change(eta) for eta in etas}
+    noise, bend = None, None
+    if signed:
+        up_half, up, down_half, down = (found[eta].delta for eta in signed)
+        noise = rounding_noise((up_half, up), (down_half, down))
+    if pair:
+        bend = _by_difference(found[pair[0]], found[pair[1]], pair[0], unit_N)
+    if mode == "exact":
+        bend = _exact(plan, batches, v, at, unit_N, stages, narrator)
+    points = []
+    for eta in plan.etas:
+        store.require_finite({"eta": eta, "measured": found[eta].delta}, "sweep")
+        judged, fresh = verdict(found[eta].weight_N, found[eta].clipped), None
+        if judged.verdict == "resample" and plan.config.measure.resample:
+            fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
+        points.append(Point(eta, found[eta], judged, fresh))
+    return Sweep(tuple(points), noise, bend)
+
+
+def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
+    """What the statistics of E depend on, for the keys of stages."""
+    return {
+        "policy": plan.inputs["policy"],
+        "max_tokens": plan.max_tokens,
+        "eval": batches.eval_batch,
+        "temperature": plan.temperature,
+        "sampler_logp": batches.sampler_logp_NR,
+    }
+
+
+def _rounding_eta(prediction: funcprobe.Prediction, forward: Forward) -> float | None:
+    """Where log-probabilities move by a thousand units in the last place (rms), 1 % at most.
+
+    Every rounding is made anew there, and the curve is straight to far less than that. None where v
+    moves nothing.
+    """
+    slope_NR = prediction.tangent.logp_NR
+    rms = float(slope_NR[slope_NR != 0].square().mean().sqrt()) if bool(slope_NR.any()) else 0.0
+    return min(1e3 * torch.finfo(forward.coarsest).eps, 1e-2) / rms if rms else None
+
+
+def _second_order(plan: Plan, narrator: Narrator) -> str:
+    chosen = plan.config.measure.second_order
+    if chosen != "none" and torch.finfo(plan.forward.coarsest).bits < 32:
+        precision = f"{plan.forward.coarsest} (policy.dtype, policy.precision)"
+        narrator.say(f"warning: second order is left out: in {precision} it is rounding")
+        return "none"
+    return chosen
+
+
+def _by_difference(plus: Measured, minus: Measured, eta: float, unit_N: torch.Tensor) -> Bend:
+    """H'' and its influence values are the same function of the two changes."""
+    influence_N = (plus.influence_N + minus.influence_N) / eta**2
+    second = second_difference(plus.delta, minus.delta, eta)
+    return Bend(second, delta_error(influence_N, unit_N), eta)
+
+
+def _exact(
+    plan: Plan,
+    batches: Batches,
+    direction: funcprobe.Params,
+    at: Evaluation,
+    unit_N: torch.Tensor,
+    stages: Stages,
+    narrator: Narrator,
+) -> Bend:
+    with narrator.phase("second order", len(batches.eval_batch.prompt_N)) as stage:
+        _, tangent, second = stages.tensors(
+            "second-order",
+            {**state_inputs(plan, batches), "direction": direction},
+            (STATS, STATS, STATS),
+            lambda: funcprobe.second_tangents(
+                plan.policy.params,
+                batches.eval_batch,
+                direction,
+                counted(plan.forward, stage, "E"),
+                plan.max_tokens,
+            ),
+            stage.found,
+        )
+    found = funcprobe.second_derivative(at, tangent, second, unit_N)
+    return Bend(found.derivative, delta_error(found.influence_N, unit_N), None)

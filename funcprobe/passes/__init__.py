@@ -1,0 +1,1 @@
+"""What the model is needed for, a microbatch at a time: token statistics, gradients, tangents."""

@@ -1,0 +1,189 @@
+"""<grad f_n, mu> of every sequence, and the gradient of their sum, from one backward pass."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .. import tree
+from ..autodiff.replaced import Replaced
+from ..policy.forward import Forward
+from ..policy.layout import MAX_TOKENS, Layout, gather, in_microbatches, response_mask
+from ..policy.rows import Rows
+from ..types import Batch, Params
+from .gradients import accumulate, weighted_grad, zero_gradient
+from .head import head_gradient
+from .tangents import aligned, tangents
+
+
+def grad_dots(
+    params: Params,
+    batch: Batch,
+    mu: Params,
+    forward: Forward,
+    max_tokens: int = MAX_TOKENS,
+    *,
+    p_NR: Float[Tensor, "N R"] | None = None,
+    q_NR: Float[Tensor, "N R"] | None = None,
+) -> tuple[Float[Tensor, " N"], Params]:
+    """s_n = <grad f_n, mu> in float64, and grad sum_n f_n, f_n = sum_k (p_nk l_nk + q_nk h_nk).
+
+    By default f_n = S_n, the log-probability of the response. A linear layer y = W x with the gradient
+    g_t of y at token t adds sum_t <g_t, mu_W x_t> over a sequence's tokens to s_n, so that one backward
+    pass has both. Prompts are not shared, as the g of a shared token is of several sequences. Where
+    something is trained that is no linear layer of the backbone (embeddings, norms, the head), and in
+    half precision, s_n is from a second pass, `tangents`. Raises ValueError where `mu` does not match
+    `params`, RuntimeError where sum_n s_n is not <grad, mu>, which every microbatch is checked for.
+    """
+    mu = aligned(mu, params)
+    p_NR = response_mask(batch).double() if p_NR is None else p_NR
+    q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
+    # Half precision would hide in its rounding what the sum's check is for.
+    if torch.finfo(forward.coarsest).eps < 1e-4:
+        try:
+            return _in_one_pass(params, batch, mu, p_NR, q_NR, forward, max_tokens)
+        except _OtherUseError:  # as the first microbatch shows
+            pass
+    _, along = tangents(params, batch, mu, forward, max_tokens)
+    s_N = (p_NR * along.logp_NR + q_NR * along.entropy_NR).sum(1)
+    return s_N, weighted_grad(params, batch, p_NR, q_NR, forward, max_tokens)
+
+
+def _in_one_pass(
+    params: Params,
+    batch: Batch,
+    mu: Params,
+    p_NR: Tensor,
+    q_NR: Tensor,
+    forward: Forward,
+    max_tokens: int,
+) -> tuple[Float[Tensor, " N"], Params]:
+    def one(rows: Rows) -> tuple[Params, Tensor]:
+        # Autograd itself: torch.func's vjp would wrap every call of _LinearDot, at a fifth of the cost.
+        given: Params = {n: nn.Parameter(t) for n, t in params.items()}
+        alpha_n = nn.Parameter(_zeros(rows, params))
+        with torch.enable_grad():
+            hidden_TD = _hidden(given, alpha_n, rows, mu, forward)
+        p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
+        at_TD = hidden_TD.detach()
+        grad_TD, _ = head_gradient(params, at_TD, rows.target_T, p_T, q_T, forward)
+        *found, s_n = torch.autograd.grad(hidden_TD, [*given.values(), alpha_n], grad_TD)
+        grads = dict(zip(given, found, strict=True))
+        _require_sum(s_n, grads, mu)
+        return grads, tree.f64(s_n)
+
+    s_N, total = torch.zeros(len(p_NR), dtype=torch.float64), zero_gradient(params)
+    layout: Layout = "plain" if forward.layout == "plain" else "packed"
+    for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, layout, forward.halved):
+        s_N[rows.sequence_T.unique()] = s_n
+        total = accumulate(total, grads)
+    return s_N, total
+
+
+class _OtherUseError(Exception):
+    """Not all that is trained are weights and biases of linear layers over a microbatch's tokens."""
+
+
+class _LinearDots(Replaced):
+    """Every trained linear layer y = W x + b becomes y + alpha_n (mu_W x + mu_b) at alpha = 0."""
+
+    def __init__(self, given: Params, mu: Params, alpha_NL: Tensor) -> None:
+        super().__init__({linear: self._linear})
+        self.name_of = {id(tensor): name for name, tensor in given.items()}
+        self.mu, self.alpha_NL = mu, alpha_NL
+        self.seen: set[str] = set()
+        self.shapes: set[tuple[int, ...]] = set()  # of the tokens that trained layers are given
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        names = [self.name_of.get(id(tensor)) for tensor in (weight, bias)]
+        self.seen |= {name for name in names if name is not None}
+        self.shapes |= set() if names == [None, None] else {tuple(input.shape[:-1])}
+        if names == [None, None]:
+            return linear(input, weight, bias)
+        mu = tuple(None if name is None else self.mu[name] for name in names)
+        out: Tensor = _LinearDot.apply(input, weight, bias, self.alpha_NL, mu)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _LinearDot(torch.autograd.Function):
+    """W x + b; the gradient in alpha_NL, which has no part in it, is <g_t, mu_W x_t + mu_b>.
+
+    Either is one thin product more, taken along with one of W's from the wider side: with W x where
+    W narrows, with W' g where it widens.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        alpha_NL: Tensor,  # noqa: ARG004
+        mu: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        ctx.mu, moved, count = mu, None, len(weight)
+        narrows = mu[0] is not None and count <= weight.shape[1]
+        if mu[0] is not None and narrows:
+            out, moved = linear(x, torch.cat([weight, mu[0]])).split([count, count], -1)
+            out = out.clone() if bias is None else out + bias
+        else:
+            out = linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, moved)
+        y: Tensor = out
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, moved = ctx.saved_tensors
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        mu_weight, mu_bias = ctx.mu
+        back: Tensor | None = None
+        dot_NL = g.new_zeros(()) if mu_bias is None else g @ mu_bias
+        if mu_weight is None or moved is not None:
+            back = g @ weight if of_x else None
+            dot_NL = dot_NL if moved is None else dot_NL + (g * moved).sum(-1)
+        else:
+            back, of_mu = (g @ torch.cat([weight, mu_weight], 1)).chunk(2, -1)
+            dot_NL = dot_NL + (of_mu * x).sum(-1)
+        g_SD = g.flatten(0, -2)
+        return (
+            back,
+            g_SD.T @ x.flatten(0, -2) if of_weight else None,
+            g_SD.sum(0) if of_bias else None,
+            dot_NL,
+            None,
+        )
+
+
+def _hidden(
+    given: Params, alpha_n: Tensor, rows: Rows, mu: Params, forward: Forward
+) -> Float[Tensor, "T D"]:
+    alpha_NL = alpha_n[rows.sequence_NL.to(alpha_n.device)]
+    with _LinearDots(given, mu, alpha_NL) as mode:
+        hidden_TD: Tensor = forward.hidden(given, rows)
+    # Some models flatten or pick the tokens, so that their sequences are not known.
+    if mode.seen != given.keys() or mode.shapes != {tuple(rows.tokens_NL.shape)}:
+        raise _OtherUseError
+    return hidden_TD
+
+
+def _zeros(rows: Rows, params: Params) -> Float[Tensor, " n"]:
+    like = next(iter(params.values()))
+    return like.new_zeros(len(rows.sequence_T.unique()))
+
+
+def _require_sum(s_n: Tensor, grads: Params, mu: Params) -> None:
+    whole, size = tree.dot(grads, mu), float(tree.f64(s_n).abs().sum())
+    gap = abs(float(tree.f64(s_n).sum()) - whole)
+    eps = max(torch.finfo(t.dtype).eps for t in grads.values())
+    bound = 1e3 * eps * (size + abs(whole))  # rounding of a long sum
+    if gap <= bound:  # the norms take as long as all of this
+        return
+    # Where its terms cancel, rounding of terms as large as both norms.
+    if not gap <= bound + 10 * eps * tree.norm(grads) * tree.norm(mu):
+        raise RuntimeError(
+            f"<grad f_n, mu> of the sequences sum to {float(s_n.sum()):.6g}, not to <grad, mu> = "
+            f"{whole:.6g}: a trained weight is used outside of linear layers; use tangents()"
+        )

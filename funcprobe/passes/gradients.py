@@ -1,0 +1,79 @@
+"""Gradients with respect to the registry, microbatch by microbatch, in reverse mode."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp
+
+from .. import tree
+from ..autodiff.transforms import refuse_differentiated
+from ..policy.forward import Forward
+from ..policy.layout import MAX_TOKENS, gather, in_microbatches
+from ..policy.rows import Rows
+from ..statistics.evaluation import evaluate, gradient_coefficients
+from ..types import Batch, Entropy, Params, UpdateBatch
+from .head import head_gradient
+from .logprobs import token_stats
+
+
+def weighted_grad(
+    params: Params,
+    batch: Batch,
+    p_NR: Float[Tensor, "N R"],
+    q_NR: Float[Tensor, "N R"],
+    forward: Forward,
+    max_tokens: int = MAX_TOKENS,
+) -> Params:
+    """d/d theta of sum_ik (p_ik l_ik + q_ik h_ik), the coefficients held fixed.
+
+    Accumulated over microbatches on the CPU, in float32 (float64 where a parameter is float64).
+    p and q are known, so that the head costs two products and no [tokens, V] tensor exists whole.
+    Raises InputError inside a transform that differentiates `params`, as all derivatives here do.
+    """
+    refuse_differentiated(params)
+    total = zero_gradient(params)
+
+    def one(rows: Rows) -> list[Params]:
+        hidden_TD, pull = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
+        p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
+        grad_TD, grads = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
+        with torch.no_grad():  # else the pullback records a graph nobody will use
+            return [*pull(grad_TD), *grads]
+
+    for _, grads in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
+        for part in grads:
+            total = accumulate(total, part)
+    return total
+
+
+def grad_X(
+    params: Params, batch: Batch, entropy: Entropy, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> Params:
+    """X = d/d theta of the entropy estimator on E (two passes: coefficients, then gradient).
+
+    <X, v> is the derivative of the estimator along v, as `estimators.first_order` has it by tangents.
+    """
+    stats = token_stats(params, batch, forward, max_tokens)
+    p_NR, q_NR = gradient_coefficients(evaluate(batch, stats, entropy))
+    return weighted_grad(params, batch, p_NR, q_NR, forward, max_tokens)
+
+
+def grad_Y(
+    params: Params, update: UpdateBatch, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> Params:
+    """Y = d/d theta of J = sum_mk c_mk l_mk on U: the policy gradient, the direction of ascent."""
+    zero_NR = torch.zeros_like(update.coef_NR)
+    return weighted_grad(params, update.batch, update.coef_NR, zero_NR, forward, max_tokens)
+
+
+def zero_gradient(params: Params) -> Params:
+    """Zeros to accumulate gradients in: on the CPU, in float32, float64 where a parameter is."""
+    total = tree.zeros(params)
+    return {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in total.items()}
+
+
+def accumulate(total: Params, part: Params) -> Params:
+    """total + part, where and in the precision in which `total` is."""
+    return {n: t + part[n].to(device=t.device, dtype=t.dtype) for n, t in total.items()}

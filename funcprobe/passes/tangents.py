@@ -1,0 +1,149 @@
+"""Derivatives along one direction: of every token (forward mode), of every sequence (alpha trick)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import tree
+from ..autodiff.forward_mode import ForwardMode
+from ..autodiff.transforms import in_transform, refuse_differentiated
+from ..policy.forward import Forward
+from ..policy.layout import MAX_TOKENS, collate, gather, in_microbatches, response_mask, scatter
+from ..policy.rows import Rows
+from ..types import Batch, InputError, Params, TokenStats
+from .head import head_gradient, head_tangents, token_head
+
+
+def tangents(
+    params: Params, batch: Batch, direction: Params, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> tuple[TokenStats, TokenStats]:
+    """(l, h) and (l', h') = d/d eta of l and h at theta + eta * direction, eta = 0, [N, R] each.
+
+    The pair is torch.func.jvp's: values, those of `token_stats` to the bit, then their tangents, in
+    nats and nats per unit of eta. One forward-mode pass; no graph is kept, so memory does not grow
+    with the batch. Raises ValueError where `direction` has other names or shapes than `params`,
+    InputError inside a transform that differentiates either.
+    """
+    direction = aligned(direction, params)
+
+    def one(rows: Rows) -> tuple[Tensor, ...]:
+        hidden_TD, dhidden_TD = _hidden_along(params, rows, direction, forward)
+        return head_tangents(params, hidden_TD, dhidden_TD, rows.target_T, direction, forward)
+
+    done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
+    parts, outs = zip(*done, strict=True)
+    logp, entropy, dlogp, dentropy = (
+        scatter(values, parts, batch) for values in zip(*outs, strict=True)
+    )
+    return TokenStats(logp, entropy), TokenStats(dlogp, dentropy)
+
+
+def alpha_vjp(
+    params: Params,
+    batch: Batch,
+    mu: Params,
+    forward: Forward,
+    max_tokens: int = MAX_TOKENS,
+    *,
+    p_NR: Float[Tensor, "N R"] | None = None,
+    q_NR: Float[Tensor, "N R"] | None = None,
+    alpha_N: Float[Tensor, " N"] | None = None,
+) -> Float[Tensor, " N"]:
+    """s_i = <grad f_i, mu> for every sequence at once, f_i = sum_k (p_ik l_ik + q_ik h_ik).
+
+    The reverse-reverse twin of `tangents`: h(alpha) = <d/d theta sum_i alpha_i f_i, mu> is linear in
+    alpha, and s = dh/d alpha is the vjp of a vjp, with no per-sequence gradients. `alpha_N` (default
+    ones) is where dh/d alpha is taken; the result must not depend on it. By default f_i = S_i, the
+    log-probability of the response. Raises ValueError where `mu` does not match `params`.
+    """
+    mu = aligned(mu, params)
+    p_NR = response_mask(batch).double() if p_NR is None else p_NR
+    q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
+    alpha_N = torch.ones(len(p_NR)).double() if alpha_N is None else alpha_N
+
+    def one(rows: Rows) -> Tensor:
+        sequence_n, index_T = rows.sequence_T.unique(return_inverse=True)
+        p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
+        # The fused attention kernels have no double backward (pytorch #117629).
+        with sdpa_kernel(SDPBackend.MATH):
+            pull, row = _pullback(params, rows, p_T, q_T, forward)
+
+            def dot(alpha_n: Tensor) -> Float[Tensor, ""]:
+                """h(alpha) = <d/d theta sum_i alpha_i f_i, mu>."""
+                alpha_T = alpha_n[index_T].to(row)
+                (grads,) = pull(alpha_T.view(-1, *[1] * (row.dim() - 1)) * row)
+                return torch.stack([(grads[name] * mu[name]).sum() for name in params]).sum()
+
+            h, pull_alpha = vjp(dot, alpha_N[sequence_n])  # type: ignore[misc]
+            with torch.no_grad():
+                (s_n,) = pull_alpha(torch.ones_like(h))
+        return tree.f64(s_n)
+
+    s_N = torch.zeros(len(p_NR), dtype=torch.float64)
+    for rows, s_n in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
+        s_N[rows.sequence_T.unique()] = s_n
+    return s_N
+
+
+def require_derivatives(params: Params, forward: Forward) -> None:
+    """InputError if the model has no forward or second derivative, tried on five tokens."""
+    batch = collate([[0]], [[0, 0, 0, 0]], [0])
+    try:
+        tangents(params, batch, params, forward)
+        alpha_vjp(params, batch, params, forward)
+    except RuntimeError as error:  # NotImplementedError is one
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"this architecture cannot be differentiated by torch.func: {said}") from error
+
+
+def _hidden_along(
+    params: Params, rows: Rows, direction: Params, forward: Forward
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
+    """Hidden states and their tangents; by torch.func, which wraps every tensor, inside a transform."""
+    with torch.no_grad(), ForwardMode():
+        if any(in_transform(t) for t in params.values()):
+            hidden_TD, dhidden_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
+            return hidden_TD, dhidden_TD
+        with forward_ad.dual_level():
+            given = {n: forward_ad.make_dual(t, direction[n]) for n, t in params.items()}
+            hidden_TD, dhidden_TD = forward_ad.unpack_dual(forward.hidden(given, rows))
+            if dhidden_TD is None:  # nothing of the backbone is trained
+                dhidden_TD = torch.zeros_like(hidden_TD)
+    return hidden_TD, dhidden_TD
+
+
+def _pullback(
+    params: Params, rows: Rows, p_T: Tensor, q_T: Tensor, forward: Forward
+) -> tuple[Callable[[Tensor], tuple[Params]], Tensor]:
+    """A linear map to gradients, and x where alpha_t x_t goes to d/d theta sum_t alpha_t f_t.
+
+    f_t = p_t l_t + q_t h_t. Where only the backbone is trained the map is its pullback, and x are the
+    rows d f_t / d hidden_t, [T, D], in closed form; else x are ones, [T].
+    """
+    if forward.readout is not None:
+        hidden_TD, pull = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
+        row_TD, _ = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
+        return pull, row_TD
+
+    def f(given: Params) -> Float[Tensor, " T"]:
+        logp_T, entropy_T = token_head(given, forward.hidden(given, rows), rows.target_T, forward)
+        return p_T.to(logp_T) * logp_T + q_T.to(logp_T) * entropy_T
+
+    f_T, pull = vjp(f, params)  # type: ignore[misc]
+    return pull, torch.ones_like(f_T)
+
+
+def aligned(direction: Params, params: Params) -> Params:
+    """The direction in the parameters' order, dtypes and devices: jvp and vjp insist on all three.
+
+    Raises ValueError for other names or shapes, InputError for what a transform around differentiates.
+    """
+    tree.require_same(params, direction, "direction")
+    refuse_differentiated(params, direction)
+    return {n: direction[n].to(dtype=t.dtype, device=t.device) for n, t in params.items()}

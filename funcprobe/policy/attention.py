@@ -1,0 +1,82 @@
+"""Attention within a packed row: its blocks attend each by itself, in one kernel call."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..autodiff.replaced import Replaced
+from .rows import Block, Packing
+
+
+class NotPackedError(RuntimeError):
+    """A model does not call attention as it would have to for packed rows."""
+
+
+class PackedAttention(Replaced):
+    """Every scaled_dot_product_attention over a packed row becomes one call a block.
+
+    The model is given the row as one sequence, with a mask that stands for nothing (`no_mask`), and
+    its own positions; rotary embeddings, norms and linear layers act on tokens alone, so that what is
+    left to mend is who attends to whom. Everything stays ordinary torch functions, which other modes
+    and any transform see.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        super().__init__({scaled_dot_product_attention: partial(_attend, packing)})
+
+
+def no_mask(device: torch.device) -> Float[Tensor, "1 1 1 1"]:
+    """Four dimensions: transformers hands such a mask to the attention as it is, and makes none."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
+def _attend(
+    packing: Packing,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "1 H S d"]:
+    # A mask that is the model's own says that it did not take no_mask()'s.
+    if dropout_p or is_causal or attn_mask is None or attn_mask.shape != (1, 1, 1, 1):
+        raise NotPackedError("its attention makes masks of its own")
+    query_SHd, key_SHd, value_SHd = (x[0].transpose(0, 1) for x in (query, key, value))
+    outs = []
+    for block in packing.blocks:
+        out_nHQd = scaled_dot_product_attention(
+            _queries(query_SHd, block),
+            _keys(key_SHd, block),
+            _keys(value_SHd, block),
+            attn_mask=block.mask_n1QK,
+            is_causal=block.mask_n1QK is None,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        outs.append(out_nHQd.transpose(1, 2).flatten(0, 1))
+    out_SHd = outs[0] if len(outs) == 1 else torch.cat(outs)
+    if packing.place_S is not None:
+        out_SHd = out_SHd.index_select(0, packing.place_S)
+    return out_SHd.transpose(0, 1)[None]
+
+
+def _queries(x_SHd: Tensor, block: Block) -> Float[Tensor, "n H Q d"]:
+    n, width = block.shape
+    if block.query_nQ is None:
+        rows_nHd = x_SHd[block.start : block.start + n * width]
+    else:
+        rows_nHd = x_SHd.index_select(0, block.query_nQ.flatten())
+    return rows_nHd.view(n, width, *x_SHd.shape[1:]).transpose(1, 2)
+
+
+def _keys(x_SHd: Tensor, block: Block) -> Float[Tensor, "n H K d"]:
+    if block.key_nK is None:
+        return _queries(x_SHd, block)
+    rows_nHd = x_SHd.index_select(0, block.key_nK.flatten())
+    return rows_nHd.view(*block.key_nK.shape, *x_SHd.shape[1:]).transpose(1, 2)

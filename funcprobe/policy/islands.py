@@ -1,0 +1,184 @@
+"""Modules of a float64 model that still compute in fewer digits, found by how they answer to 1e-10."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..types import InputError
+from .precision import arithmetic_of
+
+STEP = 1e-10
+# Between what float64 leaves, 1e-16 / STEP and the depth's growth of it, and float32's steps of 6e-8,
+# of which a move of 1e-10 misses nearly all: that loses the whole of the response.
+BOUND = 1e-3
+
+Read: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Island(NamedTuple):
+    """A module whose outputs do not move as their derivative says, though its inputs do."""
+
+    module: str  # as in named_modules()
+    kind: str  # its class
+    error: float  # |moved - derivative| / (|derivative| + |output|)
+
+
+def float32_islands(model: nn.Module, tokens_NL: Int[Tensor, "N L"]) -> list[Island]:
+    """The first modules, in the order in which they finish, that lose float64 inside; [] if none do.
+
+    theta, the input embedding, the buffers and what is trainable, goes to theta +- STEP u, u random
+    and of theta's size, which moves whatever a model computes; every module's inputs and outputs f
+    are held against their forward-mode derivative f' along u:
+
+        | (f(theta + STEP u) - f(theta - STEP u)) / (2 STEP) - f' |  <=  BOUND (|f'| + |f|).
+
+    A cast to float32 or less has derivative 1 and answers to STEP with 0 or with a leap. What is
+    random, or has a derivative that is not its own, is named, too. Named is a module whose outputs
+    break the bound while its inputs keep it, unless a module inside it is named; behind it inputs are
+    damaged, so that further islands may show only once it is mended. A few tokens are enough: inputs
+    and outputs of all modules are held, three times. The model has hooks while it is called, and none
+    of them afterwards.
+
+    Raises InputError for a floating-point parameter or buffer that is not float64, and for a forward
+    that has no forward-mode derivative, or takes another way at theta + STEP u than at theta - STEP u.
+    """
+    up, down, direction = _moved(model)
+    plus, minus = (_calls(model, moved, tokens_NL, torch.clone) for moved in (up, down))
+    with forward_ad.dual_level():
+        dual = {place: forward_ad.make_dual(up[place], u) for place, u in direction.items()}
+        try:
+            slope = _calls(model, dual, tokens_NL, _tangent)
+        except RuntimeError as failed:  # NotImplementedError is one
+            said = " ".join(str(failed).split())[:200]
+            raise InputError(f"the model has no forward-mode derivative: {said}") from failed
+    if not _shapes(plus) == _shapes(minus) == _shapes(slope):
+        raise InputError(
+            f"the model calls other modules when its weights move by {STEP:g} of their size (a router, "
+            'or a random forward), so its precision cannot be told: set policy.dtype = "float32"'
+        )
+    islands: list[Island] = []
+    for a, b, d in zip(plus, minus, slope, strict=True):
+        error = _largest(a.outputs, b.outputs, d.outputs)
+        inside = f"{a.name}." if a.name else ""
+        known = any(i.module == a.name or i.module.startswith(inside) for i in islands)
+        if error > BOUND and not known and _largest(a.inputs, b.inputs, d.inputs) <= BOUND:
+            islands.append(Island(a.name, a.kind, error))
+    return islands
+
+
+class _Call(NamedTuple):
+    """What one call of a module was given and gave: its floating-point tensors."""
+
+    name: str
+    kind: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _moved(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(theta + STEP u, theta - STEP u, u) of every place; what several places share moves as one."""
+    moving = {id(model.get_input_embeddings().weight)}
+    moving |= {id(p) for p in model.parameters() if p.requires_grad}
+    moving |= {id(b) for b in model.buffers()}
+    made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    places: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for prefix, module in model.named_modules():  # each module under its first name only
+        own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in chain(*own):
+            place = f"{prefix}.{name}" if prefix else name
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dtype != torch.float64:
+                raise InputError(
+                    f"{place} is {tensor.dtype}, float64 is expected: call model.double(), or set "
+                    'policy.dtype = "float64"'
+                )
+            if id(tensor) in moving:
+                if id(tensor) not in made:
+                    made[id(tensor)] = _either_side(tensor.detach(), seed=len(made))
+                places[place] = made[id(tensor)]
+    up, down, direction = ({p: t[i] for p, t in places.items()} for i in range(3))
+    return up, down, direction
+
+
+def _either_side(theta: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(theta + STEP u, theta - STEP u, u), u as the two rounded ones differ.
+
+    u is normal, times |theta| by element: a row of zeros in an embedding stays one, as what follows
+    may be too curved there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta.device)
+    size = torch.where(theta.isfinite(), theta.abs(), 0.0)  # a mask's infinities stay
+    up, down = theta + STEP * random * size, theta - STEP * random * size
+    return up, down, torch.where(theta.isfinite(), (up - down) / (2 * STEP), 0.0)
+
+
+def _calls(model: nn.Module, tensors: dict[str, Tensor], tokens_NL: Tensor, read: Read) -> list[_Call]:
+    """Every call of a module in one forward, in the order in which they finish."""
+    calls: list[_Call] = []
+
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given, gave = ([read(t) for t in _floating(x)] for x in ((args, kwargs), output))
+        calls.append(_Call(name, type(module).__name__, given, gave))
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            hook = module.register_forward_hook(partial(record, name), with_kwargs=True)
+            stack.enter_context(hook)
+        # The fused attention kernels have no forward mode (pytorch #128971).
+        for context in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), arithmetic_of(tensors)):
+            stack.enter_context(context)
+        read_NL = tokens_NL.to(next(iter(tensors.values())).device)
+        given = {"input_ids": read_NL, "use_cache": False}
+        functional_call(model, tensors, (), given, tie_weights=False)
+    return calls
+
+
+def _floating(tree: Any) -> Iterator[Tensor]:
+    """Floating-point tensors in tuples, lists, dicts, transformers' outputs; complex ones as pairs."""
+    for leaf in optree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            yield torch.view_as_real(leaf)
+        elif isinstance(leaf, Tensor) and leaf.is_floating_point():
+            yield leaf
+        elif isinstance(leaf, Mapping):  # a ModelOutput: to optree a class it does not know
+            yield from _floating(list(leaf.values()))
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    tangent = forward_ad.unpack_dual(dual).tangent
+    return torch.zeros_like(dual) if tangent is None else tangent.clone()
+
+
+def _shapes(calls: list[_Call]) -> list[Any]:
+    return [(c.name, [t.shape for t in (*c.inputs, *c.outputs)]) for c in calls]
+
+
+def _largest(plus: list[Tensor], minus: list[Tensor], slope: list[Tensor]) -> float:
+    """The largest error of a response."""
+    return max((_error(*tensors) for tensors in zip(plus, minus, slope, strict=True)), default=0.0)
+
+
+def _error(plus: Tensor, minus: Tensor, slope: Tensor) -> float:
+    """|moved - derivative| / (|derivative| + |output|); infinite where that is not a number."""
+    value, other = plus.double(), minus.double()
+    # Equal infinities of an attention mask have not moved.
+    moved = torch.where(value == other, torch.zeros_like(value), (value - other) / (2 * STEP))
+    expected = slope.double()
+    difference = float((moved - expected).norm())
+    if difference == 0:
+        return 0.0
+    error = difference / float(expected.norm() + value.norm())
+    return torch.inf if math.isnan(error) else error

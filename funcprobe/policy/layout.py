@@ -1,0 +1,218 @@
+"""Batch -> microbatches of rows, and the statistics back to [N, R]."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..types import Batch, InputError, ResponseMask
+from .rows import Rows, packed_rows, plain_rows
+
+T = TypeVar("T")
+
+MAX_TOKENS = 2048  # tokens of a microbatch, padding included; their activations are held at once
+# Of the plainer layout's tokens, where one is taken: its attention costs some per cent itself.
+PACKING, SHARING = 0.95, 0.9
+
+Layout: TypeAlias = Literal["plain", "packed", "shared"]
+"""plain: a sequence a row, padded; packed: one row without padding; shared: and prompts once."""
+
+
+def collate(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], prompt: Sequence[int]
+) -> Batch:
+    """Token ids of N prompts and responses -> Batch; `prompt[i]` says which prompt sequence i has.
+
+    Raises InputError on an empty batch, an empty prompt or a response of zero tokens.
+    """
+    if not len(prompts) == len(responses) == len(prompt):
+        raise InputError(
+            f"{len(prompts)} prompts, {len(responses)} responses and {len(prompt)} prompt numbers: "
+            "one of each per sequence is expected"
+        )
+    if not prompts:
+        raise InputError("the batch has no sequences: at least one is needed")
+    for i, (x, y) in enumerate(zip(prompts, responses, strict=True)):
+        if not len(x) or not len(y):
+            part = "response" if len(x) else "prompt"
+            raise InputError(
+                f"sequence {i} has a {part} of zero tokens: at least one is needed "
+                "(a response counts its end-of-sequence token)"
+            )
+    rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, responses, strict=True)]
+    return Batch(
+        tokens_NL=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        prompt_length_N=torch.tensor([len(x) for x in prompts]),
+        response_length_N=torch.tensor([len(y) for y in responses]),
+        prompt_N=torch.tensor(list(prompt)),
+    )
+
+
+def response_mask(batch: Batch) -> ResponseMask:
+    """True at the T_i response positions of every sequence; R = max T_i."""
+    k_R = torch.arange(int(batch.response_length_N.max()))
+    return k_R < batch.response_length_N[:, None]
+
+
+def select(batch: Batch, index_N: Int[Tensor, " n"]) -> Batch:
+    """The sequences `index_N` of a batch, in that order."""
+    return Batch(*(field[index_N] for field in batch))
+
+
+def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> list[Rows]:
+    """Microbatches of at most `max_tokens` tokens that together hold every response token once.
+
+    `layout` is the most that the model allows: of that and the plainer ones the one that reads the
+    fewest tokens is taken, if it saves 5 % (shared prompts: 10 %). Sequences are sorted by length, so
+    that little is padding. Raises InputError if one sequence alone is longer than `max_tokens`.
+    """
+    length_N = batch.prompt_length_N + batch.response_length_N
+    longest = int(length_N.max())
+    if longest > max_tokens:
+        raise InputError(
+            f"sequence {int(length_N.argmax())} has {longest} tokens, a microbatch may hold "
+            f"{max_tokens}: raise max_tokens to at least {longest}"
+        )
+    parts = _padded(length_N, max_tokens)
+    read, build = sum(len(part) * int(length_N[part[0]]) for part in parts), plain_rows
+    whole = int(length_N.sum())
+    if layout != "plain" and whole < PACKING * read:
+        order = length_N.argsort(descending=True, stable=True).tolist()
+        parts = _filled([([i], int(length_N[i])) for i in order], max_tokens)
+        read, build = whole, _packed
+    if layout == "shared":
+        first_N = _first_of_prompt(batch)
+        units = _by_prompt(batch, first_N, max_tokens)
+        if sum(tokens for _, tokens in units) < SHARING * read:
+            parts, build = _filled(units, max_tokens), partial(_packed, first_N=first_N)
+    return [build(batch, part) for part in parts]
+
+
+def in_microbatches(
+    compute: Callable[[Rows], T],
+    batch: Batch,
+    max_tokens: int,
+    layout: Layout,
+    halved: Callable[[int], None],
+) -> Iterator[tuple[Rows, T]]:
+    """(rows, compute(rows)) of every microbatch, one after another.
+
+    Where memory runs out, the microbatch is halved, `halved` is told the new bound, and nothing later
+    is larger. What a microbatch of one sequence raises is raised.
+    """
+    waiting = microbatches(batch, max_tokens, layout)
+    while waiting:
+        rows, *waiting = waiting
+        out = _unless_out_of_memory(compute, rows)
+        if out is not None:
+            yield rows, out[0]
+            continue
+        length_N = batch.prompt_length_N + batch.response_length_N
+        # The failed one by itself, as a later sequence may be longer than half of it.
+        own_N = rows.sequence_T.unique()
+        bound = max(rows.tokens // 2, int(length_N[own_N].max()))
+        again = _of_sequences(batch, own_N, bound, layout)
+        if waiting:
+            left_N = torch.cat([r.sequence_T for r in waiting]).unique()
+            bound = max(bound, int(length_N[left_N].max()))
+            again += _of_sequences(batch, left_N, bound, layout)
+        waiting = again
+        halved(bound)
+
+
+def gather(values_NR: Float[Tensor, "N R"], rows: Rows) -> Float[Tensor, " T"]:
+    """The entries of an [N, R] tensor at a microbatch's response tokens."""
+    return values_NR[rows.sequence_T, rows.k_T]
+
+
+def scatter(
+    values: Sequence[Float[Tensor, " T"]], parts: Sequence[Rows], batch: Batch
+) -> Float[Tensor, "N R"]:
+    """Per-token values of all microbatches -> [N, R] in float64 on the CPU, zero elsewhere."""
+    shape = (batch.tokens_NL.shape[0], int(batch.response_length_N.max()))
+    index = (torch.cat([r.sequence_T for r in parts]), torch.cat([r.k_T for r in parts]))
+    flat = torch.cat([v.to(device="cpu", dtype=torch.float64) for v in values])
+    return torch.zeros(shape, dtype=torch.float64).index_put(index, flat)
+
+
+def _of_sequences(
+    batch: Batch, index_N: Int[Tensor, " n"], max_tokens: int, layout: Layout
+) -> list[Rows]:
+    """Microbatches of some of the sequences, which keep their numbers in the batch."""
+    parts = microbatches(select(batch, index_N), max_tokens, layout)
+    return [rows._replace(sequence_T=index_N[rows.sequence_T]) for rows in parts]
+
+
+def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] | None:
+    """(compute(rows),), or None where memory ran out on more than one sequence."""
+    try:
+        return (compute(rows),)
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is CUDA's; the CPU's allocator raises a plain RuntimeError.
+        out = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not (out or "can't allocate memory" in str(error)) or len(rows.sequence_T.unique()) == 1:
+            raise
+    return None  # here, where the error and with it the tensors of its frames are gone
+
+
+def _packed(batch: Batch, index_N: Tensor, first_N: Tensor | None = None) -> Rows:
+    """One row; of a single token, which transformers takes for a step of generation, plain ones."""
+    rows = packed_rows(batch, index_N, first_N)
+    return rows if rows.tokens > 1 else plain_rows(batch, index_N)
+
+
+def _padded(length_N: Tensor, max_tokens: int) -> list[Tensor]:
+    """Sequences, longest first, as many as fit when all are padded to the first."""
+    order = length_N.argsort(descending=True, stable=True)
+    parts, start = [], 0
+    while start < len(order):
+        count = max_tokens // int(length_N[order[start]])
+        parts.append(order[start : start + count])
+        start += count
+    return parts
+
+
+def _by_prompt(batch: Batch, first_N: Tensor, max_tokens: int) -> list[tuple[list[int], int]]:
+    """(sequences that share a prompt, tokens with the prompt once); a group too large is cut."""
+    prompt_N, count_N = batch.prompt_length_N.tolist(), batch.response_length_N.tolist()
+    members: dict[int, list[int]] = {}
+    for i, first in enumerate(first_N.tolist()):
+        members.setdefault(first, []).append(i)
+    units: list[tuple[list[int], int]] = []
+    for first, group in members.items():
+        pieces = _cut([([i], count_N[i]) for i in group], max_tokens - prompt_N[first])
+        units += [(piece, prompt_N[first] + sum(count_N[i] for i in piece)) for piece in pieces]
+    # Neighbours attend together, so they should have prompts of one length.
+    return sorted(units, key=lambda unit: -prompt_N[unit[0][0]])
+
+
+def _filled(units: Sequence[tuple[list[int], int]], max_tokens: int) -> list[Tensor]:
+    return [torch.tensor(part) for part in _cut(units, max_tokens)]
+
+
+def _cut(units: Sequence[tuple[list[int], int]], room: int) -> list[list[int]]:
+    """Runs of the units (members, tokens), in their order, of at most `room` tokens each."""
+    runs: list[list[int]] = []
+    left = -1
+    for members, tokens in units:
+        if tokens > left:
+            runs.append([])
+            left = room
+        runs[-1] += members
+        left -= tokens
+    return runs
+
+
+def _first_of_prompt(batch: Batch) -> Int[Tensor, " N"]:
+    """The first sequence that has the same prompt: number and tokens, as the number is only said."""
+    _, group_N = batch.prompt_N.unique(return_inverse=True)
+    own_N = torch.arange(len(group_N))
+    first_M = torch.full_like(own_N, len(own_N)).scatter_reduce(0, group_N, own_N, "amin")
+    first_N = first_M[group_N]
+    outside_NL = torch.arange(batch.tokens_NL.shape[1]) >= batch.prompt_length_N[:, None]
+    same_N = ((batch.tokens_NL == batch.tokens_NL[first_N]) | outside_NL).all(1)
+    same_N = same_N & (batch.prompt_length_N == batch.prompt_length_N[first_N])
+    return torch.where(same_N, first_N, own_N)

@@ -1,0 +1,48 @@
+"""float64 for real: model code that asks for float32 inside a float64 model gets float64."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..types import Params
+
+
+class StayFloat64(TorchFunctionMode):
+    """Every request for float32 becomes one for float64 while the mode is active.
+
+    Hugging Face models upcast to float32 inside RMSNorm, softmax and the rotary tables; a model cast
+    to float64 passes through float32 there and keeps only float32's accuracy (a small Qwen2: measured /
+    predicted at eta = 1e-6 is 0.963 without this mode and 1.0000004 with it).
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return torch.Tensor.double(*args, **(kwargs or {}))
+        widen = _wide_model if func in (torch.Tensor.to, torch.Tensor.type_as) else _wide
+        wide = {k: widen(v) for k, v in (kwargs or {}).items()}
+        return func(*args[:1], *(widen(a) for a in args[1:]), **wide)
+
+
+def arithmetic_of(params: Params) -> AbstractContextManager[Any]:
+    """StayFloat64 where the parameters are float64, nothing otherwise."""
+    is_float64 = any(t.dtype == torch.float64 for t in params.values())
+    return StayFloat64() if is_float64 else nullcontext()
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
+
+
+def _wide_model(argument: Any) -> Any:
+    """For x.to(other) and x.type_as(other), which ask for the dtype of a tensor."""
+    is_float32 = isinstance(argument, torch.Tensor) and argument.dtype is torch.float32
+    return argument.double() if is_float32 else _wide(argument)

@@ -1,0 +1,213 @@
+"""What a microbatch looks like to the model: a sequence a row, or all of them packed into one row."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ..types import Batch
+
+ALIKE = 0.8  # rows of one attention block are at least this long, relative to its longest
+
+
+class Block(NamedTuple):
+    """Rows of similar length that attend in one kernel call, as places in the packed row."""
+
+    query_nQ: Int[Tensor, "n Q"] | None  # None: the n Q tokens from `start` on, as they lie
+    start: int
+    shape: tuple[int, int]  # n, Q
+    key_nK: Int[Tensor, "n K"] | None  # None: the queries' own tokens, causally
+    mask_n1QK: Bool[Tensor, "n 1 Q K"] | None  # True: attended; None where key_nK is
+
+
+class Packing(NamedTuple):
+    """How a packed row is read: positions, and the blocks in which its tokens attend."""
+
+    position_1S: Int[Tensor, "1 S"]
+    blocks: tuple[Block, ...]
+    place_S: Int[Tensor, " S"] | None  # of a token in the blocks' outputs; None: they lie in order
+
+    def to(self, device: torch.device) -> "Packing":
+        """The same with its tensors on a device."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        blocks = tuple(
+            b._replace(query_nQ=move(b.query_nQ), key_nK=move(b.key_nK), mask_n1QK=move(b.mask_n1QK))
+            for b in self.blocks
+        )
+        return Packing(self.position_1S.to(device), blocks, move(self.place_S))
+
+
+class Rows(NamedTuple):
+    """One microbatch: rows of tokens, and for every response token where it is and where it goes."""
+
+    tokens_NL: Int[Tensor, "n l"]
+    row_T: Int[Tensor, " T"]  # row in tokens_NL
+    position_T: Int[Tensor, " T"]  # place in that row whose hidden state predicts the token
+    target_T: Int[Tensor, " T"]  # the token
+    sequence_T: Int[Tensor, " T"]  # sequence in the batch
+    k_T: Int[Tensor, " T"]  # position in the response
+    sequence_NL: Int[
+        Tensor, "n l"
+    ]  # whose token it is: a place in sequence_T.unique(), or -1 if shared
+    real: int  # tokens that are read and no padding
+    packing: Packing | None = None  # None: a sequence a row, padded on the right
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.tokens_NL.numel()
+
+    @property
+    def padding(self) -> int:
+        """How many of `tokens` are padding."""
+        return self.tokens - self.real
+
+
+def plain_rows(batch: Batch, index_N: Int[Tensor, " n"]) -> Rows:
+    """The sequences `index_N`, each a row."""
+    prompt_n, count_n = batch.prompt_length_N[index_N], batch.response_length_N[index_N]
+    longest = int((prompt_n + count_n).max())
+    tokens_NL = batch.tokens_NL[index_N, :longest]
+    row_T, k_T = _response_tokens(count_n)
+    token_T = prompt_n[row_T] + k_T
+    return Rows(
+        # The last token of the longest row is predicted, never read.
+        tokens_NL=tokens_NL[:, :-1],
+        row_T=row_T,
+        position_T=token_T - 1,
+        target_T=tokens_NL[row_T, token_T],
+        sequence_T=index_N[row_T],
+        k_T=k_T,
+        sequence_NL=index_N.argsort().argsort()[:, None].expand(-1, longest - 1),
+        real=int((prompt_n + count_n - 1).sum()),
+    )
+
+
+def packed_rows(
+    batch: Batch, index_N: Int[Tensor, " n"], first_N: Int[Tensor, " N"] | None = None
+) -> Rows:
+    """The sequences `index_N` in one row without padding.
+
+    With `first_N`, the first sequence of the batch that has the prompt of each: a prompt that several
+    of them have stands in the row once, and the responses to it attend to that one copy.
+    """
+    prompt_n, count_n = batch.prompt_length_N[index_N], batch.response_length_N[index_N]
+    # Segments of the row: whole sequences, or a shared prompt and the responses behind it. None holds
+    # a response's last token, which is predicted, never read.
+    shared_n, owner_n = _shared(index_N, first_N)
+    owners = shared_n & (owner_n == torch.arange(len(index_N)))
+    whole, prompts = (~shared_n).nonzero().flatten(), owners.nonzero().flatten()
+    tails = (shared_n & (count_n > 1)).nonzero().flatten()
+    causal = torch.cat([whole, prompts])
+    causal_length = torch.cat([prompt_n[whole] + count_n[whole] - 1, prompt_n[prompts]])
+    causal, causal_length = _longest_first(causal, causal_length)
+    tails, tail_length = _longest_first(tails, count_n[tails] - 1)
+    segment, length = torch.cat([causal, tails]), torch.cat([causal_length, tail_length])
+    begin = torch.cat([torch.zeros_like(causal), prompt_n[tails]])  # in its sequence
+    start = length.cumsum(0) - length  # in the row
+
+    of_S = torch.arange(len(length)).repeat_interleave(length)
+    offset_S = torch.arange(len(of_S)) - start[of_S]
+    position_S = begin[of_S] + offset_S
+    # Where the prompt, and where the response of a sequence, begins in the row.
+    prompt_at_n = torch.zeros_like(index_N).index_put((causal,), start[: len(causal)])[owner_n]
+    tail_at_n = torch.zeros_like(index_N).index_put((tails,), start[len(causal) :])
+    tail_at_n = torch.where(shared_n, tail_at_n, prompt_at_n + prompt_n)
+    row_T, k_T = _response_tokens(count_n)
+    last_T = prompt_at_n[row_T] + prompt_n[row_T] - 1
+    rank_n = index_N.argsort().argsort()
+    return Rows(
+        tokens_NL=batch.tokens_NL[index_N[segment[of_S]], position_S][None],
+        row_T=torch.zeros_like(row_T),
+        position_T=torch.where(k_T == 0, last_T, tail_at_n[row_T] + k_T - 1),
+        target_T=batch.tokens_NL[index_N[row_T], prompt_n[row_T] + k_T],
+        sequence_T=index_N[row_T],
+        k_T=k_T,
+        sequence_NL=torch.where((shared_n[segment] & (begin == 0))[of_S], -1, rank_n[segment[of_S]])[
+            None
+        ],
+        real=len(of_S),
+        packing=_packing(
+            position_S, start, length, len(causal), prompt_at_n[tails], prompt_n[tails], of_S, offset_S
+        ),
+    )
+
+
+def _packing(
+    position_S: Tensor,
+    start: Tensor,
+    length: Tensor,
+    causal: int,
+    prompt_start: Tensor,
+    prompt_length: Tensor,
+    of_S: Tensor,
+    offset_S: Tensor,
+) -> Packing:
+    """Attention in blocks: `causal` segments by themselves, the others behind their prompts."""
+    blocks: list[Block] = []
+    places: list[Tensor] = []  # of the first token of every segment in the blocks' outputs
+    done = 0
+    for low, high in (*_alike(length, 0, causal), *_alike(length, causal, len(length))):
+        n, width = high - low, int(length[low])
+        even = int(length[high - 1]) == width
+        own_nQ = start[low:high, None] + torch.arange(width).clamp(max=length[low:high, None] - 1)
+        query_nQ = None if even else own_nQ
+        key_nK = mask = None
+        if low >= causal:
+            prompt = slice(low - causal, high - causal)
+            p_n1, q_n1 = prompt_length[prompt, None], prompt_start[prompt, None]
+            p_K = torch.arange(int(p_n1.max()))
+            key_nK = torch.cat([q_n1 + p_K.clamp(max=p_n1 - 1), own_nQ], 1)
+            mask = torch.cat(
+                [
+                    (p_K < p_n1)[:, None, None].expand(-1, -1, width, -1),
+                    torch.ones(width, width).tril().bool().expand(n, 1, -1, -1),
+                ],
+                -1,
+            )
+        blocks.append(Block(query_nQ, int(start[low]), (n, width), key_nK, mask))
+        places.append(done + width * torch.arange(n))
+        done += n * width
+    even = done == len(of_S)
+    return Packing(
+        position_1S=position_S[None],
+        blocks=tuple(blocks),
+        place_S=None if even else torch.cat(places)[of_S] + offset_S,
+    )
+
+
+def _alike(length: Tensor, low: int, high: int) -> list[tuple[int, int]]:
+    """Cuts of the segments low..high, whose lengths descend, into runs of similar length."""
+    cuts = []
+    while low < high:
+        similar = low + int((length[low:high] >= ALIKE * length[low]).sum())
+        cuts.append((low, similar))
+        low = similar
+    return cuts
+
+
+def _shared(index_N: Tensor, first_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which of the sequences share their prompt with another one, and the first of these among them."""
+    place = torch.arange(len(index_N))
+    if first_N is None:
+        return torch.zeros(len(index_N), dtype=torch.bool), place
+    _, group_n, size = first_N[index_N].unique(return_inverse=True, return_counts=True)
+    owner = torch.full_like(size, len(index_N)).scatter_reduce(0, group_n, place, "amin")
+    shared_n = size[group_n] > 1
+    return shared_n, torch.where(shared_n, owner[group_n], place)
+
+
+def _longest_first(segment: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    order = length.argsort(descending=True, stable=True)
+    return segment[order], length[order]
+
+
+def _response_tokens(count_n: Tensor) -> tuple[Tensor, Tensor]:
+    """(sequence, position in the response) of every response token."""
+    k_R = torch.arange(int(count_n.max()))
+    row_T, k_T = (k_R < count_n[:, None]).nonzero(as_tuple=True)
+    return row_T, k_T

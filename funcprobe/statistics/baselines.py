@@ -1,0 +1,180 @@
+"""Baselines for the score term: less variance, the same expectation, in prediction and measurement.
+
+The derivative of the entropy is sum_j h'_ij + sum_j l'_ij Q_ij, with Q_ij the integrand still to come
+after token j. As E[l'_ij | prefix] = 0, a b_ij that knows nothing of sequence i but its prefix before
+token j may be taken off Q_ij (to order 1/N: the mean R in every Q holds sequence i, too). In the
+measured change its place is that of a control variate: with r_ij = l_ij(theta') - l_ij(theta), the
+entropy of token j becomes
+
+    h_ij(theta') - rho_ij (exp(r_ij) - 1) b_ij    weights = "per_decision": those of j's prefix
+    h_ij(theta') - (1 - exp(-r_ij)) b_ij          weights = "sequence": those of the response
+
+rho_ij = p_theta / p_sampler of the token. What is taken off, times its weight, has expectation 0
+whatever theta' is; at theta' = theta it is 0, with derivative rho l' b (or l' b). So a baseline is a
+change of the token statistics that the estimators are given: no estimator knows of it, and the
+prediction stays the exact derivative of what measures.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..types import Baseline, Batch, Entropy, InputError, ResponseMask, TokenStats
+from . import estimators
+from .regression import LEAST_PROMPTS, prefix_features, ridge
+
+
+def resolve(entropy: Entropy, batch: Batch, *, own_samples: bool) -> Entropy:
+    """The estimator with "auto" decided: ridge where it has a place (`score_target`), E has three
+    prompts and the policy itself sampled it, else none.
+
+    In benchmarks/RESULTS.md ridge never did worse than another on the policy's own samples; far from
+    them, where Q is divided by small ratios, it can.
+    """
+    if entropy.baseline != "auto":
+        return entropy
+    placed = entropy.integrand == "rao_blackwell" and entropy.clip is None and own_samples
+    enough = len(batch.prompt_N.unique()) >= LEAST_PROMPTS
+    return entropy._replace(baseline="ridge" if placed and enough else "none")
+
+
+def baseline(
+    kind: Baseline,
+    batch: Batch,
+    stats: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> Float[Tensor, "N R"]:
+    """b_ij: 0; the token's entropy h_ij; the mean of Q at position j over other prompts; or ridge
+    regression of Q on `prefix_features`, cross-fitted by prompt.
+
+    Raises InputError where the estimator has no place for one (`score_target`), for "ridge" with fewer
+    than three prompts, and for "auto" (see `resolve`).
+    """
+    if kind == "auto":
+        raise InputError('baseline = "auto" is decided by resolve(): "none", "ridge", ... is expected')
+    target_NR = score_target(stats, mask_NR, entropy, log_ratio_NR)
+    if kind == "none":
+        return torch.zeros_like(target_NR)
+    if kind == "entropy":
+        return stats.entropy_NR * mask_NR
+    if kind == "position":
+        return position_mean(target_NR, mask_NR, batch.prompt_N)
+    # What is left of Q enters times this; it is the same for all tokens of the policy's own samples.
+    _, q_NR = estimators.gradient_coefficients(stats, mask_NR, entropy, log_ratio_NR)
+    enters_NR = q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR)
+    features = prefix_features(batch, stats, mask_NR)
+    return ridge(target_NR, mask_NR, batch.prompt_N, features, enters_NR.square())
+
+
+def score_target(
+    stats: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> Float[Tensor, "N R"]:
+    """Q_ij: what multiplies rho_ij l'_ij in the derivative, in units of the weight of h'_ij.
+
+    On the policy's own samples, per-decision weights: sum over k > j of h_ik - R. Raises InputError
+    for the sampled integrand and for clipped weights, whose expectations a baseline would change.
+    """
+    if entropy.integrand == "sampled":
+        raise InputError(
+            'a baseline needs integrand = "rao_blackwell", this is "sampled": change it, or take '
+            'baseline = "none"'
+        )
+    if entropy.clip is not None:
+        raise InputError(
+            f"a baseline needs importance weights that are not clipped, clip = {entropy.clip}: "
+            'take the clip away, or baseline = "none"'
+        )
+    p_NR, q_NR = estimators.gradient_coefficients(stats, mask_NR, entropy, log_ratio_NR)
+    unit_NR = q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR)
+    return torch.where(mask_NR & (unit_NR > 0), p_NR / unit_NR.clamp(min=1e-300), 0.0)
+
+
+def position_mean(
+    target_NR: Float[Tensor, "N R"], mask_NR: ResponseMask, unit_N: Int[Tensor, " N"]
+) -> Float[Tensor, "N R"]:
+    """Mean of Q_kj over the sequences k of other sampling units that reach position j; 0 if none do."""
+    _, index_N = unit_N.unique(return_inverse=True)
+
+    def others(x_NR: Tensor) -> Tensor:
+        own_MR = x_NR.new_zeros(int(index_N.max()) + 1, x_NR.shape[1]).index_add(0, index_N, x_NR)
+        return x_NR.sum(0) - own_MR[index_N]
+
+    count_NR = others(mask_NR.double())
+    mean_NR = others(target_NR * mask_NR) / count_NR.clamp(min=1)
+    return torch.where(mask_NR & (count_NR > 0), mean_NR, 0.0)
+
+
+def controlled_tangent(
+    tangent: TokenStats,
+    baseline_NR: Float[Tensor, "N R"],
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> TokenStats:
+    """(l', h' - rho l' b): what `estimators.first_order` is to be given."""
+    rho_NR = _token_ratio(mask_NR, entropy, log_ratio_NR)
+    return tangent._replace(
+        entropy_NR=tangent.entropy_NR - rho_NR * tangent.logp_NR * baseline_NR * mask_NR
+    )
+
+
+def controlled_stats(
+    stats: TokenStats,
+    moved: TokenStats,
+    baseline_NR: Float[Tensor, "N R"],
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> TokenStats:
+    """(l, h - control variate) at theta': the `moved` that `estimators.measured_change` takes."""
+    rho_NR = _token_ratio(mask_NR, entropy, log_ratio_NR)
+    step_NR = (moved.logp_NR - stats.logp_NR) * mask_NR
+    sign = _sign(entropy)
+    control_NR = sign * rho_NR * torch.expm1(sign * step_NR) * baseline_NR
+    return moved._replace(entropy_NR=moved.entropy_NR - control_NR)
+
+
+def controlled_second(
+    tangent: TokenStats,
+    second: TokenStats,
+    baseline_NR: Float[Tensor, "N R"],
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> TokenStats:
+    """(l'', h'' - rho (l'' + s l'^2) b), s = 1 per decision and -1 with weights of the response.
+
+    The second derivative of `controlled_stats`: what `second_order.second_order` is to be given.
+    """
+    rho_NR = _token_ratio(mask_NR, entropy, log_ratio_NR)
+    bend_NR = second.logp_NR + _sign(entropy) * tangent.logp_NR.square()
+    return second._replace(entropy_NR=second.entropy_NR - rho_NR * bend_NR * baseline_NR * mask_NR)
+
+
+def controlled_coefficients(
+    coefficients: tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]],
+    baseline_NR: Float[Tensor, "N R"],
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
+    """(p - q rho b, q) of `estimators.gradient_coefficients`' (p, q): X of the derivative with b."""
+    p_NR, q_NR = coefficients
+    return p_NR - q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR) * baseline_NR, q_NR
+
+
+def _token_ratio(mask_NR: ResponseMask, entropy: Entropy, log_ratio_NR: Tensor | None) -> Tensor:
+    """rho_ij where the weight of position j does not hold token j, else 1."""
+    if log_ratio_NR is None or entropy.weights == "sequence":
+        return torch.ones(mask_NR.shape, dtype=torch.float64)
+    return (log_ratio_NR * mask_NR).exp()
+
+
+def _sign(entropy: Entropy) -> float:
+    """Whether the control variate is exp(r) - 1 or 1 - exp(-r)."""
+    return 1.0 if entropy.weights == "per_decision" else -1.0

@@ -1,0 +1,258 @@
+"""The entropy estimators on arrays [N, R], as README.md derives them: no model in sight.
+
+All eight estimators (per token or sequence; Rao-Blackwell or sampled integrand; per-decision or
+sequence weights) are one form, a sum over groups g of ratios
+
+    H = sum_g N_g / D_g,     N_g = sum_{ik in g} W_ik z_ik,     D_g = sum_{ik in g} W_ik
+
+with z = h or -l and W the importance weight of a prefix. Per token there is one group, the response
+tokens of the batch. Per sequence every position k is a group and all sequences are in it: past its
+end a response adds z = 0 to the numerator and the weight of all its tokens to the denominator.
+
+What estimates a derivative or a change is thus a smooth function of sums over sequences. Its standard
+error is the delta method's: the root of the sum of squares of the sampling units' influence values,
+times M / (M - 1).
+"""
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..types import Entropy, InputError, ResponseMask, TokenStats
+from .weights import (
+    by_group,
+    by_unit,
+    importance_weights,
+    integrand,
+    prefix_sum,
+    prefix_sum_transposed,
+    responsive,
+)
+
+Cells: TypeAlias = tuple[Float[Tensor, "N g"], ...]
+"""What every sequence adds to the sums N, D, N', D', ... of every group."""
+
+
+class FirstOrder(NamedTuple):
+    """Derivative of the entropy estimator along a direction, per unit of eta, with its errors.
+
+    Errors are given U: over the sampling units of E. `influence_N` are the sequences' influence values
+    (they sum to 0); `per_sequence_N` is s_n = <X_n, v> (they sum to the derivative).
+    """
+
+    derivative: float
+    se: float
+    se_jackknife: float
+    influence_N: Float[Tensor, " N"]
+    per_sequence_N: Float[Tensor, " N"]
+
+
+class Measured(NamedTuple):
+    """Entropy change by self-normalised importance sampling, and how far the weights carry it.
+
+    `influence_N` are the sequences' influence values (they sum to 0); `weight_N` the weights of whole
+    responses, cut at the clip.
+    """
+
+    delta: float  # H(theta') - H(theta), in the estimator's unit
+    ess: float  # (sum w)^2 / sum w^2 of whole-response weights
+    max_weight: float  # largest whole-response weight / mean weight
+    clipped: int  # whole-response weights cut at `clip`
+    influence_N: Float[Tensor, " N"]
+    weight_N: Float[Tensor, " N"]
+
+
+def entropy_value(
+    stats: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> float:
+    """H, nats per token or per sequence; `log_ratio_NR` = l(theta) - l(sampler), default 0."""
+    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
+    N, D = _totals(weight_NR * integrand(stats, mask_NR, entropy), weight_NR, entropy=entropy)
+    return float((N / D).sum())
+
+
+def entropy_influence(
+    stats: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> Float[Tensor, " N"]:
+    """Influence values of `entropy_value`, sum_g (n - R d) / D; they sum to 0."""
+    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
+    cells = (weight_NR * integrand(stats, mask_NR, entropy), weight_NR)
+    n_Ng, d_Ng = (by_group(c, entropy) for c in cells)
+    N, D = n_Ng.sum(0), d_Ng.sum(0)
+    return ((n_Ng - N / D * d_Ng) / D).sum(1)
+
+
+def first_order(
+    stats: TokenStats,
+    tangent: TokenStats,
+    mask_NR: ResponseMask,
+    unit_N: Int[Tensor, " N"],
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> FirstOrder:
+    """d/d eta H(theta + eta v) = sum_g (N' - R D') / D with R = N / D, at eta = 0.
+
+    With a the prefix sum of l' that the weight W has of r: N' = sum W (z' + a z), D' = sum W a.
+    `unit_N` numbers the sampling unit of every sequence. The standard error is the delta method on
+    the units' (n, d, n', d'); `se_jackknife` deletes one unit at a time. Raises InputError for
+    fewer than two units.
+    """
+    cells = first_order_cells(stats, tangent, mask_NR, entropy, log_ratio_NR)
+    totals = tuple(c.sum(0) for c in cells)
+    n_Ng, d_Ng, dn_Ng, dd_Ng = cells
+    N, D, _, dD = totals
+    R, F = N / D, ratio_derivative(*totals)
+    influence_N = ((dn_Ng - R * dd_Ng - dD / D * (n_Ng - R * d_Ng) - F * d_Ng) / D).sum(1)
+    left_out = (t - by_unit(c, unit_N) for t, c in zip(totals, cells, strict=True))
+    jackknife_M = ratio_derivative(*left_out).sum(1)
+    p_NR, q_NR = gradient_coefficients(stats, mask_NR, entropy, log_ratio_NR)
+    return FirstOrder(
+        derivative=float(F.sum()),
+        se=influence_se(influence_N, unit_N),
+        se_jackknife=math.sqrt((len(jackknife_M) - 1) * float(jackknife_M.var(correction=0))),
+        influence_N=influence_N,
+        per_sequence_N=(p_NR * tangent.logp_NR + q_NR * tangent.entropy_NR).sum(1),
+    )
+
+
+def first_order_cells(
+    stats: TokenStats,
+    tangent: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> Cells:
+    """(n, d, n', d') [N, g], whose sums `ratio_derivative` takes."""
+    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
+    z_NR, dz_NR = (integrand(s, mask_NR, entropy) for s in (stats, tangent))
+    dweight_NR = responsive(weight_NR, entropy) * prefix_sum(tangent.logp_NR * mask_NR, entropy)
+    cells = (weight_NR * z_NR, weight_NR, weight_NR * dz_NR + dweight_NR * z_NR, dweight_NR)
+    return tuple(by_group(c, entropy) for c in cells)
+
+
+def ratio_derivative(N: Tensor, D: Tensor, dN: Tensor, dD: Tensor) -> Tensor:
+    """(N / D)' = (N' - R D') / D of every group."""
+    return (dN - N / D * dD) / D
+
+
+def gradient_coefficients(
+    stats: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
+    """(p, q) with X = grad of sum_ik (p_ik l_ik + q_ik h_ik), held fixed: the derivative is <X, v>.
+
+    The score term of token j is sum over the k whose weight holds j of W_ik (z_ik - R_g) / D_g:
+    per token, the entropy still to come after j, minus R for each token still to come, over D.
+    """
+    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
+    z_NR = integrand(stats, mask_NR, entropy)
+    N_g, D_g = _totals(weight_NR * z_NR, weight_NR, entropy=entropy)
+    moving_NR = responsive(weight_NR, entropy) * (z_NR - N_g / D_g) / D_g
+    score_NR = prefix_sum_transposed(moving_NR, entropy) * mask_NR
+    direct_NR = weight_NR / D_g * mask_NR
+    if entropy.integrand == "sampled":
+        return score_NR - direct_NR, torch.zeros_like(direct_NR)
+    return score_NR, direct_NR
+
+
+def measured_change(
+    stats: TokenStats,
+    moved: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> Measured:
+    """H(theta') - H(theta) from `stats` at theta and `moved` at theta', same samples.
+
+    With dN and dD what the sums N and D gain, each summed from the sequences' own gains, it is
+    sum_g (dN - R dD) / (D + dD): no two nearly equal entropies are subtracted, and theta' = theta
+    gives 0 exactly.
+    """
+    cells = measured_cells(stats, moved, mask_NR, entropy, log_ratio_NR)
+    n_Ng, d_Ng, dn_Ng, dd_Ng = cells
+    totals = tuple(c.sum(0) for c in cells)
+    N, D, _, dD = totals
+    change = ratio_change(*totals)
+    own_Ng = dn_Ng - N / D * dd_Ng - (n_Ng - N / D * d_Ng) / D * dD
+    influence_N = ((own_Ng - change * (d_Ng + dd_Ng)) / (D + dD)).sum(1)
+    log_N = ((moved.logp_NR - stats.logp_NR) * mask_NR).sum(1)
+    if log_ratio_NR is not None:
+        log_N = log_N + (log_ratio_NR * mask_NR).sum(1)
+    bound = math.inf if entropy.clip is None else entropy.clip
+    weight_N = log_N.exp().clamp(max=bound)
+    return Measured(
+        delta=float(change.sum()),
+        ess=float(weight_N.sum().square() / weight_N.square().sum()),
+        max_weight=float(weight_N.max() / weight_N.mean()),
+        clipped=int((log_N.exp() > bound).sum()),
+        influence_N=influence_N,
+        weight_N=weight_N,
+    )
+
+
+def measured_cells(
+    stats: TokenStats,
+    moved: TokenStats,
+    mask_NR: ResponseMask,
+    entropy: Entropy,
+    log_ratio_NR: Float[Tensor, "N R"] | None = None,
+) -> Cells:
+    """(n, d, dn, dd) [N, g], whose sums `ratio_change` takes: dn = W' z' - W z, dd = W' - W."""
+    weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
+    step_NR = (moved.logp_NR - stats.logp_NR) * mask_NR
+    if entropy.clip is None:
+        gain_NR = weight_NR * torch.expm1(prefix_sum(step_NR, entropy))
+    else:
+        there_NR = step_NR if log_ratio_NR is None else log_ratio_NR + step_NR
+        gain_NR = importance_weights(there_NR, mask_NR, entropy) - weight_NR
+    z_NR = integrand(stats, mask_NR, entropy)
+    gained = TokenStats(*(m - s for m, s in zip(moved, stats, strict=True)))
+    dz_NR = integrand(gained, mask_NR, entropy)
+    cells = (weight_NR * z_NR, weight_NR, gain_NR * (z_NR + dz_NR) + weight_NR * dz_NR, gain_NR)
+    return tuple(by_group(c, entropy) for c in cells)
+
+
+def ratio_change(N: Tensor, D: Tensor, dN: Tensor, dD: Tensor) -> Tensor:
+    """(N + dN) / (D + dD) - N / D of every group."""
+    return (dN - N / D * dD) / (D + dD)
+
+
+def influence_se(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
+    """Standard error by the delta method: root of M / (M - 1) times the units' squared influences.
+
+    InputError for fewer than two units.
+    """
+    influence_M = by_unit(influence_N, unit_N)
+    M = require_two(len(influence_M))
+    return math.sqrt(M / (M - 1) * float(influence_M.square().sum()))
+
+
+def sum_se(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
+    """Standard error of sum_n t_n when its units are drawn independently: sqrt(M var(t_m)).
+
+    For U: t_n = <P X, Y_n>, units are prompts. Raises InputError for fewer than two units.
+    """
+    t_M = by_unit(t_N, unit_N)
+    return math.sqrt(require_two(len(t_M)) * float(t_M.var()))
+
+
+def require_two(units: int) -> int:
+    """The number of sampling units. InputError for fewer than two."""
+    if units < 2:
+        raise InputError(f"{units} sampling unit: a standard error needs at least two prompts")
+    return units
+
+
+def _totals(*cells_NR: Tensor, entropy: Entropy) -> list[Float[Tensor, " g"]]:
+    return [by_group(c, entropy).sum(0) for c in cells_NR]

@@ -1,0 +1,1 @@
+"""From rewards to the direction v of the optimizer step: objective, Adam."""
