@@ -80,8 +80,8 @@ def run(
     if dry_run:
         _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
         return
-    document, folder = probe.run(parsed, narrator, fresh=fresh)
-    print_results(document, _stdout())
+    results, folder = probe.run(parsed, narrator, fresh=fresh)
+    print_results(results, _stdout())
     total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {folder} in {total:.1f} s")
 

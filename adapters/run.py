@@ -1,7 +1,6 @@
 """The orchestration: load, sample, predict, measure, check, write. The only file that does it all."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,15 +16,17 @@ from .config.schema import Config
 from .console import Narrator
 from .machine.cost import Stage, counted
 from .machine.precision import products
-from .results import document as results
+from .results.document import document
+from .results.manifest import manifest
+from .results.schema import Results
 from .stages.batches import Batches, sample
 from .stages.plan import Plan, load
 from .stages.sweep import LEAVES, STATS, measure_sweep, state_inputs
 from .store import Stages
 
 
-def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dict[str, Any], Path]:
-    """The whole probe; returns results.json's content and the run folder, which is whole or absent."""
+def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
+    """The whole probe; returns the results and the run folder, which is whole or absent."""
     folder = run_folder(config)
     store.require_writable(folder)
     plan = load(config, narrator)
@@ -38,7 +39,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dic
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
         seen = check(plan, batches, prediction, narrator)
     seen.append(_untouched(versions, plan.policy.model))
-    document = results.document(plan, batches, prediction, unit_N, sweep, seen, narrator.costs)
+    results = document(plan, batches, prediction, unit_N, sweep, seen, narrator.costs)
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()
@@ -49,10 +50,10 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[dic
                 path = target / "rollouts" / f"eval-at-{point.eta:g}.parquet"
                 rollouts.save_rollouts(point.fresh.rollouts, path)
         store.save_params(prediction.direction.total, target / "direction.safetensors")
-        store.write_json(document, target / "results.json")
-        store.write_json(results.manifest(plan), target / "manifest.json")
+        store.write_json(results.model_dump(mode="json"), target / "results.json")
+        store.write_json(manifest(plan).model_dump(mode="json"), target / "manifest.json")
         (target / "run.log").write_text("\n".join(narrator.lines) + "\n", encoding="utf-8")
-    return document, folder
+    return results, folder
 
 
 def dry_run(config: Config, narrator: Narrator) -> Plan:

@@ -15,6 +15,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.machine import cost, memory
 from funcprobe.adapters.machine.cost import Cost, Stage
+from funcprobe.adapters.results.cost import cost_line, cost_section
 from funcprobe.adapters.stages import max_tokens, plan
 from funcprobe.adapters.stages.max_tokens import Trial, choose, fitted
 from funcprobe.statistics import baselines
@@ -121,7 +122,7 @@ def test_a_run_says_what_each_stage_took(ran) -> None:
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("cost: ")]
     assert re.fullmatch(
         r"cost: \d+ s, 13\.6 passes over E, 2 over U, [\d.]+ k tokens, padding [\d.]+%, "
-        rf"peak [\d.]+ GiB \({total['highest_peak']}\)",
+        rf"peak memory [\d.]+ GiB \({total['highest_peak']}\)",
         line,
     )
 
@@ -200,9 +201,9 @@ def test_where_the_peak_cannot_be_reset_it_is_said(tmp_path, monkeypatch) -> Non
     narrator = Narrator()
     with narrator.phase("one"):
         pass
-    (row,) = cost.document(narrator.costs.values(), {})["stages"]
-    assert row["process_peak_of"] == "the process since its start"
-    assert row["process_peak_bytes"] >= memory.process_now() // 2
+    (row,) = cost_section(narrator.costs.values(), {}).stages
+    assert row.process_peak_of == "the process since its start"
+    assert row.process_peak_bytes >= memory.process_now() // 2
     with pytest.raises(InputError, match="to measure what a microbatch takes: give a number"):
         max_tokens._peak_above(torch.device("cpu"))
 
@@ -234,13 +235,13 @@ def test_the_line_for_the_reader_has_the_gpus_peak() -> None:
         ),
         Cost("measure", 18.0, Counter(E=30), 1_000_000, 0, 0, 0, 3, 1, gib, True, 4 * gib),
     ]
-    document = cost.document(costs, {"E": 10, "U": 8, "fresh": 10})
-    assert cost.summary(document) == (
+    found = cost_section(costs, {"E": 10, "U": 8, "fresh": 10})
+    assert cost_line(found) == (
         "cost: 60 s, 5 passes over E, 1 over U, 4.0 M tokens, padding 0.8%, "
-        "peak 3 GiB and, on the GPU, 5 GiB (first order), 1 of 6 results from earlier runs"
+        "peak memory 3 GiB and, on the GPU, 5 GiB (first order), 1 of 6 results from earlier runs"
     )
-    nothing = cost.document([Cost("load", process_peak=gib)], {})
-    assert cost.summary(nothing) == "cost: 0 s, no pass, 0 tokens, peak 1 GiB (load)"
+    nothing = cost_section([Cost("load", process_peak=gib)], {})
+    assert cost_line(nothing) == "cost: 0 s, no pass, 0 tokens, peak memory 1 GiB (load)"
 
 
 def test_halved_microbatches_are_said_once_each(checkpoint) -> None:

@@ -46,10 +46,10 @@ def test_no_line_through_too_little(y):
 def test_slopes_of_a_quadratic_curve():
     etas = (1e-6, 1e-5, 1e-4, 1e-3)
     found = fits(etas, lambda eta: 3 * eta + 7 * eta**2, noise=1e-18)
-    assert found["measured_against_eta"]["slope"] == pytest.approx(1, abs=1e-3)
-    assert found["deviation_against_eta"]["slope"] == pytest.approx(1, abs=1e-9)
-    assert found["deviation_against_eta"]["points"] == 4
-    assert found["rounding_eta"]["value"] == pytest.approx(1e-18 / 0.1 / 3, rel=1e-9, abs=0)
+    assert found.measured_against_eta.slope == pytest.approx(1, abs=1e-3)
+    assert found.deviation_against_eta.slope == pytest.approx(1, abs=1e-9)
+    assert found.deviation_against_eta.points == 4
+    assert found.rounding_eta.value == pytest.approx(1e-18 / 0.1 / 3, rel=1e-9, abs=0)
 
 
 def test_rounding_keeps_rows_out_of_the_fits():
@@ -57,10 +57,10 @@ def test_rounding_keeps_rows_out_of_the_fits():
     etas = (1e-9, 1e-6, 2e-5, 1e-4, 1e-3, 1e-2)
     for bend in (7, -7):
         found = fits(etas, lambda eta, bend=bend: 3 * eta + bend * eta**2, noise=1e-9)
-        assert found["measured_against_eta"]["points"] == 5
-        assert found["deviation_against_eta"]["points"] == 3  # at 2e-5 it is 28 % of the deviation
-    assert found["rounding_eta"]["value"] == pytest.approx(1e-9 / 0.1 / 3)
-    assert fits(etas, lambda eta: 3 * eta, noise=None)["rounding_eta"] is None
+        assert found.measured_against_eta.points == 5
+        assert found.deviation_against_eta.points == 3  # at 2e-5 it is 28 % of the deviation
+    assert found.rounding_eta.value == pytest.approx(1e-9 / 0.1 / 3)
+    assert fits(etas, lambda eta: 3 * eta, noise=None).rounding_eta is None
 
 
 def test_the_second_derivative_ends_the_linear_range():
@@ -73,9 +73,9 @@ def test_the_second_derivative_ends_the_linear_range():
         (0.2, None),
     ):
         found = fits(etas, lambda eta: 3 * eta, noise=1e-18, bend=bend)
-        assert found["linear"]["eta_high"] == eta_high
+        assert found.linear.eta_high == eta_high
         points = 4 if eta_high == 0.099 else 6
-        assert found["linear"]["points"] == found["measured_against_eta"]["points"] == points
+        assert found.linear.points == found.measured_against_eta.points == points
 
 
 def test_rounding_of_a_symmetric_difference_is_its_spread():
@@ -85,12 +85,12 @@ def test_rounding_of_a_symmetric_difference_is_its_spread():
     spread = np.std([funcprobe.second_difference(*map(float, pair), eta) for pair in changes])
     found = sweep.Sweep((), noise, sweep.Bend(6.0, Error(1.0, 5), eta))
     document = sweep_results.second_order(SimpleNamespace(derivative=3.0), found, "nats per token")
-    assert document["rounding"]["value"] == pytest.approx(float(spread), rel=0.05)
+    assert document.rounding.value == pytest.approx(float(spread), rel=0.05)
 
 
 def test_the_mean_reward_is_of_the_responses_that_have_one():
     nan = float("nan")
-    assert results._mean_reward([1.0, nan, 3.0])["value"] == 2
+    assert results._mean_reward([1.0, nan, 3.0]).value == 2
     assert results._mean_reward([nan, nan]) is results._mean_reward(None) is None
 
 

@@ -17,6 +17,7 @@ from funcprobe.adapters import run as run_module
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.machine.precision import products
+from funcprobe.adapters.results import load
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
 from funcprobe.adapters.stages import batches, plan
 
@@ -33,9 +34,10 @@ def probe(checkpoint, tmp_path, monkeypatch):
         given |= {key.replace("__", "."): value for key, value in changes.items()}
         Path("c.toml").touch()
         config = read_config(Path("c.toml"), sets(given)[1::2])
-        document, folder = run_module.run(config, Narrator(), fresh=fresh)
+        results, folder = run_module.run(config, Narrator(), fresh=fresh)
         written: dict[str, Any] = json.loads((folder / "results.json").read_text())
-        assert written == json.loads(json.dumps(document))
+        assert written == results.model_dump(mode="json")
+        assert load(folder) == results
         return written
 
     return call

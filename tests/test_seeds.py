@@ -37,8 +37,8 @@ def seen(tmp_path_factory) -> Seen:
     found = []
     for seed in range(SEEDS):
         arguments = sets(given | {"run.name": f"seed-{seed}", "run.seed": seed})[1::2]
-        document, _ = run_module.run(read_config(folder / "c.toml", arguments), Narrator())
-        first = document["first_order"]
+        results, _ = run_module.run(read_config(folder / "c.toml", arguments), Narrator())
+        first = results.model_dump()["first_order"]
         found.append((first["derivative"]["value"], first["se_total"]["value"]))
     return found
 

@@ -70,7 +70,7 @@ def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
     second, first = (document[order] for order in ("second_order", "first_order"))
     star = 2 * abs(first["derivative"]["value"] / second["second_derivative"]["value"])
     assert second["eta_star"]["value"] == pytest.approx(star)
-    assert f"the quadratic term is 10 % at eta = {star / 10:.2g} (" in outcome.out
+    assert f"the quadratic term is 10 % of the linear one at eta = {star / 10:.2g} (" in outcome.out
 
 
 def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
@@ -327,7 +327,7 @@ def test_a_run_samples_again_where_it_may(ran) -> None:
     assert small["resampled"] is None
     low, high, _ = large["resampled"]["interval"].values()
     assert low < large["resampled"]["change"]["value"] < high
-    assert "sampled at theta + 30 v: entropy changes by " in outcome.out
+    assert "resampled at theta + 30 v: entropy change " in outcome.out
     again = load_rollouts(Path("runs/one/rollouts/eval-at-30.parquet"), 14, rewards=False)
     before = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
     assert again.prompt_index == before.prompt_index

@@ -1,29 +1,15 @@
 """What every stage of a run takes: seconds, passes over the batches, tokens, memory."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from funcprobe.policy.forward import Forward
 from funcprobe.policy.rows import Rows
 from funcprobe.types import Params
-
-UNITS = {
-    "seconds": "s, wall clock",
-    "passes": "times that the model saw all of a batch, by sequences, so that a check on some of them "
-    'is a part of one; "fresh": responses to the prompts of E, sampled at theta + eta v',
-    "tokens": "tokens of these passes through the model's linear layers, padding included",
-    "padding_share": "padding / tokens",
-    "generation_tokens": "the same of sampling: prompts, then a token of every response at a time",
-    "generation_padding_share": "before short prompts, and behind responses while others went on",
-    "results_reused": "results taken from runs/.stages; results_computed were not",
-    "process_peak_bytes": "bytes, most memory that the process held; process_peak_of says since when",
-    "device_peak_bytes": "bytes, most memory of tensors on the GPU during the stage; null on a CPU",
-}
-GIB = 2**30
 
 
 @dataclass
@@ -74,80 +60,3 @@ def counted(forward: Forward, stage: Stage, batch: str) -> Forward:
         return out
 
     return forward._replace(hidden=hidden)
-
-
-def document(costs: Iterable[Cost], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """results.json's section: units, stages in their order, and the whole; `sizes`: of the batches.
-
-    It alone differs between two runs of one seed.
-    """
-    costs = list(costs)
-    highest = max(costs, key=lambda cost: (cost.device_peak or 0, cost.process_peak))
-    whole = Cost(
-        "total",
-        seconds=sum(cost.seconds for cost in costs),
-        sequences=sum((cost.sequences for cost in costs), Counter()),
-        tokens=sum(cost.tokens for cost in costs),
-        padding=sum(cost.padding for cost in costs),
-        drawn=sum(cost.drawn for cost in costs),
-        drawn_padding=sum(cost.drawn_padding for cost in costs),
-        computed=sum(cost.computed for cost in costs),
-        reused=sum(cost.reused for cost in costs),
-        process_peak=max(cost.process_peak for cost in costs),
-        peak_of_stage=all(cost.peak_of_stage for cost in costs),
-        device_peak=highest.device_peak,
-    )
-    total = {key: value for key, value in _row(whole, sizes).items() if key != "stage"}
-    return {
-        "units": UNITS,
-        "stages": [_row(cost, sizes) for cost in costs],
-        "total": total | {"highest_peak": highest.stage},
-    }
-
-
-def summary(cost: dict[str, Any]) -> str:
-    """One line of `document`'s whole, for the reader."""
-    total = cost["total"]
-    passes = [f"{count:.3g} over {batch}" for batch, count in total["passes"].items()]
-    if passes:
-        passes[0] = passes[0].replace(" ", " passes ", 1)
-    peaks = [total["process_peak_bytes"], total["device_peak_bytes"]]
-    told = [f"{peak / GIB:.2g} GiB" for peak in peaks if peak is not None]
-    parts = [
-        f"{total['seconds']:.0f} s",
-        *(passes or ["no pass"]),
-        f"{_short(total['tokens'])} tokens",
-        *([f"padding {total['padding_share']:.1%}"] if total["tokens"] else []),
-        f"peak {' and, on the GPU, '.join(told)} ({total['highest_peak']})",
-    ]
-    if total["results_reused"]:
-        made = total["results_reused"] + total["results_computed"]
-        parts.append(f"{total['results_reused']} of {made} results from earlier runs")
-    return "cost: " + ", ".join(parts)
-
-
-def _row(cost: Cost, sizes: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        "stage": cost.stage,
-        "seconds": round(cost.seconds, 3),
-        "passes": {
-            batch: round(count / sizes[batch], 3) for batch, count in sorted(cost.sequences.items())
-        },
-        "tokens": cost.tokens,
-        "padding_share": cost.padding / cost.tokens if cost.tokens else None,
-        "generation_tokens": cost.drawn,
-        "generation_padding_share": cost.drawn_padding / cost.drawn if cost.drawn else None,
-        "results_computed": cost.computed,
-        "results_reused": cost.reused,
-        "process_peak_bytes": cost.process_peak,
-        "process_peak_of": "the stage" if cost.peak_of_stage else "the process since its start",
-        "device_peak_bytes": cost.device_peak,
-    }
-
-
-def _short(count: int) -> str:
-    """1234567 -> 1.2 M."""
-    for size, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
-        if count >= size:
-            return f"{count / size:.1f}{letter}"
-    return str(count)

@@ -1,11 +1,6 @@
-"""results.json and manifest.json: every number with its unit, sign convention and normalisation."""
+"""A run's batches, prediction and sweep -> results.json."""
 
 import math
-import platform
-import subprocess
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,89 +13,111 @@ from funcprobe.statistics.intervals import Error, delta_error
 from funcprobe.types import InputError
 
 from .. import store
-from ..machine import cost
 from ..machine.cost import Cost
-from ..machine.versions import versions
-from .sweep import Errors, errors_of, fits, interval, quantity, rows, second_order
-
-if TYPE_CHECKING:
-    from ..stages.batches import Batches
-    from ..stages.plan import Plan
-    from ..stages.sweep import Sweep
+from ..stages.batches import Batches
+from ..stages.plan import Plan
+from ..stages.sweep import Sweep
+from .cost import cost_section
+from .quantity import Quantity, quantity, student_interval
+from .schema import SCHEMA_VERSION, Results
+from .sections import (
+    CheckResult,
+    Conventions,
+    Counts,
+    EntropySettings,
+    FirstOrder,
+    Norms,
+    ObjectiveSettings,
+    SecondMoments,
+    StepSettings,
+)
+from .sweep import Errors, errors_of, fits, second_order, sweep_rows
 
 
 def document(
-    plan: "Plan",
-    batches: "Batches",
+    plan: Plan,
+    batches: Batches,
     prediction: funcprobe.Prediction,
     unit_N: torch.Tensor,
-    sweep: "Sweep",
-    seen: list[Check],
+    sweep: Sweep,
+    checks: list[Check],
     costs: dict[str, Cost],
-) -> dict[str, Any]:
-    """The content of results.json. Only "cost" differs between two runs of the same seed.
+) -> Results:
+    """The content of results.json. Of two runs of one seed on one machine, only "cost" differs.
 
-    Raises InputError for a number that is not finite, with its place, and for a predicted change
-    of 0, of which nothing is a multiple.
+    Raises InputError for a number that is not finite, with its place, and for a predicted change of 0,
+    relative to which nothing can be stated.
     """
+    _require_change(prediction, sweep)
+    unit = entropy_unit(plan)
+    errors = errors_of(prediction, unit_N, batches.update.batch.prompt_N)
+    results = Results(
+        schema_version=SCHEMA_VERSION,
+        conventions=_conventions(plan),
+        counts=_counts(plan, batches),
+        entropy=quantity(prediction.entropy, unit, f"per {plan.entropy.per}, over E"),
+        entropy_interval=student_interval(prediction.entropy, _entropy_error(prediction, unit_N)),
+        mean_reward=_mean_reward(batches.update_rollouts.reward),
+        first_order=_first_order(plan, prediction, errors),
+        second_order=second_order(prediction, sweep, unit),
+        norms=_norms(prediction, unit),
+        clip_coefficient=prediction.direction.clip_coefficient,
+        second_moments=_second_moments(plan, prediction),
+        next_lr=quantity(
+            plan.next_lr, "learning rate", "of the next step, by the optimizer state or optimizer.lr"
+        ),
+        sweep=sweep_rows(prediction, unit_N, sweep, errors, unit, plan.next_lr),
+        fit=fits(prediction, sweep, unit),
+        checks=tuple(CheckResult(**check._asdict()) for check in checks),
+        cost=cost_section(costs.values(), _sizes(batches)),
+    )
+    store.require_finite(results.model_dump(mode="json"), "results.json")
+    return results
+
+
+def entropy_unit(plan: Plan) -> str:
+    """nats per token or nats per sequence."""
+    return f"nats per {plan.entropy.per}"
+
+
+def _require_change(prediction: funcprobe.Prediction, sweep: Sweep) -> None:
+    if not prediction.derivative:
+        raise InputError(
+            "the derivative of the entropy along v is 0, so there is no change to compare with: check "
+            "that the learning rates are not 0 and that v changes a log-probability of E"
+        )
     for point in sweep.points:
-        if not prediction.derivative:
-            raise InputError(
-                "the derivative of the entropy along v is 0, so there is nothing to compare with: look "
-                "whether the learning rates are 0, and whether v moves any response of E"
-            )
         if not point.eta * prediction.derivative:
             raise InputError(
                 f"the change predicted at eta = {point.eta:g} is 0, with derivative "
-                f"{prediction.derivative:g}: leave this eta out of measure.etas"
+                f"{prediction.derivative:g}: remove this eta from measure.etas"
             )
-    errors = errors_of(prediction, unit_N, batches.update.batch.prompt_N)
-    written = {
-        "conventions": {
-            "sign": "positive: the step raises the entropy; v is theta_next - theta per unit of lr",
-            "entropy": plan.entropy._asdict(),
-            "step": plan.step._asdict(),
-            "objective": plan.objective._asdict(),
-            "temperature": plan.temperature,
-            "dtype": plan.config.policy.dtype,
-            "precision": plan.config.policy.precision or "as dtype",
-            "max_tokens": plan.max_tokens,
-            "se": "one standard error; sampling units are the draws of E (its prompts, where E is "
-            "brought) and the prompts of U",
-            "interval": "95 %, Student's t; degrees of freedom by Welch-Satterthwaite for the total",
-            "names": "X: gradient of the entropy estimator on E; Y: gradient of the objective on U; "
-            "P: diagonal through which Y enters v; <., .>: sum over all parameters",
-        },
-        "counts": _counts(plan, batches),
-        "entropy": quantity(prediction.entropy, entropy_unit(plan), f"per {plan.entropy.per}, over E"),
-        "entropy_interval": interval(prediction.entropy, _entropy_error(prediction, unit_N)),
-        "mean_reward": _mean_reward(batches.update_rollouts.reward),
-        "first_order": _first_order(plan, prediction, errors),
-        "second_order": second_order(prediction, sweep, entropy_unit(plan)),
-        "norms": {
-            name: quantity(tree.norm(value), unit, "Euclidean norm over all tensors")
-            for name, value, unit in (
-                ("X", prediction.X, f"{entropy_unit(plan)} per unit of parameter"),
-                ("Y", prediction.Y, "objective per unit of parameter"),
-                ("v", prediction.direction.total, "per unit of learning rate"),
-            )
-        },
-        "clip_coefficient": prediction.direction.clip_coefficient,
-        "second_moments": _second_moments(plan, prediction),
-        "next_lr": quantity(plan.next_lr, "learning rate", "the next step's, as saved or configured"),
-        "sweep": rows(prediction, unit_N, sweep, errors, entropy_unit(plan), plan.next_lr),
-        "fit": fits(prediction, sweep, entropy_unit(plan)),
-        "checks": [check._asdict() for check in seen],
-        "cost": cost.document(costs.values(), _sizes(batches)),
-    }
-    store.require_finite(written, "results.json")
-    return written
 
 
-def _mean_reward(rewards: list[float] | None) -> dict[str, Any] | None:
-    """None where no response has a reward: of TRL's None, or a U that brings its advantages alone."""
+def _conventions(plan: Plan) -> Conventions:
+    return Conventions(
+        sign="positive: the step raises the entropy; v is theta_next - theta per unit of lr",
+        entropy=EntropySettings(**plan.entropy._asdict()),
+        step=StepSettings(**plan.step._asdict()),
+        objective=ObjectiveSettings(**plan.objective._asdict()),
+        temperature=plan.temperature,
+        dtype=plan.config.policy.dtype,
+        precision=plan.config.policy.precision or "as dtype",
+        max_tokens=plan.max_tokens,
+        se="one standard error; sampling units are the draws of E (its prompts, where E is supplied) "
+        "and the prompts of U",
+        interval="95 %, Student's t; degrees of freedom by Welch-Satterthwaite for the total",
+        names="X: gradient of the entropy estimator on E; Y: gradient of the objective on U; "
+        "P: diagonal through which Y enters v; <., .>: sum over all parameters",
+    )
+
+
+def _mean_reward(rewards: list[float] | None) -> Quantity | None:
+    """None where no response has a reward, as in a supplied U with advantages alone."""
     known = [reward for reward in rewards or [] if not math.isnan(reward)]
-    return quantity(float(np.mean(known)), "reward", "responses of U that have one") if known else None
+    if not known:
+        return None
+    return quantity(float(np.mean(known)), "reward", "mean over the responses of U with a reward")
 
 
 def _entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Error:
@@ -110,94 +127,65 @@ def _entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Er
     return delta_error(influence_N, unit_N)
 
 
-def entropy_unit(plan: "Plan") -> str:
-    """nats per token or nats per sequence."""
-    return f"nats per {plan.entropy.per}"
+def _norms(prediction: funcprobe.Prediction, unit: str) -> Norms:
+    def norm(value: funcprobe.Params, unit: str) -> Quantity:
+        return quantity(tree.norm(value), unit, "Euclidean norm over all tensors")
+
+    return Norms(
+        X=norm(prediction.X, f"{unit} per unit of parameter"),
+        Y=norm(prediction.Y, "objective per unit of parameter"),
+        v=norm(prediction.direction.total, "per unit of learning rate"),
+    )
 
 
-def manifest(plan: "Plan") -> dict[str, Any]:
-    """What the run was made with: versions, seed, device, git commit, hashes of the input files."""
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "seed": plan.config.run.seed,
-        "device": str(next(iter(plan.policy.params.values())).device),
-        "torch_threads": torch.get_num_threads(),
-        "git": _git_commit(),
-        "optimizer": plan.optimizer.document() if plan.optimizer else None,
-        "inputs": plan.inputs,
-    }
-
-
-def _sizes(batches: "Batches") -> dict[str, int]:
-    """Sequences of what passes go over; those sampled at theta + eta v are as many as E's."""
+def _sizes(batches: Batches) -> dict[str, int]:
+    """Sequences of each batch; those resampled at theta + eta v are as many as E's."""
     count = len(batches.eval_batch.prompt_N)
     return {"E": count, "fresh": count, "U": len(batches.update.batch.prompt_N)}
 
 
-def _counts(plan: "Plan", batches: "Batches") -> dict[str, Any]:
+def _counts(plan: Plan, batches: Batches) -> Counts:
     update_batch = batches.update.batch
-    return {
-        "E_sequences": len(batches.eval_batch.prompt_N),
-        "E_prompts": len(batches.eval_batch.prompt_N.unique()),
-        "E_tokens": int(batches.eval_batch.response_length_N.sum()),
-        "U_sequences": len(update_batch.prompt_N),
-        "U_prompts": len(update_batch.prompt_N.unique()),
-        "U_tokens": int(update_batch.response_length_N.sum()),
-        "U_groups_without_gradient": batches.equal_groups,
-        "trainable_parameters": sum(t.numel() for t in plan.policy.params.values()),
-    }
+    return Counts(
+        E_sequences=len(batches.eval_batch.prompt_N),
+        E_prompts=len(batches.eval_batch.prompt_N.unique()),
+        E_tokens=int(batches.eval_batch.response_length_N.sum()),
+        U_sequences=len(update_batch.prompt_N),
+        U_prompts=len(update_batch.prompt_N.unique()),
+        U_tokens=int(update_batch.response_length_N.sum()),
+        U_groups_without_gradient=batches.equal_groups,
+        trainable_parameters=sum(t.numel() for t in plan.policy.params.values()),
+    )
 
 
-def _first_order(plan: "Plan", prediction: funcprobe.Prediction, errors: Errors) -> dict[str, Any]:
+def _first_order(plan: Plan, prediction: funcprobe.Prediction, errors: Errors) -> FirstOrder:
     rate = f"{entropy_unit(plan)} per unit of learning rate"
     over, first = f"per {plan.entropy.per}, over E", prediction.first_order
-    return {
-        "derivative": quantity(prediction.derivative, rate, over),
-        "bars_dot": quantity(prediction.bars_dot, rate, f"{over}, <X, v>"),
-        "bars_dot_identity": quantity(prediction.bars_dot_identity, rate, f"{over}, <X, Y>"),
-        "from_update": quantity(prediction.from_update, rate, f"{over}, <X, P Y>"),
-        "from_momentum": quantity(prediction.from_momentum, rate, f"{over}, <X, v_momentum>"),
-        "from_weight_decay": quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
-        "se_given_U": quantity(first.se, rate, "units of E, delta method"),
-        "se_given_U_jackknife": quantity(first.se_jackknife, rate, "units of E, delete one"),
-        "se_over_U": quantity(prediction.se_over_u, rate, "prompts of U, P fixed"),
-        "se_total": quantity(prediction.se_total, rate, "root of the sum of squares"),
-        "interval_given_U": interval(prediction.derivative, errors.given_U),
-        "interval_over_U": interval(prediction.derivative, errors.over_U),
-        "interval_total": interval(prediction.derivative, errors.total),
-    }
+    return FirstOrder(
+        derivative=quantity(prediction.derivative, rate, over),
+        bars_dot=quantity(prediction.bars_dot, rate, f"{over}, <X, v>"),
+        bars_dot_identity=quantity(prediction.bars_dot_identity, rate, f"{over}, <X, Y>"),
+        from_update=quantity(prediction.from_update, rate, f"{over}, <X, P Y>"),
+        from_momentum=quantity(prediction.from_momentum, rate, f"{over}, <X, v_momentum>"),
+        from_weight_decay=quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
+        se_given_U=quantity(first.se, rate, "sampling units of E, delta method"),
+        se_given_U_jackknife=quantity(first.se_jackknife, rate, "sampling units of E, delete-one"),
+        se_over_U=quantity(prediction.se_over_u, rate, "prompts of U, P held fixed"),
+        se_total=quantity(prediction.se_total, rate, "root of the sum of squares"),
+        interval_given_U=student_interval(prediction.derivative, errors.given_U),
+        interval_over_U=student_interval(prediction.derivative, errors.over_U),
+        interval_total=student_interval(prediction.derivative, errors.total),
+    )
 
 
-def _second_moments(plan: "Plan", prediction: funcprobe.Prediction) -> dict[str, Any] | None:
-    """What the saved second moments do to a gradient."""
+def _second_moments(plan: Plan, prediction: funcprobe.Prediction) -> SecondMoments | None:
     if not plan.adam_state.exp_avg_sq:
         return None
-    # The cap is of the rule "precondition" alone.
+    # The cap belongs to the rule "precondition" alone.
     cap = plan.step.max_scale if plan.step.rule == "precondition" else None
     _, info = funcprobe.preconditioner(plan.policy.params, plan.adam_state, cap)
-    zero = sum(int((v == 0).sum()) for v in prediction.direction.total.values())
-    return {
+    return SecondMoments(
         **info._asdict(),
-        "zero_outputs": zero,
-        "healthy": "coverage near 1, max_scale up to 100; over 1000 is suspect",
-    }
-
-
-def _git_commit() -> str | None:
-    source = Path(__file__).parents[2]
-    if not (source / ".git").exists():  # installed, perhaps inside a repository of something else
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=source,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
+        zero_outputs=sum(int((v == 0).sum()) for v in prediction.direction.total.values()),
+        healthy="coverage near 1, max_scale up to 100; over 1000 is suspect",
+    )

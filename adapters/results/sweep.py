@@ -1,22 +1,23 @@
-"""The sweep in results.json: a row an eta, the second derivative, the fits."""
+"""The sweep -> results.json: a row an eta, the second derivative, the fits."""
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats as scipy_stats
 
 import funcprobe
-from funcprobe.statistics.intervals import Error, Interval, delta_error, student, sum_error, total
+from funcprobe.statistics.intervals import Error, delta_error, student, sum_error, total
+from funcprobe.statistics.intervals import Interval as Bounds
 
-from ..stages.fit import CURVED, linear_fit
+from ..stages.fit import CURVED, Fit, linear_fit
+from ..stages.sweep import Point, Sweep
+from .quantity import Interval, quantity, student_interval
+from .sweep_sections import Fits, LinearFit, LinearUntil, LogLogFit, Resampled, SecondOrder, SweepRow
 
-if TYPE_CHECKING:
-    from ..stages.sweep import Point, Sweep
-
-ROUNDING_SHARE = 0.1  # rounding is said to take over where it reaches this share of the change
-MIN_POINTS = 3  # of a straight line, so that R^2 says something
+ROUNDING_SHARE = 0.1  # of the measured change: the numerical floor is where rounding reaches it
+MIN_POINTS = 3  # of a log-log fit, so that R^2 is informative
 
 
 class Errors(NamedTuple):
@@ -28,21 +29,11 @@ class Errors(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A straight line in log-log coordinates."""
+    """A linear fit in log-log coordinates."""
 
     slope: float
     r_squared: float
     points: int
-
-
-def quantity(value: float, unit: str, normalised_by: str) -> dict[str, Any]:
-    """A number with its unit and what it is normalised by."""
-    return {"value": value, "unit": unit, "normalised_by": normalised_by}
-
-
-def interval(value: float, error: Error) -> dict[str, float]:
-    """95 %, with the degrees of freedom that make it from the standard error."""
-    return {**student(value, error)._asdict(), "degrees_of_freedom": error.dof}
 
 
 def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor, prompt_N: torch.Tensor) -> Errors:
@@ -52,95 +43,91 @@ def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor, prompt_N: 
     return Errors(given_U, over_U, total(given_U, over_U))
 
 
-def rows(
+def sweep_rows(
     prediction: funcprobe.Prediction,
     unit_N: torch.Tensor,
-    sweep: "Sweep",
+    sweep: Sweep,
     errors: Errors,
     unit: str,
     next_lr: float,
-) -> list[dict[str, Any]]:
-    """Predicted, measured, their difference, and the verdict on the weights, for every eta."""
+) -> tuple[SweepRow, ...]:
+    """Predicted and measured change, their difference, and the weights' verdict, for every eta."""
 
-    def row(point: "Point") -> dict[str, Any]:
+    def row(point: Point) -> SweepRow:
         eta, measured, hygiene = point.eta, point.measured, point.hygiene
         predicted = eta * prediction.derivative
-        gap = measured.delta - predicted
-        gap_N = measured.influence_N - eta * prediction.first_order.influence_N
-        spread = delta_error(measured.influence_N, unit_N)
-        gap_spread = delta_error(gap_N, unit_N)
-        wide = Error(eta * errors.total.se, errors.total.dof)
+        difference = measured.delta - predicted
+        difference_N = measured.influence_N - eta * prediction.first_order.influence_N
+        measured_error = delta_error(measured.influence_N, unit_N)
+        difference_error = delta_error(difference_N, unit_N)
+        predicted_total = Error(eta * errors.total.se, errors.total.dof)
+        predicted_given_U = Error(eta * errors.given_U.se, errors.given_U.dof)
         holds = hygiene.verdict != "resample"
-        narrow = Error(eta * errors.given_U.se, errors.given_U.dof)
-        return {
-            "eta": eta,
-            "is_next_lr": eta == next_lr,
-            "predicted": quantity(predicted, unit, "over E"),
-            "se_given_U": quantity(narrow.se, unit, "units of E"),
-            "se_total": quantity(wide.se, unit, "units of E and prompts of U"),
-            "interval_given_U": interval(predicted, narrow),
-            "interval_total": interval(predicted, wide),
-            "second_order": None
+        return SweepRow(
+            eta=eta,
+            is_next_lr=eta == next_lr,
+            predicted=quantity(predicted, unit, "over E"),
+            se_given_U=quantity(predicted_given_U.se, unit, "sampling units of E"),
+            se_total=quantity(predicted_total.se, unit, "sampling units of E and prompts of U"),
+            interval_given_U=student_interval(predicted, predicted_given_U),
+            interval_total=student_interval(predicted, predicted_total),
+            second_order=None
             if sweep.bend is None
             else quantity(predicted + eta**2 * sweep.bend.second / 2, unit, "with the quadratic term"),
-            "measured": quantity(measured.delta, unit, "over E"),
-            "measured_se_given_U": quantity(spread.se, unit, "units of E"),
-            "measured_interval_given_U": interval(measured.delta, spread) if holds else None,
-            "difference": quantity(gap, unit, "measured - predicted, on the same samples"),
-            "difference_se": quantity(gap_spread.se, unit, "units of E"),
-            "difference_interval": interval(gap, gap_spread) if holds else None,
-            "ratio": quantity(measured.delta / predicted, "1", "measured / predicted"),
-            "ess": quantity(measured.ess, "sequences", "whole-response importance weights"),
-            "max_weight": quantity(measured.max_weight, "1", "mean weight"),
-            "clipped": quantity(measured.clipped, "sequences", "entropy.clip"),
-            "clip_fraction": hygiene.clip_fraction,
-            "pareto_k": hygiene.pareto_k,
-            "verdict": hygiene.verdict,
-            "verdict_reason": hygiene.reason,
-            "rounding": _is_rounding(measured.delta, sweep.rounding_noise),
-            "resampled": None
-            if point.fresh is None
-            else {
-                "change": quantity(point.fresh.delta, unit, "sampled at theta + eta v, less E"),
-                "se": quantity(point.fresh.error.se, unit, "units of E, each with both responses"),
-                "interval": interval(point.fresh.delta, point.fresh.error),
-                "cut_off": point.fresh.rollouts.finish_reason.count("length"),
-            },
-        }
+            measured=quantity(measured.delta, unit, "over E"),
+            measured_se_given_U=quantity(measured_error.se, unit, "sampling units of E"),
+            measured_interval_given_U=student_interval(measured.delta, measured_error)
+            if holds
+            else None,
+            difference=quantity(difference, unit, "measured - predicted, on the same samples"),
+            difference_se=quantity(difference_error.se, unit, "sampling units of E"),
+            difference_interval=student_interval(difference, difference_error) if holds else None,
+            ratio=quantity(measured.delta / predicted, "1", "measured / predicted"),
+            ess=quantity(measured.ess, "sequences", "importance weights of whole responses"),
+            max_weight=quantity(measured.max_weight, "1", "relative to the mean weight"),
+            clipped=quantity(measured.clipped, "sequences", "weights above entropy.clip"),
+            clip_fraction=hygiene.clip_fraction,
+            pareto_k=hygiene.pareto_k,
+            verdict=hygiene.verdict,
+            verdict_reason=hygiene.reason,
+            rounding=_is_rounding(measured.delta, sweep.rounding_noise),
+            resampled=_resampled(point, unit),
+        )
 
-    return [row(point) for point in sweep.points]
+    return tuple(row(point) for point in sweep.points)
 
 
-def second_order(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[str, Any] | None:
+def second_order(prediction: funcprobe.Prediction, sweep: Sweep, unit: str) -> SecondOrder | None:
     """The second derivative along v, its error, and the eta where first order ends."""
     bend = sweep.bend
     if bend is None:
         return None
     star = funcprobe.eta_star(prediction.derivative, bend.second)
     rate = f"{unit} per squared unit of learning rate"
-    bent = student(bend.second, bend.error)
-    largest, least = max(map(abs, bent)), min(map(abs, bent))
-    bends = bent.low * bent.high > 0  # else H'' is not told from 0, and first order may go on
+    bounds = student(bend.second, bend.error)
+    largest, least = max(map(abs, bounds)), min(map(abs, bounds))
+    distinct = bounds.low * bounds.high > 0  # else H'' is indistinguishable from 0
     rounding = None
     if bend.eta is not None and sweep.rounding_noise is not None:
-        rounding = quantity(math.sqrt(2) * sweep.rounding_noise / bend.eta**2, rate, "sd of rounding")
-    return {
-        "method": "Taylor mode" if bend.eta is None else "symmetric difference",
-        "difference_eta": bend.eta,
-        "second_derivative": quantity(bend.second, rate, "over E"),
-        "se_given_U": quantity(bend.error.se, rate, "units of E"),
-        "interval_given_U": interval(bend.second, bend.error),
-        "rounding": rounding,
-        "eta_star": None
+        sd = math.sqrt(2) * sweep.rounding_noise / bend.eta**2
+        rounding = quantity(sd, rate, "standard deviation of rounding")
+    return SecondOrder(
+        method="Taylor mode" if bend.eta is None else "symmetric difference",
+        difference_eta=bend.eta,
+        second_derivative=quantity(bend.second, rate, "over E"),
+        se_given_U=quantity(bend.error.se, rate, "sampling units of E"),
+        interval_given_U=student_interval(bend.second, bend.error),
+        rounding=rounding,
+        eta_star=None
         if math.isinf(star)
         else quantity(star, "learning rate", "the quadratic term is as large as the linear one"),
-        "linear_until": {
-            "what": "the quadratic term is 10 % of the linear one, the interval that of H'' alone",
-            "eta": None if math.isinf(star) else CURVED * star,
-            "low": CURVED * funcprobe.eta_star(prediction.derivative, largest) if largest else None,
-            "high": CURVED * funcprobe.eta_star(prediction.derivative, least) if bends else None,
-        },
-    }
+        linear_until=LinearUntil(
+            what="the quadratic term is 10 % of the linear one; the interval is that of H'' alone",
+            eta=None if math.isinf(star) else CURVED * star,
+            low=CURVED * funcprobe.eta_star(prediction.derivative, largest) if largest else None,
+            high=CURVED * funcprobe.eta_star(prediction.derivative, least) if distinct else None,
+        ),
+    )
 
 
 def log_log(x: list[float], y: list[float]) -> Line | None:
@@ -156,12 +143,8 @@ def log_log(x: list[float], y: list[float]) -> Line | None:
     return Line(float(fit.slope), float(fit.rvalue) ** 2, len(x))
 
 
-def _is_rounding(delta: float, noise: float | None) -> bool:
-    return noise is not None and noise > ROUNDING_SHARE * abs(delta)
-
-
-def fits(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[str, Any]:
-    """Straight lines through the sweep, and where rounding ends it."""
+def fits(prediction: funcprobe.Prediction, sweep: Sweep, unit: str) -> Fits:
+    """Linear and log-log fits over the sweep, and the numerical floor."""
     noise = sweep.rounding_noise
     line = linear_fit(
         [p.eta for p in sweep.points],
@@ -175,35 +158,63 @@ def fits(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[st
         for p in sweep.points
         if not _is_rounding(p.measured.delta, noise) and p.eta <= (line.eta_high or math.inf)
     ]
-    curve = log_log([eta for eta, _ in kept], [delta for _, delta in kept])
-    # |ratio - 1| says something where rounding is a small share of the deviation itself.
+    # |ratio - 1| is informative where rounding is a small share of the deviation itself.
     deviations = [
         (eta, delta / (eta * prediction.derivative) - 1, delta - eta * prediction.derivative)
         for eta, delta in kept
     ]
     clear = [(eta, r) for eta, r, d in deviations if noise is None or noise < ROUNDING_SHARE * abs(d)]
-    bend = log_log([eta for eta, _ in clear], [r for _, r in clear])
     floor = None
     if noise is not None:
         floor = noise / (ROUNDING_SHARE * abs(prediction.derivative))
-    return {
-        "linear": {
-            "unit": f"intercept {unit}, slope {unit} per unit of learning rate",
-            "what": "measured = intercept + slope * eta, weights 1 / eta^2; intervals: "
-            "the scatter of the rows about the line, 95 %",
-            **{
-                key.replace("_ci", "_interval"): x._asdict() if isinstance(x, Interval) else x
-                for key, x in line._asdict().items()
-            },
-        },
-        "measured_against_eta": _line(curve, "log |measured| on log eta; 1 is linear"),
-        "deviation_against_eta": _line(bend, "log |ratio - 1| on log eta; 1 is a quadratic term"),
-        "rounding_noise": None if noise is None else quantity(noise, unit, "one measured change"),
-        "rounding_eta": None
+    return Fits(
+        linear=_linear(line, unit),
+        measured_against_eta=_log_log_fit(kept, "log |measured| on log eta; 1: linear"),
+        deviation_against_eta=_log_log_fit(clear, "log |ratio - 1| on log eta; 1: a quadratic term"),
+        rounding_noise=None if noise is None else quantity(noise, unit, "one measured change"),
+        rounding_eta=None
         if floor is None
         else quantity(floor, "learning rate", f"rounding = {ROUNDING_SHARE:.0%} of the change"),
-    }
+    )
 
 
-def _line(line: Line | None, what: str) -> dict[str, Any] | None:
-    return None if line is None else {"what": what, **line._asdict()}
+def _resampled(point: Point, unit: str) -> Resampled | None:
+    fresh = point.fresh
+    if fresh is None:
+        return None
+    return Resampled(
+        change=quantity(fresh.delta, unit, "responses sampled at theta + eta v, minus E"),
+        se=quantity(fresh.error.se, unit, "sampling units of E, each with both responses"),
+        interval=student_interval(fresh.delta, fresh.error),
+        cut_off=fresh.rollouts.finish_reason.count("length"),
+    )
+
+
+def _is_rounding(delta: float, noise: float | None) -> bool:
+    return noise is not None and noise > ROUNDING_SHARE * abs(delta)
+
+
+def _linear(fit: Fit, unit: str) -> LinearFit:
+    def interval(bounds: Bounds | None) -> Interval | None:
+        return None if bounds is None else Interval(low=bounds.low, high=bounds.high)
+
+    return LinearFit(
+        unit=f"intercept {unit}, slope {unit} per unit of learning rate",
+        what="measured = intercept + slope * eta, weights 1 / eta^2; intervals: 95 %, from the scatter "
+        "of the rows about the line",
+        slope=fit.slope,
+        slope_interval=interval(fit.slope_ci),
+        intercept=fit.intercept,
+        intercept_interval=interval(fit.intercept_ci),
+        r2=fit.r2,
+        r2_interval=interval(fit.r2_ci),
+        points=fit.points,
+        eta_low=fit.eta_low,
+        eta_high=fit.eta_high,
+        reason=fit.reason,
+    )
+
+
+def _log_log_fit(points: list[tuple[float, float]], what: str) -> LogLogFit | None:
+    line = log_log([eta for eta, _ in points], [value for _, value in points])
+    return None if line is None else LogLogFit(what=what, **line._asdict())

@@ -1,0 +1,35 @@
+"""JSON schemas of results.json and manifest.json: python -m funcprobe.adapters.results docs"""
+
+import argparse
+import json
+from pathlib import Path
+
+from .manifest import Manifest
+from .quantity import Section
+from .schema import Results
+
+
+def schemas() -> dict[str, str]:
+    """File name -> JSON schema (draft 2020-12), as text."""
+    models: dict[str, type[Section]] = {
+        "results.schema.json": Results,
+        "manifest.schema.json": Manifest,
+    }
+    return {
+        name: json.dumps(model.model_json_schema(mode="serialization"), indent=2) + "\n"
+        for name, model in models.items()
+    }
+
+
+def main() -> None:
+    """Write both into a folder."""
+    parser = argparse.ArgumentParser(prog="python -m funcprobe.adapters.results", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to write, as docs")
+    folder = parser.parse_args().folder
+    for name, text in schemas().items():
+        (folder / name).write_text(text, encoding="utf-8")
+        print(f"wrote {folder / name}")
+
+
+if __name__ == "__main__":
+    main()

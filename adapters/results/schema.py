@@ -1,0 +1,92 @@
+"""results.json as one typed object, and the table of its sweep."""
+
+from typing import TYPE_CHECKING, Literal
+
+from .cost import CostSection
+from .quantity import Quantity, Section, StudentInterval
+from .sections import CheckResult, Conventions, Counts, FirstOrder, Norms, SecondMoments
+from .sweep_sections import Fits, SecondOrder, SweepRow
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+
+
+class Results(Section):
+    """Every number of a run, each with its unit, sign convention and normalisation."""
+
+    schema_version: Literal[1]
+    """Version of this structure; raised when a key changes its meaning or disappears."""
+    conventions: Conventions
+    counts: Counts
+    entropy: Quantity
+    """H(theta) on E, of the next-token distribution at the sampling temperature."""
+    entropy_interval: StudentInterval
+    mean_reward: Quantity | None
+    """null: no response of U has a reward."""
+    first_order: FirstOrder
+    second_order: SecondOrder | None
+    """null: measure.second_order = "none", or half precision, which cannot resolve it."""
+    norms: Norms
+    clip_coefficient: float
+    """Factor by which clipping scales Y; 1: not clipped."""
+    second_moments: SecondMoments | None
+    """null: the rule reads no optimizer state."""
+    next_lr: Quantity
+    """Learning rate of the next step, by the optimizer state or the configuration; 0: not known."""
+    sweep: tuple[SweepRow, ...]
+    """By ascending learning rate."""
+    fit: Fits
+    checks: tuple[CheckResult, ...]
+    cost: CostSection
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """The sweep, a row a learning rate; `attrs["unit"]` is the unit of every change.
+
+        Changes, standard errors and interval bounds are in that unit; predicted_low and predicted_high
+        bound the interval over E and U, measured_low, measured_high, difference_low and difference_high
+        those over E given U. What is null in results.json is NaN.
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame([_record(row) for row in self.sweep])
+        numbers = frame.columns.difference(["is_next_lr", "rounding", "verdict", "verdict_reason"])
+        frame = frame.astype(dict.fromkeys(numbers, float))
+        frame.attrs["unit"] = self.entropy.unit
+        return frame
+
+
+def _record(row: SweepRow) -> dict[str, float | bool | str | None]:
+    def bounds(name: str, interval: StudentInterval | None) -> dict[str, float | None]:
+        return {
+            f"{name}_low": interval.low if interval else None,
+            f"{name}_high": interval.high if interval else None,
+        }
+
+    resampled = row.resampled
+    return {
+        "eta": row.eta,
+        "is_next_lr": row.is_next_lr,
+        "predicted": row.predicted.value,
+        "predicted_se_given_U": row.se_given_U.value,
+        "predicted_se_total": row.se_total.value,
+        **bounds("predicted", row.interval_total),
+        "second_order": row.second_order.value if row.second_order else None,
+        "measured": row.measured.value,
+        "measured_se_given_U": row.measured_se_given_U.value,
+        **bounds("measured", row.measured_interval_given_U),
+        "difference": row.difference.value,
+        "difference_se": row.difference_se.value,
+        **bounds("difference", row.difference_interval),
+        "ratio": row.ratio.value,
+        "ess": row.ess.value,
+        "max_weight": row.max_weight.value,
+        "clip_fraction": row.clip_fraction,
+        "pareto_k": row.pareto_k,
+        "verdict": row.verdict,
+        "verdict_reason": row.verdict_reason,
+        "rounding": row.rounding,
+        "resampled": resampled.change.value if resampled else None,
+        **bounds("resampled", resampled.interval if resampled else None),
+    }

@@ -1,0 +1,166 @@
+"""What results.json holds beside the sweep: settings, sizes, first order, norms, checks."""
+
+from .quantity import Quantity, Section, StudentInterval
+
+
+class EntropySettings(Section):
+    """The entropy estimator; see `entropy` in the configuration."""
+
+    per: str
+    """token or sequence: what the entropy is divided by."""
+    integrand: str
+    """rao_blackwell: entropy of the full next-token distribution; sampled: minus log-probability."""
+    weights: str
+    """Importance weights per_decision (prefix) or of the whole sequence."""
+    clip: float | None
+    """Largest importance weight; null: no clip."""
+    baseline: str
+    """Control variate of the score term."""
+
+
+class StepSettings(Section):
+    """The rule of the optimizer step."""
+
+    rule: str
+    """adamw, precondition or sgd."""
+    max_grad_norm: float | None
+    """Gradient norm at which the step clips; null: no clipping."""
+    max_scale: float | None
+    """Cap on 1 / (sqrt(nu_hat) + eps) with the rule "precondition"; null: none."""
+
+
+class ObjectiveSettings(Section):
+    """J = sum of advantage x normalisation x log-probability over the tokens of U."""
+
+    advantage: str
+    """How rewards become advantages."""
+    normalisation: str
+    """What the sum over tokens is divided by."""
+    constant: float
+    """L of the normalisation "constant", tokens."""
+
+
+class Conventions(Section):
+    """Signs, normalisation and settings that every number rests on."""
+
+    sign: str
+    """Sign of changes and directions."""
+    entropy: EntropySettings
+    step: StepSettings
+    objective: ObjectiveSettings
+    temperature: float
+    """Sampling temperature of E and U; logits are divided by it."""
+    dtype: str
+    """policy.dtype: the type in which the model computes."""
+    precision: str
+    """policy.precision."""
+    max_tokens: int
+    """Tokens in a microbatch, padding included."""
+    se: str
+    """Sampling units of standard errors."""
+    interval: str
+    """Level and construction of intervals."""
+    names: str
+    """Symbols used in `normalised_by`."""
+
+
+class Counts(Section):
+    """Sizes of E, U and the adapter."""
+
+    E_sequences: int
+    """Responses of E."""
+    E_prompts: int
+    """Distinct prompts of E."""
+    E_tokens: int
+    """Response tokens of E, first EOS included."""
+    U_sequences: int
+    """Responses of U."""
+    U_prompts: int
+    """Prompts of U, one group each."""
+    U_tokens: int
+    """Response tokens of U, first EOS included."""
+    U_groups_without_gradient: int
+    """Groups of U whose advantages are all 0."""
+    trainable_parameters: int
+    """Entries of all trainable tensors."""
+
+
+class FirstOrder(Section):
+    """d/d eta of the entropy along v at eta = 0, per unit of learning rate."""
+
+    derivative: Quantity
+    """By tangents (forward mode); the prediction is eta times it."""
+    bars_dot: Quantity
+    """The same number by the gradient, <X, v>."""
+    bars_dot_identity: Quantity
+    """<X, Y>: the derivative along the raw gradient, without Adam."""
+    from_update: Quantity
+    """<X, P Y>: the part of this batch's gradient."""
+    from_momentum: Quantity
+    """<X, v_momentum>: the part of Adam's first moment."""
+    from_weight_decay: Quantity
+    """<X, v_decay>: the part of decoupled weight decay. The three parts sum to the derivative."""
+    se_given_U: Quantity
+    """Standard error over the draws of E, v held fixed (delta method)."""
+    se_given_U_jackknife: Quantity
+    """The same by the delete-one jackknife: a cross-check."""
+    se_over_U: Quantity
+    """Standard error over the prompts of U, P held fixed."""
+    se_total: Quantity
+    """Root of the sum of the squares of se_given_U and se_over_U."""
+    interval_given_U: StudentInterval
+    interval_over_U: StudentInterval
+    interval_total: StudentInterval
+
+
+class Norms(Section):
+    """Euclidean norms over all trainable tensors."""
+
+    X: Quantity
+    """Gradient of the entropy estimator on E."""
+    Y: Quantity
+    """Gradient of the objective on U, before clipping."""
+    v: Quantity
+    """Direction of the step."""
+
+
+class SecondMoments(Section):
+    """What the saved second moments do to a gradient, P = 1 / (sqrt(nu_hat) + eps)."""
+
+    coverage: float
+    """Share of tensors whose exp_avg_sq was used."""
+    identity: tuple[str, ...]
+    """Tensors left as the raw gradient: second moment missing, all zero, negative or not finite."""
+    max_scale: float | None
+    """Largest entry of P before the cap."""
+    min_denominator: float | None
+    """Smallest sqrt(nu_hat) + eps."""
+    capped: int
+    """Entries of P cut at the cap."""
+    zero_second_moments: int
+    """Entries with nu_hat = 0."""
+    tiny_second_moments: int
+    """Entries with 0 < nu_hat < eps^2, where eps dominates the denominator."""
+    without_step: tuple[str, ...]
+    """Tensors used without bias correction, their step being missing or 0."""
+    zero_outputs: int
+    """Entries of v that are exactly 0."""
+    healthy: str
+    """The range in which these numbers are unremarkable."""
+
+
+class CheckResult(Section):
+    """One sanity check."""
+
+    name: str
+    """What is checked."""
+    passed: bool
+    """Whether what was found meets what is required."""
+    saw: str
+    """What was found."""
+    bound: str
+    """What was required."""
+    failure_means: str
+    """The usual cause of a failure."""
+    advisory: bool
+    """Whether a failure is a hint only."""
