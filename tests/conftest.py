@@ -1,19 +1,22 @@
-"""Small policies of real architectures, and batches of random lengths."""
+"""Settings of the suite, and what its tests start from: policies, checkpoints, commands."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import funcprobe
+from funcprobe import tree
+from support.checkpoints import PIECES, Checkpoint, edit_json, make_checkpoint, sets
+from support.commands import Outcome
+from support.jets import BATCH, seconds
+from support.policies import random_like, tiny_policy
 
 # A busy machine is no failure. Where CI runs, the same examples every time.
 settings.register_profile("funcprobe", deadline=None, derandomize="CI" in os.environ)
@@ -22,61 +25,6 @@ settings.load_profile("funcprobe")
 # For tensors this small a second thread costs more than it gives, and on busy cores many times as
 # much: the two wait for each other.
 torch.set_num_threads(1)
-
-VOCABULARY = 11
-
-
-def tiny_policy(
-    vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float64, seed: int = 0, **config
-):
-    """A Qwen2 of two layers with LoRA on all linears, both LoRA factors random (B = 0 would hide A)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        base = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=vocabulary,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=64,
-                initializer_range=0.3,
-                **config,
-            )
-        )
-        model = get_peft_model(
-            base, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(p, std=0.3)
-    return model.to(dtype).eval()
-
-
-def random_batch(lengths, vocabulary: int = VOCABULARY, seed: int = 0) -> funcprobe.Batch:
-    """One sequence per (prompt number, prompt length, response length)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(vocabulary, (count,), generator=generator).tolist()
-
-    prompts = {}
-    for number, length, _ in lengths:
-        prompts.setdefault(number, tokens(length))
-    return funcprobe.collate(
-        [prompts[number] for number, _, _ in lengths],
-        [tokens(length) for _, _, length in lengths],
-        [number for number, _, _ in lengths],
-    )
-
-
-def random_like(params: funcprobe.Params, seed: int = 1) -> funcprobe.Params:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        n: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
-        for n, t in params.items()
-    }
 
 
 @pytest.fixture(scope="session")
@@ -87,119 +35,6 @@ def policy64():
 @pytest.fixture(scope="session")
 def probe64(policy64):
     return funcprobe.bind(policy64, max_tokens=64)
-
-
-# A checkpoint on disk as the Trainer leaves it, for the shell's tests.
-
-PIECES = ("<pad>", "<eos>", *"0123456789+=")
-
-REWARDS = """
-def length(completions, **_):
-    return [float(len(text)) for text in completions]
-
-def equal(completions, **_):
-    return [0.5] * len(completions)
-
-def nan(completions, **_):
-    return [float("nan")] * len(completions)
-
-def short(completions, **_):
-    return [1.0]
-
-def raises(completions, **_):
-    raise ZeroDivisionError("no such luck")
-"""
-
-
-class Checkpoint(NamedTuple):
-    """Folders and files that a configuration names."""
-
-    base: Path
-    adapter: Path  # with tokenizer and optimizer.pt, so the folder of policy.checkpoint
-    prompts: Path
-    rewards: Path
-
-    def settings(self) -> dict[str, Any]:
-        """`--set` values of a run that takes about a second."""
-        return {
-            "policy.checkpoint": str(self.adapter),
-            "policy.dtype": "float64",
-            "optimizer.accept_positional": True,
-            "prompts.source": str(self.prompts),
-            "reward.function": f"{self.rewards}:length",
-            "sampling.B_E": 12,
-            "sampling.B_U": 4,
-            "sampling.G": 3,
-            "sampling.max_new_tokens": 6,
-            "sampling.generation_batch": 8,
-            "run.device": "cpu",
-        }
-
-
-def character_tokenizer(pieces: Sequence[str] = PIECES) -> Qwen2Tokenizer:
-    """A token a character; of the class that AutoTokenizer takes beside a Qwen2 model."""
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": None}
-    return Qwen2Tokenizer(vocab=vocabulary, merges=[], **special)
-
-
-def make_checkpoint(
-    folder: Path,
-    *,
-    hidden: int = 16,
-    layers: int = 2,
-    pieces: Sequence[str] = PIECES,
-    positions: int = 64,
-    seed: int = 5,
-) -> Checkpoint:
-    """Qwen2 with a LoRA whose lora_B is random, after two real steps of AdamW."""
-    found = Checkpoint(
-        folder / "base", folder / "checkpoint-2", folder / "prompts.jsonl", folder / "rewards.py"
-    )
-    tokenizer = character_tokenizer(pieces)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        base = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(pieces),
-                hidden_size=hidden,
-                intermediate_size=24,
-                num_hidden_layers=layers,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=positions,
-                initializer_range=0.3,
-                pad_token_id=0,
-                eos_token_id=1,
-                bos_token_id=None,
-            )
-        )
-        base.save_pretrained(found.base)
-        lora = LoraConfig(
-            r=2,
-            lora_alpha=4,
-            target_modules=["q_proj", "v_proj", "down_proj"],
-            init_lora_weights=False,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(base, lora)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": trainable, "weight_decay": 0.01}, {"params": [], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-3)
-        for _ in range(2):
-            tokens = torch.randint(2, len(pieces), (4, 8))
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    model.peft_config["default"].base_model_name_or_path = str(found.base)
-    model.save_pretrained(found.adapter, save_embedding_layers=False)
-    for place in (found.base, found.adapter):
-        tokenizer.save_pretrained(place)
-    torch.save(optimizer.state_dict(), found.adapter / "optimizer.pt")
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3, 6) for b in (4, 12)]
-    found.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found.rewards.write_text(REWARDS, encoding="utf-8")
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -216,18 +51,6 @@ def damaged(checkpoint, tmp_path) -> Checkpoint:
     copy = Checkpoint(*(folder / path.name for path in checkpoint))
     edit_json(copy.adapter / "adapter_config.json", base_model_name_or_path=str(copy.base))
     return copy
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
-
-
-class Outcome(NamedTuple):
-    """How a command of the command line ended."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -249,6 +72,46 @@ def command(monkeypatch, capsys, tmp_path) -> Callable[..., Outcome]:
     return call
 
 
-def sets(settings: dict[str, Any]) -> list[str]:
-    """Settings -> `--set` arguments; a string is quoted, so that no value is taken for another kind."""
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+@pytest.fixture
+def ran(checkpoint, command) -> Callable[..., tuple[dict[str, Any], Outcome]]:
+    """results.json of a run with changed settings, and what it printed; a__b=1 sets a.b."""
+
+    def call(*flags: str, **changes: Any) -> tuple[dict[str, Any], Outcome]:
+        given = checkpoint.settings() | {"run.name": "one", "measure.next_lr": False}
+        given |= {key.replace("__", "."): value for key, value in changes.items()}
+        Path("c.toml").touch()
+        outcome = command("run", "c.toml", *sets(given), *flags)
+        assert outcome.status == 0, outcome.err
+        return json.loads(Path("runs/one/results.json").read_text()), outcome
+
+    return call
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory) -> dict[str, Checkpoint]:
+    """Checkpoints that do not belong to `checkpoint`."""
+    folder = tmp_path_factory.mktemp("other")
+    return {
+        "wider": make_checkpoint(folder / "wider", hidden=32),
+        "deeper": make_checkpoint(folder / "deeper", layers=3),
+        "shallower": make_checkpoint(folder / "shallower", layers=1),
+        "fewer tokens": make_checkpoint(folder / "vocabulary", pieces=PIECES[:10]),
+    }
+
+
+@pytest.fixture(scope="session")
+def direction(probe64):
+    """Of length 2, at which first and second order are of the size of the values."""
+    return tree.scale(0.05, random_like(probe64.params))
+
+
+@pytest.fixture(scope="session")
+def jet(probe64, direction):
+    """Values, first and second derivatives of the statistics of `support.jets.BATCH`."""
+    return seconds(probe64, BATCH, direction)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT
+
 CORE = sorted((ROOT / "funcprobe").rglob("*.py"))
 SHELL = sorted((ROOT / "adapters").rglob("*.py"))
 

@@ -1,14 +1,15 @@
 """Real prompts end to end: GSM8K's questions, template and answers, on a policy of random weights."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import make_checkpoint, sets
 from pyarrow import parquet
 from tokenizers.pre_tokenizers import ByteLevel
 
-GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+from support.checkpoints import make_checkpoint, sets
+from support.paths import GSM8K
+
+TRAIN = GSM8K / "train.jsonl"
 
 REWARD = """
 def digits(completions, answer, **_):
@@ -17,13 +18,13 @@ def digits(completions, answer, **_):
 """
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K lies in ../shared, which a clone may lack")
+@pytest.mark.skipif(not TRAIN.is_file(), reason="GSM8K lies in ../shared, which a clone may lack")
 def test_gsm8k_questions_are_probed(tmp_path, command):
     pieces = ("<pad>", "<eos>", "<unk>", *sorted(ByteLevel.alphabet()))
     checkpoint = make_checkpoint(tmp_path / "checkpoint", pieces=pieces, positions=2048)
     (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
     settings = checkpoint.settings() | {
-        "prompts.source": str(GSM8K),
+        "prompts.source": str(TRAIN),
         "prompts.prompt_column": "question",
         "prompts.template": "Question: {question}\nAnswer:",
         "reward.function": f"{tmp_path}/reward.py:digits",
@@ -38,7 +39,7 @@ def test_gsm8k_questions_are_probed(tmp_path, command):
         # What first order misses at eta = 1e-5 of a random policy is far under one percent.
         assert row["ratio"]["value"] == pytest.approx(1, abs=1e-2)
     update = parquet.read_table(tmp_path / "runs/gsm8k/rollouts/update.parquet").to_pylist()
-    questions = {json.loads(line)["question"] for line in GSM8K.read_text().splitlines()}
+    questions = {json.loads(line)["question"] for line in TRAIN.read_text().splitlines()}
     for row in update:
         asked = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
         assert asked in questions

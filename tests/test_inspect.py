@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_json
-from test_optimizer_names import sidecar_of
 
 from funcprobe.adapters.checkpoint.skeleton import skeleton
+from support.checkpoints import edit_json
+from support.sidecars import sidecar_of
 
 
 def edit(checkpoint, change) -> None:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +24,10 @@ class Fault(NamedTuple):
     tests: tuple[str, ...]
 
 
-ESTIMATORS = ("test_estimators.py",)
-OBJECTIVE = ("test_objective.py",)
-MODEL = ("test_derivatives.py",)
-ADAM = ("test_adam.py", "test_run.py::test_the_direction_is_what_torchs_adamw_does")
+ESTIMATORS = ("statistics/test_estimators.py",)
+OBJECTIVE = ("step/test_objective.py",)
+MODEL = ("passes/test_tangents.py",)
+ADAM = ("step/test_adam.py", "test_run.py::test_the_direction_is_what_torchs_adamw_does")
 
 FAULTS = {
     # Weights and sums
@@ -135,61 +135,64 @@ FAULTS = {
         "policy/rows.py",
         "target_T=tokens_NL[row_T, token_T]",
         "target_T=tokens_NL[row_T, token_T - 1]",
-        ("test_rows.py",),
+        ("policy/test_rows.py",),
     ),
     "the temperature is left out": Fault(
         "policy/forward.py",
         "return call(head, given, hidden_TD) / temperature",
         "return call(head, given, hidden_TD)",
-        ("test_derivatives.py", "test_policy.py"),
+        ("passes/test_tangents.py", "policy/test_forward.py"),
     ),
     "the entropy of the token that was sampled": Fault(
-        "passes/head.py", "-(logp_TV.exp() * logp_TV).sum(-1)", "-logp_T", ("test_readout.py", *MODEL)
+        "passes/head.py",
+        "-(logp_TV.exp() * logp_TV).sum(-1)",
+        "-logp_T",
+        ("policy/test_readout.py", *MODEL),
     ),
     "h' without the entropy": Fault(
         "policy/readout.py",
         "-_mean(at.plogp_nV, da_nV) - at.entropy_n * mean_n\n        return logp_n",
         "-_mean(at.plogp_nV, da_nV)\n        return logp_n",
-        ("test_readout.py", *MODEL),
+        ("policy/test_readout.py", *MODEL),
     ),
     "a response sees the other responses to its prompt": Fault(
         "policy/rows.py",
         "torch.ones(width, width).tril()",
         "torch.ones(width, width)",
-        ("test_rows.py",),
+        ("policy/test_rows.py",),
     ),
     "positions go on from one response to the next": Fault(
         "policy/rows.py",
         "position_S = begin[of_S] + offset_S",
         "position_S = torch.arange(len(of_S))",
-        ("test_rows.py",),
+        ("policy/test_rows.py",),
     ),
     "attention's normaliser has no derivative": Fault(
         "autodiff/attention_along.py",
         " - e.sum(-1, keepdim=True) * out",
         "",
-        ("test_forward_mode.py", *MODEL),
+        ("autodiff/test_forward_mode.py", *MODEL),
     ),
     "a product of two jets has its cross term once": Fault(
         "autodiff/taylor_rules.py",
         "torch.mul(2 * a.first, b.first)",
         "a.first * b.first",
-        ("test_taylor.py",),
+        ("autodiff/test_taylor.py",),
     ),
     "a narrow layer's cross term has the other sign": Fault(
-        "autodiff/taylor_rules.py", ", 2 * cross]", ", -2 * cross]", ("test_taylor.py",)
+        "autodiff/taylor_rules.py", ", 2 * cross]", ", -2 * cross]", ("autodiff/test_taylor.py",)
     ),
     "the direction of a trained layer is left out": Fault(
         "autodiff/forward_mode.py",
         "torch.cat([w, dw], 1)",
         "torch.cat([w, 0 * dw], 1)",
-        ("test_forward_mode.py", *MODEL),
+        ("autodiff/test_forward_mode.py", *MODEL),
     ),
     "a halved microbatch loses the others": Fault(
         "policy/layout.py",
         "        if waiting:\n",
         "        if not waiting:\n",
-        ("test_rows.py", "test_layout.py"),
+        ("policy/test_halving.py", "policy/test_layout.py"),
     ),
 }
 
@@ -225,7 +228,10 @@ def copy(folder: Path) -> Path:
     shutil.copytree(ROOT / "funcprobe", folder / "funcprobe", ignore=ignore)
     shutil.copytree(ROOT / "adapters", folder / "funcprobe" / "adapters", ignore=ignore)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignore)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n", encoding="utf-8")
+    (folder / "pytest.ini").write_text(
+        "[pytest]\nmarkers = slow\npythonpath = tests\naddopts = --import-mode=importlib\n",
+        encoding="utf-8",
+    )
     (folder / "imported.py").write_text(
         "from pathlib import Path\n"
         "def pytest_terminal_summary(terminalreporter):\n"

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_batch, random_like, tiny_policy
 
 import funcprobe
 from funcprobe import AdamGroup, AdamState, Entropy, InputError, Step, UpdateBatch, checks, tree
 from funcprobe.policy.forward import Forward
 from funcprobe.probe import require_gradients
+from support.policies import random_batch, random_like, tiny_policy
 
 # Prompt 1 is drawn three times into E; lengths, group sizes and coefficients are all unequal.
 E = random_batch([(0, 3, 5), (1, 4, 2), (1, 4, 7), (2, 2, 1), (3, 5, 4), (1, 4, 3)], seed=1)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import funcprobe
 from funcprobe.adapters.optimizer import read_adam_state
 from funcprobe.statistics import intervals
+from support.paths import ROOT, TESTS
+from support.policies import random_batch
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
 
 
 def rows(batch: funcprobe.Batch) -> tuple[list, list, list]:
@@ -42,11 +43,19 @@ def test_the_tree_is_the_repository():
 
 
 def test_every_test_that_is_named_is_there():
-    named = re.findall(r"`(test_\w+\.py)::(\w+)`", README.read_text(encoding="utf-8"))
+    """In the README and in docs/: `test_x.py::test_y` of whatever folder, or a path from the root."""
+    pages = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", text)
     assert len(named) >= 15
     for file, test in named:
-        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
-        assert re.search(rf"^def {test}\(", text, re.MULTILINE), (file, test)
+        (path,) = TESTS.rglob(file)
+        assert re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.MULTILINE), (
+            file,
+            test,
+        )
+    for path in re.findall(r"`(tests/[\w/]+\.py)", text):
+        assert (ROOT / path).is_file(), path
 
 
 def test_the_notebook_section_runs(checkpoint, capsys):

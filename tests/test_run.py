@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoint, edit_json, sets
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,6 +19,7 @@ from funcprobe.adapters.machine.precision import products
 from funcprobe.adapters.results import load
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
 from funcprobe.adapters.stages import batches, plan
+from support.checkpoints import Checkpoint, edit_json, sets
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import math
 from itertools import combinations, pairwise
 
 import pytest
-from conftest import make_checkpoint, sets
 
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
+from support.checkpoints import make_checkpoint, sets
 
 pytestmark = pytest.mark.slow
 

@@ -53,7 +53,7 @@ def verdict(weight_N: Float[Tensor, " N"], clipped: int) -> Hygiene:
     standard error of about (1 + k) / sqrt(tail draws): 0.2 to 0.4 at N = 128, 0.1 to 0.15 at 2048;
     hence the bounds on ESS. With log-weights of exponential tails and N = 512, 95 % intervals cover
     92 % of the time at eta -> 0, 90 % under "trust", and 60 to 85 % where k is 0.3 or more, also where
-    the drawn weights still look well (tests/test_hygiene.py).
+    the drawn weights still look well (tests/test_weight_diagnostics.py).
 
     k is None where ESS is at least 0.99 N (tiny eta: the tail of w - 1 = log w is that of the
     derivative's score term, which the standard error has; or rounding), and for N < 25, clipped

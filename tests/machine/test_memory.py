@@ -1,0 +1,56 @@
+"""What memory a stage took, and what is free."""
+
+import pytest
+import torch
+
+from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.machine import memory
+from funcprobe.adapters.results.cost import cost_section
+from funcprobe.adapters.stages import max_tokens
+from funcprobe.types import InputError
+
+
+@pytest.mark.skipif(not memory.reset_peaks(), reason="/proc/self/clear_refs cannot be written here")
+def test_the_peak_is_the_stages_own() -> None:
+    narrator = Narrator()
+    size = 256 * 2**20
+    with narrator.phase("large"):
+        before = memory.process_now()
+        torch.ones(size, dtype=torch.uint8)
+    with narrator.phase("small"):
+        pass
+    large, small = narrator.costs["large"], narrator.costs["small"]
+    assert large.peak_of_stage
+    # Other threads hold and free a few MiB meanwhile.
+    assert large.process_peak - before == pytest.approx(size, rel=0.1)
+    assert large.process_peak - small.process_peak == pytest.approx(size, rel=0.1)
+
+
+def test_where_the_peak_cannot_be_reset_it_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
+    narrator = Narrator()
+    with narrator.phase("one"):
+        pass
+    (row,) = cost_section(narrator.costs.values(), {}).stages
+    assert row.process_peak_of == "the process since its start"
+    assert row.process_peak_bytes >= memory.process_now() // 2
+    with pytest.raises(InputError, match="to measure what a microbatch takes: give a number"):
+        max_tokens._peak_above(torch.device("cpu"))
+
+
+def test_free_memory_is_what_the_containers_limit_leaves(tmp_path, monkeypatch) -> None:
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    monkeypatch.setattr(memory, "CGROUPS", ((str(limit), str(used)),))
+    cpu = torch.device("cpu")
+    whole = memory.free(cpu)
+    assert whole > 2**24
+    limit.write_text("max\n")
+    used.write_text("5000\n")
+    assert memory.free(cpu) == pytest.approx(whole, rel=0.5)
+    limit.write_text("15000\n")
+    assert memory.free(cpu) == 10_000
+    # Files that were read are given up where memory is needed; cgroup v1 has its own alone, and all.
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\nactive_file 1000\n")
+    assert memory.free(cpu) == 13_000
+    (tmp_path / "memory.stat").write_text("inactive_file 3000\ntotal_inactive_file 4000\n")
+    assert memory.free(cpu) == 14_000

@@ -1,0 +1,159 @@
+"""results.json and manifest.json as typed objects: what loads, what is refused, what docs/ holds."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from funcprobe.adapters.results import Manifest, Results, load, load_manifest
+from funcprobe.adapters.results.__main__ import schemas
+from funcprobe.adapters.results.cost import TotalCost
+from funcprobe.types import InputError
+from support.checkpoints import sets
+from support.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory) -> Path:
+    """A run folder."""
+    from funcprobe.adapters import run
+    from funcprobe.adapters.config.file import read_config
+    from funcprobe.adapters.console import Narrator
+
+    place = tmp_path_factory.mktemp("runs")
+    (place / "c.toml").touch()
+    given = {"run.folder": str(place), "run.name": "one", "measure.etas": [1e-6, 1e-4]}
+    settings = sets(checkpoint.settings() | given)[1::2]
+    return run.run(read_config(place / "c.toml", settings), Narrator())[1]
+
+
+def edited(folder: Path, target: Path, change, name: str = "results.json") -> Path:
+    """A run folder with a changed copy of one file."""
+    document = json.loads((folder / name).read_text())
+    change(document)
+    target.mkdir(exist_ok=True)
+    (target / name).write_text(json.dumps(document))
+    return target
+
+
+def test_a_run_folder_loads_as_it_was_written(folder):
+    results, manifest = load(folder), load_manifest(str(folder))
+    for name, found in (("results.json", results), ("manifest.json", manifest)):
+        assert found.model_dump(mode="json") == json.loads((folder / name).read_text())
+    assert results.first_order.derivative.unit == "nats per token per unit of learning rate"
+    assert manifest.seed == 0
+
+
+def test_the_sweep_as_a_table(folder):
+    results = load(folder)
+    frame = results.to_dataframe()
+    assert frame.attrs["unit"] == "nats per token"
+    assert list(frame["eta"]) == [row.eta for row in results.sweep]
+    assert frame["is_next_lr"].sum() == 1
+    for column, of in (
+        ("predicted", lambda row: row.predicted.value),
+        ("predicted_se_total", lambda row: row.se_total.value),
+        ("predicted_high", lambda row: row.interval_total.high),
+        ("second_order", lambda row: row.second_order.value),
+        ("measured", lambda row: row.measured.value),
+        ("measured_low", lambda row: row.measured_interval_given_U.low),
+        ("difference_high", lambda row: row.difference_interval.high),
+        ("ess", lambda row: row.ess.value),
+    ):
+        assert list(frame[column]) == [of(row) for row in results.sweep]
+        assert frame[column].dtype == float
+    assert frame["resampled"].dtype == float
+    assert frame["resampled"].isna().all()
+
+
+def test_an_untrusted_row_has_no_interval_in_the_table(folder, tmp_path):
+    def spoil(document):
+        document["sweep"][0] |= {"verdict": "resample", "measured_interval_given_U": None}
+
+    frame = load(edited(folder, tmp_path, spoil)).to_dataframe()
+    assert math.isnan(frame["measured_low"][0])
+    assert not math.isnan(frame["measured_low"][1])
+
+
+def test_files_from_before_versions_load(folder, tmp_path):
+    edited(folder, tmp_path, lambda document: document.pop("schema_version"))
+    edited(folder, tmp_path, lambda document: document.pop("schema_version"), "manifest.json")
+    assert load(tmp_path) == load(folder)
+    assert load_manifest(tmp_path) == load_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d.update(schema_version=2),
+            r"schema_version 2, this funcprobe reads 1: read it with",
+        ),
+        (lambda d: d.update(schema_version="1"), r"schema_version '1', this funcprobe reads 1"),
+        (lambda d: d.pop("entropy"), r"not as funcprobe writes it: entropy: Field required$"),
+        (lambda d: d.update(colour="red"), r"colour: Extra inputs are not permitted$"),
+        (lambda d: d["sweep"][1].pop("ess"), r"sweep\.1\.ess: Field required$"),
+        (lambda d: d["sweep"][0].update(verdict="fine"), r"sweep\.0\.verdict: Input should be 'trust'"),
+        (
+            lambda d: d.update(entropy=1.0, norms=[]),
+            r"entropy: Input should be a valid dictionary .*\(and 1 more\)$",
+        ),
+    ],
+)
+def test_another_structure_is_refused_in_a_line(folder, tmp_path, change, message):
+    with pytest.raises(InputError, match=message) as refused:
+        load(edited(folder, tmp_path, change))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot be read \(No such file or directory\): give a run folder"),
+        (b"{", r"is not JSON \(Expecting property name"),
+        (b"\xff{}", r"is not JSON \('utf-8' codec can't decode"),
+        (b'{"entropy": NaN}', r"is not JSON \(NaN is not a JSON number\)"),
+        (b"[]", r"holds a list, an object is expected"),
+        (b"[" * 10**6, r"is not JSON \(maximum recursion depth"),
+    ],
+)
+def test_other_files_are_refused_in_a_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+
+
+def test_the_schemas_in_docs_are_those_of_the_models():
+    for name, text in schemas().items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, (
+            "run python -m funcprobe.adapters.results docs"
+        )
+
+
+def models(model: type[BaseModel], found: set[type[BaseModel]]) -> set[type[BaseModel]]:
+    """The model, and all that its fields hold."""
+    if model in found:
+        return found
+    found.add(model)
+    for field in model.model_fields.values():
+        stack = [field.annotation]
+        while stack:
+            kind = stack.pop()
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                models(kind, found)
+            stack += getattr(kind, "__args__", ())
+    return found
+
+
+def test_every_entry_is_described():
+    """By itself; entries of a stage by `cost.units`, an object by its own description."""
+    for model in models(Results, set()) | models(Manifest, set()):
+        assert model.__doc__, model
+        for name, field in model.model_fields.items():
+            nested = {kind.__name__ for kind in models(model, set())} - {model.__name__}
+            is_object = any(kind in str(field.annotation) for kind in nested)
+            described = field.description or is_object or name in TotalCost.model_fields
+            assert described, f"{model.__name__}.{name}"

@@ -1,0 +1,184 @@
+"""From checkpoint and configuration to the rule of the step, and what the reader is told of it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from funcprobe.adapters.checkpoint.model import load_policy
+from funcprobe.adapters.config.schema import Config
+from funcprobe.adapters.stages.step import load_step, step_lines
+from funcprobe.types import InputError
+from support.checkpoints import Checkpoint
+from support.sidecars import with_sidecar
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Checkpoint):
+    return load_policy(Config.model_validate(policy_of(checkpoint)).policy, torch.device("cpu"))
+
+
+def policy_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"policy": {"checkpoint": str(checkpoint.adapter)}}
+
+
+def lines(policy, place: Checkpoint, **sections: dict[str, Any]) -> tuple[Any, str]:
+    config = Config.model_validate(policy_of(place) | sections)
+    adam_state, report, step = load_step(config, policy)
+    return step, "\n".join(step_lines(config, adam_state, report, step))
+
+
+ACCEPT = {"accept_positional": True}
+
+
+def test_positions_that_cannot_be_verified_are_refused(policy, checkpoint) -> None:
+    with pytest.raises(InputError, match=r"not verifiable: 12 of 12 .*accept_positional = true"):
+        lines(policy, checkpoint)
+    _, said = lines(policy, checkpoint, optimizer=ACCEPT)
+    assert ", not verifiable, 12 of 12 share their shape with another" in said
+    assert "warning: the run's max_grad_norm is not known, 1 (the Trainer's default) is used" in said
+
+
+def test_clipping_is_the_runs_own_where_it_is_known(policy, damaged) -> None:
+    with_sidecar(damaged)
+    same = {"sampling": {"temperature": 0.9}, "objective": {"preset": "grpo"}}
+    step, said = lines(policy, damaged, **same)
+    assert step.max_grad_norm == 0.3
+    assert "warning" not in said
+    step, said = lines(policy, damaged, optimizer={"max_grad_norm": 0.5}, **same)
+    assert step.max_grad_norm == 0.5
+    assert "warning: optimizer.max_grad_norm is 0.5, the run was trained with 0.3" in said
+    step, said = lines(policy, damaged, optimizer={"max_grad_norm": 0.3}, **same)
+    assert "warning" not in said
+
+
+@pytest.mark.parametrize(("saved", "used"), [(0.0, None), (None, 1.0), (2, 2)])
+def test_clipping_of_other_runs(policy, damaged, saved, used) -> None:
+    with_sidecar(damaged, max_grad_norm=saved)
+    step, said = lines(policy, damaged)
+    assert step.max_grad_norm == used
+    assert ("max_grad_norm is not known" in said) == (saved is None)
+    assert lines(policy, damaged, optimizer={"max_grad_norm": 0.0})[0].max_grad_norm is None
+
+
+def test_other_settings_than_the_runs_are_told(policy, damaged) -> None:
+    with_sidecar(damaged)
+    _, said = lines(policy, damaged)
+    assert "warning: the run's sampling had temperature 0.9, sampling.temperature is 1" in said
+    assert "warning: the run's loss_type was grpo, objective.preset is dapo" in said
+    _, said = lines(policy, damaged, objective={"normalisation": "sequence_mean"})
+    assert "loss_type" not in said
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ({"top_p": 0.9}, "sampling had top_p = 0.9, and U is sampled without it here"),
+        ({"top_k": 10}, "top_k = 10"),
+        ({"min_p": 0.1}, "min_p = 0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1"),
+        ({"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}, ""),
+    ],
+)
+def test_samplings_that_are_not_the_probes_are_told(policy, damaged, sampling, said) -> None:
+    with_sidecar(damaged, loss={}, sampling=sampling)
+    _, found = lines(policy, damaged)
+    assert found.count("warning") == bool(said)
+    assert said in found
+    _, found = lines(policy, damaged, rollouts={"update": "u.parquet"})
+    assert "warning" not in found
+
+
+def test_states_of_other_checkpoints_are_told(policy, damaged) -> None:
+    same = {"sampling": {"temperature": 0.9}, "objective": {"preset": "grpo"}}
+    for trained, warned in ((2, False), (1, True), (7, True)):
+        with_sidecar(damaged, global_step=trained)
+        (damaged.adapter / "trainer_state.json").write_text('{"global_step": 2}')
+        _, said = lines(policy, damaged, **same)
+        assert (f"optimizer_param_names.json says {trained}" in said) == warned
+        with_sidecar(damaged)
+        (damaged.adapter / "trainer_state.json").write_text(f'{{"global_step": {trained}}}')
+        _, said = lines(policy, damaged, **same)
+        assert (f"trainer_state.json says {trained}" in said) == warned
+    for text in ("{}", '{"global_step": Infinity}', "[" * 100_000, '{"global_step": "x"}'):
+        (damaged.adapter / "trainer_state.json").write_text(text)
+        with pytest.raises(InputError, match="has no global_step"):
+            lines(policy, damaged)
+
+
+def test_a_state_beside_several_adapters_needs_names(policy, damaged) -> None:
+    """peft's layout of several adapters: a folder for each, the state above them."""
+    root = damaged.adapter
+    for name in ("policy", "ref"):
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_text((root / "adapter_config.json").read_text())
+    (root / "adapter_config.json").unlink()
+    sections = {"policy": {"checkpoint": str(root), "adapter": "ref"}, "optimizer": ACCEPT}
+    with pytest.raises(InputError, match="lies beside the adapters policy, ref"):
+        load_step(Config.model_validate(sections), policy)
+
+
+@pytest.mark.parametrize("max_scale", [0.0, 5.0])
+def test_cap_of_the_scale(policy, checkpoint, max_scale) -> None:
+    step, _ = lines(policy, checkpoint, optimizer=ACCEPT | {"max_scale": max_scale})
+    assert step.max_scale == (max_scale or None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({"loss_type": "cispo"}, "loss_type was cispo, of which no objective"),
+        ({"loss_type": "bnpo"}, "loss_type was bnpo, a token mean of each micro-batch"),
+        ({"beta": 0.04}, "beta was 0.04"),
+        ({"entropy_coef": 0.1}, "entropy_coef was 0.1"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy was True"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile was 0.2"),
+        ({"num_iterations": 2}, "num_iterations was 2"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions was True"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold was 0.5"),
+        (
+            {"scale_rewards": "none"},
+            'scale_rewards was none, objective.advantage is mean_std: set it to "mean"',
+        ),
+        (
+            {"scale_rewards": "batch"},
+            "scale_rewards was batch, objective.advantage is mean_std: only rollouts",
+        ),
+        ({"scale_rewards": "group"}, ""),
+        ({"loss_type": ["dapo"]}, ""),
+        ({"loss_type": "dapo", "beta": 0.0, "top_entropy_quantile": 1.0, "entropy_coef": None}, ""),
+    ],
+)
+def test_losses_that_are_not_the_objective_are_told(policy, damaged, loss, said) -> None:
+    with_sidecar(damaged, loss=loss, sampling={})
+    _, found = lines(policy, damaged)
+    assert found.count("warning") == bool(said)
+    assert said in found
+
+
+@pytest.mark.parametrize("vllm", [True, False])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_correction_to_another_sampler_is_told(vllm, corrected, policy, damaged) -> None:
+    """It is on by default, and does nothing without vLLM."""
+    sampling = {"use_vllm": vllm, "vllm_importance_sampling_correction": corrected}
+    with_sidecar(damaged, loss={}, sampling=sampling)
+    _, found = lines(policy, damaged)
+    told = "warning: the run's vllm_importance_sampling_correction was True" in found
+    assert told == (vllm and corrected)
+    assert found.count("warning") == told
+
+
+def test_rules_that_do_not_clip_say_nothing_of_it(policy, checkpoint) -> None:
+    _, said = lines(policy, checkpoint, optimizer=ACCEPT | {"rule": "precondition"})
+    assert "max_grad_norm" not in said
+    assert lines(policy, checkpoint, optimizer={"rule": "sgd"})[1] == (
+        'optimizer: rule "sgd", no state is read'
+    )
+
+
+def test_a_state_of_another_adapter_is_not_taken(policy, checkpoint) -> None:
+    config = Config.model_validate(
+        {"policy": {"checkpoint": str(checkpoint.adapter), "adapter": "ref"}, "optimizer": ACCEPT}
+    )
+    with pytest.raises(InputError, match="is of the adapter that lies there, not of ref/"):
+        load_step(config, policy)

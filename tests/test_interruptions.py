@@ -1,0 +1,139 @@
+"""A full disk, a limit on files, an interrupt: one line, and nothing half written."""
+
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import save_file
+
+from funcprobe.adapters import run as run_module
+from funcprobe.adapters.sampling import generate as sampling_module
+from support.checkpoints import edit_json, sets
+from support.commands import children, left_in
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+# The disk fills up
+
+
+def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> None:
+    """Every write of a whole run in turn: Parquet, safetensors, text, and a rename."""
+    Path("c.toml").touch()
+    plans: list[Any] = []  # loading writes nothing: once is enough
+    load = run_module.load
+
+    def load_once(*args: Any) -> Any:
+        if not plans:
+            plans.append(load(*args))
+        return plans[0]
+
+    monkeypatch.setattr(run_module, "load", load_once)
+    monkeypatch.setattr(run_module, "check", lambda *_: [])  # nor do the checks
+    fail_at = 0
+    for fail_at in range(1, 60):
+        count = 0
+        with monkeypatch.context() as patch:
+
+            def failing(write: Callable[..., Any], fail_at: int = fail_at) -> Callable[..., Any]:
+                def wrapped(*args: Any, **kwargs: Any) -> Any:
+                    nonlocal count
+                    count += 1
+                    if count == fail_at:
+                        raise OSError(28, "No space left on device")
+                    return write(*args, **kwargs)
+
+                return wrapped
+
+            patch.setattr(pq, "write_table", failing(pq.write_table))
+            patch.setattr("funcprobe.adapters.store.save_file", failing(save_file))
+            patch.setattr(Path, "write_text", failing(Path.write_text))
+            patch.setattr(Path, "replace", failing(Path.replace))
+            given = checkpoint.settings() | {"run.folder": f"runs{fail_at}", "measure.next_lr": False}
+            outcome = command("run", "c.toml", *sets(given | {"measure.etas": [1e-4]}))
+        if count < fail_at:
+            break
+        assert (outcome.status, outcome.out) == (2, "")
+        assert outcome.err.endswith(
+            "funcprobe: No space left on device; nothing was left half written\n"
+        )
+        assert left_in(Path(f"runs{fail_at}")) == []
+    # Two rollouts, first order, one eta, four for the rounding and two for the second derivative:
+    # written and renamed; then seven files and the folder.
+    assert fail_at == 10 * 2 + 7 + 1 + 1
+    assert outcome.status == 0
+
+
+def test_in_a_process_of_its_own_one_line_stands_alone(tmp_path, damaged, other) -> None:
+    (tmp_path / "c.toml").touch()
+    edit_json(damaged.base / "config.json", quantization_config={"quant_method": "gptq"})
+    wider = damaged.settings() | {"policy.base": str(other["wider"].base)}
+    cases = (
+        (wider | {"policy.checkpoint": "/nowhere/x"}, "/nowhere/x: no such folder"),
+        (wider, "has shape (2, 16), the base expects (2, 32)"),
+        (damaged.settings(), "is quantised"),
+    )
+    ended = children([["run", "c.toml", *sets(given)] for given, _ in cases], cwd=tmp_path)
+    for outcome, (_, said) in zip(ended, cases, strict=True):
+        assert (outcome.status, outcome.out) == (2, "")
+        (line,) = outcome.err.splitlines()
+        assert line.startswith("funcprobe: ")
+        assert said in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_in_a_process_that_may_write_little(tmp_path, checkpoint) -> None:
+    """RLIMIT_FSIZE stops real writes in the middle: the Parquet of E, then the first-order file."""
+    (tmp_path / "c.toml").touch()
+    limits = (1000, 12_000)
+    given = [checkpoint.settings() | {"run.folder": f"runs{limit}"} for limit in limits]
+    commands = [["run", "c.toml", *sets(one)] for one in given]
+    ended = children(commands, cwd=tmp_path, limits=limits)
+    for limit, outcome in zip(limits, ended, strict=True):
+        assert (outcome.status, outcome.out) == (2, "")
+        last = outcome.err.splitlines()[-1]
+        assert last.startswith("funcprobe: ")
+        assert "File too large" in last
+        assert "Traceback" not in outcome.err
+        assert left_in(tmp_path / f"runs{limit}") == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 12_000
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """As in the foreground: a shell's background job inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
+def test_interrupted(command, checkpoint, monkeypatch) -> None:
+    """At the second prompt batch of E, then in the middle of the run folder."""
+    Path("c.toml").touch()
+    generate = sampling_module._generate
+    calls = []
+
+    def interrupting(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return generate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_module, "_generate", interrupting)
+        outcome = command("run", "c.toml", *sets(checkpoint.settings()))
+    assert (outcome.status, outcome.out) == (130, "")
+    assert outcome.err.splitlines()[-1].startswith("funcprobe: interrupted")
+    assert "Traceback" not in outcome.err
+    assert not any(path.is_file() for path in Path("runs").rglob("*"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "manifest", lambda _: signal.raise_signal(signal.SIGINT))
+        outcome = command("run", "c.toml", *sets(checkpoint.settings()))
+    assert outcome.status == 130
+    assert left_in(Path("runs")) == []
+    assert list(Path("runs/.stages").glob("*.parquet"))

@@ -1,0 +1,372 @@
+"""The acceptance test of the checkpoint readers: TRL's own next step, from what it left on disk.
+
+TRL takes step 6 while its rollouts are recorded; from checkpoint-5 and these rollouts the direction
+must be (theta_6 - theta_5) / lr, tensor by tensor.
+"""
+
+import dataclasses
+import re
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from trl import GRPOConfig, GRPOTrainer
+
+import funcprobe
+from funcprobe import InputError, UpdateBatch, tree
+from funcprobe.adapters import rollouts
+from funcprobe.adapters.checkpoint.model import load_policy
+from funcprobe.adapters.config.schema import PolicyConfig
+from funcprobe.adapters.optimizer import read_adam_state
+from funcprobe.adapters.stages import differences
+from funcprobe.adapters.trainers import ParamNamesCallback, names, record_rollouts
+from funcprobe.step.adam import UpdateDirection
+from support.checkpoints import Checkpoint, sets
+from support.trainers import LR, STEPS, grpo_trainer, reward
+
+
+def right(completions, answer, **_):
+    """1 where the sum is right, and a little for being short."""
+    return [float(text == a) - len(text) / 100 for text, a in zip(completions, answer, strict=True)]
+
+
+class Trained(NamedTuple):
+    """A run of six steps, of which the last was recorded."""
+
+    trainer: GRPOTrainer
+    before: Path  # checkpoint-5
+    rollouts: Path  # of step 6
+    lr: float  # of step 6
+    taken: dict[str, torch.Tensor]  # (theta_6 - theta_5) / lr, by the registry's names
+
+
+def train(checkpoint: Checkpoint, folder: Path, **settings: Any) -> Trained:
+    trainer = grpo_trainer(checkpoint, folder, **settings)
+    trainer.add_callback(ParamNamesCallback())
+    record_rollouts(trainer, folder / "rollouts")
+    trainer.train()
+    before, after = (
+        {
+            name.replace(".weight", ".default.weight"): tensor.double()
+            for name, tensor in load_file(
+                folder / f"checkpoint-{n}" / "adapter_model.safetensors"
+            ).items()
+        }
+        for n in (STEPS - 1, STEPS)
+    )
+    lr = LR / STEPS
+    taken = {name: (after[name] - before[name]) / lr for name in before}
+    file = folder / "rollouts" / f"step-{STEPS:06d}.parquet"
+    return Trained(trainer, folder / f"checkpoint-{STEPS - 1}", file, lr, taken)
+
+
+def require_equal(found: funcprobe.Params, taken: funcprobe.Params) -> None:
+    """The bounds of the acceptance test; `pytest -s` shows the figures."""
+    assert found.keys() == taken.keys()
+    error = {n: float((found[n].double() - v).norm() / v.norm()) for n, v in taken.items()}
+    cosine = tree.dot(found, taken) / tree.norm(found) / tree.norm(taken)
+    print(f"largest relative error {max(error.values()):.2g}, 1 - cosine {1 - cosine:.2g}")
+    assert max(error.values()) < 1e-4, error
+    assert cosine > 0.999999
+
+
+# bnpo, one mean over the tokens of a micro-batch, is dapo's where there is one micro-batch only.
+LOSSES = {
+    "dapo": ("dapo", "group", "dapo"),
+    "grpo": ("grpo", "group", "grpo"),
+    "dr_grpo": ("dr_grpo", "none", "dr_grpo"),
+    "bnpo": ("bnpo", "group", "dapo"),
+    "gspo": ("grpo", "group", "grpo"),  # with one ratio for a sequence, which is 1 here as well
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "accumulation", "max_grad_norm", "temperature"),
+    [
+        # Clipping hides a wrong factor in the gradient, so that each loss is tried without it.
+        ("dapo", 1, 0.0, 1.0),
+        ("dapo", 2, 0.0, 0.7),
+        ("dapo", 2, 0.05, 1.0),
+        ("grpo", 2, 0.0, 1.0),
+        ("dr_grpo", 2, 0.0, 1.0),
+        ("dr_grpo", 1, 0.05, 1.3),
+        ("bnpo", 1, 0.0, 1.0),
+        ("gspo", 2, 0.0, 1.0),
+    ],
+)
+def test_next_step_is_the_one_trl_takes(
+    loss, accumulation, max_grad_norm, temperature, checkpoint, tmp_path
+):
+    loss_type, scale_rewards, preset = LOSSES[loss]
+    run = train(
+        checkpoint,
+        tmp_path,
+        loss_type=loss_type,
+        importance_sampling_level="sequence" if loss == "gspo" else "token",
+        scale_rewards=scale_rewards,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=16 // accumulation,
+        max_grad_norm=max_grad_norm,
+        temperature=temperature,
+    )
+    policy = load_policy(PolicyConfig(checkpoint=str(run.before)), torch.device("cpu"))
+    adam_state, report = read_adam_state(run.before / "optimizer.pt", policy.model, policy.params)
+    assert report.coverage == dict.fromkeys(("exp_avg_sq", "exp_avg", "step"), len(policy.params))
+    assert adam_state.groups[0].lr == pytest.approx(run.lr)
+    U = rollouts.load_rollouts(run.rollouts, 14, rewards=True, advantages=True, eos_ids=policy.eos_ids)
+    assert temperature == U.temperature
+    batch = rollouts.to_batch(U)
+    assert len(set(map(len, U.response_ids))) > 2  # else padding and normalisation are not tried
+    objective = funcprobe.PRESETS[preset]._replace(constant=6.0)
+    advantage_N = torch.tensor(U.advantage, dtype=torch.float64)
+    ours_N = funcprobe.advantages(
+        torch.tensor(U.reward, dtype=torch.float64), batch.prompt_N, objective.advantage
+    )
+    # TRL's are float32, of rewards up to 2.
+    torch.testing.assert_close(ours_N, advantage_N, rtol=1e-5, atol=1e-5)
+
+    probe = funcprobe.bind(policy.model, temperature=temperature)
+
+    def direction(normalisation: str, clip: float | None) -> UpdateDirection:
+        coef_NR = funcprobe.coefficients(
+            advantage_N, batch.response_length_N, batch.prompt_N, normalisation, objective.constant
+        )
+        Y = probe.grad_Y(probe.params, UpdateBatch(batch, coef_NR))
+        return funcprobe.update_direction(probe.params, Y, adam_state, max_grad_norm=clip)
+
+    v = direction(objective.normalisation, max_grad_norm or None)
+    assert (v.clip_coefficient < 0.9) == (max_grad_norm > 0)
+    require_equal(v.total, run.taken)
+    # What the comparison must be able to see: another normalisation, and the clipping.
+    others = [(n, max_grad_norm or None) for n in ("sequence_mean", "token_mean", "sequence")]
+    others = [(n, clip) for n, clip in others if n != objective.normalisation and not clip]
+    others += [(objective.normalisation, None)] if max_grad_norm else []
+    for normalisation, clip in others:
+        with pytest.raises(AssertionError):
+            require_equal(direction(normalisation, clip).total, run.taken)
+
+
+def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_path):
+    run = train(
+        checkpoint,
+        tmp_path / "training",
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=8,
+        max_grad_norm=0.05,
+    )
+    config = tmp_path / "probe.toml"
+    config.write_text("")
+    settings = {
+        "policy.checkpoint": str(run.before),
+        "rollouts.update": str(run.rollouts),
+        "objective.advantage": "rollouts",
+        "prompts.source": str(checkpoint.prompts),
+        "sampling.B_E": 16,
+        "sampling.max_new_tokens": 6,
+        "run.device": "cpu",
+    }
+    outcome = command("run", config, *sets(settings))
+    assert outcome.status == 0, outcome.err
+    v = load_file(tmp_path / "runs" / "probe" / "direction.safetensors")
+    require_equal(v, run.taken)
+    # max_grad_norm is known from what ParamNamesCallback wrote, lr from optimizer.pt.
+    clipped = re.search(r"clip coefficient ([\d.]+)", outcome.out)
+    assert clipped
+    assert float(clipped[1]) < 0.9
+    assert f"({run.lr:g})" in outcome.out or f"lr {run.lr:g})" in outcome.out
+
+
+@pytest.mark.slow
+def test_next_step_of_the_toy_is_the_one_trl_takes(tmp_path, tmp_path_factory):
+    """The built-in policy: adapters on all linears, real sums as rewards."""
+    from funcprobe.adapters.checkpoint.toy import ensure_toy
+
+    toy = ensure_toy()
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    place = Checkpoint(toy.base, toy.checkpoint, toy.prompts, toy.prompts)
+    run = train(
+        place,
+        tmp_path,
+        lora=lora,
+        rewards=right,
+        max_completion_length=16,
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=2,
+        num_generations=8,
+        max_grad_norm=0.1,
+    )
+    policy = load_policy(PolicyConfig(checkpoint=str(run.before)), torch.device("cpu"))
+    adam_state, _ = read_adam_state(run.before / "optimizer.pt", policy.model, policy.params)
+    U = rollouts.load_rollouts(run.rollouts, 258, rewards=True, advantages=True)
+    batch = rollouts.to_batch(U)
+    coef_NR = funcprobe.coefficients(
+        torch.tensor(U.advantage, dtype=torch.float64),
+        batch.response_length_N,
+        batch.prompt_N,
+        "token_mean",
+    )
+    probe = funcprobe.bind(policy.model)
+    Y = probe.grad_Y(probe.params, UpdateBatch(batch, coef_NR))
+    v = funcprobe.update_direction(probe.params, Y, adam_state, max_grad_norm=0.1)
+    require_equal(v.total, run.taken)
+
+
+# Recording.
+
+
+def test_recorded_rollouts_are_what_trl_generated(checkpoint, tmp_path):
+    trainer = grpo_trainer(
+        checkpoint, tmp_path, max_steps=2, per_device_train_batch_size=8, gradient_accumulation_steps=2
+    )
+    outputs = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (
+        outputs.append(generate(inputs)) or outputs[-1]
+    )
+    record_rollouts(trainer, tmp_path / "rollouts")
+    trainer.train()
+    files = sorted((tmp_path / "rollouts").iterdir())
+    assert [file.name for file in files] == ["step-000001.parquet", "step-000002.parquet"]
+    tokenizer = trainer.processing_class
+    for file, output in zip(files, outputs, strict=True):
+        found = rollouts.load_rollouts(file, 14, rewards=True, advantages=True, eos_ids=(1,))
+        assert found.prompt_index == [i // 4 for i in range(16)]
+        assert found.temperature == 1.0
+        assert found.advantage == output["advantages"].tolist()
+        assert found.reward == pytest.approx(reward(found.response))
+        assert set(found.finish_reason) == {"stop", "length"}
+        for i in range(16):
+            x, y = found.prompt_ids[i], found.response_ids[i]
+            # Padding is on the left of the prompt and on the right of the completion.
+            assert output["prompt_ids"][i].tolist() == [0] * (len(output["prompt_ids"][i]) - len(x)) + x
+            assert output["completion_ids"][i].tolist() == y + [0] * (
+                len(output["completion_ids"][i]) - len(y)
+            )
+            assert tokenizer.encode(found.prompt[i]) == x
+            assert (found.finish_reason[i] == "stop") == (y[-1] == 1)
+        assert sum(map(len, found.response_ids)) == int(output["num_items_in_batch"])
+
+
+def test_recording_leaves_training_as_it_is(checkpoint, tmp_path):
+    plain = grpo_trainer(checkpoint, tmp_path, max_steps=3)  # seeds, as the next one does
+    plain.train()
+    recorded = grpo_trainer(checkpoint, tmp_path, max_steps=3)
+    record_rollouts(recorded, tmp_path / "rollouts")
+    recorded.train()
+    for (name, a), b in zip(plain.model.named_parameters(), recorded.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_nothing_is_recorded_of_evaluation(checkpoint, tmp_path):
+    trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
+    trainer.eval_dataset = trainer.train_dataset
+    record_rollouts(trainer, tmp_path / "rollouts")
+    trainer.model.eval()
+    trainer._generate_and_score_completions([{"prompt": "3+4="}] * 4)
+    assert not (tmp_path / "rollouts").exists()
+
+
+def test_a_reward_that_does_not_apply_is_none(checkpoint, tmp_path):
+    trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
+    trainer.reward_funcs[0] = lambda completions, **_: [None, *reward(completions)[1:]]
+    record_rollouts(trainer, tmp_path / "rollouts")
+    trainer.train()
+    found = rollouts.load_rollouts(
+        tmp_path / "rollouts" / "step-000001.parquet", 14, rewards=False, advantages=True
+    )
+    assert found.reward is None or found.reward[0] != found.reward[0]
+    assert found.advantage is not None
+    assert found.advantage[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_iterations": 2}, "num_iterations = 2: .* set it to 1"),
+        (
+            {"steps_per_generation": 4, "per_device_train_batch_size": 4},
+            "steps_per_generation = 4: .* set it to 1",
+        ),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions = True: .* set it to False"),
+        ({"beta": 0.5}, r"beta = 0\.5: the step is then not .* set it to 0"),
+        ({"entropy_coef": 0.1}, r"entropy_coef = 0\.1: .* set it to 0"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy = True: .* set it to False"),
+        ({"top_entropy_quantile": 0.2}, r"top_entropy_quantile = 0\.2: .* set it to 1"),
+        ({"off_policy_mask_threshold": 0.3}, r"off_policy_mask_threshold = 0\.3: .* set it to None"),
+        ({"loss_type": "cispo"}, "loss_type = cispo: .* one of dapo, grpo, dr_grpo, bnpo"),
+        (
+            {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+            "loss_type = luspo: .* set it to one of",
+        ),
+        (
+            {
+                "loss_type": "bnpo",
+                "gradient_accumulation_steps": 2,
+                "per_device_train_batch_size": 8,
+            },
+            "bnpo in 2 micro-batches.* set it to dapo",
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(settings, said, checkpoint, tmp_path):
+    trainer = grpo_trainer(checkpoint, tmp_path, **settings)
+    with pytest.raises(InputError, match=said) as error:
+        record_rollouts(trainer, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_change_the_loss_are_trls_and_saved():
+    """Off is TRL's default but for vLLM's correction; the sidecar has all that are looked for."""
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    terms = differences._TERMS | differences.SEQUENCES
+    assert {name: defaults[name] for name in terms} == terms
+    assert defaults[differences._CORRECTION] is True
+    assert differences.terms(defaults) == []
+    assert [name for name, *_ in differences.terms(defaults | {"use_vllm": True})] == [
+        differences._CORRECTION
+    ]
+    assert set(terms) <= set(names.LOSS)
+    assert {"use_vllm", differences._CORRECTION} <= set(names.SAMPLING)
+
+
+def test_what_weighs_the_loss_elsewhere_is_refused_too(checkpoint, tmp_path):
+    """vLLM is not needed to tell; of a TRL without these settings nothing is refused."""
+    trainer = grpo_trainer(checkpoint, tmp_path)
+    trainer.args.use_vllm = True
+    with pytest.raises(InputError, match=r"importance_sampling_correction = True: .* set it to False"):
+        record_rollouts(trainer, tmp_path)
+    trainer.args.vllm_importance_sampling_correction = False
+    trainer.aux_loss_enabled = True
+    with pytest.raises(InputError, match="router_aux_loss_coef is not 0"):
+        record_rollouts(trainer, tmp_path)
+    trainer.aux_loss_enabled = False
+    trainer.args = types.SimpleNamespace(gradient_accumulation_steps=1)
+    record_rollouts(trainer, tmp_path)
+
+
+def test_several_processes_and_another_trl_are_refused(checkpoint, tmp_path, monkeypatch):
+    trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "num_processes", 2)
+        with pytest.raises(InputError, match="2 processes"):
+            record_rollouts(trainer, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_calculate_rewards", None)
+        with pytest.raises(InputError, match=r"no _calculate_rewards\(\) \(trl 1\."):
+            record_rollouts(trainer, tmp_path)
+    generate = trainer._generate_and_score_completions
+    record_rollouts(trainer, tmp_path / "rollouts")
+    for damage, said in (
+        ({"advantages": None}, "no tensor advantages"),
+        ({"tool_mask": torch.ones(1)}, "tool_mask"),
+    ):
+        trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
+        generate = trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda x, g=generate, d=damage: g(x) | d
+        record_rollouts(trainer, tmp_path / "rollouts")
+        with pytest.raises(InputError, match=said):
+            trainer.train()
