@@ -87,6 +87,20 @@ def ran(checkpoint, command) -> Callable[..., tuple[dict[str, Any], Outcome]]:
     return call
 
 
+@pytest.fixture(scope="session")
+def run_one(checkpoint, tmp_path_factory) -> Path:
+    """The folder of one run; not to be changed."""
+    from funcprobe.adapters import run
+    from funcprobe.adapters.config.file import read_config
+    from funcprobe.adapters.console import Narrator
+
+    place = tmp_path_factory.mktemp("runs")
+    (place / "c.toml").touch()
+    given = {"run.folder": str(place), "run.name": "one", "measure.etas": [1e-6, 1e-4]}
+    settings = sets(checkpoint.settings() | given)[1::2]
+    return run.run(read_config(place / "c.toml", settings), Narrator())[1]
+
+
 @pytest.fixture
 def offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -140,7 +140,7 @@ def test_a_rule_that_no_trainer_follows_is_not_called_the_next_step(command, che
     given = {"optimizer.rule": "precondition", "optimizer.max_scale": 5.0}
     outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
     assert outcome.status == 0
-    assert 'Entropy change along v of rule "precondition", nats per token' in outcome.out
+    assert 'A step along v of rule "precondition" (lr 0.001) ' in outcome.out
     assert "next step" not in outcome.out
     assert "entries of P are capped at 5: set optimizer.max_scale = 0" in outcome.out
 

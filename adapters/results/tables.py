@@ -33,34 +33,46 @@ class Checked(Protocol):
 
 
 def print_results(results: Results, console: Console) -> None:
-    """The sanity checks, the table of the sweep, and the lines under it."""
+    """The sanity checks, the finding in words, the table of the sweep, and the lines under it."""
     print_checks(results.checks, console, meanings=False)
-    rule, unit = results.conventions.step.rule, results.entropy.unit
-    what = "of the next step" if rule == "adamw" else f'along v of rule "{rule}"'
-    table = Table(
-        title=f"Entropy change {what}, {unit} (±: 95 %, predicted over E and U, measured over E)",
-        title_justify="left",
-    )
-    quadratic = results.second_order is not None and console.width >= WIDE
-    order = ("2nd order",) if quadratic else ()
-    for column in ("eta", "predicted", "±", *order, "measured", "±", "ratio", "ESS", "weights"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in results.sweep:
-        reliable = row.verdict != "resample" and not row.rounding
-        table.add_row(
-            f"{row.eta:.3g}" + (" next lr" if row.is_next_lr else ""),
-            f"{row.predicted.value:+.4e}",
-            _half(row.interval_total),
-            *((f"{row.second_order.value:+.4e}",) if quadratic and row.second_order else ()),
-            f"{row.measured.value:+.4e}",
-            _half(row.measured_interval_given_U) if reliable else "-",
-            f"{row.ratio.value:.7f}" if reliable else "-",
-            f"{row.ess.value:.1f}",
-            "rounding" if row.rounding else row.verdict,
-        )
-    console.print(table)
-    for line in (*_summary(results), cost_line(results.cost)):
+    for line in in_words(results):
         console.print(line, soft_wrap=True, markup=False)
+    console.print(_table(results, console.width))
+    for line in (*_under_the_table(results), cost_line(results.cost)):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def in_words(results: Results) -> list[str]:
+    """What the step does to the entropy, how certain that is, and which part of the step does it."""
+    first, entropy = results.first_order, results.entropy
+    rule = results.conventions.step.rule
+    step = "The next step" if rule == "adamw" else f'A step along v of rule "{rule}"'
+    lines = []
+    for row in (row for row in results.sweep if row.is_next_lr):
+        effect = "lowers the entropy" if row.predicted.value < 0 else "raises the entropy"
+        if row.interval_total.low <= 0 <= row.interval_total.high:
+            effect = "changes the entropy by an amount that is indistinguishable from 0"
+        measured = f"measured {row.measured.value:+.2e}"
+        if row.rounding:
+            measured += " (rounding)"
+        elif row.measured_interval_given_U:
+            measured += f" ± {_half(row.measured_interval_given_U)}"
+        else:
+            measured += " (not reliable: see its weights)"
+        lines.append(
+            f"{step} (lr {row.eta:g}) {effect}: from {entropy.value:.4f} ± "
+            f"{_half(results.entropy_interval)} {entropy.unit}, predicted change "
+            f"{row.predicted.value:+.2e} ± {_half(row.interval_total)}{_share(row, entropy.value)}, "
+            f"{measured}"
+        )
+    return [
+        *lines,
+        f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
+        f"of learning rate (± {_half(first.interval_given_U)} over E, given U; "
+        f"± {_half(first.interval_over_U)} over U)",
+        f"Its parts: update {first.from_update.value:+.3e}, momentum {first.from_momentum.value:+.3e}, "
+        f"weight decay {first.from_weight_decay.value:+.3e}",
+    ]
 
 
 def print_checks(checks: Iterable[Checked], console: Console, *, meanings: bool = True) -> None:
@@ -102,34 +114,52 @@ def verdict(one: Checked) -> str:
     return "pass" if one.passed else "suspect" if one.advisory else "FAIL"
 
 
+def _share(row: SweepRow, entropy: float) -> str:
+    """The predicted change as a share of the entropy."""
+    return f" ({row.predicted.value / entropy:+.2%})" if entropy else ""
+
+
 def _half(interval: Interval | None) -> str:
     """Half the width of a symmetric interval."""
     return "-" if interval is None else f"{interval.half_width:.1e}"
 
 
-def _summary(results: Results) -> list[str]:
-    first, second = results.first_order, results.second_moments
-    step, entropy = results.conventions.step, results.entropy
+def _table(results: Results, width: int) -> Table:
+    """The sweep, a row a learning rate."""
+    unit = results.entropy.unit
+    table = Table(
+        title=f"Entropy change, {unit} (±: 95 %; predicted over E and U, measured over E)",
+        title_justify="left",
+    )
+    quadratic = results.second_order is not None and width >= WIDE
+    order = ("2nd order",) if quadratic else ()
+    for column in ("eta", "predicted", "±", *order, "measured", "±", "ratio", "ESS", "weights"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in results.sweep:
+        reliable = row.verdict != "resample" and not row.rounding
+        table.add_row(
+            f"{row.eta:.3g}" + (" next lr" if row.is_next_lr else ""),
+            f"{row.predicted.value:+.4e}",
+            _half(row.interval_total),
+            *((f"{row.second_order.value:+.4e}",) if quadratic and row.second_order else ()),
+            f"{row.measured.value:+.4e}",
+            _half(row.measured_interval_given_U) if reliable else "-",
+            f"{row.ratio.value:.7f}" if reliable else "-",
+            f"{row.ess.value:.1f}",
+            "rounding" if row.rounding else row.verdict,
+        )
+    return table
+
+
+def _under_the_table(results: Results) -> list[str]:
+    step, second = results.conventions.step, results.second_moments
     lines = []
     for row in (row for row in results.sweep if row.is_next_lr):
-        lines.append(
-            f"{'next step' if step.rule == 'adamw' else 'step along v'} (lr {row.eta:g}): entropy "
-            f"{entropy.value:.4f} ± {_half(results.entropy_interval)} {entropy.unit}, predicted change "
-            f"{row.predicted.value:+.2e} ± {_half(row.interval_total)}, measured "
-            f"{row.measured.value:+.2e}{' (rounding)' if row.rounding else ''}"
-        )
         if row.difference_interval and not row.rounding:
             lines.append(
-                f"measured - predicted on the same samples: {row.difference.value:+.2e} ± "
-                f"{_half(row.difference_interval)}"
+                f"measured - predicted at lr {row.eta:g}, on the same samples: "
+                f"{row.difference.value:+.2e} ± {_half(row.difference_interval)}"
             )
-    lines += [
-        f"derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
-        f"of learning rate (± {_half(first.interval_given_U)} over E, given U; "
-        f"± {_half(first.interval_over_U)} over U)",
-        f"its parts: update {first.from_update.value:+.3e}, momentum {first.from_momentum.value:+.3e}, "
-        f"weight decay {first.from_weight_decay.value:+.3e}",
-    ]
     if step.rule == "adamw" and step.max_grad_norm:
         lines.append(
             f"gradient norm {results.norms.Y.value:.3g}, clip coefficient "
@@ -140,7 +170,7 @@ def _summary(results: Results) -> list[str]:
             f"{second.capped} of {results.counts.trainable_parameters} entries of P are capped at "
             f"{step.max_scale:g}: set optimizer.max_scale = 0 for P Y without a cap"
         )
-    return [*lines, *_curve(results), *_weights(results.sweep, entropy.unit)]
+    return [*lines, *_curve(results), *_weights(results.sweep, results.entropy.unit)]
 
 
 def _curve(results: Results) -> list[str]:
@@ -178,7 +208,7 @@ def _until(until: LinearUntil) -> str:
     if until.eta is None:
         return "no curvature"
     if until.high is None:
-        interval = f"at least {until.low:.2g}: indistinguishable from 0"
+        interval = f"at least {until.low:.2g}; the second derivative is indistinguishable from 0"
     else:
         interval = f"95 %: {until.low:.2g} to {until.high:.2g}"
     return f"the quadratic term is 10 % of the linear one at eta = {until.eta:.2g} ({interval})"

@@ -11,22 +11,7 @@ from funcprobe.adapters.results import Manifest, Results, load, load_manifest
 from funcprobe.adapters.results.__main__ import schemas
 from funcprobe.adapters.results.cost import TotalCost
 from funcprobe.types import InputError
-from support.checkpoints import sets
 from support.paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoint, tmp_path_factory) -> Path:
-    """A run folder."""
-    from funcprobe.adapters import run
-    from funcprobe.adapters.config.file import read_config
-    from funcprobe.adapters.console import Narrator
-
-    place = tmp_path_factory.mktemp("runs")
-    (place / "c.toml").touch()
-    given = {"run.folder": str(place), "run.name": "one", "measure.etas": [1e-6, 1e-4]}
-    settings = sets(checkpoint.settings() | given)[1::2]
-    return run.run(read_config(place / "c.toml", settings), Narrator())[1]
 
 
 def edited(folder: Path, target: Path, change, name: str = "results.json") -> Path:
@@ -38,16 +23,16 @@ def edited(folder: Path, target: Path, change, name: str = "results.json") -> Pa
     return target
 
 
-def test_a_run_folder_loads_as_it_was_written(folder):
-    results, manifest = load(folder), load_manifest(str(folder))
+def test_a_run_folder_loads_as_it_was_written(run_one):
+    results, manifest = load(run_one), load_manifest(str(run_one))
     for name, found in (("results.json", results), ("manifest.json", manifest)):
-        assert found.model_dump(mode="json") == json.loads((folder / name).read_text())
+        assert found.model_dump(mode="json") == json.loads((run_one / name).read_text())
     assert results.first_order.derivative.unit == "nats per token per unit of learning rate"
     assert manifest.seed == 0
 
 
-def test_the_sweep_as_a_table(folder):
-    results = load(folder)
+def test_the_sweep_as_a_table(run_one):
+    results = load(run_one)
     frame = results.to_dataframe()
     assert frame.attrs["unit"] == "nats per token"
     assert list(frame["eta"]) == [row.eta for row in results.sweep]
@@ -68,20 +53,20 @@ def test_the_sweep_as_a_table(folder):
     assert frame["resampled"].isna().all()
 
 
-def test_an_untrusted_row_has_no_interval_in_the_table(folder, tmp_path):
+def test_an_untrusted_row_has_no_interval_in_the_table(run_one, tmp_path):
     def spoil(document):
         document["sweep"][0] |= {"verdict": "resample", "measured_interval_given_U": None}
 
-    frame = load(edited(folder, tmp_path, spoil)).to_dataframe()
+    frame = load(edited(run_one, tmp_path, spoil)).to_dataframe()
     assert math.isnan(frame["measured_low"][0])
     assert not math.isnan(frame["measured_low"][1])
 
 
-def test_files_from_before_versions_load(folder, tmp_path):
-    edited(folder, tmp_path, lambda document: document.pop("schema_version"))
-    edited(folder, tmp_path, lambda document: document.pop("schema_version"), "manifest.json")
-    assert load(tmp_path) == load(folder)
-    assert load_manifest(tmp_path) == load_manifest(folder)
+def test_files_from_before_versions_load(run_one, tmp_path):
+    edited(run_one, tmp_path, lambda document: document.pop("schema_version"))
+    edited(run_one, tmp_path, lambda document: document.pop("schema_version"), "manifest.json")
+    assert load(tmp_path) == load(run_one)
+    assert load_manifest(tmp_path) == load_manifest(run_one)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +87,9 @@ def test_files_from_before_versions_load(folder, tmp_path):
         ),
     ],
 )
-def test_another_structure_is_refused_in_a_line(folder, tmp_path, change, message):
+def test_another_structure_is_refused_in_a_line(run_one, tmp_path, change, message):
     with pytest.raises(InputError, match=message) as refused:
-        load(edited(folder, tmp_path, change))
+        load(edited(run_one, tmp_path, change))
     assert "\n" not in str(refused.value)
 
 
