@@ -23,8 +23,8 @@ settings.register_profile("funcprobe", deadline=None, derandomize="CI" in os.env
 settings.load_profile("funcprobe")
 
 # For tensors this small a second thread costs more than it gives, and on busy cores many times as
-# much: the two wait for each other.
-torch.set_num_threads(1)
+# much: the two wait for each other. OMP_NUM_THREADS=2 shows that no test depends on it.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

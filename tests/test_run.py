@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import funcprobe
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
-from funcprobe.adapters.machine.precision import products
 from funcprobe.adapters.results import load
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
 from funcprobe.adapters.stages import batches, plan
@@ -564,26 +564,43 @@ def test_without_optimizer_state_the_gradient_is_the_direction(probe, damaged) -
     assert not any(row["is_next_lr"] for row in document["sweep"])
 
 
-def test_named_precisions(probe, capsys) -> None:
+class ReducedProducts(TorchDispatchMode):
+    """A processor that multiplies float32 in bfloat16 where it may, whatever instructions this one has.
+
+    On one that has them operands are rounded twice, which is once: by shape, and by instruction set,
+    oneDNN reduces some products and leaves others.
+    """
+
+    PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (
+            func.overloadpacket in self.PRODUCTS
+            and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        ):
+            *first, left, right = args
+            if left.dtype == torch.float32:
+                args = (*first, left.bfloat16().float(), right.bfloat16().float())
+        return func(*args, **(kwargs or {}))
+
+
+def test_named_precisions(probe) -> None:
     """Products of bfloat16 leave three digits; what the process was set to comes back."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     settings: dict[str, Any] = {"rollouts__eval": "runs/reference/rollouts/eval.parquet"}
     settings |= {"rollouts__update": "runs/reference/rollouts/update.parquet"}
     reference = probe("reference", policy__precision="reference")
     settings["policy__dtype"] = "float32"
-    standard = probe("standard", policy__precision="standard", **settings)
+    with ReducedProducts():
+        standard = probe("standard", policy__precision="standard", **settings)
+        fast = probe("fast", policy__precision="fast", **settings)
     assert standard["conventions"]["dtype"] == "float32"
-    assert derivative(standard) == pytest.approx(derivative(reference), rel=1e-4)
-    capsys.readouterr()
-    fast = probe("fast", policy__precision="fast", **settings)
-    # Shares of either sign, each good to some per cent, nearly cancel: less than they scatter.
+    # Shares of either sign nearly cancel: rounding is measured by how much they scatter. Of ten other
+    # policies the worst was 3e-6 in float32, and with every product in bfloat16 a tenth.
     scatter = reference["first_order"]["se_given_U"]["value"]
+    assert abs(derivative(standard) - derivative(reference)) < 1e-4 * scatter
     assert abs(derivative(fast) - derivative(reference)) < 0.3 * scatter
-    # Without the instructions (AMX, AVX-512) oneDNN multiplies as before.
-    x = torch.ones(64, 64) + torch.finfo(torch.bfloat16).eps / 4
-    with products("fast"):
-        reduced = bool((x @ x != 64 * x[0, 0] ** 2).any())
-    assert (derivative(fast) != derivative(standard)) == reduced
+    assert abs(derivative(fast) - derivative(standard)) > 1e-4 * scatter  # it is on in the passes
     assert fast["conventions"]["precision"] == "fast"
     assert fast["second_order"] is None or fast["second_order"].get("value") is None
     assert torch.backends.mkldnn.matmul.fp32_precision == before

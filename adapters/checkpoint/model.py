@@ -122,7 +122,9 @@ def _attach_adapter(
             f"the adapter's weights cannot be loaded from {source} ({short(error)})"
         ) from error
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        # Of several GPUs fork_rng() would warn, and start every one of them.
+        gpus = {p.device for p in base.parameters() if p.device.type != "cpu"}
+        with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
             # peft draws the initial LoRA weights, replaced below, and asks transformers 5.23 for an
             # attribute that warns of its age.
             warnings.simplefilter("ignore", FutureWarning)

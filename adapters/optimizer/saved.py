@@ -97,7 +97,9 @@ def number(
     """A number from a file, as float. Raises InputError unless least <= value < below."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
         value = value.item()
-    known = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    if isinstance(value, np.floating):
+        value = float(value)  # numpy 2 would cast the bound to float32, where it is no number
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not known or not least <= value < below or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
         bound = f" and below {below:g}" if below < _HUGE else ""

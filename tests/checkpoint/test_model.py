@@ -101,6 +101,14 @@ def test_loading_leaves_the_random_state_alone(checkpoint) -> None:
     assert all(torch.equal(one.params[n], two.params[n]) for n in one.params)
 
 
+def test_loading_starts_no_gpu_but_the_policys(checkpoint, monkeypatch) -> None:
+    """Of the CPU's policy none: neither asked for their random states, nor warned of."""
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: pytest.fail("a GPU was started"))
+    load(checkpoint)
+
+
 def test_an_adapter_in_a_subfolder(damaged) -> None:
     """As TRL saves its reference policy: a second adapter, which peft writes to ref/."""
     base = AutoModelForCausalLM.from_pretrained(damaged.base)
