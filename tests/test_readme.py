@@ -1,29 +1,21 @@
-"""The README's notebook section runs as it stands."""
+"""The README: short, its tree is the repository's, its notebook block runs as it stands."""
 
 import itertools
 import re
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-import funcprobe
-from funcprobe.adapters.optimizer import read_adam_state
-from funcprobe.statistics import intervals
-from support.paths import ROOT, TESTS
-from support.policies import random_batch
+from funcprobe.adapters.checkpoint import toy as toy_module
+from funcprobe.adapters.checkpoint.toy import Recipe
+from funcprobe.adapters.results import load
+from support.checkpoints import sets
+from support.paths import ROOT
 
 README = ROOT / "README.md"
 
 
-def rows(batch: funcprobe.Batch) -> tuple[list, list, list]:
-    """A batch taken apart again."""
-    parts = []
-    for tokens, x, y in zip(*batch[:3], strict=True):
-        parts.append((tokens[:x].tolist(), tokens[x : x + y].tolist()))
-    return [p for p, _ in parts], [r for _, r in parts], batch.prompt_N.tolist()
+TINY = Recipe(seed=3, hidden=32, layers=2, supervised_steps=6, policy_steps=2)
 
 
 def test_the_tree_is_the_repository():
@@ -42,43 +34,42 @@ def test_the_tree_is_the_repository():
         assert named == there - {"__init__.py"}
 
 
-def test_every_test_that_is_named_is_there():
-    """In the README and in docs/: `test_x.py::test_y` of whatever folder, or a path from the root."""
-    pages = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    named = re.findall(r"`(test_\w+\.py)::(\w+)`", text)
-    assert len(named) >= 15
-    for file, test in named:
-        (path,) = TESTS.rglob(file)
-        assert re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.MULTILINE), (
-            file,
-            test,
-        )
-    for path in re.findall(r"`(tests/[\w/]+\.py)", text):
-        assert (ROOT / path).is_file(), path
+def test_the_first_page_is_short():
+    """A researcher has five minutes; a block of code is read, not scrolled through."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 220
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 20
 
 
-def test_the_notebook_section_runs(checkpoint, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    code = code.replace("checkpoint-500", str(checkpoint.adapter))
-    base = AutoModelForCausalLM.from_pretrained(checkpoint.base, dtype=torch.float64)
-    E = rows(random_batch([(i % 5, 1 + i % 5, 1 + i % 4) for i in range(8)], vocabulary=14))
-    U = rows(random_batch([(i // 2, 1 + i // 2, 1 + i % 3) for i in range(6)], vocabulary=14))
-    names = {
-        "Path": Path,
-        **{name: getattr(intervals, name) for name in ("delta_error", "sum_error", "student", "total")},
-        "read_adam_state": read_adam_state,
-        "peft_model": PeftModel.from_pretrained(base, checkpoint.adapter, is_trainable=True),
-        "rewards": [1.0, 0.0, 0.5, 2.0, 0.0, 1.0],
+def test_the_notebook_block_gives_the_quickstarts_numbers(command, tmp_path, monkeypatch, capsys):
+    """The block as printed, after a quickstart of a smaller toy and of fewer sequences."""
+    toy = toy_module.ensure_toy(tmp_path / "toy", recipe=TINY)
+    monkeypatch.setattr(toy_module, "ensure_toy", lambda *_, **__: toy)
+    given = {
+        "policy.checkpoint": str(toy.checkpoint),
+        "prompts.source": str(toy.prompts),
+        "reward.function": write_reward(tmp_path),
+        "sampling.B_E": 24,
+        "sampling.B_U": 4,
+        "sampling.G": 3,
+        "run.device": "cpu",
     }
-    for name, found in (("eval", E), ("update", U)):
-        for key, value in zip(("prompt_ids", "response_ids", "prompt_index"), found, strict=True):
-            names[f"{name}_{key}"] = value
-    exec(code, names)
-    printed = capsys.readouterr().out.splitlines()
-    derivative, measured, star = (float(printed[i].split()[0]) for i in (0, 1, 3))
-    assert measured / (1e-5 * derivative) == pytest.approx(1, abs=0.05)  # what first order misses
-    missed = measured - 1e-5 * derivative
-    assert abs(missed / measured) == pytest.approx(1e-5 / star, rel=0.1)  # the quadratic term
-    assert printed[2].startswith("Interval(low=")
-    assert float((names["tangent"].logp_NR.sum(1) - names["s"]).abs().max()) < 1e-9
+    outcome = command("run", ROOT / "configs" / "quickstart.toml", *sets(given))
+    assert outcome.status == 0, outcome.err
+    results = load("runs/quickstart")
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    capsys.readouterr()
+    exec(code, {})
+    first, measured = (line.split() for line in capsys.readouterr().out.splitlines())
+    # Microbatches of other sizes sum in another order.
+    assert float(first[0]) == pytest.approx(results.first_order.derivative.value, rel=1e-9)
+    (row,) = [row for row in results.sweep if row.eta == 1e-5]
+    assert float(measured[0]) == pytest.approx(row.measured.value, rel=1e-6, abs=0)
+
+
+def write_reward(folder: Path) -> str:
+    """A reward that differs within groups, whatever the policy has learnt."""
+    path = folder / "length.py"
+    path.write_text("def length(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    return f"{path}:length"
