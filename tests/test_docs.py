@@ -349,18 +349,29 @@ def test_the_output_that_is_explained_is_a_runs(command, checkpoint, tmp_path):
     assert [line for line in lines if before_numbers(line) not in printed] == []
     head = next(line for line in shown.splitlines() if line.startswith("┃"))
     assert head.split() in [line.split() for line in outcome.out.splitlines()]
-    columns, under = (re.findall(r"^\| `(.+?)` \|", part, re.MULTILINE) for part in parts_of(text))
+    columns = first_column(text, "The columns")
+    under = first_column(text, "The lines under the table")
     assert set(columns) == {cell.strip() for cell in head.strip("┃").split("┃")}
     assert all(any(line.startswith(label) for label in under) for line in lines[2:])
     assert all(any(line.startswith(label) for line in lines) for label in under)
+    checks = json.loads((tmp_path / "runs" / "probe" / "results.json").read_text())["checks"]
+    assert {check["name"] for check in checks} == set(first_column(text, "The sanity checks"))
 
 
-def parts_of(text: str) -> tuple[str, str]:
-    """The sections of columns and of lines."""
-    return tuple(text.partition(f"\n## {title}\n")[2].partition("\n## ")[0] for title in EXPLAINED)
+def first_column(text: str, title: str) -> list[str]:
+    """Of the table in the section of this title."""
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(.+?)` \|", section, re.MULTILINE)
 
 
-EXPLAINED = ("The columns", "The lines under the table")
+def test_the_inspection_that_is_shown_has_the_lines_of_one(command, checkpoint):
+    (shown,) = blocks((DOCS / "checkpoints.md").read_text(encoding="utf-8"), "text")
+    outcome = command("inspect", checkpoint.adapter)
+    assert outcome.status == 0, outcome.err
+    printed = outcome.out.partition("\nGroups")[0].splitlines()
+    labels = [[line.partition("  ")[0] for line in lines] for lines in (shown.splitlines(), printed)]
+    assert len(labels[1]) > 5
+    assert set(labels[1]) <= set(labels[0])  # it has no sidecar, of which the others are
 
 
 def test_the_notebook_runs(checkpoint, capsys):
