@@ -350,9 +350,11 @@ def test_the_output_that_is_explained_is_a_runs(command, checkpoint, tmp_path):
     head = next(line for line in shown.splitlines() if line.startswith("┃"))
     assert head.split() in [line.split() for line in outcome.out.splitlines()]
     columns = first_column(text, "The columns")
-    under = first_column(text, "The lines under the table")
+    under = first_column(text, "The lines around the table")
     assert set(columns) == {cell.strip() for cell in head.strip("┃").split("┃")}
-    assert all(any(line.startswith(label) for label in under) for line in lines[2:])
+    titles = ("sanity checks: ", "Entropy change, ")
+    stated = [line for line in lines if not line.startswith(titles)]
+    assert [line for line in stated if not line.startswith(tuple(under))] == []
     assert all(any(line.startswith(label) for line in lines) for label in under)
     checks = json.loads((tmp_path / "runs" / "probe" / "results.json").read_text())["checks"]
     assert {check["name"] for check in checks} == set(first_column(text, "The sanity checks"))
