@@ -52,7 +52,7 @@ INSTALL = (
 # Times ours: the naive loop's bound holds at the 0.5B shape alone.
 BOUNDS = {"naive loop": 1.3, "bergson": 1.0}
 IMPERATIVE_BOUND = 3.0
-EQUAL = 1e-5  # relative, of the vector of all s_n: issue 5
+EQUAL = 1e-5  # relative, of the vector of all s_n: float32 sums in another order stay below
 EQUAL_WHOLE = 1e-4  # p is what differs among entropies, which are ten times as large, in float32
 # Sequences and tokens of each in the first table; B_E, B_U, G, P, R in the second.
 CONTRACTION = {"small": (16, 128), "0.5B": (4, 128), "1.5B": (8, 256)}

@@ -31,7 +31,7 @@ import funcprobe
 from funcprobe import Params, tree
 
 FORWARD = "forward"
-BOUNDS = {  # issue 5, in forwards
+BOUNDS = {  # what each pass is to stay below, in forwards
     "small": {
         "gradient": 2.3,
         "tangents": 2.6,

@@ -33,7 +33,7 @@ from shapes import (
 import funcprobe
 from funcprobe import Batch, Probe
 
-EQUAL = 1e-10  # relative, in float64: issue 5
+EQUAL = 1e-10  # relative, in float64: rounding of sums in another order
 NO_LOSS = 0.97  # what a median of few ratios of equal work can come to
 
 
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     bounds: tuple[float, ...]  # of the speed-up: forward, gradient, tangents
 
 
-SHARED = (2.2, 3.0, 1.9)  # at the 0.5B shape: issue 5
+SHARED = (2.2, 3.0, 1.9)  # speed-up aimed at, at the 0.5B shape
 CASES = (
     Case("shared", 1, 8, 200, 100, SHARED),
     Case("short prompts", 1, 8, 16, 100, (NO_LOSS,) * 3),

@@ -39,7 +39,7 @@ from shapes import (
 import funcprobe
 from funcprobe.policy.layout import MAX_TOKENS
 
-PLATEAU = 1.05  # the largest peak of a sweep over its first: issue 5
+PLATEAU = 1.05  # the largest peak of a sweep over its first: above it memory grows with the batch
 ETAS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 PUBLISHED = {"first order": 2490.0, "five measured points": 1180.0}  # seconds, in FACTS.md
 
