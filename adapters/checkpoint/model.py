@@ -121,21 +121,23 @@ def _attach_adapter(
         raise InputError(
             f"the adapter's weights cannot be loaded from {source} ({short(error)})"
         ) from error
-    try:
-        # Of several GPUs fork_rng() would warn, and start every one of them.
-        gpus = {p.device for p in base.parameters() if p.device.type != "cpu"}
-        with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
-            # peft draws the initial LoRA weights, replaced below, and asks transformers 5.23 for an
-            # attribute that warns of its age.
-            warnings.simplefilter("ignore", FutureWarning)
-            adapter_config.base_model_name_or_path = base_id  # peft warns where it has to change it
-            model = get_peft_model(base, adapter_config, adapter_name=name)
-    except (ValueError, TypeError, AttributeError) as error:  # the last two: a damaged configuration
-        raise InputError(
-            f"the adapter in {source} does not fit base {base_id} ({short(error)}): "
-            "set policy.base to the model it was trained on"
-        ) from error
-    expected = get_peft_model_state_dict(model, adapter_name=name)
+    # Of several GPUs fork_rng() would warn, and start every one of them.
+    gpus = {p.device for p in base.parameters() if p.device.type != "cpu"}
+    with warnings.catch_warnings():
+        # peft 0.21 advises on what is to be merged or saved, which this adapter is not, and asks
+        # transformers 5.23 for an attribute that warns of its age.
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            with torch.random.fork_rng(devices=gpus):  # initial LoRA weights are drawn, replaced below
+                adapter_config.base_model_name_or_path = base_id  # peft warns where it has to change it
+                model = get_peft_model(base, adapter_config, adapter_name=name)
+        except (ValueError, TypeError, AttributeError) as error:  # the last two: a damaged file
+            raise InputError(
+                f"the adapter in {source} does not fit base {base_id} ({short(error)}): "
+                "set policy.base to the model it was trained on"
+            ) from error
+        expected = get_peft_model_state_dict(model, adapter_name=name)
     _require_same_tensors(expected, weights, source, base_id)
     set_peft_model_state_dict(model, weights, adapter_name=name)
     return model

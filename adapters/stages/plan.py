@@ -1,5 +1,6 @@
 """Everything a run needs before a token is sampled: loaded, checked against each other, described."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
     Everything that can be refused without sampling is: InputError, one line.
     """
     disable_progress_bar()  # transformers' own, between the lines of ours
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_advice_on_masks)
     objective = choose_objective(config)
     update_file = open_update(config)
     lossy = update_file.layout if update_file else None
@@ -120,6 +122,11 @@ def load(config: Config, narrator: Narrator) -> Plan:
         next_lr=next_lr,
         inputs=inputs,
     )
+
+
+def _is_no_advice_on_masks(record: logging.LogRecord) -> bool:
+    """transformers 5.23 asks for an attention mask where rows are padded; on the right none is due."""
+    return not str(record.msg).startswith("We strongly recommend passing in an `attention_mask`")
 
 
 def _notices(config: Config, objective: Objective, next_lr: float) -> list[str]:

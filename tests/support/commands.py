@@ -44,15 +44,19 @@ def refused(command: Command, given: dict[str, Any], *said: str, verb: str = "ru
     return outcome
 
 
-def process(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+def process(
+    script: str, *arguments: str, cwd: Path, python_path: Path | None = None
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        | ({"PYTHONPATH": str(python_path)} if python_path else {}),
+        timeout=600,
     )
 
 
@@ -62,7 +66,8 @@ CHILDREN = """
     from funcprobe.adapters import run
     from funcprobe.adapters.cli import main
 
-    commands, limits = json.loads(sys.argv[1])
+    commands, limits, prepared = json.loads(sys.argv[1])
+    exec(prepared)
     ended = []
     for arguments, limit in zip(commands, limits):
         pipes = os.pipe(), os.pipe()
@@ -84,10 +89,15 @@ CHILDREN = """
 
 
 def children(
-    commands: list[list[str]], *, cwd: Path, limits: Sequence[int | None] | None = None
+    commands: list[list[str]],
+    *,
+    cwd: Path,
+    limits: Sequence[int | None] | None = None,
+    prepared: str = "",
+    python_path: Path | None = None,
 ) -> list[Outcome]:
-    """How each ended; a limit is of the bytes in any file that is written."""
-    given = json.dumps([commands, limits or [None] * len(commands)])
-    done = process(CHILDREN, given, cwd=cwd)
+    """How each ended; a limit is of the bytes in any file that is written, `prepared` is run before."""
+    given = json.dumps([commands, limits or [None] * len(commands), prepared])
+    done = process(CHILDREN, given, cwd=cwd, python_path=python_path)
     assert (done.returncode, done.stderr) == (0, "")  # the imports say nothing
     return [Outcome(*one) for one in json.loads(done.stdout)]

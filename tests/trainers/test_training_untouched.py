@@ -105,6 +105,7 @@ def test_at_rest_puts_everything_back(raises, checkpoint, tmp_path):
 
 def test_an_accelerators_random_state_is_put_back(monkeypatch):
     """Of its own kind, not CUDA's: as mps is, of which this machine has none."""
+    model = tiny_policy(dtype=torch.float32)
     states = {0: torch.tensor([1], dtype=torch.uint8), 1: torch.tensor([2], dtype=torch.uint8)}
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     monkeypatch.setattr(torch.mps, "device_count", lambda: 2)
@@ -113,7 +114,7 @@ def test_an_accelerators_random_state_is_put_back(monkeypatch):
         torch.mps, "set_rng_state", lambda state, device: states.__setitem__(device, state)
     )
     cpu = torch.get_rng_state()
-    with live.at_rest(tiny_policy(dtype=torch.float32)):
+    with live.at_rest(model):
         states[1] = torch.tensor([9], dtype=torch.uint8)
         torch.rand(1)
     assert {device: int(state) for device, state in states.items()} == {0: 1, 1: 2}
