@@ -1,6 +1,7 @@
 """Two rooms, one arrow: the shell imports the core and never the reverse, read from the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,17 @@ WORLD = {
 }
 BUILTINS = {"open", "print", "input", "exec", "eval", "compile", "__import__", "globals", "setattr"}
 MOST_LINES = 300
+MOST_LINES_OF_TESTS = 600
+TRACKED = {
+    "funcprobe",
+    "adapters",
+    "tests",
+    "benchmarks",
+    "docs",
+    "configs",
+    "README.md",
+    "CHANGELOG.md",
+}
 BROAD = {
     "adapters/sampling/rewards.py": ["_users_code"],
     "adapters/checkpoint/base.py": ["load_tokenizer"],
@@ -160,6 +172,30 @@ def test_no_exception_is_swallowed(path):
 def test_files_are_short(path):
     count = len(path.read_text(encoding="utf-8").splitlines())
     assert count <= MOST_LINES
+
+
+def test_tests_are_cut_by_subject():
+    counts = {
+        p: len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "tests").rglob("*.py")
+    }
+    assert len(counts) > 50
+    assert not {path: count for path, count in counts.items() if count > MOST_LINES_OF_TESTS}
+
+
+def test_reasons_are_given_and_not_numbered():
+    """A number in a tracker says nothing to a reader of the source."""
+    numbered = re.compile(r"\bissue'?s? #?\d|\(#\d+\)", re.IGNORECASE)
+    pages = [path for suffix in ("py", "md", "toml") for path in ROOT.rglob(f"*.{suffix}")]
+    tracked = [path for path in pages if path.relative_to(ROOT).parts[0] in TRACKED]
+    assert len(tracked) > 200
+    found = [
+        f"{path}:{number}: {line}"
+        for path in tracked
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if numbered.search(line)
+    ]
+    assert not found
+    assert numbered.search(f"as in issue {12}")
 
 
 def test_importing_the_core_loads_no_shell():
