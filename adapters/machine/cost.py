@@ -1,4 +1,4 @@
-"""What every stage of a run takes: seconds, passes over the batches, tokens, memory."""
+"""The cost of every stage of a run: seconds, passes over the batches, tokens, memory."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,34 +13,34 @@ from funcprobe.types import Params
 
 UNITS = {
     "seconds": "s, wall clock",
-    "passes": "times that the model saw all of a batch, by sequences, so that a check on some of them "
-    'is a part of one; "fresh": responses to the prompts of E, sampled at theta + eta v',
+    "passes": "passes of the model over a batch, counted by sequences, so that a check on some of them "
+    'is a fraction of one; "fresh": responses to the prompts of E, sampled at theta + eta v',
     "tokens": "tokens of these passes through the model's linear layers, padding included",
     "padding_share": "padding / tokens",
-    "generation_tokens": "the same of sampling: prompts, then a token of every response at a time",
-    "generation_padding_share": "before short prompts, and behind responses while others went on",
-    "results_reused": "results taken from runs/.stages; results_computed were not",
-    "process_peak_bytes": "bytes, most memory that the process held; process_peak_of says since when",
-    "device_peak_bytes": "bytes, most memory of tensors on the GPU during the stage; null on a CPU",
+    "generation_tokens": "the same for sampling: prompts, then one token of every response at a time",
+    "generation_padding_share": "padding before shorter prompts and after responses that ended earlier",
+    "results_reused": "results read from runs/.stages; results_computed: those computed in this run",
+    "process_peak_bytes": "bytes, peak memory of the process; process_peak_of: over which period",
+    "device_peak_bytes": "bytes, peak memory of tensors on the GPU during the stage; null on a CPU",
 }
 GIB = 2**30
 
 
 @dataclass
 class Cost:
-    """What one stage took. It is added to while the stage runs."""
+    """Cost of one stage, accumulated while it runs."""
 
     stage: str
     seconds: float = 0.0
-    sequences: Counter[str] = field(default_factory=Counter)  # by batch, each as often as it was seen
+    sequences: Counter[str] = field(default_factory=Counter)  # by batch, counted once per pass
     tokens: int = 0
     padding: int = 0  # of these tokens
     drawn: int = 0  # tokens of generation
     drawn_padding: int = 0
-    computed: int = 0  # results that were made,
-    reused: int = 0  # and that an earlier run had made
+    computed: int = 0  # results computed in this run
+    reused: int = 0  # results read from an earlier run
     process_peak: int = 0  # bytes
-    peak_of_stage: bool = True  # else since the process began
+    peak_of_stage: bool = True  # else since the start of the process
     device_peak: int | None = None  # bytes
 
 
@@ -48,21 +48,21 @@ class Stage(NamedTuple):
     """A stage that is running."""
 
     cost: Cost
-    advance: Callable[[int], None]  # the progress bar, by this many sequences
+    advance: Callable[[int], None]  # advances the progress bar by this many sequences
 
     def drew(self, tokens: int, padding: int) -> None:
-        """Responses were sampled, and so many tokens went through the model for them."""
+        """Count the tokens that went through the model to sample responses."""
         self.cost.drawn += tokens
         self.cost.drawn_padding += padding
 
     def found(self, reused: bool) -> None:
-        """One result is there, new or of an earlier run."""
+        """Count one result, computed in this run or reused from an earlier one."""
         self.cost.reused += reused
         self.cost.computed += not reused
 
 
 def counted(forward: Forward, stage: Stage, batch: str) -> Forward:
-    """The same forward; every microbatch that it is given counts as so much of a pass over `batch`."""
+    """The same forward, which counts each microbatch as a fraction of a pass over `batch`."""
 
     def hidden(params: Params, rows: Rows) -> torch.Tensor:
         out = forward.hidden(params, rows)
@@ -77,9 +77,9 @@ def counted(forward: Forward, stage: Stage, batch: str) -> Forward:
 
 
 def document(costs: Iterable[Cost], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """results.json's section: units, stages in their order, and the whole; `sizes`: of the batches.
+    """Section `cost` of results.json: units, stages in order, total; `sizes` are the batches' sizes.
 
-    It alone differs between two runs of one seed.
+    The only section that differs between two runs with the same seed.
     """
     costs = list(costs)
     highest = max(costs, key=lambda cost: (cost.device_peak or 0, cost.process_peak))
@@ -106,23 +106,23 @@ def document(costs: Iterable[Cost], sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def summary(cost: dict[str, Any]) -> str:
-    """One line of `document`'s whole, for the reader."""
+    """The total of `document` in one line."""
     total = cost["total"]
     passes = [f"{count:.3g} over {batch}" for batch, count in total["passes"].items()]
     if passes:
         passes[0] = passes[0].replace(" ", " passes ", 1)
     peaks = [total["process_peak_bytes"], total["device_peak_bytes"]]
-    told = [f"{peak / GIB:.2g} GiB" for peak in peaks if peak is not None]
+    shown = [f"{peak / GIB:.2g} GiB" for peak in peaks if peak is not None]
     parts = [
         f"{total['seconds']:.0f} s",
         *(passes or ["no pass"]),
         f"{_short(total['tokens'])} tokens",
         *([f"padding {total['padding_share']:.1%}"] if total["tokens"] else []),
-        f"peak {' and, on the GPU, '.join(told)} ({total['highest_peak']})",
+        f"peak {' and, on the GPU, '.join(shown)} ({total['highest_peak']})",
     ]
     if total["results_reused"]:
-        made = total["results_reused"] + total["results_computed"]
-        parts.append(f"{total['results_reused']} of {made} results from earlier runs")
+        count = total["results_reused"] + total["results_computed"]
+        parts.append(f"{total['results_reused']} of {count} results from earlier runs")
     return "cost: " + ", ".join(parts)
 
 

@@ -11,7 +11,7 @@ from funcprobe.policy.forward import Forward
 from funcprobe.types import Batch, InputError, Params
 
 from ..machine import memory
-from ..machine.allocator import hand_back_freed_memory
+from ..machine.allocator import release_freed_memory
 
 MOST = {"cpu": 4096, "cuda": 32768}  # larger microbatches buy no time
 TRIAL_TOKENS = 256  # of the smaller trial at least, so that activations outweigh what else changes
@@ -119,7 +119,7 @@ def _peak_above(device: torch.device) -> Callable[[], float]:
             return found
 
         return on_device
-    hand_back_freed_memory()  # a pass that filled a hole would seem to take nothing
+    release_freed_memory()  # a pass that filled a hole would seem to take nothing
     if not memory.reset_peaks():
         raise InputError(
             'run.max_tokens = "auto" needs a GPU, or a Linux whose /proc/self/clear_refs can be '
@@ -129,7 +129,7 @@ def _peak_above(device: torch.device) -> Callable[[], float]:
 
     def of_process() -> float:
         found = memory.process_peak() - floor
-        hand_back_freed_memory()
+        release_freed_memory()
         memory.reset_peaks()
         return found
 
