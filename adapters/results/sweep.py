@@ -63,7 +63,7 @@ def rows(
     """Predicted, measured, their difference, and the verdict on the weights, for every eta."""
 
     def row(point: "Point") -> dict[str, Any]:
-        eta, measured, hygiene = point.eta, point.measured, point.hygiene
+        eta, measured, hygiene = point.eta, point.measured, point.diagnostics
         predicted = eta * prediction.derivative
         gap = measured.delta - predicted
         gap_N = measured.influence_N - eta * prediction.first_order.influence_N
@@ -81,8 +81,10 @@ def rows(
             "interval_given_U": interval(predicted, narrow),
             "interval_total": interval(predicted, wide),
             "second_order": None
-            if sweep.bend is None
-            else quantity(predicted + eta**2 * sweep.bend.second / 2, unit, "with the quadratic term"),
+            if sweep.curvature is None
+            else quantity(
+                predicted + eta**2 * sweep.curvature.second / 2, unit, "with the quadratic term"
+            ),
             "measured": quantity(measured.delta, unit, "over E"),
             "measured_se_given_U": quantity(spread.se, unit, "units of E"),
             "measured_interval_given_U": interval(measured.delta, spread) if holds else None,
@@ -113,7 +115,7 @@ def rows(
 
 def second_order(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[str, Any] | None:
     """The second derivative along v, its error, and the eta where first order ends."""
-    bend = sweep.bend
+    bend = sweep.curvature
     if bend is None:
         return None
     star = funcprobe.eta_star(prediction.derivative, bend.second)
@@ -168,7 +170,7 @@ def fits(prediction: funcprobe.Prediction, sweep: "Sweep", unit: str) -> dict[st
         [p.measured.delta for p in sweep.points],
         [_is_rounding(p.measured.delta, noise) for p in sweep.points],
         prediction.derivative,
-        None if sweep.bend is None else sweep.bend.second,
+        None if sweep.curvature is None else sweep.curvature.second,
     )
     kept = [
         (p.eta, p.measured.delta)
