@@ -76,13 +76,13 @@ class PolicyConfig(Section):
         "bfloat16 operands (TF32 on a GPU), for predictions only. Default: determined by dtype.",
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="In bfloat16 and float16 rounding exceeds most measured changes."
+        "float32", description="Of the model; in half precision rounding exceeds most measured changes."
     )
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel; second derivatives use one that supports them."
     )
     trust_remote_code: bool = Field(False, description="Execute modelling code from the hub.")
-    max_trainable: Positive = Field(50_000_000, description="Largest number of trainable parameters.")
+    max_trainable: Positive = Field(50_000_000, description="More trainable parameters are rejected.")
 
     @model_validator(mode="before")
     @classmethod
@@ -112,8 +112,8 @@ class OptimizerConfig(Section):
         "optimizer_param_names.json, else 1.",
     )
     lr: float | None = Field(None, gt=0, description="Learning rate of the step; default: the state's.")
-    betas: tuple[Decay, Decay] | None = Field(None, description="Default: the state's.")
-    eps: float | None = Field(None, gt=0, description="Default: the state's.")
+    betas: tuple[Decay, Decay] | None = Field(None, description="Adam's; default: the state's.")
+    eps: float | None = Field(None, gt=0, description="Adam's; default: the state's.")
     weight_decay: float | None = Field(None, ge=0, le=1e3, description="Default: the state's.")
     checkpoint_step: int | None = Field(
         None, ge=0, description="Steps taken, if the state has none (for bias correction)."
@@ -172,8 +172,8 @@ class SamplingConfig(Section):
     temperature: float = Field(
         1.0, ge=0.01, le=100, description="Sampling temperature T; the policy is softmax(logits/T)."
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="Must be 1 unless E is supplied.")
-    top_k: int = Field(0, ge=0, description="0: off; must be off unless E is supplied.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 unless E is supplied.")
+    top_k: int = Field(0, ge=0, description="Top-k sampling, 0: off; off unless E is supplied.")
     max_new_tokens: Positive = Field(256, description="Longest response in tokens, EOS included.")
     generation_batch: Positive = Field(64, description="Sequences generated at once.")
 
@@ -181,7 +181,7 @@ class SamplingConfig(Section):
 class RolloutsConfig(Section):
     """Batches supplied as files instead of sampled: .parquet or .jsonl, see docs/rollouts.md."""
 
-    eval: Text | None = Field(None, description="E; its column sampler_logp, if any, gives the ratios.")
+    eval: Text | None = Field(None, description="E; a column sampler_logp gives importance ratios.")
     update: Text | None = Field(
         None, description="U, with rewards; text logged by TRL or verl is tokenised again."
     )

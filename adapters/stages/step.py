@@ -110,7 +110,7 @@ def step_lines(
         return ['optimizer: rule "sgd", no state is read']
     covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
     lines = [
-        f"optimizer {report.path.name}: {report.format}; parameters matched {report.route}, "
+        f"optimizer state {report.path.name}: {report.format}; parameters matched {report.route}, "
         f"{report.certainty}; coverage: {covered} of {report.parameters}",
         *report.notes,
     ]
