@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from .stages.plan import Plan
 
 ABOUT = (
-    "How the next optimizer step changes the entropy of a policy in RL training: predicted to first "
-    "order with a standard error, and measured by importance sampling, without taking the step."
+    "Predicts and measures how the next optimizer step changes the entropy of a policy in RL training: "
+    "to first order with a standard error, and by importance sampling, without taking the step."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 
 def _print_version(asked: bool) -> None:
@@ -46,13 +46,15 @@ def common(
     """Options before a command."""
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CFG.TOML", help="Configuration; see init.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CFG.TOML", help="Configuration file; funcprobe init writes one.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the configuration, as --set sampling.B_E=64. May be repeated.",
+        help="Override a key of the configuration, as in --set sampling.B_E=64. May be repeated.",
     ),
 ]
 
@@ -70,12 +72,12 @@ def run(
 ) -> None:
     """Predict and measure the entropy change of the next step; write RUN.FOLDER/RUN.NAME.
 
-    Stages whose inputs have not changed are taken from RUN.FOLDER/.stages.
+    Stages whose inputs have not changed are read from RUN.FOLDER/.stages.
     """
     parsed = read_config(config, overrides or ())
     narrator = Narrator()
     with narrator.phase("import"):
-        from . import run as probe  # transformers and peft load here, not for --help
+        from . import run as probe  # imports transformers and peft, not needed for --help
 
     if dry_run:
         _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
@@ -102,29 +104,29 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("funcprobe.toml"),
 ) -> None:
-    """Write a configuration file with every key, its default and what it means."""
+    """Write a configuration file with every key, its default and its description."""
     if path.exists():
         raise InputError(f"{path} exists: give another name, or delete it")
     path.write_text(commented_config(), encoding="utf-8")
-    typer.echo(f"wrote {path}: edit it, then funcprobe run {path}")
+    typer.echo(f"wrote {path}: edit it, then run: funcprobe run {path}")
 
 
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A checkpoint's folder, or an optimizer state's file or folder.")
+        Path, typer.Argument(help="Checkpoint folder, or file or folder of an optimizer state.")
     ],
     base: Annotated[
-        str | None, typer.Option(help="Base model, in place of the one the adapter names.")
+        str | None, typer.Option(help="Base model, instead of the one saved with the adapter.")
     ] = None,
     adapter: Annotated[
-        str, typer.Option(help='Adapter; other than "default": that subfolder.')
+        str, typer.Option(help='Name of the adapter; unless "default", its subfolder.')
     ] = "default",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what an optimizer's state is: format, names and how sure they are, coverage, statistics.
+    """Describe an optimizer state: format, names and their certainty, coverage, statistics.
 
-    Positions get their names from the adapter's and the base's configuration; no weights are read.
+    Positions are named by the configurations of adapter and base; no weights are read.
     """
     from . import inspection
 
@@ -136,19 +138,20 @@ def inspect(
 
 
 def main() -> None:
-    """Entry point. A problem of the user's input is one line on stderr and exit status 2."""
+    """Entry point. A rejected input gives one line on stderr and exit status 2."""
     keep_freed_memory()
     try:
         app(prog_name="funcprobe")
     except InputError as error:
         _fail(str(error))
-    except OSError as error:  # a folder that cannot be written, a disk that fills up
+    except OSError as error:  # an unwritable folder, a full disk
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}; nothing was left half written")
+        _fail(f"{where}{error.strerror or error}; no incomplete file was left")
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's, on KeyboardInterrupt
             typer.echo(
-                "funcprobe: interrupted; finished stages are kept, nothing half written", err=True
+                "funcprobe: interrupted; finished stages are stored, no incomplete file was left",
+                err=True,
             )
         raise
 
@@ -159,18 +162,18 @@ def _stdout() -> Console:
 
 
 def _print_plan(plan: "Plan", folder: Path) -> None:
-    sampling, brought = plan.config.sampling, plan.config.rollouts
-    eval_source = brought.eval or f"{sampling.B_E} prompts of {len(plan.prompts)}, one response each"
-    update_source = brought.update or f"{sampling.B_U} prompts, {sampling.G} responses each"
+    sampling, supplied = plan.config.sampling, plan.config.rollouts
+    eval_source = supplied.eval or f"{sampling.B_E} prompts of {len(plan.prompts)}, one response each"
+    update_source = supplied.update or f"{sampling.B_U} prompts, {sampling.G} responses each"
     typer.echo(f"E: {eval_source}")
     typer.echo(f"U: {update_source}")
     if plan.prompt_ids:
         longest = max(len(ids) for ids in plan.prompt_ids)
-        typer.echo(f"longest prompt {longest} tokens, responses up to {sampling.max_new_tokens}")
+        typer.echo(f"longest prompt: {longest} tokens; responses: up to {sampling.max_new_tokens}")
     objective = f"advantage {plan.objective.advantage}, normalisation {plan.objective.normalisation}"
     typer.echo(f"step: {plan.step.rule}, next lr {plan.next_lr:g}; objective: {objective}")
     typer.echo(f"measured at eta = {', '.join(f'{eta:g}' for eta in plan.etas)}")
-    typer.echo(f"would write {folder}; nothing was sampled or written")
+    typer.echo(f"a run would write {folder}; nothing was sampled or written")
 
 
 def _fail(message: str) -> None:

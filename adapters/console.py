@@ -1,4 +1,4 @@
-"""What a run says while it works: lines, progress bars; what its stages cost."""
+"""Output during a run: log lines and progress bars; the cost of its stages."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .machine.memory import device_peak, process_peak, reset_peaks
 
 
 class Narrator:
-    """Says lines on stderr, shows a bar per stage, and keeps lines and costs for the run folder."""
+    """Prints lines to stderr, shows a progress bar per stage, collects lines and costs for the run."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
@@ -20,13 +20,13 @@ class Narrator:
         self.costs: dict[str, Cost] = {}
 
     def say(self, line: str) -> None:
-        """One line to the reader and to the log."""
+        """Print a line and add it to the log."""
         self.lines.append(line)
         self.console.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        """A stage of about `total` sequences, whose cost is kept; stages do not nest."""
+        """A stage of about `total` sequences, whose cost is recorded; stages do not nest."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

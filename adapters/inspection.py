@@ -1,4 +1,4 @@
-"""`funcprobe inspect`: what an optimizer's state is, whose it is, and how sure that is."""
+"""`funcprobe inspect`: format, names and certainty, coverage, statistics of an optimizer state."""
 
 import math
 from pathlib import Path
@@ -26,11 +26,11 @@ HEALTHY_SCALE, SUSPECT_SCALE = 100.0, 1000.0  # of 1 / (sqrt(nu_hat) + eps)
 
 
 def inspect(path: Path, *, base: str | None = None, adapter: str = "default") -> dict[str, Any]:
-    """Format, groups, names and how sure they are, coverage, hyper-parameters, statistics, what lacks.
+    """Format, groups, names and their certainty, coverage, hyper-parameters, statistics, what lacks.
 
-    `path` is a checkpoint's folder, or a state's file or folder. Positions get names from a skeleton
-    of the adapter on its base's configuration (`base` in place of the one the adapter names); no
-    weights are read. Raises InputError, one line, where the state cannot be read or is not AdamW's.
+    `path` is a checkpoint's folder, or a state's file or folder. Positions are named by a skeleton of
+    the adapter on its base's configuration (`base` instead of the one saved with the adapter); no
+    weights are read. Raises InputError, one line, if the state cannot be read or is not AdamW's.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a checkpoint or an optimizer's state")
@@ -55,7 +55,7 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
     }
     found = _named(saved, skeleton, sidecar, unknown)
     if found is None:
-        missing.append("names: the state has positions only, and no adapter's configuration is here")
+        missing.append("names: the state has positions only, and no adapter configuration was found")
         return document | {
             "names": None,
             "second_moments": None,
@@ -91,7 +91,7 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    """The document for a reader."""
+    """Print the document."""
     names, steps, second = document["names"], document["steps"], document["second_moments"]
     rows = {"state": document["path"], "format": document["format"]}
     if names:
@@ -105,14 +105,16 @@ def show(document: dict[str, Any], console: Console) -> None:
         taken = f"{steps['least']}" + (f" to {steps['most']}" if steps["most"] > steps["least"] else "")
         trained = document["trainer_state_step"]
         differ = (
-            "" if trained in (None, steps["most"]) else f"; WARNING: trainer_state.json says {trained}"
+            ""
+            if trained in (None, steps["most"])
+            else f"; WARNING: trainer_state.json records {trained}"
         )
         rows["steps taken"] = taken + differ
     if second:
         rows["scale 1/(sqrt(nu)+eps)"] = (
             f"largest {_figure(second['max_scale'])}, smallest denominator "
             f"{_figure(second['min_denominator'])}; entries of nu: "
-            f"{second['zero_second_moments']} zero, {second['tiny_second_moments']} under eps^2"
+            f"{second['zero_second_moments']} zero, {second['tiny_second_moments']} below eps^2"
         )
         rows["verdict"] = second["verdict"]
     if sidecar := document["sidecar"]:
@@ -143,16 +145,16 @@ def _figure(value: float | str | None) -> str:
 
 
 def _unknown(saved: Saved, missing: list[str]) -> AdamOverrides:
-    """Something in place of what a run would have to be told, so that the rest can be shown."""
+    """Placeholders for hyper-parameters that a run's configuration must set, to show the rest."""
     groups = [group for group in saved.groups if group["params"]]
     lacking: dict[str, Any] = {
         key: 0.0 for key in ("lr", "eps", "weight_decay") if any(key not in g for g in groups)
     }
     if any("betas" not in group for group in groups):
         lacking |= {"beta1": 0.0, "beta2": 0.0}
-        missing.append("betas of its groups: set optimizer.betas to what the run used")
+        missing.append("betas of its groups: set optimizer.betas as in training")
     missing += [
-        f"{key} of its groups: set optimizer.{key} to what the run used"
+        f"{key} of its groups: set optimizer.{key} as in training"
         for key in lacking
         if "beta" not in key
     ]
@@ -162,7 +164,7 @@ def _unknown(saved: Saved, missing: list[str]) -> AdamOverrides:
 def _named(
     saved: Saved, skeleton: "Skeleton | None", sidecar: Sidecar | None, unknown: AdamOverrides
 ) -> tuple[AdamState, OptimizerReport, Names] | None:
-    """The state by name: of the skeleton's registry, or else of the names that are saved."""
+    """The state by name: of the skeleton's registry, else of the saved names."""
     try:
         if skeleton is not None:
             names = name_keys(saved, skeleton.model, skeleton.params, sidecar)
@@ -182,7 +184,7 @@ def _named(
 def _skeleton(
     checkpoint: Path, base: str | None, adapter: str, missing: list[str]
 ) -> "Skeleton | None":
-    from .checkpoint.adapter import find_adapter  # transformers and peft load here
+    from .checkpoint.adapter import find_adapter  # imports transformers and peft
     from .checkpoint.skeleton import skeleton
     from .stages.step import require_own_state
 
@@ -193,7 +195,7 @@ def _skeleton(
     except InputError as error:
         if base is not None:
             raise
-        missing.append(f"the adapter, whose parameters the state is to cover: {error}")
+        missing.append(f"the adapter, to which coverage refers: {error}")
         return None
 
 
@@ -209,7 +211,7 @@ def _group(group: dict[str, Any], saved: Saved) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON takes it: numbers, lists, text; infinity and what else there is as its text."""
+    """As a JSON value: numbers, lists, text; infinity and other types as their text."""
     if isinstance(value, torch.Tensor | np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -231,7 +233,7 @@ def _steps(saved: Saved) -> dict[str, int] | None:
 def _trainer_step(checkpoint: Path, missing: list[str]) -> int | None:
     steps = trained_steps(checkpoint)
     if steps is None:
-        missing.append(f"{FILE}: nothing to compare the state's step with")
+        missing.append(f"{FILE}, with whose step that of the state would be compared")
     return steps
 
 
@@ -252,18 +254,18 @@ def _sidecar(sidecar: Sidecar | None, missing: list[str]) -> dict[str, Any] | No
 
 
 def _verdict(info: adam.PreconditionerInfo) -> str:
-    """A word on each statistic that is not what a run in good health shows."""
-    said = []
+    """Statistics outside the range of a normal training run; "healthy" if there are none."""
+    findings = []
     if info.identity:
-        said.append(f"{len(info.identity)} tensors without a usable second moment")
+        findings.append(f"{len(info.identity)} tensors without a usable second moment")
     if info.without_step:
-        said.append(f"{len(info.without_step)} without a step, so without bias correction")
+        findings.append(f"{len(info.without_step)} without a step, so without bias correction")
     largest = info.max_scale or 0.0
     if largest > SUSPECT_SCALE:
-        said.append(
+        findings.append(
             f"largest scale over {SUSPECT_SCALE:g}: suspect, unless gradients are that small "
             f"(about 1/scale = {1 / largest:.1g})"
         )
     elif largest > HEALTHY_SCALE:
-        said.append(f"largest scale between {HEALTHY_SCALE:g} and {SUSPECT_SCALE:g}")
-    return "; ".join(said) or "healthy"
+        findings.append(f"largest scale between {HEALTHY_SCALE:g} and {SUSPECT_SCALE:g}")
+    return "; ".join(findings) or "healthy"

@@ -1,4 +1,4 @@
-"""The orchestration: load, sample, predict, measure, check, write. The only file that does it all."""
+"""The stages of a run in order: load, sample, predict, measure, check, write."""
 
 from pathlib import Path
 
@@ -57,13 +57,13 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
 
 
 def dry_run(config: Config, narrator: Narrator) -> Plan:
-    """Whatever can be refused before anything is sampled; leaves nothing behind."""
+    """Everything that can be rejected before sampling; writes nothing."""
     store.require_writable(run_folder(config))
     return load(config, narrator)
 
 
 def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
-    """The sanity checks on small batches of their own; nothing is written."""
+    """The sanity checks on separate, small batches; writes nothing."""
     small = {"B_E": min(config.sampling.B_E, 32), "B_U": min(config.sampling.B_U, 8)}
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update=small)})
     plan = load(config, narrator)
@@ -76,7 +76,7 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
 
 
 def run_folder(config: Config) -> Path:
-    """Where a run of this configuration is written."""
+    """The folder to which a run of this configuration is written."""
     return Path(config.run.folder).expanduser() / config.run.name
 
 
@@ -112,7 +112,7 @@ def check(
                 v,
                 stats,
                 forward,
-                entropy=plan.entropy._replace(baseline="auto"),  # these few may leave ridge no room
+                entropy=plan.entropy._replace(baseline="auto"),  # ridge may need more prompts
                 max_tokens=max_tokens,
                 sampler_logp_NR=few_logp_NR,
             ),
@@ -122,14 +122,14 @@ def check(
 
 
 def _sampler(batches: Batches, stats: TokenStats) -> checks.Check:
-    """Whether E, all of it, is what its weights take it to be."""
+    """Whether all of E has the distribution that its importance weights assume."""
     if batches.sampler_logp_NR is None:
         return checks.sampled_from_policy(batches.eval_batch, stats)
     return checks.sampler_near_policy(batches.eval_batch, stats, batches.sampler_logp_NR)
 
 
 def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batches]:
-    """E and U, and the plan with the baseline that E has room for."""
+    """E and U, and the plan with its baseline resolved for E."""
     batches = sample(plan, stages, narrator)
     own = batches.sampler_logp_NR is None
     entropy = baselines.resolve(plan.entropy, batches.eval_batch, own_samples=own)
@@ -152,18 +152,18 @@ def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -
 
 
 def _twice(batches: Batches) -> int:
-    """Sequences that first order passes over: Y and along P X on U, along v and X on E."""
+    """Sequences in the passes of first order: Y and along P X on U, along v and X on E."""
     return 2 * len(batches.eval_batch.prompt_N) + 2 * len(batches.update.batch.prompt_N)
 
 
 def _units(plan: Plan, batches: Batches) -> torch.Tensor:
     """Sampling units of E: its draws, independent where it was sampled here; else its prompts.
 
-    Drawn with replacement, two responses to one prompt are as independent as any two; taking prompts
-    as units would count the variance between prompts twice where few prompts are drawn often.
+    Drawn with replacement, two responses to one prompt are as independent as any two; prompts as units
+    would count the variance between prompts twice if few prompts are drawn often.
     """
     prompt_N = batches.eval_batch.prompt_N
-    return torch.arange(len(prompt_N)) if plan.brought_eval is None else prompt_N
+    return torch.arange(len(prompt_N)) if plan.supplied_eval is None else prompt_N
 
 
 def _passes(plan: Plan, batches: Batches, stages: Stages, stage: Stage) -> funcprobe.Passes:
@@ -200,7 +200,7 @@ def _passes(plan: Plan, batches: Batches, stages: Stages, stage: Stage) -> funcp
 
 
 def _versions(model: torch.nn.Module) -> dict[str, int]:
-    """PyTorch counts the in-place changes of every tensor."""
+    """PyTorch's count of in-place changes, of every tensor."""
     return {n: t._version for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 
@@ -210,7 +210,7 @@ def _untouched(before: dict[str, int], model: torch.nn.Module) -> checks.Check:
     return checks.Check(
         "the model's weights are untouched",
         changed == 0 and before.keys() == after.keys(),
-        f"{changed} of {len(before)} parameters and buffers written to",
+        f"{changed} of {len(before)} parameters and buffers modified",
         "0",
-        "a module that writes to its own buffers in the forward",
+        "a module that modifies its own buffers in the forward",
     )

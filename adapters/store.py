@@ -1,4 +1,4 @@
-"""The run folder, whole or not there, and the stages that need not be computed again."""
+"""Run folders that are complete or absent, and stored results of stages."""
 
 import hashlib
 import json
@@ -19,36 +19,34 @@ from torch import Tensor
 
 from funcprobe.types import InputError, Params
 
-Told: TypeAlias = Callable[[bool], None]
+Report: TypeAlias = Callable[[bool], None]
+"""Called with whether a result was stored by an earlier run."""
 
 
-def _nobody(_: bool) -> None: ...
+def _ignore(_: bool) -> None: ...
 
 
 class Stages(NamedTuple):
-    """Results of stages, one file each, named by the hash of everything that went into them.
+    """Results of stages, one file each, named by the hash of all their inputs.
 
-    A file appears under its name only when whole, so that an interrupted run loses one stage at most.
-    Without a folder nothing is kept.
+    A file appears under its name only when complete, so that an interrupted run loses at most one
+    stage. Without a folder nothing is stored.
     """
 
     folder: Path | None
-    fresh: bool = False  # compute again, whatever is there
+    fresh: bool = False  # compute every result again, also if stored
 
     def tensors(
-        self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any], told: Told = _nobody
+        self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any], report: Report = _ignore
     ) -> Any:
-        """compute(), a tree of tensors shaped as the tree `like`, from the file if it is there.
-
-        `told` is called with whether it was, here and in `file`.
-        """
+        """compute(), a tree of tensors with the structure of `like`, or its stored result."""
         if self.folder is None:
-            told(False)
+            report(False)
             return compute()
         path = _stage_path(self.folder, stage, inputs, "safetensors")
-        there = path.is_file() and not self.fresh
-        told(there)
-        if there:
+        is_stored = path.is_file() and not self.fresh
+        report(is_stored)
+        if is_stored:
             try:
                 stored = load_file(path)
             except (OSError, SafetensorError) as error:
@@ -70,34 +68,34 @@ class Stages(NamedTuple):
         inputs: Any,
         suffix: str,
         compute: Callable[[Path], None],
-        told: Told = _nobody,
+        report: Report = _ignore,
     ) -> Iterator[Path]:
-        """The path of a file that compute(path) writes, computed only if it is not there."""
+        """The path of a file that compute(path) writes, if it is not stored."""
         if self.folder is None:
-            told(False)
+            report(False)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{stage}.{suffix}"
                 compute(path)
                 yield path
             return
         path = _stage_path(self.folder, stage, inputs, suffix)
-        there = path.is_file() and not self.fresh
-        told(there)
-        if not there:
+        is_stored = path.is_file() and not self.fresh
+        report(is_stored)
+        if not is_stored:
             write_whole(path, compute)
         yield path
 
 
 def require_writable(final: Path) -> None:
-    """InputError unless the run folder can be made, asked before hours are spent on its content.
+    """InputError unless the run folder can be created; called before the computation starts.
 
-    Tried with an empty folder beside it, since permissions alone do not tell of a name that is too
-    long or a file system that is read-only.
+    Tested with an empty folder beside it, since permissions alone do not reveal a name that is too long
+    or a read-only file system.
     """
     parent = final.absolute().parent
     try:
         if final.exists() and not (final / "manifest.json").is_file():
-            raise InputError(f"{final} exists and is no run folder: choose another run.name")
+            raise InputError(f"{final} exists and is not a run folder: choose another run.name")
         parent = next(p for p in final.absolute().parents if p.exists())
         Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=parent)).rmdir()
     except OSError as error:
@@ -108,14 +106,14 @@ def require_writable(final: Path) -> None:
 
 @contextmanager
 def run_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `final` when the block ends well and vanishes otherwise."""
+    """A temporary folder that becomes `final` if the block succeeds and is deleted otherwise."""
     require_writable(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     old = staging.with_name(f"{staging.name}.old")
     try:
         yield staging
-        staging.chmod(0o755)  # mkdtemp makes it private
+        staging.chmod(0o755)  # mkdtemp creates a private one
         if final.exists():
             final.replace(old)
         staging.replace(final)
@@ -127,15 +125,15 @@ def run_folder(final: Path) -> Iterator[Path]:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON-able value, tensors by their bytes."""
+    """SHA-256 of a JSON-compatible value, tensors by their bytes."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def fingerprint_path(path: Path) -> dict[str, str]:
     """File name -> SHA-256, for a file or the files of a folder.
 
-    Files over 256 MiB (a base's weights) go by size and modification time: hashing them would take
-    longer than a pass.
+    Files over 256 MiB (a base's weights) are identified by size and modification time: hashing them
+    would take longer than a pass.
     """
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     return {file.name: _file_hash(file) for file in files}
@@ -147,7 +145,7 @@ def fingerprint_sources(folder: Path) -> dict[str, str]:
 
 
 def require_finite(value: Any, where: str) -> None:
-    """InputError for a number in `value` that is not finite, with its place and what to look at."""
+    """InputError for a number in `value` that is not finite, with its place and the keys to check."""
     if isinstance(value, dict):
         place = f" at eta = {value['eta']:g}" if "eta" in value else ""
         for key, item in value.items():
@@ -157,18 +155,18 @@ def require_finite(value: Any, where: str) -> None:
             require_finite(item, where)
     elif isinstance(value, float) and not math.isfinite(value):
         raise InputError(
-            f"{where}, is {value}, a finite number is expected: numbers overflow or vanish on the way, "
-            "look at measure.etas, optimizer.lr, optimizer.weight_decay and sampling.temperature"
+            f"{where}, is {value}, a finite number is expected: overflow or underflow occurred, check "
+            "measure.etas, optimizer.lr, optimizer.weight_decay and sampling.temperature"
         )
 
 
 def write_json(value: Any, path: Path) -> None:
-    """JSON with a final newline; NaN and infinity are refused, since JSON has neither."""
+    """JSON with a final newline; NaN and infinity are rejected, since JSON has neither."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def save_params(params: Params, path: Path) -> None:
-    """Safetensors by name."""
+    """Write parameters by name, in safetensors format."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in params.items()}, path)
     except SafetensorError as error:
@@ -180,17 +178,17 @@ def _stage_path(folder: Path, stage: str, inputs: Any, suffix: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """What write(target) writes, as `path`: it appears, or is replaced, only when whole.
+    """Write `path` by write(target); it appears, or is replaced, only when complete.
 
-    Folders above it are made. Where `write` raises, `path` is as it was, and InputError stands for an
-    error of safetensors.
+    Parent folders are created. If `write` raises, `path` is unchanged; an error of safetensors becomes
+    InputError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(target)
         target.replace(path)
-    except SafetensorError as error:  # its own type for a full disk, too
+    except SafetensorError as error:  # also raised for a full disk
         raise InputError(f"{path} cannot be written: {error}") from error
     finally:
         target.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""funcprobe: how the next optimizer step changes the entropy of a policy.
+"""funcprobe: predicts and measures how the next optimizer step changes the entropy of a policy.
 
 The functional core. Everything here is a pure function of its arguments.
 """

@@ -1,4 +1,4 @@
-"""First order along a direction that is given: what E alone says of a step."""
+"""First-order change along a given direction, estimated from E alone."""
 
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ from .types import Batch, Entropy, InputError, Params, TokenStats
 
 
 class Along(NamedTuple):
-    """First-order entropy change along a direction that is given, per unit of learning rate.
+    """First-order entropy change along a given direction, per unit of learning rate.
 
-    Nothing is known of the batch that made the direction, so the only error is `first_order.se`, over
-    E's sampling units. `derivative` is by tangents, `bars_dot` = <X, v>, of which `from_momentum`,
-    `from_decay` and `from_update` are the shares.
+    The batch that determined the direction is unknown, so that the only error is `first_order.se`, over
+    E's sampling units. `derivative` is from tangents, `bars_dot` = <X, v> from the gradient;
+    `from_momentum`, `from_decay` and `from_update` are the parts of the latter.
     """
 
     derivative: float
@@ -38,12 +38,12 @@ class Along(NamedTuple):
 
     @property
     def stats(self) -> TokenStats:
-        """Of E at theta."""
+        """Token statistics of E at theta."""
         return self.at.stats
 
 
 class EvalPasses(NamedTuple):
-    """What E says of a direction, as tensors alone."""
+    """Results of the passes over E for one direction, tensors only."""
 
     stats: TokenStats  # at theta
     tangent: TokenStats  # along the direction
@@ -61,8 +61,8 @@ def eval_passes(
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> EvalPasses:
-    """Two passes over E: statistics with tangents, X. InputError for an X of zeros."""
-    # The values that come with tangents are token_stats' to the bit, so that ratios at eta = 0 are 1.
+    """Two passes over E: statistics with tangents, X. InputError if X is zero or not finite."""
+    # The values that come with tangents are bit-identical to token_stats': ratios at eta = 0 are 1.
     stats, tangent = tangents(params, eval_batch, direction, forward, max_tokens)
     at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR)
     p_NR, q_NR = evaluation.gradient_coefficients(at)
@@ -81,7 +81,7 @@ def summarise_along(
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     unit_N: Int[Tensor, " N"] | None = None,
 ) -> Along:
-    """The derivative along a direction that Y entered, and its shares, by arithmetic alone.
+    """The derivative along a direction computed from Y, and its parts; no model needed.
 
     `unit_N` as in `summarise`.
     """
@@ -108,11 +108,11 @@ def require_gradients(name: str, grads: Params) -> None:
     for which, part in (("every tensor", grads), ("every LoRA tensor", lora_params(grads))):
         if part and not any(bool(g.any()) for g in part.values()):
             raise InputError(
-                f"the gradient {name} is zero on {which} ({len(part)}): is the adapter active, are its "
-                "parameters the ones the forward uses, are there nonzero advantages?"
+                f"the gradient {name} is zero on {which} ({len(part)}): check that the adapter is "
+                "active and used by the forward, and that some advantages are not 0"
             )
     if bad := [n for n, g in grads.items() if not bool(g.isfinite().all())]:
         raise InputError(
-            f"the gradient {name} is not finite in {len(bad)} of {len(grads)} tensors, as {bad[0]}: "
-            'use policy.dtype = "float32", or look for damaged weights'
+            f"the gradient {name} is not finite in {len(bad)} of {len(grads)} tensors, first {bad[0]}: "
+            'use policy.dtype = "float32", or check the weights for damage'
         )

@@ -1,4 +1,4 @@
-"""Sanity checks: each a function that returns what it saw, the bound, and what a failure means."""
+"""Sanity checks: each function returns what it found, the bound, and what a failure means."""
 
 import math
 import re
@@ -24,7 +24,7 @@ LAST_FACTOR = re.compile(r"lora_(embedding_)?B")  # zero in every untrained adap
 
 
 class Check(NamedTuple):
-    """One check: `saw` held against `bound`. Where it is advisory, failing is suspect, no more."""
+    """One check: `saw` compared with `bound`. If advisory, a failure is suspect but not an error."""
 
     name: str
     passed: bool
@@ -51,14 +51,14 @@ def adapter_changes_logits(
 
 
 def gradients_reach(name: str, grads: Params) -> Check:
-    """How many tensors of a gradient are not all zero."""
+    """Number of tensors of a gradient that are not all zero."""
     nonzero = sum(bool(g.any()) for g in grads.values())
     return Check(
         f"gradient {name} is nonzero",
         nonzero > 0 and math.isfinite(tree.norm(grads)),
         f"{nonzero} of {len(grads)} tensors, norm {tree.norm(grads):.3g}",
         "at least one tensor, finite",
-        "the adapter is cut off from the loss, every advantage is 0, or the forward overflows",
+        "the loss does not depend on the adapter, every advantage is 0, or the forward overflows",
     )
 
 
@@ -105,7 +105,7 @@ def routes_agree(prediction: Prediction, forward: Forward) -> Check:
         difference < bound,
         f"relative difference {difference:.2g}",
         f"< {bound:g}",
-        "a wrong derivative in one mode, or parameters and direction that do not line up",
+        "a wrong derivative in one mode, or a direction that does not match the parameters",
     )
 
 
@@ -119,7 +119,7 @@ def identity_against_adam(prediction: Prediction) -> Check:
         f"ratio {ratio:.3g}",
         "< 1000",
         "second moments near 0 amplify the gradient by 1/eps: state of another adapter, or of step 1; "
-        "or <X, Y> is small by chance, or gradients are (Adam's scale is about 1 / |gradient|)",
+        "or <X, Y> is small by chance; or gradients are small (Adam's scale is about 1 / |gradient|)",
         advisory=True,
     )
 
@@ -135,7 +135,7 @@ def eta_zero(
     max_tokens: int,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> Check:
-    """The measured change at eta = 0 is exactly 0; ESS = N where the policy itself sampled."""
+    """The measured change at eta = 0 is exactly 0; ESS = N if the policy itself sampled E."""
     seen: Measured = measure(
         params,
         batch,
@@ -152,16 +152,16 @@ def eta_zero(
     return Check(
         "eta = 0 changes nothing",
         seen.delta == 0 and (not own or seen.ess == count),
-        f"change {seen.delta:g}, ESS {seen.ess:g} of the {count} sequences tried",
+        f"change {seen.delta:g}, ESS {seen.ess:g} of {count} sequences",
         "change 0" + (f", ESS {count}" if own else ""),
-        "a forward that is not deterministic, or parameters that are not the sampled ones",
+        "a forward that is not deterministic, or parameters other than those that sampled",
     )
 
 
 def repeat_is_identical(
     params: Params, batch: Batch, stats: TokenStats, forward: Forward, max_tokens: int
 ) -> Check:
-    """A second forward gives the same bits."""
+    """A second forward is bit-identical."""
     again = token_stats(params, batch, forward, max_tokens)
     largest = float((torch.stack(again) - torch.stack(stats)).abs().max())
     return Check(
@@ -175,30 +175,30 @@ def repeat_is_identical(
 
 def float64_throughout(model: nn.Module, batch: Batch) -> Check:
     """`islands.float32_islands` on the first tokens of the first sequence."""
-    bound = "no module that rounds to fewer digits"
+    bound = "no module of lower precision"
     length = int(batch.prompt_length_N[0] + batch.response_length_N[0])
     try:
         found = float32_islands(model, batch.tokens_NL[:1, : min(length, FEW_TOKENS)])
     except InputError as error:
-        why = "the model as a whole cannot be moved by 1e-10 and asked; its precision is not known"
+        why = "the model cannot be evaluated at a change of 1e-10; its precision is unknown"
         return Check("float64 throughout", False, str(error), bound, why, advisory=True)
     named = [f"{one.module} ({one.kind}) loses {one.error:.2g} of its response" for one in found]
     return Check(
         "float64 throughout",
         not found,
-        f"{len(found)} modules: {named[0]}" if named else "every module answers to 1e-10",
+        f"{len(found)} modules: {named[0]}" if named else "every module responds to a change of 1e-10",
         bound,
-        "the model's code casts to float32 there in a way that is not caught: measured changes below "
-        "1e-7 of the entropy are rounding",
+        "the model's code casts to float32 there in a way that is not intercepted: measured changes "
+        "below 1e-7 of the entropy are rounding errors",
     )
 
 
 def sampled_from_policy(batch: Batch, stats: TokenStats) -> Check:
-    """z of sum_ik (l_ik + h_ik), whose mean is 0 where theta sampled: E[l + h | prefix] = 0.
+    """z-score of sum_ik (l_ik + h_ik), whose mean is 0 if theta sampled E: E[l + h | prefix] = 0.
 
-    z = M / sqrt(V), M the sum, V the variance of the N responses' sums times N. A sample of rare
-    tokens that holds none shows no variance, so V is at least - sum h log min(h, 1), somewhat less
-    than the variance of l where all tokens but one are rare.
+    z = M / sqrt(V), M the sum, V the variance of the N responses' sums times N. A sample in which none
+    of the rare tokens occurs shows no variance, so that V is bounded below by - sum h log min(h, 1),
+    somewhat less than the variance of l if all tokens but one are rare.
     """
     mask_NR = response_mask(batch)
     excess_N = ((stats.logp_NR + stats.entropy_NR).double() * mask_NR).sum(1)
@@ -214,7 +214,7 @@ def sampled_from_policy(batch: Batch, stats: TokenStats) -> Check:
         f"log-probability plus entropy of a response {mean:+.3g} nats, standard error {se:.2g}, "
         f"z = {z:.2g}",
         "|z| < 4",
-        "E was sampled at another temperature, with top_p or top_k, or from another policy: bring its "
+        "E was sampled at another temperature, with top_p or top_k, or from another policy: supply its "
         "sampler_logp, or sample it here",
         advisory=True,
     )
@@ -232,7 +232,7 @@ def sampler_near_policy(
         ess >= count / 2,
         f"ESS {ess:.4g} of {count} at eta = 0",
         f">= {count / 2:g}",
-        "E is of an older policy, or sampler_logp is of another temperature or of raw logits",
+        "E was sampled by an older policy, or sampler_logp is at another temperature or of raw logits",
         advisory=True,
     )
 
@@ -243,5 +243,5 @@ def _one_gradient(params: Params, one: Batch, forward: Forward, max_tokens: int)
 
 
 def _relative(difference: float, size: float) -> float:
-    """|difference / size|; NaN, which passes no bound, where nothing was there to compare with."""
+    """|difference / size|; NaN, which passes no bound, if `size` is 0."""
     return abs(difference / size) if size else math.nan

@@ -25,15 +25,15 @@ from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBa
 
 
 class Prediction(NamedTuple):
-    """First-order entropy change per unit of learning rate, with everything it was made of.
+    """First-order entropy change per unit of learning rate, with all quantities that enter it.
 
     Errors: `first_order.se` given U, over E's sampling units; `se_over_u` over U's prompts at fixed P;
     `se_total` the root of the sum of their squares. Units: the entropy estimator's, per unit of eta.
     """
 
-    derivative: float  # d/d eta of the entropy along v, by tangents
-    bars_dot: float  # the same number as <X, v>, by the gradient
-    bars_dot_identity: float  # <X, Y>: what the step would do without Adam
+    derivative: float  # d/d eta of the entropy along v, from tangents
+    bars_dot: float  # the same number as <X, v>, from the gradient
+    bars_dot_identity: float  # <X, Y>: the derivative along Y, a step without Adam
     from_momentum: float  # <X, v_momentum>
     from_decay: float  # <X, v_decay>
     from_update: float  # <X, P Y>
@@ -50,12 +50,12 @@ class Prediction(NamedTuple):
 
     @property
     def stats(self) -> TokenStats:
-        """Of E at theta."""
+        """Token statistics of E at theta."""
         return self.at.stats
 
 
 class Passes(NamedTuple):
-    """What the model is needed for, as tensors alone: everything else follows by arithmetic."""
+    """Results of all passes through the model, tensors only; the rest follows by arithmetic."""
 
     Y: Params  # grad of J on U
     stats: TokenStats  # of E at theta
@@ -80,8 +80,8 @@ def first_order_passes(
 ) -> Passes:
     """Four passes: Y on U, statistics with tangents along v on E, X on E, tangents along P X on U.
 
-    `update_forward`, by default `forward`, makes the passes over U, so that a caller can count them.
-    Raises InputError where a gradient is zero everywhere or not finite.
+    `update_forward` (default `forward`) is used for the passes over U, so that a caller can count them.
+    Raises InputError if a gradient is zero everywhere or not finite.
     """
     over_U = forward if update_forward is None else update_forward
     Y = gradients.grad_Y(params, update, over_U, max_tokens)
@@ -113,10 +113,11 @@ def summarise(
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     unit_N: Int[Tensor, " N"] | None = None,
 ) -> Prediction:
-    """The prediction from the passes, by arithmetic alone; no model needed.
+    """The prediction from the results of the passes, by arithmetic alone; no model needed.
 
-    `unit_N` numbers the sampling units of E, by default its prompts. Where E was drawn with
-    replacement, one response a draw, the draws are independent: give torch.arange(N).
+    `unit_N` is the index of the sampling unit of every sequence of E, by default its prompt. If E's
+    prompts were drawn with replacement, one response each, the draws are independent: pass
+    torch.arange(N). Raises InputError for fewer than two sampling units in E, or prompts in U.
     """
     Y, stats, tangent, X, baseline_NR, along_PX = passes
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
@@ -155,10 +156,11 @@ def predict(
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     unit_N: Int[Tensor, " N"] | None = None,
 ) -> Prediction:
-    """delta_H1 / eta: the derivative along v of the estimator that measures.
+    """d/d eta of the entropy estimator at theta + eta v, eta = 0: the predicted change per unit of eta.
 
-    Pure: E, U and Adam's state in; delta_H1, bars_dot, X, Y and their errors out. Raises what
-    `first_order_passes` and `update_direction` raise.
+    The derivative of the same estimator that `measure` evaluates, in nats per token or per sequence and
+    per unit of eta, with standard errors and its parts. Raises InputError and ValueError where
+    `first_order_passes`, `update_direction` and `summarise` do.
     """
     choices: dict[str, Any] = {"entropy": entropy, "step": step, "sampler_logp_NR": sampler_logp_NR}
     passes = first_order_passes(
@@ -179,17 +181,18 @@ def measure(
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
 ) -> Measured:
-    """H(theta + eta v) - H(theta) by importance sampling: one forward at moved parameters.
+    """H(theta + eta v) - H(theta) by self-normalised importance sampling: one forward at theta + eta v.
 
-    `stats` are E's at theta, from the same `forward`. The model is not touched: the moved parameters
-    are a second dict of adapter size.
+    In nats per token or per sequence. `stats` are E's at theta, from the same `forward`. The model is
+    not changed: theta + eta v is a second dict of adapter size. Raises ValueError if `direction` has
+    other names or shapes than `params`.
     """
     moved = logprobs.token_stats(tree.axpy(eta, direction, params), eval_batch, forward, max_tokens)
     return evaluation.change(evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR), moved)
 
 
 class Probe(NamedTuple):
-    """The core's functions with the model applied; see the functions of the same names."""
+    """The core's functions bound to a model; see the functions of the same names."""
 
     params: Params
     forward: Forward
@@ -214,12 +217,12 @@ def bind(
     max_tokens: int = MAX_TOKENS,
     share_prompts: bool = True,
 ) -> Probe:
-    """Pull the registry out of a model (in eval mode, adapter active) and apply it to the core.
+    """Extract the registry of a model (in eval mode, adapter active) and bind the core's functions.
 
-    `max_tokens` bounds the tokens of a microbatch. With `share_prompts` a prompt that several
-    sequences have is computed once, where that saves work and the model can read such rows. The model
-    is read, never changed; the registry shares its storage. Raises InputError where the model's numbers
-    would silently not be the policy's (see `policy.frozen_forward`).
+    `max_tokens` bounds the tokens of a microbatch. With `share_prompts`, a prompt of several sequences
+    is computed once, if that saves work and the model can process such rows. The model is never
+    changed; the registry shares its storage. Raises InputError where the model's outputs would silently
+    differ from the policy's (see `frozen_forward`), or torch.func cannot differentiate it.
     """
     params = trainable_params(model)
     forward = frozen_forward(model, params, temperature, "shared" if share_prompts else "packed")

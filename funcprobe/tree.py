@@ -1,4 +1,4 @@
-"""Algebra on Params by name. Every operation raises on a missing name, an extra name or a shape."""
+"""Algebra on Params by name; ValueError for a missing name, an unexpected name or another shape."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ def tree_map(f: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
     """{name: f(first[name], rest[0][name], ...)}, names and shapes checked, keys sorted."""
     for other in rest:
         require_same(first, other)
-    # optree visits the keys of a dict in sorted order, but returns them in the first one's.
+    # optree visits dict keys in sorted order, but returns them in the order of the first tree.
     first = dict(sorted(first.items()))
     return cast(Params, optree.tree_map(f, cast(Any, first), *cast(Any, rest)))
 
@@ -81,7 +81,7 @@ def zeros(like: Params, dtype: torch.dtype | None = None) -> Params:
 
 
 def f64(t: Tensor) -> Tensor:
-    """A tensor's values in float64 on the CPU, where sums and statistics are made."""
+    """A tensor's values in float64 on the CPU, where sums and statistics are computed."""
     return t.detach().to(device="cpu", dtype=torch.float64)
 
 

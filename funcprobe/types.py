@@ -1,4 +1,4 @@
-"""The types that travel between the pure functions, and the legend of their shapes.
+"""Types passed between the pure functions, and the legend of their shape suffixes.
 
 Shape suffixes on tensor names:
 
@@ -27,20 +27,20 @@ Rule: TypeAlias = Literal["adamw", "precondition", "sgd"]
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: what was found, what was expected, what to change."""
+    """An input is rejected: the message states what was found, what was expected, what to change."""
 
 
 class Batch(NamedTuple):
-    """Sequences, each a prompt followed at once by its response, padded on the right.
+    """Sequences, each a prompt followed directly by its response, right-padded.
 
-    Padding on the right keeps every real token out of sight of every pad token under causal
-    attention, so that no attention mask and no position ids are needed.
+    Under causal attention no real token attends to right padding, so that neither an attention mask
+    nor position ids are needed.
     """
 
     tokens_NL: Int[Tensor, "N L"]
     prompt_length_N: Int[Tensor, " N"]
     response_length_N: Int[Tensor, " N"]  # T_i, the first EOS included
-    prompt_N: Int[Tensor, " N"]  # which prompt; equal numbers are one sampling unit
+    prompt_N: Int[Tensor, " N"]  # index of the prompt; equal indices form one sampling unit
 
 
 class UpdateBatch(NamedTuple):
@@ -53,7 +53,7 @@ class UpdateBatch(NamedTuple):
 class TokenStats(NamedTuple):
     """Log-probability and full next-token entropy of every response token, nats.
 
-    The same type carries their tangents (derivatives along a direction).
+    The same type holds their tangents (derivatives along a direction).
     """
 
     logp_NR: Float[Tensor, "N R"]
@@ -61,25 +61,25 @@ class TokenStats(NamedTuple):
 
 
 class Entropy(NamedTuple):
-    """Which estimator of the policy's entropy (README.md, "The mathematics")."""
+    """Choice of the estimator of the policy's entropy (docs/mathematics.md)."""
 
     per: Per = "token"
     integrand: Integrand = "rao_blackwell"
     weights: Weights = "per_decision"
-    clip: float | None = None  # upper bound of importance weights; it biases, so off by default
-    baseline: Baseline = "auto"  # of the score term: ridge where it has a place, else none
+    clip: float | None = None  # upper bound of the importance weights; biased, so off by default
+    baseline: Baseline = "auto"  # of the score term; "auto": ridge where applicable, else none
 
 
 class Step(NamedTuple):
-    """Which direction v the next parameters theta + eta v lie in (README.md, "The mathematics")."""
+    """How the direction v of the next parameters theta + eta v is computed (docs/mathematics.md)."""
 
     rule: Rule = "adamw"
-    max_grad_norm: float | None = None  # clipping of "adamw"; None: off
-    max_scale: float | None = 1000.0  # cap of the scale of "precondition"; None: off
+    max_grad_norm: float | None = None  # gradient clipping of rule "adamw"; None: off
+    max_scale: float | None = 1000.0  # cap of the entries of P, rule "precondition"; None: off
 
 
 class AdamGroup(NamedTuple):
-    """Hyper-parameters of one optimizer group and the registry names it holds."""
+    """Hyper-parameters of one optimizer group and the registry names in it."""
 
     names: tuple[str, ...]
     lr: float
@@ -90,9 +90,9 @@ class AdamGroup(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """Adam's state by name, in the signs of the *loss* (exp_avg averages the gradient of -J).
+    """Adam's state by name, with the sign of the *loss*: exp_avg averages the gradient of -J.
 
-    `step` counts the steps taken so far. A name may be missing where the state is incomplete.
+    `step` counts the steps taken so far. Names may be missing if the state is incomplete.
     """
 
     exp_avg: Params

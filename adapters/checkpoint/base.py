@@ -1,4 +1,4 @@
-"""Folder or hub id -> base model and tokenizer, whole and plain, or an InputError."""
+"""Folder or hub id -> base model and tokenizer, complete, or an InputError."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from funcprobe.types import InputError
 from ..config.schema import PolicyConfig
 from .quantised import quantisation
 
-# What transformers 5.23, huggingface_hub and safetensors raise for files that are missing, damaged,
-# or of another kind: hand-edited JSON comes back as TypeError or KeyError from deep inside them.
+# Raised by transformers 5.23, huggingface_hub and safetensors for files that are missing, damaged, or
+# of another kind; wrong values in JSON appear as TypeError or KeyError from inside them.
 UNLOADABLE = (
     OSError,
     ValueError,
@@ -33,29 +33,29 @@ UNLOADABLE = (
 
 
 def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple[Any, list[str]]:
-    """The base model, and a line if its files hold weights that the model does not use.
+    """The base model, and a line if its files contain weights that the model does not use.
 
-    With mode "qlora" it is on `device`, its linear layers bitsandbytes'; float64 is float32 there, for
-    the caller to widen. Raises InputError, one line, for what cannot be loaded, a base quantised
-    otherwise than `mode` says, and weights that are missing or of another shape than the
-    configuration says.
+    With mode "qlora" it is on `device`, with bitsandbytes' linear layers, and in float32 instead of
+    float64, for the caller to widen. Raises InputError, one line, if it cannot be loaded, if its
+    quantisation does not match `mode`, and for weights that are missing or whose shapes differ from the
+    configuration.
     """
     remote: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    cure = "set policy.base to a model folder or hub id"
+    remedy = "set policy.base to a model folder or hub id"
     if is_local(base_id) and not Path(base_id).is_dir():
-        raise InputError(f"base model {base_id}: no such folder; {cure}")
+        raise InputError(f"base model {base_id}: no such folder; {remedy}")
     try:
         base_config = AutoConfig.from_pretrained(base_id, **remote)
     except UNLOADABLE as error:
         raise InputError(
-            f"the base model's configuration cannot be loaded from {base_id} ({short(error)}): {cure}"
+            f"the base model's configuration cannot be loaded from {base_id} ({short(error)}): {remedy}"
         ) from error
     dtype = getattr(torch, config.dtype)
     saved = getattr(base_config, "quantization_config", None)
     quantise = quantisation(saved, base_id, config.mode, dtype)
     if config.mode == "qlora":
         dtype = torch.float32 if dtype is torch.float64 else dtype  # bitsandbytes has no float64
-        # What is quantised on another device may be rounded to another of the sixteen levels.
+        # Quantisation on another device may round to another of the sixteen levels.
         remote |= {"quantization_config": quantise, "device_map": {"": str(device)}}
     loaded: Any
     try:
@@ -66,25 +66,25 @@ def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple
                 dtype=dtype,
                 attn_implementation=None if config.attention == "auto" else config.attention,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
+                ignore_mismatched_sizes=True,  # rejected below, with their names
                 **remote,
             )
     except UNLOADABLE as error:
         raise InputError(
-            f"the base model cannot be loaded from {base_id} ({short(error)}): {cure}"
+            f"the base model cannot be loaded from {base_id} ({short(error)}): {remedy}"
         ) from error
     base, info = loaded
-    # transformers draws what it does not find at random, and goes on.
+    # transformers initialises missing tensors at random, and continues.
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"base {base_id}: its files lack {len(missing)} of the model's tensors, as {missing[0]}; "
-            f"{cure} whose weights are whole"
+            f"{remedy} with complete weights"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise InputError(
-            f"base {base_id}: {name} has shape {tuple(found)}, its config.json says "
-            f"{tuple(expected)}; {cure} whose configuration and weights belong together"
+            f"base {base_id}: {name} has shape {tuple(found)}, expected from its config.json: "
+            f"{tuple(expected)}; {remedy} whose configuration and weights match"
         )
     unused = sorted(info["unexpected_keys"])
     if not unused:
@@ -93,13 +93,13 @@ def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple
 
 
 def load_tokenizer(places: Sequence[str], *, trust_remote_code: bool) -> Any:
-    """The tokenizer of the first folder that has one, else of the last place, a hub id perhaps.
+    """The tokenizer of the first folder that has one, else of the last entry, which may be a hub id.
 
-    InputError for a damaged one.
+    InputError if it is damaged.
     """
     found = (place for place in places if (Path(place) / "tokenizer_config.json").is_file())
     source = next(found, places[-1])
-    cure = "put the base's tokenizer files there"
+    remedy = "put the base's tokenizer files there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -107,16 +107,16 @@ def load_tokenizer(places: Sequence[str], *, trust_remote_code: bool) -> Any:
         if type(error) is not Exception and not isinstance(error, UNLOADABLE):
             raise
         raise InputError(
-            f"the tokenizer cannot be loaded from {source} ({short(error)}): {cure}"
+            f"the tokenizer cannot be loaded from {source} ({short(error)}): {remedy}"
         ) from error
-    # Without files transformers 5.23 makes one of special tokens alone, and says nothing.
+    # Without files transformers 5.23 silently creates one with special tokens alone.
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-        raise InputError(f"the tokenizer in {source} has special tokens only: {cure}")
+        raise InputError(f"the tokenizer in {source} has special tokens only: {remedy}")
     return tokenizer
 
 
 def is_local(name: str) -> bool:
-    """A folder, or what can be nothing else: hub ids have one slash at most, trainers write -N."""
+    """A folder, or a name that is no hub id: those have at most one slash and no checkpoint-N."""
     named_so = name.startswith((".", "/", "~")) or re.search(r"checkpoint-\d+/?$", name) is not None
     return Path(name).expanduser().exists() or named_so or name.count("/") > 1
 
@@ -128,7 +128,7 @@ def short(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' loading report says in a table what is reported here in a line."""
+    """Without transformers' loading report, a table of what is reported here in a line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -27,7 +27,7 @@ from .vocabulary import check_vocabulary
 
 
 class Policy(NamedTuple):
-    """A loaded policy and what the report says about it."""
+    """A loaded policy, with its description for the log."""
 
     model: PeftModel
     tokenizer: Any
@@ -43,10 +43,10 @@ class Policy(NamedTuple):
 def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     """Load base, adapter and tokenizer: the adapter active, the base frozen, no dropout, no caches.
 
-    Every adapter tensor must find a parameter of its name and shape, and every LoRA parameter a
-    tensor. With mode "qlora" the base's linear layers are `quantised.FrozenLinear4bit`. Raises
-    InputError, one line, for what cannot be loaded, an adapter of another base or of another kind, a
-    base quantised otherwise than `mode` says, no LoRA parameters, or more than `max_trainable`.
+    Every adapter tensor must have a parameter of its name and shape, and every LoRA parameter a tensor.
+    With mode "qlora" the base's linear layers are `quantised.FrozenLinear4bit`. Raises InputError, one
+    line, if anything cannot be loaded, for an adapter of another base or of another type, a base whose
+    quantisation does not match `mode`, no LoRA parameters, or more than `max_trainable`.
     """
     source, subfolder = find_adapter(
         config.checkpoint, None if config.adapter == "default" else config.adapter
@@ -56,16 +56,16 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     named = adapter_config.base_model_name_or_path
     base_id = config.base or named
     if not base_id:
-        raise InputError(f"{config.checkpoint} does not name its base model: set policy.base")
+        raise InputError(f"{config.checkpoint} does not record its base model: set policy.base")
     base_id = str(Path(str(base_id)).expanduser())
     base, ignored = load_base(base_id, config, device)
-    base_size = base.num_parameters()  # counts a packed 4-bit weight as what it holds
+    base_size = base.num_parameters()  # counts the entries of a packed 4-bit weight
     places = _tokenizer_places(config.checkpoint, source, base_id)
     tokenizer = load_tokenizer(places, trust_remote_code=config.trust_remote_code)
     check_vocabulary(tokenizer, base.get_input_embeddings().weight.shape[0])
     eos_ids = eos_ids_of(tokenizer, base)
-    # generate() fills every unset option from here; a base's own top_p or repetition penalty would
-    # sample from another distribution than the one whose ratios are taken.
+    # generate() takes every unset option from here; a base's own top_p or repetition penalty would
+    # sample from a distribution other than that of the importance ratios.
     base.generation_config = GenerationConfig()
     model = _attach_adapter(base, adapter_config, config.adapter, base_id, source, subfolder)
     check_registry(trainable_params(model), config.max_trainable)
@@ -85,7 +85,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
         f"{sum(t.numel() for t in params.values()):,} trainable parameters",
         *ignored,
         *(
-            [f"note: the adapter names another base, {named}"]
+            [f"note: the adapter was saved with another base, {named}"]
             if named and base_id != str(named)
             else []
         ),
@@ -106,7 +106,7 @@ def check_registry(params: Params, max_trainable: int) -> None:
         raise InputError(
             f"{total:,} parameters in {len(params)} tensors are trainable (largest: {largest}, "
             f"{params[largest].numel():,}), more than policy.max_trainable = {max_trainable:,}: "
-            "raise it if this is meant"
+            "raise it if this is intended"
         )
 
 
@@ -119,22 +119,22 @@ def _attach_adapter(
         weights = load_peft_weights(source, device="cpu", subfolder=subfolder)
     except (*UNLOADABLE, pickle.UnpicklingError, RuntimeError, EOFError) as error:  # .bin is a pickle
         raise InputError(
-            f"the adapter's weights cannot be loaded from {source} ({short(error)})"
+            f"the adapter's weights cannot be loaded from {source} ({short(error)}): copy it again"
         ) from error
-    # Of several GPUs fork_rng() would warn, and start every one of them.
+    # Given no devices, fork_rng() initialises every GPU, and warns where there are several.
     gpus = {p.device for p in base.parameters() if p.device.type != "cpu"}
     with warnings.catch_warnings():
-        # peft 0.21 advises on what is to be merged or saved, which this adapter is not, and asks
-        # transformers 5.23 for an attribute that warns of its age.
+        # peft 0.21 advises on merging and saving, which are not done here, and uses a deprecated
+        # attribute of transformers 5.23.
         warnings.filterwarnings("ignore", category=UserWarning, module="peft")
         warnings.simplefilter("ignore", FutureWarning)
         try:
             with torch.random.fork_rng(devices=gpus):  # initial LoRA weights are drawn, replaced below
-                adapter_config.base_model_name_or_path = base_id  # peft warns where it has to change it
+                adapter_config.base_model_name_or_path = base_id  # peft warns if it has to change it
                 model = get_peft_model(base, adapter_config, adapter_name=name)
-        except (ValueError, TypeError, AttributeError) as error:  # the last two: a damaged file
+        except (ValueError, TypeError, AttributeError) as error:  # the last two: damaged file
             raise InputError(
-                f"the adapter in {source} does not fit base {base_id} ({short(error)}): "
+                f"the adapter in {source} does not match base {base_id} ({short(error)}): "
                 "set policy.base to the model it was trained on"
             ) from error
         expected = get_peft_model_state_dict(model, adapter_name=name)
@@ -144,7 +144,7 @@ def _attach_adapter(
 
 
 def _tokenizer_places(checkpoint: str, source: str, base_id: str) -> tuple[str, ...]:
-    """Where its files may lie, nearest first: verl keeps them in huggingface/, beside the adapter."""
+    """Possible locations of its files, nearest first; verl's is huggingface/, beside the adapter."""
     if not is_local(checkpoint):
         return (base_id,)
     folder, adapter = Path(checkpoint).expanduser(), Path(source)
@@ -154,24 +154,26 @@ def _tokenizer_places(checkpoint: str, source: str, base_id: str) -> tuple[str, 
 def _require_same_tensors(
     expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], source: str, base_id: str
 ) -> None:
-    cure = f"base {base_id} is not the model this adapter was trained on: set policy.base"
+    remedy = f"base {base_id} is not the model this adapter was trained on: set policy.base"
     if differ := sorted(expected.keys() ^ found.keys()):
-        side = "the base has no place for it" if differ[0] in found else "the file lacks it"
+        side = "the base has no such parameter" if differ[0] in found else "the file lacks it"
         raise InputError(
-            f"adapter {source}: {len(differ)} tensors do not match, as {differ[0]} ({side}); {cure}"
+            f"adapter {source}: {len(differ)} tensors do not match, as {differ[0]} ({side}); {remedy}"
         )
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:
             raise InputError(
                 f"adapter {source}: {name} has shape {tuple(found[name].shape)}, the base expects "
-                f"{tuple(tensor.shape)}; {cure}"
+                f"{tuple(tensor.shape)}; {remedy}"
             )
         if not bool(found[name].isfinite().all()):
-            raise InputError(f"adapter {source}: {name} holds a non-finite number: it is damaged")
+            raise InputError(
+                f"adapter {source}: {name} contains a non-finite number: the file is damaged"
+            )
 
 
 def _require_finite(model: PeftModel, base_id: str, dtype: str) -> None:
-    """One forward: damaged weights and overflow show before anything is sampled."""
+    """One forward, so that damaged weights and overflow are found before sampling."""
     embeddings = model.get_input_embeddings().weight
     few = torch.arange(min(5, len(embeddings)), device=embeddings.device)[None]
     with torch.no_grad():
@@ -184,13 +186,16 @@ def _require_finite(model: PeftModel, base_id: str, dtype: str) -> None:
 
 
 def eos_ids_of(tokenizer: Any, base: Any) -> tuple[int, ...]:
-    """Tokens that end a response, ascending: the model's generation config's, and the tokenizer's.
+    """Tokens that end a response, ascending: of the model's generation config and of the tokenizer.
 
-    InputError where neither has one.
+    InputError if neither has one.
     """
     configured = getattr(base.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     found = sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
     if not found:
-        raise InputError("neither tokenizer nor model has an end-of-sequence token: responses need one")
+        raise InputError(
+            "neither tokenizer nor model has an end-of-sequence token, which ends responses: set the "
+            "tokenizer's eos_token"
+        )
     return tuple(found)

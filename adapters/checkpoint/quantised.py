@@ -14,11 +14,11 @@ NEEDED = ("bitsandbytes", "accelerate")
 
 
 class FrozenLinear4bit(nn.Module):
-    """x -> x W' + bias, where W is the dequantised weight of a bitsandbytes layer, and a constant.
+    """x -> x W^T + bias, where W is the dequantised weight of a bitsandbytes layer, a constant.
 
-    W is made for each product, forward or backward, and kept by none, so that a gradient holds no
-    more of the base than one layer's weight. Packed weight and scales are plain attributes: neither
-    `double()` nor `to()` may touch them, so the model must be on its device already.
+    W is dequantised for each product, forward or backward, and not stored, so that a gradient needs
+    memory for one layer's weight only. Packed weight and scales are plain attributes, which `double()`
+    and `to()` do not change: the model must be on its device already.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -30,10 +30,10 @@ class FrozenLinear4bit(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W, [out_features, in_features], in the dtype that was quantised."""
+        """W, [out_features, in_features], in the dtype before quantisation."""
         from bitsandbytes.functional import dequantize_4bit
 
-        # funcprobe's float64 mode would ask for float64, which bitsandbytes has not.
+        # StayFloat64 would request float64, which bitsandbytes does not support.
         with torch._C.DisableTorchFunction():
             weight: Tensor = dequantize_4bit(self.packed, self.quant_state)
         return weight
@@ -43,7 +43,7 @@ class FrozenLinear4bit(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W' + bias, or x W; its derivatives are products with W again, in every mode and order."""
+    """x W^T + bias, or x W; its derivatives of every mode and order are again products with W."""
 
     generate_vmap_rule = True
 
@@ -63,7 +63,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, bias: Tensor | None, *_: None) -> Tensor:
-        # The same affine map, of the tangents: a plain sum in here has no derivative of its own.
+        # The same affine map, of the tangents: a plain sum in jvp would have no derivative.
         return _product(x, bias, ctx.layer, transposed=ctx.transposed)
 
 
@@ -73,24 +73,23 @@ def _product(x: Tensor, bias: Tensor | None, layer: FrozenLinear4bit, *, transpo
 
 
 def quantisation(saved: Any, base_id: str, mode: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What from_pretrained shall quantise with: None where nothing, or where the files are quantised.
+    """The quantisation by from_pretrained; None for no quantisation, or if the files are quantised.
 
-    `saved` is the base's own quantization_config. Raises InputError, one line, for a base that
-    `mode` does not take, and for bitsandbytes or accelerate not installed.
+    `saved` is the base's own quantization_config. Raises InputError, one line, for a base that does not
+    match `mode`, and if bitsandbytes or accelerate is not installed.
     """
     kind = _kind(saved)
     if mode == "lora":
         if kind is not None:
             way = 'set policy.mode = "qlora", or ' if kind == "bitsandbytes nf4" else "set "
             raise InputError(
-                f"base {base_id} is quantised ({kind}): {way}policy.base to the plain model it was "
-                "made from"
+                f"base {base_id} is quantised ({kind}): {way}policy.base to the unquantised model"
             )
         return None
     if kind not in {None, "bitsandbytes nf4"}:
         raise InputError(
-            f'base {base_id} is quantised ({kind}), policy.mode = "qlora" takes nf4 of bitsandbytes or '
-            "a plain model: set policy.base to the plain model it was made from"
+            f'base {base_id} is quantised ({kind}), policy.mode = "qlora" needs nf4 of bitsandbytes or '
+            "an unquantised model: set policy.base to the unquantised model"
         )
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(
@@ -107,11 +106,11 @@ def quantisation(saved: Any, base_id: str, mode: str, dtype: torch.dtype) -> Bit
 
 
 def freeze_quantised(model: nn.Module) -> None:
-    """Put a FrozenLinear4bit in the place of each Linear4bit of a model that is on its device.
+    """Replace each Linear4bit of a model, which must be on its device, by a FrozenLinear4bit.
 
     The logits are those of the same weights dequantised into a plain model. They are *not* those of
     bitsandbytes 0.50 in eval mode on a CPU with AVX512-BF16, which rounds inputs to bfloat16 there
-    and repacks the weight in place. Raises InputError where that has happened already.
+    and repacks the weight in place. Raises InputError if that has already happened.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -129,7 +128,7 @@ def freeze_quantised(model: nn.Module) -> None:
 
 
 def _kind(saved: Any) -> str | None:
-    """The quantisation of a base, named as its configuration names it."""
+    """The quantisation of a base, by the name in its configuration; None if unquantised."""
     if saved is None:
         return None
     given = saved if isinstance(saved, dict) else saved.to_dict()

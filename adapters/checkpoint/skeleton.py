@@ -15,7 +15,7 @@ from funcprobe.types import InputError, Params
 from .adapter import read_adapter_config
 from .base import UNLOADABLE, short
 
-# What transformers and peft raise besides, for configurations of numbers, patterns or packages they
+# Also raised by transformers and peft, for configurations with numbers, patterns or packages that they
 # cannot use.
 _UNBUILDABLE = (RuntimeError, AssertionError, ImportError, IndexError, re.error)
 
@@ -31,17 +31,17 @@ class Skeleton(NamedTuple):
 def skeleton(checkpoint: Path, base: str | None, adapter: str) -> Skeleton:
     """The adapter of a checkpoint's folder on its base's configuration.
 
-    Raises InputError, one line, without an adapter's configuration, or the base's.
+    Raises InputError, one line, if the configuration of the adapter or of the base is missing.
     """
     config = read_adapter_config(str(checkpoint), None if adapter == "default" else adapter)
     config.init_lora_weights = False  # a decomposition of the base would need its weights
     base_id = base or config.base_model_name_or_path
     if not base_id:
-        raise InputError(f"{checkpoint} does not name its base model: give it with --base")
+        raise InputError(f"{checkpoint} does not record its base model: give it with --base")
     try:
         base_config = AutoConfig.from_pretrained(str(Path(base_id).expanduser()))
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of initial values, which a skeleton has not
+            warnings.simplefilter("ignore")  # about initial values, which a skeleton does not have
             empty = AutoModelForCausalLM.from_config(base_config)
             model = get_peft_model(empty, config, adapter_name=adapter)
     except (*UNLOADABLE, *_UNBUILDABLE) as error:

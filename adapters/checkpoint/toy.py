@@ -1,8 +1,8 @@
-"""A small policy taught on the spot, so that a first run needs no network.
+"""A small policy trained at first use, so that a first run needs no network.
 
-A Qwen2 of a third of a million parameters learns to add by supervised steps, then a LoRA adapter is
-trained by policy gradient and written as the Hugging Face Trainer writes a checkpoint in the
-middle of a run. The code that reads any other checkpoint reads this one.
+A Qwen2 of a third of a million parameters learns addition by supervised steps, then a LoRA adapter is
+trained by policy gradient and saved as by the Hugging Face Trainer in the middle of a run. It is read
+by the same code as any other checkpoint.
 """
 
 import json
@@ -27,16 +27,16 @@ Rows: TypeAlias = list[dict[str, str]]  # {"prompt": "12+7=", "answer": "19"}
 Report: TypeAlias = Callable[[str], None]
 
 MAX_NEW_TOKENS = 16
-"""Room for the longest response taught, "120+18=138" of 69+69 and the EOS, and for a few slips."""
+"""Enough for the longest response taught ("120+18=138" to 69+69, and the EOS) and for a few errors."""
 
 MAX_GRAD_NORM = 1.0
 
 VERSION = "4"
-"""Part of the default folder's name: raise it with every change to what is written."""
+"""Part of the default folder's name: raise it with every change of the files written."""
 
 
 class Toy(NamedTuple):
-    """Where the parts lie: the base model, the checkpoint, and prompts with their answers."""
+    """Paths of the base model, the checkpoint, and the prompts with their answers."""
 
     base: Path
     checkpoint: Path
@@ -44,14 +44,14 @@ class Toy(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What is trained and for how long; one recipe gives the same bits again on one machine."""
+    """Settings of the training; a recipe gives bit-identical results on the same machine."""
 
     seed: int = 2
     hidden: int = 96
     layers: int = 3
-    largest: int = 29  # summand; the least is 2, so that 512 distinct prompts need 24
+    largest: int = 29  # summand; the smallest is 2, so that 512 distinct prompts need 24
     supervised_steps: int = 1500  # at most
-    accuracy: float = 0.36  # at which supervised steps end; the adapter adds to it
+    accuracy: float = 0.36  # at which supervised steps end; the adapter improves on it
     policy_steps: int = 20
 
 
@@ -60,10 +60,10 @@ def ensure_toy(
     report: Report = lambda _: None,
     recipe: Recipe = Recipe(),  # noqa: B008 (immutable)
 ) -> Toy:
-    """The toy in `folder` (by default in the user's cache), made first if it is not there.
+    """The toy in `folder` (by default in the user's cache), created if it is missing.
 
-    Making it takes about 15 s of one core and leaves the global random state alone; the
-    folder appears whole or not at all. Raises InputError if `folder` holds something else.
+    Creating it takes about 15 s on one core and does not change the global random state; the folder
+    appears only when complete. Raises InputError if `folder` contains anything else.
     """
     folder = (folder or user_cache_path("funcprobe") / f"toy-{VERSION}").absolute()
     toy = _layout(folder, recipe)
@@ -72,11 +72,11 @@ def ensure_toy(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
             f"{folder} exists and is not a toy model with {toy.base.name}/, {toy.checkpoint.name}/ "
-            f"and {toy.prompts.name}: remove it, or name another folder"
+            f"and {toy.prompts.name}: remove it, or choose another folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # One thread: the same bits on any number of cores; and with two on two busy cores a policy
-    # step took 11 s in place of 0.2, for matrices as small as these.
+    # One thread: bit-identical on any number of cores; with two threads on two busy cores a policy
+    # step took 11 s instead of 0.2, for matrices as small as these.
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         draft = Path(temporary) / "toy"
@@ -86,7 +86,7 @@ def ensure_toy(
                 _make(_layout(draft, recipe), toy.base, recipe, report)
             draft.replace(folder)
         except OSError:
-            # Another process may have put its own there meanwhile: either is as good.
+            # Another process may have created its own meanwhile: both are equivalent.
             if not _is_whole(toy):
                 raise
         finally:
@@ -112,8 +112,8 @@ def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
     base.save_pretrained(toy.base)
     model, optimizer, scheduler, state = _train_adapter(base, tokenizer, prompts, recipe, report)
     lora = model.peft_config["default"]
-    lora.base_model_name_or_path = str(final_base)  # not where it lies while it is being made
-    lora.target_modules = sorted(lora.target_modules)  # a set: its order is the process's own
+    lora.base_model_name_or_path = str(final_base)  # not its temporary location
+    lora.target_modules = sorted(lora.target_modules)  # a set, whose order varies between processes
     # "auto" would look for that base, and then on the hub, to compare vocabularies.
     model.save_pretrained(toy.checkpoint, save_embedding_layers=False)
     for folder in (toy.base, toy.checkpoint):
@@ -135,16 +135,16 @@ def _make(toy: Toy, final_base: Path, recipe: Recipe, report: Report) -> None:
 
 
 def _draw_prompts(rng: random.Random, count: int, largest: int) -> Rows:
-    pairs: dict[tuple[int, int], None] = {}  # a set that keeps its order
+    pairs: dict[tuple[int, int], None] = {}  # an ordered set
     while len(pairs) < count:
         pairs[rng.randint(2, largest), rng.randint(2, largest)] = None
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
 def _write_response(prompt: str, answer: str, rng: random.Random) -> str:
-    """The sum at once, or after the sums of ones and tens in either order.
+    """The sum directly, or after the sums of ones and tens in either order.
 
-    The choice gives the policy entropy, and lengths, beyond its doubts about digits.
+    The choice adds entropy, and variation of lengths, to the uncertainty about digits.
     """
     a, b = map(int, re.findall(r"\d+", prompt))
     ones, tens = a % 10 + b % 10, 10 * (a // 10 + b // 10)
@@ -152,10 +152,10 @@ def _write_response(prompt: str, answer: str, rng: random.Random) -> str:
 
 
 def _tokenizer() -> Any:
-    """Qwen2's byte-level BPE without merges: a token a character, and any text has tokens.
+    """Qwen2's byte-level BPE without merges: one token per byte, so that any text has tokens.
 
-    AutoTokenizer (transformers 5.23) reads every tokenizer beside a Qwen2 model as this class, and
-    a WordLevel one changed silently on the way.
+    AutoTokenizer (transformers 5.23) reads every tokenizer beside a Qwen2 model as this class, which
+    silently changed a WordLevel one.
     """
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
@@ -167,7 +167,7 @@ def _tokenizer() -> Any:
 
 
 def _teach(tokenizer: Any, rng: random.Random, recipe: Recipe, report: Report) -> Any:
-    """A base model right about `recipe.accuracy` of the time, sampled at temperature 1."""
+    """A base model with an accuracy of about `recipe.accuracy`, sampled at temperature 1."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
@@ -179,7 +179,7 @@ def _teach(tokenizer: Any, rng: random.Random, recipe: Recipe, report: Report) -
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        initializer_range=recipe.hidden**-0.5,  # with 0.02 the steps are 1.5 times as many
+        initializer_range=recipe.hidden**-0.5,  # with 0.02, 1.5 times as many steps are needed
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -215,7 +215,7 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
 
 
 class _Samples(NamedTuple):
-    tokens_NL: Tensor  # prompt, response, padding; eight rows a prompt follow one another
+    tokens_NL: Tensor  # prompt, response, padding; eight consecutive rows per prompt
     response_NL: Tensor  # 1 at the response's tokens, the EOS included, else 0
     reward_N: Tensor  # 1 if the last number is the answer, else 0
 
@@ -234,7 +234,7 @@ def _sample(model: Any, tokenizer: Any, prompts: Rows) -> _Samples:
     eos_NR = (response_NR == tokenizer.eos_token_id).long()
     before_NR = eos_NR.cumsum(dim=1) - eos_NR
     response_NL = torch.cat([torch.zeros_like(inputs.input_ids), (before_NR == 0).long()], dim=1)
-    # With the padding moved to the right, causal attention needs no mask.
+    # With right padding, causal attention needs no mask.
     left_N1 = (1 - inputs.attention_mask).sum(dim=1, keepdim=True)
     index_NL = (torch.arange(tokens_NL.shape[1]) + left_N1) % tokens_NL.shape[1]
     return _Samples(tokens_NL.gather(1, index_NL), response_NL.gather(1, index_NL), reward_N)
@@ -243,14 +243,12 @@ def _sample(model: Any, tokenizer: Any, prompts: Rows) -> _Samples:
 def _train_adapter(
     base: Any, tokenizer: Any, prompts: Rows, recipe: Recipe, report: Report
 ) -> tuple[Any, torch.optim.Optimizer, Any, Any]:
-    """A new adapter's policy-gradient steps; the model, optimizer, scheduler and Trainer's state."""
+    """Policy-gradient steps of a new adapter; its model, optimizer, scheduler and Trainer state."""
     from peft import LoraConfig, get_peft_model
     from transformers import TrainerState, get_scheduler
 
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    with (
-        warnings.catch_warnings()
-    ):  # peft asks transformers 5.23 for an attribute that warns of its age
+    with warnings.catch_warnings():  # peft uses a deprecated attribute of transformers 5.23
         warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(base, lora).eval()
     # The Trainer's two groups; LoRA has neither biases nor norms, so that the second is empty.
@@ -277,7 +275,7 @@ def _train_adapter(
 def _policy_step(
     model: Any, tokenizer: Any, prompts: Rows, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
-    """One step down -sum A l / (number of tokens); what TRL would log of it, by TRL's names."""
+    """One step of descent of -sum A l / (number of tokens); its log entries, by TRL's names."""
     tokens_NL, response_NL, reward_N = _sample(model, tokenizer, prompts)
     reward_BG = reward_N.view(len(prompts), -1)
     mean_B1, std_B1 = reward_BG.mean(dim=1, keepdim=True), reward_BG.std(dim=1, keepdim=True)

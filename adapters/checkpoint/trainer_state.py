@@ -1,4 +1,4 @@
-"""trainer_state.json, as transformers' Trainer leaves it in a checkpoint: how many steps were taken."""
+"""trainer_state.json, saved by transformers' Trainer in a checkpoint: the number of steps taken."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ FILE = "trainer_state.json"
 
 
 def trained_steps(checkpoint: Path) -> int | None:
-    """Its global_step; None where the folder has no such file. InputError where it has none to read."""
+    """Its global_step; None if the folder has no such file. InputError if it cannot be read."""
     file = checkpoint / FILE
     if not file.is_file():
         return None
@@ -17,5 +17,5 @@ def trained_steps(checkpoint: Path) -> int | None:
         return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{file} has no global_step ({type(error).__name__}): mend or delete it"
+            f"{file} has no global_step ({type(error).__name__}): correct or delete it"
         ) from error

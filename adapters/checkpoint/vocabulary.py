@@ -1,4 +1,4 @@
-"""Whether a tokenizer fits the model beside it."""
+"""Whether a tokenizer matches its model."""
 
 from typing import TYPE_CHECKING
 
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
-    """Raise InputError if the tokenizer can produce an id the model has no row for.
+    """Raise InputError if the tokenizer can produce an id for which the model has no row.
 
-    A model with more rows than the tokenizer has tokens is normal: they are padded to a multiple.
+    More rows than tokens are normal: models pad them to a multiple.
     """
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= vocab_size:
         raise InputError(
-            f"the tokenizer's token {token!r} has id {largest} and the model has {vocab_size} "
-            "rows: give the tokenizer this model was trained with"
+            f"the tokenizer's token {token!r} has id {largest}, but the model has {vocab_size} "
+            "rows: use the tokenizer with which this model was trained"
         )

@@ -1,4 +1,4 @@
-"""The configuration as a file: TOML, `--set` overrides, and the commented file that `init` writes."""
+"""The configuration as a file: TOML, `--set` overrides, and the commented file written by `init`."""
 
 import difflib
 import tomllib
@@ -33,7 +33,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def commented_config() -> str:
-    """A TOML file with every key at its default and what it means; unset keys are commented out."""
+    """A TOML file with every key at its default, and its description; unset keys are commented out."""
     document = tomlkit.document()
     for name, section in Config.model_fields.items():
         model = section.annotation
@@ -60,12 +60,12 @@ def _set(tables: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) != 2 or not all(parts):
-        raise InputError(f'--set {override}: expected section.key=value, as "sampling.B_E=64"')
+        raise InputError(f'--set {override}: expected section.key=value, such as "sampling.B_E=64"')
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {}
-    # A bare word is a string, so that shells need no nested quotes; so is what spans lines.
+    # An unquoted word is a string, so that shells need no nested quotes; so is text of several lines.
     value = parsed["value"] if len(parsed) == 1 else text.strip()
     table = tables.setdefault(parts[0], {})
     if not isinstance(table, dict):
@@ -79,12 +79,12 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         message = f"unknown key {where}{_nearest(first['loc'])}"
     else:
-        said = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+        reason = first["msg"].removeprefix("Value error, ").replace("\n", " ")
         if first["type"] == "tuple_type":
-            said = "a list is expected, as [1e-5, 1e-4]"
+            reason = "a list is expected, such as [1e-5, 1e-4]"
         found = first["input"]
         shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
-        message = f"{where}: {said}{shown}" if where else said
+        message = f"{where}: {reason}{shown}" if where else reason
     return message + (f"; and {len(rest)} more" if rest else "")
 
 

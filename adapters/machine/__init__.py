@@ -1,1 +1,1 @@
-"""The computer and what a run takes of it: device, memory, allocator, precision, cost, versions."""
+"""The computer and its use by a run: device, memory, allocator, precision, cost, versions."""

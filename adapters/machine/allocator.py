@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what is freed: passes make the same large tensors again."""
+"""Settings of the C library's allocator: keep freed memory, as passes reuse the same large sizes."""
 
 import ctypes
 import sys
@@ -6,19 +6,19 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h> of glibc
 
 
-def hand_back_freed_memory() -> None:
-    """Give the system all pages that hold nothing, so that a peak from here on is of what is held."""
+def release_freed_memory() -> None:
+    """Return all unused pages to the system, so that a later peak counts memory in use only."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc reuse freed memory instead of handing it back page by page; False where it is another.
+    """Make glibc reuse freed memory instead of returning it page by page; False for other C libraries.
 
-    By default every tensor over 32 MiB is mapped anew and its pages are cleared one fault at a time,
-    which takes several times as long as the arithmetic of an elementwise operation
-    (benchmarks/RESULTS.md). Numbers are the same.
+    By default every tensor over 32 MiB is mapped again and its pages are cleared one page fault at a
+    time, which takes several times as long as the arithmetic of an elementwise operation
+    (benchmarks/RESULTS.md). Results are unchanged.
     """
     if not sys.platform.startswith("linux"):
         return False

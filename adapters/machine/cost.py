@@ -1,4 +1,4 @@
-"""What every stage of a run takes: seconds, passes over the batches, tokens, memory."""
+"""The cost of every stage of a run: seconds, passes over the batches, tokens, memory."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from funcprobe.types import Params
 
 @dataclass
 class Cost:
-    """What one stage took. It is added to while the stage runs."""
+    """Cost of one stage, accumulated while it runs."""
 
     stage: str
     seconds: float = 0.0
-    sequences: Counter[str] = field(default_factory=Counter)  # by batch, each as often as it was seen
+    sequences: Counter[str] = field(default_factory=Counter)  # by batch, counted once per pass
     tokens: int = 0
     padding: int = 0  # of these tokens
     drawn: int = 0  # tokens of generation
     drawn_padding: int = 0
-    computed: int = 0  # results that were made,
-    reused: int = 0  # and that an earlier run had made
+    computed: int = 0  # results computed in this run
+    reused: int = 0  # results read from an earlier run
     process_peak: int = 0  # bytes
-    peak_of_stage: bool = True  # else since the process began
+    peak_of_stage: bool = True  # else since the start of the process
     device_peak: int | None = None  # bytes
 
 
@@ -34,21 +34,21 @@ class Stage(NamedTuple):
     """A stage that is running."""
 
     cost: Cost
-    advance: Callable[[int], None]  # the progress bar, by this many sequences
+    advance: Callable[[int], None]  # advances the progress bar by this many sequences
 
     def drew(self, tokens: int, padding: int) -> None:
-        """Responses were sampled, and so many tokens went through the model for them."""
+        """Count the tokens that went through the model to sample responses."""
         self.cost.drawn += tokens
         self.cost.drawn_padding += padding
 
     def found(self, reused: bool) -> None:
-        """One result is there, new or of an earlier run."""
+        """Count one result, computed in this run or reused from an earlier one."""
         self.cost.reused += reused
         self.cost.computed += not reused
 
 
 def counted(forward: Forward, stage: Stage, batch: str) -> Forward:
-    """The same forward; every microbatch that it is given counts as so much of a pass over `batch`."""
+    """The same forward, which counts each microbatch as a fraction of a pass over `batch`."""
 
     def hidden(params: Params, rows: Rows) -> torch.Tensor:
         out = forward.hidden(params, rows)

@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""The device that a run uses."""
 
 import torch
 
@@ -6,7 +6,7 @@ from funcprobe.types import InputError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one. InputError if it is not there."""
+    """The device of that name; "auto": a GPU if there is one. InputError if it is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -17,7 +17,7 @@ def resolve_device(name: str) -> torch.device:
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f'run.device = "{name}", but torch sees {torch.cuda.device_count()} CUDA devices: '
+            f'run.device = "{name}", but torch finds {torch.cuda.device_count()} CUDA devices: '
             'use "auto" or "cpu", or install a CUDA build of torch'
         )
     if device.type not in {"cpu", "cuda"} or (device.type == "cpu" and device.index):

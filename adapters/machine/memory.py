@@ -1,4 +1,4 @@
-"""Memory of the process and of the device: peaks that begin anew, and what is free."""
+"""Memory of the process and of the device: peaks that can be reset, and free memory."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from .allocator import hand_back_freed_memory
+from .allocator import release_freed_memory
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-RESET_HIGH_WATER = "5"  # makes VmHWM the present VmRSS: proc_pid_clear_refs(5), Linux 4.0
+RESET_HIGH_WATER = "5"  # sets VmHWM to the current VmRSS: proc_pid_clear_refs(5), Linux 4.0
 # (limit, in use) of a container: cgroup v2, then v1.
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -21,21 +21,21 @@ CGROUPS = (
 
 
 def reset_peaks() -> bool:
-    """Peaks count from now on. False where the process's cannot: then it counts from its start."""
+    """Reset the peaks. False if that of the process cannot be reset and counts from its start."""
     if torch.cuda.is_initialized():
         for i in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(i)
-    hand_back_freed_memory()
+    release_freed_memory()
     try:
         with CLEAR_REFS.open("w", encoding="ascii") as stream:
             stream.write(RESET_HIGH_WATER)
-    except OSError:  # another system, or one that forbids it
+    except OSError:  # another operating system, or no permission
         return False
     return True
 
 
 def process_peak() -> int:
-    """Most bytes of memory that the process held since the last reset, if any, else since its start."""
+    """Peak memory of the process, in bytes, since the last reset, if any, else since its start."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     status = Path("/proc/self/status")
@@ -50,19 +50,19 @@ def process_peak() -> int:
 
 
 def process_now() -> int:
-    """Bytes of memory that the process holds."""
+    """Current memory of the process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def device_peak() -> int | None:
-    """Most bytes in tensors on the GPUs since the last reset; None where none is in use."""
+    """Peak memory of tensors on the GPUs, in bytes, since the last reset; None if no GPU is in use."""
     if not torch.cuda.is_initialized():
         return None
     return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
 def free(device: torch.device) -> int:
-    """Bytes that can be had on a device; of the CPU's, what a container's limit leaves."""
+    """Free memory of a device, in bytes; of the CPU's, within the container's limit."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
@@ -78,7 +78,7 @@ def free(device: torch.device) -> int:
 
 
 def _page_cache(cgroup: Path) -> int:
-    """Bytes of files read before, which count as used and are given up where memory is needed."""
+    """Bytes of cached files, which count as used but are released when memory is needed."""
     stat = cgroup / "memory.stat"
     lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
     of = {name: int(count) for name, count in (line.split() for line in lines)}

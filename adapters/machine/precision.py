@@ -1,4 +1,4 @@
-"""The named precisions: which numbers a policy is held in, and how they are multiplied."""
+"""The named precisions: dtype of the policy, and precision of its matrix products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,29 +13,30 @@ DTYPES = {"fast": "float32", "standard": "float32", "reference": "float64"}
 
 
 def dtype_of(table: dict[str, Any]) -> dict[str, Any]:
-    """The policy's table with the dtype that its precision stands for; ValueError for another one."""
+    """The [policy] table with the dtype that its precision implies; ValueError if it sets another."""
     expected = DTYPES.get(str(table.get("precision")))
     if expected is None:
         return table
     found = table.get("dtype", expected)
     if found != expected:
         raise ValueError(
-            f'precision = "{table["precision"]}" is dtype = "{expected}", found "{found}": set one'
+            f'precision = "{table["precision"]}" implies dtype = "{expected}", found "{found}": set '
+            "one of the two"
         )
     return table | {"dtype": expected}
 
 
 @contextmanager
 def products(precision: Precision | None) -> Iterator[None]:
-    """While it is open, this process multiplies float32 matrices as the precision says, then as before.
+    """Inside this context the process multiplies float32 matrices at `precision`; restored at its end.
 
-    "fast": operands rounded to bfloat16 (TF32 on a GPU), sums and results in float32, where the
-    processor has instructions for it. Numbers are held, added and differentiated in float32.
+    "fast": operands rounded to bfloat16 (TF32 on a GPU), sums and results in float32, if the processor
+    has instructions for it. Everything else is stored and computed in float32.
     """
     if precision != "fast":
         yield
         return
-    # Of each its own name for it; what was set comes back.
+    # Each backend has its own name for it; the previous settings are restored.
     backends = ((torch.backends.mkldnn.matmul, "bf16"), (torch.backends.cuda.matmul, "tf32"))  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend, _ in backends]
     try:
@@ -48,5 +49,5 @@ def products(precision: Precision | None) -> Iterator[None]:
 
 
 def rounded(forward: Forward, precision: Precision | None) -> Forward:
-    """The forward with the precision that its products have: checks and warnings follow it."""
+    """The forward with the precision of its products as `coarsest`, which checks and warnings use."""
     return forward._replace(coarsest=torch.bfloat16) if precision == "fast" else forward

@@ -1,4 +1,4 @@
-"""Optimizer states as trainers write them -> Adam's state by name. A file for each format."""
+"""Optimizer states as trainers write them -> Adam's state by name. One file per format."""
 
 from .attach import OptimizerReport, live_adam_state, read_adam_state
 from .formats import find_state, open_state

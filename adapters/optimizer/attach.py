@@ -1,4 +1,4 @@
-"""Adam's state from a training run's file, attached to the registry by name."""
+"""Adam's state from a training run's file, matched to the registry by name."""
 
 from collections import Counter
 from itertools import chain
@@ -19,21 +19,21 @@ from .torch_file import well_formed
 
 
 class OptimizerReport(NamedTuple):
-    """How the state was attached: for the reader of the results, not for computing."""
+    """How the state was matched to the registry; for the reader of the results, not used in them."""
 
     path: Path
     format: str  # "Hugging Face Trainer", "torch.optim", "DeepSpeed universal", ...
     route: str  # how names were found
-    positional: bool  # True: the order rests on a replay of the trainer's
-    twins: int  # parameters of the registry that only their position tells from another of their shape
+    positional: bool  # True: names follow from the order of positions, by replaying the trainer's
+    twins: int  # registry parameters that only position distinguishes from another of equal shape
     parameters: int  # in the registry
-    coverage: dict[str, int]  # of them, how many have exp_avg_sq, exp_avg, step in the file
+    coverage: dict[str, int]  # number of them with exp_avg_sq, exp_avg, step in the file
     sidecar: Sidecar | None
     notes: tuple[str, ...]
 
     @property
     def certainty(self) -> str:
-        """How sure the names are."""
+        """Certainty of the names: certain, verified by shapes, or not verifiable."""
         if not self.positional:
             return "certain"
         if not self.twins:
@@ -41,7 +41,7 @@ class OptimizerReport(NamedTuple):
         return f"not verifiable, {self.twins} of {self.parameters} share their shape with another"
 
     def document(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The report as a JSON-compatible dictionary."""
         return self._asdict() | {
             "path": str(self.path),
             "certainty": self.certainty,
@@ -63,17 +63,17 @@ def read_adam_state(
     allow_low_coverage: bool = False,
     accept_positional: bool = False,
 ) -> tuple[AdamState, OptimizerReport]:
-    """The AdamW state saved in `path`, a file or folder, attached to names; moments are as saved.
+    """The AdamW state saved in `path`, a file or folder, by parameter name; moments are as saved.
 
-    `model` is the module that was trained: its named_parameters() give positions their names, where
-    neither the state nor a sidecar does. `params` is the registry. Coverage is the share of the
-    registry that has exp_avg and exp_avg_sq. A name whose step neither the file nor
-    `checkpoint_step` gives is left out of `step`, with a note.
+    `model` is the module that was trained: its named_parameters() name the positions if neither the
+    state nor a sidecar does. `params` is the registry. Coverage is the share of the registry that has
+    exp_avg and exp_avg_sq. A parameter without a step, in the file or as `checkpoint_step`, is omitted
+    from `step`, with a note.
 
-    Raises InputError, one line, for what no importer can read; for another optimizer, amsgrad,
+    Raises InputError, one line, for a state that no importer can read; for another optimizer, amsgrad,
     maximize, or weight decay that is not decoupled; for other names, groups or shapes than the
-    registry's; for coverage under `min_coverage` unless `allow_low_coverage`; and where only
-    positions tell parameters of one shape apart, unless `accept_positional`.
+    registry's; for coverage below `min_coverage` unless `allow_low_coverage`; and for parameters of
+    equal shape that only position distinguishes, unless `accept_positional`.
     """
     least = 0.0 if allow_low_coverage else min_coverage
     try:
@@ -95,11 +95,11 @@ def read_adam_state(
 def live_adam_state(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, params: Params
 ) -> tuple[AdamState, OptimizerReport]:
-    """The state of an optimizer in use, a copy, named by the identity of its parameters.
+    """A copy of the state of an optimizer in use, named by the identity of its parameters.
 
-    Where all its learning rates are 0, as when a warm-up begins, the groups have initial_lr as lr: the
-    ratio that the direction needs. Raises InputError, one line, as `read_adam_state`, and for a
-    parameter that the model lacks.
+    If all its learning rates are 0, as at the start of a warm-up, the groups have initial_lr as lr, for
+    the ratio that the direction needs. Raises InputError, one line, as `read_adam_state` does, and for
+    a parameter that is not in the model.
     """
     content = optimizer.state_dict()
     copied = {
@@ -123,7 +123,7 @@ def attach(
     least: float,
     sidecar: Sidecar | None,
 ) -> tuple[AdamState, OptimizerReport]:
-    """The state of the named keys as the registry's. InputError, without a place, where it is not."""
+    """The state by registry name; InputError, without the path, if it does not match the registry."""
     notes = list(saved.notes)
     entries = _by_name(saved, names, params)
     exp_avg = _moments("exp_avg", entries, saved, names, params, notes)
@@ -152,7 +152,7 @@ def attach(
 
 
 def _at(path: Path, error: InputError) -> InputError:
-    """With the path before it, unless the importer has named a more exact one."""
+    """The error with the path in front, unless the importer has given a more specific one."""
     return error if str(error).startswith(str(path)) else located(path, error)
 
 
@@ -161,14 +161,14 @@ def _by_name(saved: Saved, names: Names, params: Params) -> dict[str, Entry]:
     entries = {name: saved.state.get(key, {}) for key, name in zip(saved.keys, flat, strict=True)}
     if len(entries) < len(flat):
         twice = [name for name, times in Counter(flat).items() if times > 1]
-        raise InputError(f"{some(twice)} stands twice among its names: the file is damaged")
+        raise InputError(f"{some(twice)} occurs twice among its names: the file is damaged")
     if missing := params.keys() - entries.keys():
         raise InputError(
             f"{len(missing)} of the adapter's {len(params)} trainable parameters are not among the "
             f"optimizer's {len(flat)}: {some(missing)}; {FOREIGN}"
         )
     if extra := [name for name, entry in entries.items() if entry and name not in params]:
-        raise InputError(f"state for what the adapter does not train: {some(extra)}; {FOREIGN}")
+        raise InputError(f"state for parameters that are not trainable: {some(extra)}; {FOREIGN}")
     return {name: entries[name] for name in sorted(params)}
 
 
@@ -186,7 +186,7 @@ def _moments(
         plain = isinstance(moment, torch.Tensor) and moment.layout is torch.strided
         if not plain or moment.dtype not in _DTYPES or moment.device.type != "cpu":
             raise InputError(
-                f"{key} of {name} is not a plain floating point tensor: the file is damaged, or of "
+                f"{key} of {name} is not a plain floating-point tensor: the file is damaged, or of "
                 "another optimizer"
             )
         if moment.shape != params[name].shape:
@@ -213,8 +213,8 @@ def _require_coverage(
     if len(covered) < least * len(params):
         table = ", ".join(f"{key} {count}" for key, count in coverage.items())
         raise InputError(
-            f"{table} of {len(params)} parameters, expected {least:g} of them (min_coverage); "
-            f"without: {some(params.keys() - covered)}; give a complete state, or set "
+            f"coverage: {table} of {len(params)} parameters, expected a share of {least:g} "
+            f"(min_coverage); missing: {some(params.keys() - covered)}; give a complete state, or set "
             'on_low_coverage = "identity"'
         )
 
@@ -224,9 +224,9 @@ def _with_given_step(
 ) -> dict[str, int]:
     missing = len(params) - len(step)
     if missing and given is None:
-        notes.append(f"no step for {missing} parameters, in the file or as checkpoint_step")
+        notes.append(f"no step for {missing} parameters, neither in the file nor as checkpoint_step")
     if not missing or given is None:
         return step
     filled = int(number(given, "checkpoint_step", least=1, whole=True))
-    notes.append(f"step of {missing} parameters is the config's checkpoint_step, {filled}")
+    notes.append(f"step of {missing} parameters: checkpoint_step of the config, {filled}")
     return {name: step.get(name, filled) for name in params}

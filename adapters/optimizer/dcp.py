@@ -1,7 +1,7 @@
-"""Folders of torch.distributed.checkpoint (DCP): FSDP's sharded states, and what `dcp.save` writes.
+"""Folders of torch.distributed.checkpoint (DCP): FSDP's sharded states, and the output of `dcp.save`.
 
-torch's own reader would run what the values that are no tensors ask for; they are read as torch_file
-reads, and `.metadata` as dcp_metadata does.
+torch's own reader would execute code in values that are not tensors; here these are read as in
+torch_file, and `.metadata` as in dcp_metadata.
 """
 
 import io
@@ -22,14 +22,14 @@ FORMAT = "torch.distributed.checkpoint"
 
 
 def recognises(path: Path) -> bool:
-    """Whether the folder is one, whatever it holds; also one without its .metadata."""
+    """Whether the folder is a DCP checkpoint of any content, also one without its .metadata."""
     return (path / METADATA).is_file() or any(path.glob("*.distcp"))
 
 
 def inside(checkpoint: Path) -> list[Path]:
-    """Folders in a checkpoint that hold an optimizer's state, as accelerate's `optimizer_0`.
+    """Folders in a checkpoint that contain an optimizer's state, such as accelerate's `optimizer_0`.
 
-    Raises InputError, with the folder, where one cannot be looked into.
+    Raises InputError, with the folder, if one cannot be read.
     """
     files = (f for pattern in (f"*/{METADATA}", "*/*.distcp") for f in checkpoint.glob(pattern))
     found = []
@@ -43,21 +43,25 @@ def inside(checkpoint: Path) -> list[Path]:
 
 
 def read(path: Path) -> Saved:
-    """The one optimizer's state in the folder, nested or flattened; shards are put together.
+    """The state of the single optimizer in the folder, nested or flattened; shards are assembled.
 
-    `{"state": .., "param_groups": ..}` may be all that was saved or lie under keys beside the model;
-    of the rest nothing is read. Raises InputError where there is none, or several; where a file is
-    missing, damaged or cut short, or chunks do not make a tensor, with the parameter; and where
-    anything asks for more than tensors and numbers.
+    `{"state": .., "param_groups": ..}` may be all that was saved, or lie under keys beside the model;
+    nothing else is read. Raises InputError if there is none, or several; if a file is missing, damaged
+    or truncated, or chunks do not form a tensor, with the parameter; and if anything but tensors and
+    numbers is requested.
     """
     index = read_index(path)
     roots = _roots(index)
     if not roots:
         keys = {str(place[0]) for place in index}
-        raise InputError(f"holds no optimizer's param_groups, only {some(keys) or 'nothing'}: {_GIVE}")
+        raise InputError(
+            f"contains no optimizer's param_groups, only {some(keys) or 'nothing'}: {_GIVE}"
+        )
     if len(roots) > 1:
         several = some(".".join(map(str, root)) or "the top level" for root in roots)
-        raise InputError(f"holds several optimizers ({several}): save the policy's in its own folder")
+        raise InputError(
+            f"contains several optimizers ({several}): save the policy's in a separate folder"
+        )
     (root,) = roots
     content: dict[str, Any] = {}
     for place, item in index.items():
@@ -66,7 +70,7 @@ def read(path: Path) -> Saved:
     return eight_bit.dequantised(well_formed(path, _state_dict(content), FORMAT))
 
 
-_GIVE = "give the folder that the optimizer was saved in (accelerate names it optimizer_0)"
+_GIVE = "give the folder in which the optimizer was saved (accelerate names it optimizer_0)"
 
 
 # Values
@@ -77,7 +81,7 @@ def _value(folder: Path, item: Item) -> Any:
         return _load(folder, item.key, item.chunks[0].slice)
     parts = [(chunk, _tensor(folder, item.key, chunk)) for chunk in item.chunks]
     if len({part.dtype for _, part in parts}) != 1 or not _partition(item.size, item.chunks):
-        raise InputError(f"the chunks of {item.key} do not make its size {item.size}: {COPY}")
+        raise InputError(f"the chunks of {item.key} do not form its size {item.size}: {COPY}")
     whole = torch.empty(item.size, dtype=parts[0][1].dtype)
     for chunk, part in parts:
         whole[_window(chunk)] = part
@@ -85,7 +89,7 @@ def _value(folder: Path, item: Item) -> Any:
 
 
 def _partition(size: tuple[int, ...], chunks: tuple[Chunk, ...]) -> bool:
-    """Whether the chunks cover every element once. A chunk was read before, so memory is bounded."""
+    """Whether the chunks cover every element once; as they were read before, memory is bounded."""
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
         return False
     covered = torch.zeros(size, dtype=torch.bool)
@@ -120,22 +124,22 @@ def _load(folder: Path, key: str, place: Slice) -> Any:
             data = file.read(place.length)
     except OSError as error:
         why = error.strerror or error
-        raise InputError(f"{place.file}, which holds {key}, cannot be read ({why}): {COPY}") from error
-    except (ValueError, OverflowError, MemoryError) as error:  # a NUL in a name, numbers past any file
-        raise InputError(f"{METADATA} is damaged: {place!r:.120} holds {key}: {COPY}") from error
+        raise InputError(f"{place.file}, with {key}, cannot be read ({why}): {COPY}") from error
+    except (ValueError, OverflowError, MemoryError) as error:  # a NUL in a name, too large an offset
+        raise InputError(f"{METADATA} is damaged: {key} is at {place!r:.120}: {COPY}") from error
     if len(data) < place.length:
-        raise InputError(f"{place.file} is cut short, {key} is missing: {COPY}")
+        raise InputError(f"{place.file} is truncated, {key} is missing: {COPY}")
     try:
         return load_plain(io.BytesIO(data))
     except InputError as error:
         raise InputError(f"{key} in {place.file}: {error}") from error
 
 
-# The optimizer among them
+# The optimizer's among these values
 
 
 def _root(place: Place) -> Place | None:
-    """Under which keys an optimizer's state_dict lies that this could be a value of."""
+    """The keys above the optimizer's state_dict that this value may belong to; None if to none."""
     for i, part in enumerate(place):
         if str(part).partition(".")[0] in ("state", "param_groups"):
             return place[:i]
@@ -155,12 +159,12 @@ def _put(content: dict[Any, Any], place: Place, value: Any) -> None:
     for part in place[:-1]:
         content = content.setdefault(part, {})
         if not isinstance(content, dict):
-            raise InputError(f"{some(place)} lies in a value: {METADATA} is damaged; {COPY}")
+            raise InputError(f"{some(place)} lies inside a value: {METADATA} is damaged; {COPY}")
     content[place[-1]] = value
 
 
 def _state_dict(content: dict[str, Any]) -> dict[str, Any]:
-    """As optimizer.state_dict(), from numbered items, positions as text, or flattened keys."""
+    """As optimizer.state_dict(), from numbered items, positions as strings, or flattened keys."""
     state, groups = content.get("state", {}), content.get("param_groups", [])
     flat = {key: value for key, value in content.items() if key not in ("state", "param_groups")}
     if flat:
@@ -179,9 +183,9 @@ def _state_dict(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unflattened(flat: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """From `state.NAME.exp_avg` and `param_groups.NAME.lr`, where every parameter has its own numbers.
+    """From `state.NAME.exp_avg` and `param_groups.NAME.lr`, where each parameter has its own settings.
 
-    Parameters of equal numbers become one group; groups are in the order of their first parameter.
+    Parameters of equal settings form one group; groups are in the order of their first parameter.
     """
     both: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
     for key, value in flat.items():

@@ -1,7 +1,7 @@
-"""`.metadata` of torch.distributed.checkpoint (DCP): which bytes are which chunk of which value.
+"""`.metadata` of torch.distributed.checkpoint (DCP): where the chunks of each value are stored.
 
-It is a pickle, and torch's own reader runs whatever it asks for. Here it becomes records that do
-nothing, and may name no other class.
+It is a pickle, and torch's own reader executes any code in it. Here its classes become inert records,
+and any other class is rejected.
 """
 
 import io
@@ -21,7 +21,7 @@ METADATA = ".metadata"
 COPY = "copy the whole folder again"
 
 Place: TypeAlias = tuple[str | int, ...]
-"""Where a value lies in the nested dicts and lists that were saved."""
+"""Path of a value in the nested dicts and lists that were saved."""
 
 
 class Slice(NamedTuple):
@@ -47,17 +47,19 @@ class Item(NamedTuple):
 
 
 def read_index(folder: Path) -> dict[Place, Item]:
-    """What the folder holds, by where it lay in what was saved; nothing of the values is read.
+    """The values in the folder, by their path in the saved structure; the values are not read.
 
-    Raises InputError where there is no .metadata, or it is damaged, or asks for anything but records.
+    Raises InputError if .metadata is missing or damaged, or requests anything but records.
     """
     path = folder / METADATA
     if any(folder.glob(f"__*{METADATA}")):
-        raise InputError("each process saved by itself, expected one .metadata: save with collectives")
+        raise InputError(
+            "has a .metadata file for each process, expected a single one: save with collectives"
+        )
     if not path.is_file():
         raise InputError(
-            "has no .metadata, which is written last and hidden: the save was cut off, or copying left "
-            f"it out; {COPY}"
+            "has no .metadata (a hidden file, written last): the save was interrupted, or the file was "
+            f"not copied; {COPY}"
         )
     try:
         metadata = _records(path.read_bytes())
@@ -74,9 +76,9 @@ def read_index(folder: Path) -> dict[Place, Item]:
         raise
     except OSError as error:
         raise InputError(f"{METADATA} cannot be read: {error.strerror or error}") from error
-    # What damaged bytes raise in pickle, and records without the attributes DCP's have.
+    # Raised by pickle for damaged bytes, and for records without the attributes of DCP's.
     except (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError) as error:
-        raise InputError(f"{METADATA} is damaged or cut short: {COPY}") from error
+        raise InputError(f"{METADATA} is damaged or truncated: {COPY}") from error
     except (AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise InputError(f"{METADATA} is damaged or of another version: {COPY}") from error
 
@@ -84,12 +86,12 @@ def read_index(folder: Path) -> dict[Place, Item]:
 def _slice(info: Any) -> Slice:
     if getattr(info, "transform_descriptors", None):
         raise InputError(
-            f"is compressed ({some(info.transform_descriptors)}), which is not read: save it without "
-            "extensions"
+            f"is compressed ({some(info.transform_descriptors)}), which is not supported: save it "
+            "without extensions"
         )
     file = str(info.relative_path)
     if PurePath(file).name != file or info.offset < 0 or info.length < 0:
-        raise InputError(f"{METADATA} points out of its folder, to {file:.80}: {COPY}")
+        raise InputError(f"{METADATA} points outside its folder, to {file:.80}: {COPY}")
     return Slice(file, int(info.offset), int(info.length))
 
 
@@ -103,7 +105,7 @@ def _item(key: str, saved: Any, slices: dict[tuple[str, tuple[int, ...]], Slice]
 
 
 def _records(data: bytes) -> Any:
-    """The pickle, of such operations only as cannot claim more memory than it has bytes."""
+    """The pickle's content; only operations that cannot claim more memory than its size are allowed."""
     for operation, argument, _ in pickletools.genops(data):
         claims = operation.name in ("BINPUT", "LONG_BINPUT") and (argument or 0) > len(data)
         if operation.name not in _OPERATIONS or claims:
@@ -112,7 +114,7 @@ def _records(data: bytes) -> Any:
 
 
 class _Record:
-    """A stand-in for a class of DCP's metadata: it keeps what it is given and does nothing."""
+    """In place of a class of DCP's metadata: stores its arguments and does nothing else."""
 
     def __init__(self, *values: object) -> None:
         self.values: object = values
@@ -122,7 +124,7 @@ class _Record:
 
 
 class _Records(pickle.Unpickler):
-    """Builds records, sizes and dtypes, and refuses every other global by its name."""
+    """Builds records, sizes and dtypes, and rejects every other global, with its name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in _RECORDS and name in _RECORDS[module]:
@@ -136,13 +138,13 @@ class _Records(pickle.Unpickler):
         }
         if (module, name) not in known:
             raise InputError(
-                f"{METADATA} asks for {module}.{name}, only DCP's own records are read: it is damaged, "
-                "or not to be trusted"
+                f"{METADATA} requests {module}.{name}, only DCP's own records are read: it is damaged, "
+                "or not trustworthy"
             )
         return known[module, name]
 
 
-# What pickle.dump writes of records, dicts, lists, tuples, text and numbers, in protocols 2 to 5.
+# Operations of pickle.dump for records, dicts, lists, tuples, text and numbers, protocols 2 to 5.
 # fmt: off
 _OPERATIONS = {
     "PROTO", "FRAME", "MARK", "STOP", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
@@ -164,7 +166,7 @@ _RECORDS = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    # The folder it was saved to; pathlib._local in Python 3.13.
+    # The folder in which it was saved; pathlib._local in Python 3.13.
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
     "pathlib._local": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
 }

@@ -1,12 +1,12 @@
 """bitsandbytes: Adam's moments as 8-bit codes in blocks -> exp_avg and exp_avg_sq in float32.
 
-Its optimizers call their moments state1 and state2, under one key of the entry since 0.49.2, beside
-`step` before. A tensor of min_8bit_size (4,096) elements or more is uint8 codes, with a value for each
-code (qmap) and a scale for each block (absmax); a smaller one, and every one of optim_bits = 32, is
-float32. Adam and AdamW are one kernel, whose weight decay is decoupled in both. Its step is
-torch.optim.AdamW's from the dequantised moments, to float32 rounding: it quantises them again only
-after the parameter has moved. On CUDA the decay comes after the step, not before: another
-lr * weight_decay of it, under 1e-6 at usual settings. (Read in 0.50.2 and its CUDA kernels.)
+Its optimizers name their moments state1 and state2, under one key of the entry since 0.49.2, beside
+`step` before. A tensor of min_8bit_size (4,096) elements or more is stored as uint8 codes, with a value
+per code (qmap) and a scale per block (absmax); a smaller one, and any with optim_bits = 32, as float32.
+Adam and AdamW share one kernel, with decoupled weight decay. Its step is torch.optim.AdamW's from the
+dequantised moments, up to float32 rounding: they are quantised again only after the parameter is
+updated. On CUDA the decay follows the step instead of preceding it, a relative difference of
+lr * weight_decay, under 1e-6 at usual settings. (According to the source of 0.50.2.)
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from funcprobe.types import InputError
 
 from .saved import REMEDY, Entry, Key, Saved, some
 
-_BLOCKS = (256, 2048)  # elements to a scale; 2,048 before 0.44
+_BLOCKS = (256, 2048)  # elements per scale; 2,048 before 0.44
 _NESTED = "__bnb_optimizer_quant_state__"
 _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 _ADEMAMIX = ("alpha", "t_alpha", "t_beta3")
@@ -27,11 +27,11 @@ _KNOWN = {"step", "state1", "state2"} | _CODED
 
 
 def dequantised(saved: Saved) -> Saved:
-    """The same state with bitsandbytes' moments as float32 copies; unchanged where there are none.
+    """The same state with bitsandbytes' moments as float32 copies; unchanged if it has none.
 
-    value = qmap[code] * absmax[block], blocks in row-major order. Raises InputError for another
-    optimizer of bitsandbytes than Adam and AdamW, for percentile_clipping and block_wise = False, and
-    for codes that do not fit their qmap or absmax.
+    value = qmap[code] * absmax[block], blocks in row-major order. Raises InputError for an optimizer of
+    bitsandbytes other than Adam and AdamW, for percentile_clipping and block_wise = False, and for
+    codes that do not match their qmap or absmax.
     """
     entries = {key: _flat(entry) for key, entry in saved.state.items()}
     if not any(entry.keys() & {"state1", "state2"} for entry in entries.values()):
@@ -52,7 +52,7 @@ def dequantised(saved: Saved) -> Saved:
 
 
 def _group(group: dict[str, Any]) -> dict[str, Any]:
-    """In torch's keys: it has no amsgrad, its decay is decoupled, and AdEMAMix' settings are off."""
+    """The group with torch's keys: no amsgrad, decoupled decay, AdEMAMix' settings (off) removed."""
     plain = {key: value for key, value in group.items() if key not in _ADEMAMIX}
     return plain | {"amsgrad": False, "decoupled_weight_decay": True}
 
@@ -60,15 +60,15 @@ def _group(group: dict[str, Any]) -> dict[str, Any]:
 def _flat(entry: Entry) -> Entry:
     nested = entry.get(_NESTED, {})
     if not isinstance(nested, dict) or nested.keys() & entry.keys():
-        raise InputError(f"{_NESTED} is of another form than bitsandbytes writes: the file is damaged")
+        raise InputError(f"{_NESTED} is not as bitsandbytes writes it: the file is damaged")
     return {key: value for key, value in entry.items() if key != _NESTED} | nested
 
 
 def _other(groups: list[dict[str, Any]], entries: Iterable[Entry]) -> str | None:
-    """What makes this another step than AdamW's, or None.
+    """Why the step is not AdamW's, or None.
 
-    All that bitsandbytes builds on two moments is Adam, LAMB and AdEMAMix. LAMB without max_unorm is
-    Adam; with it, there is a unorm_vec. AdEMAMix has a third beta and an alpha.
+    The optimizers of bitsandbytes with two moments are Adam, LAMB and AdEMAMix. LAMB without max_unorm
+    is Adam; with it, there is a unorm_vec. AdEMAMix has a third beta and an alpha.
     """
     keys: set[str] = set().union(*entries)
     betas = [group.get("betas") for group in groups]
@@ -87,7 +87,7 @@ def _other(groups: list[dict[str, Any]], entries: Iterable[Entry]) -> str | None
 
 
 def _labels(groups: list[dict[str, Any]]) -> Iterable[tuple[Key, str]]:
-    """What to call the parameter of a key in an error: its name, where the file has it."""
+    """Label of each key's parameter in error messages: its name, if the file has it."""
     for group in groups:
         names = group.get("param_names")
         keys = [key if isinstance(key, str) else f"position {key}" for key in group["params"]]
@@ -96,7 +96,7 @@ def _labels(groups: list[dict[str, Any]]) -> Iterable[tuple[Key, str]]:
 
 
 def _moments(entry: Entry, label: str) -> Entry:
-    """{exp_avg, exp_avg_sq, step}; what the entry lacks is absent."""
+    """{exp_avg, exp_avg_sq, step}, without those that the entry lacks."""
     found: Entry = {"step": entry["step"]} if "step" in entry else {}
     for name, number in _MOMENTS.items():
         if (values := entry.get(f"state{number}")) is None:
@@ -117,18 +117,19 @@ def _values(codes: torch.Tensor, qmap: Any, absmax: Any, number: str, label: str
     for what, table in (("qmap", qmap), ("absmax", absmax)):
         if not isinstance(table, torch.Tensor) or table.dtype is not torch.float32 or table.ndim != 1:
             raise InputError(
-                f"state{number} of {label} is 8-bit, without its {what}{number}: damaged file"
+                f"state{number} of {label} is 8-bit, without its {what}{number}: the file is damaged"
             )
     block_of = {-(-codes.numel() // block): block for block in _BLOCKS}
     if len(qmap) != 256 or len(absmax) not in block_of:
         raise InputError(
             f"state{number} of {label} has {codes.numel()} codes, {len(qmap)} values in qmap{number} "
-            f"and {len(absmax)} in absmax{number}, expected 256 and {some(block_of)}: damaged file"
+            f"and {len(absmax)} in absmax{number}, expected 256 and {some(block_of)}: the file is "
+            "damaged"
         )
     if not codes.is_contiguous():  # the kernels count blocks along memory
         raise InputError(
-            f"state{number} of {label} is 8-bit and not contiguous, so that its blocks are not "
-            "certain: make the parameters contiguous before the optimizer is built"
+            f"state{number} of {label} is 8-bit and not contiguous, so that its blocks are ambiguous: "
+            "make the parameters contiguous before the optimizer is built"
         )
     scale = absmax.cpu().repeat_interleave(block_of[len(absmax)])[: codes.numel()]
     values: torch.Tensor = qmap.cpu()[codes.flatten().int()] * scale

@@ -1,4 +1,4 @@
-"""Which format a path is in, and the one importer that reads it."""
+"""The format of a path, and the importer that reads it."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ _KNOWN = (
     "optim_world_size_1_rank_0.pt"
 )
 _NONE = (
-    "none is written under save_only_model = True, nor by save_model(); train with "
+    "trainers write none with save_only_model = True or in save_model(); train with "
     "save_only_model = False and give a checkpoint-N folder, or set "
     'rule = "sgd", which needs no optimizer state'
 )
 
 
 def open_state(path: Path) -> Saved:
-    """The state in a file or folder, as it says it. InputError for what no importer can read."""
+    """The state in a file or folder, as saved. InputError if no importer can read it."""
     if path.is_dir():
         if dcp.recognises(path):
             return dcp.read(path)
@@ -27,7 +27,7 @@ def open_state(path: Path) -> Saved:
         return open_state(find_state(path))
     if verl.recognises(path):
         return verl.read(path)
-    if path.name.endswith("_optim_states.pt"):  # a part of DeepSpeed's folder, which says what to do
+    if path.name.endswith("_optim_states.pt"):  # one partition of a ZeRO folder
         return deepspeed.read(path.parent)
     content = fsdp.load(path)
     plain = TRAINER if (path.parent / "trainer_state.json").is_file() else TORCH
@@ -38,9 +38,9 @@ def open_state(path: Path) -> Saved:
 
 
 def find_state(checkpoint: Path) -> Path:
-    """The one state in a checkpoint folder.
+    """The single optimizer state in a checkpoint folder.
 
-    Raises InputError where there is none, with why that happens and what to set, or several.
+    Raises InputError if there is none, with the usual reason and what to set, or several.
     """
     found = [
         path for path in (checkpoint / "optimizer.pt", checkpoint / "optimizer.bin") if path.is_file()
@@ -53,11 +53,11 @@ def find_state(checkpoint: Path) -> Path:
     if found:
         near = [p.relative_to(checkpoint) if p.is_relative_to(checkpoint) else p for p in found]
         names = ", ".join(map(str, near))
-        raise located(checkpoint, f"several optimizer states ({names}): give one as optimizer.state")
+        raise located(checkpoint, f"several optimizer states ({names}): set optimizer.state to one")
     inside = sorted(checkpoint.glob("checkpoint-*/optimizer.pt"), key=lambda p: p.stat().st_mtime)
     why = _NONE
     if inside:
-        why = f"give {inside[-1].parent.name}, which holds one"
+        why = f"give {inside[-1].parent.name}, which contains one"
     elif not checkpoint.is_dir():
         why = "it is not a folder; give a trainer's checkpoint folder"
     raise located(checkpoint, f"no optimizer state ({_KNOWN}): {why}")

@@ -1,4 +1,4 @@
-"""Files of torch.save that FSDP's processes write, whose tensors may be DTensors, parts of a whole."""
+"""Files that FSDP's processes write with torch.save, whose tensors may be DTensors (shards)."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from .torch_file import load_plain
 
 
 def load(path: Path, *, mmap: bool = False) -> Any:
-    """`load_plain`, with a DTensor of a single process as the plain tensor it holds.
+    """`load_plain`, with a DTensor of a single process as the plain tensor it contains.
 
     Raises InputError as `load_plain`, and for a DTensor of several processes, with its parameter.
     """
-    from torch.distributed.tensor import DTensor  # weights_only reads one only after this import
+    from torch.distributed.tensor import DTensor  # weights_only accepts one only after this import
 
     def plain(value: Any, name: str) -> Any:
         if isinstance(value, dict):
@@ -26,9 +26,9 @@ def load(path: Path, *, mmap: bool = False) -> Any:
             return value
         if (processes := value.device_mesh.size()) > 1:
             raise InputError(
-                f"{name} is one process's part of a tensor that {processes} processes hold, expected "
-                "whole ones: save with torch.distributed.checkpoint (use_dcp = True in accelerate), or "
-                "with StateDictOptions(full_state_dict=True)"
+                f"{name} is one process's shard of a tensor split over {processes} processes, expected "
+                "whole tensors: save with torch.distributed.checkpoint (use_dcp = True in accelerate), "
+                "or with StateDictOptions(full_state_dict=True)"
             )
         return value.to_local()
 
@@ -37,5 +37,5 @@ def load(path: Path, *, mmap: bool = False) -> Any:
 
 
 def inside(checkpoint: Path) -> list[Path]:
-    """What accelerate's `use_dcp = False` writes: a file for each process, of which the first."""
+    """The first process's file, of those that accelerate writes with `use_dcp = False`."""
     return sorted(checkpoint.glob("optimizer_*_rank0.bin"))

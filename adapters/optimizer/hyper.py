@@ -1,4 +1,4 @@
-"""Learning rates and the other hyper-parameters of a state's groups, the config's where it has any."""
+"""Learning rates and other hyper-parameters of a state's groups, replaced by those of the config."""
 
 from typing import Any, NamedTuple
 
@@ -9,11 +9,11 @@ from .saved import joined, number
 
 
 class AdamOverrides(NamedTuple):
-    """What the config says in place of the file; None = from the file.
+    """Values of the config that replace the file's; None: the file's.
 
     `lr` is the first group's, the others keep their ratio to it (to its initial_lr, if it is 0).
-    `weight_decay` leaves a group without decay (norms, biases) at 0 beside one with decay.
-    `checkpoint_step`, in optimizer steps, is used only where the file has no step.
+    `weight_decay` does not apply to a group without decay (norms, biases) if another group has decay.
+    `checkpoint_step`, in optimizer steps, is used only if the file has no step.
     """
 
     lr: float | None = None
@@ -25,12 +25,12 @@ class AdamOverrides(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A group that holds something of the registry."""
+    """A group that contains parameters of the registry."""
 
-    place: int  # in the file
+    place: int  # index in the file
     saved: dict[str, Any]
     names: tuple[str, ...]  # of the registry
-    hyper: dict[str, float]  # its own numbers; the config's where it has none
+    hyper: dict[str, float]  # its own values; the config's where it has none
 
 
 def adam_groups(
@@ -40,7 +40,7 @@ def adam_groups(
     overrides: AdamOverrides,
     notes: list[str],
 ) -> tuple[AdamGroup, ...]:
-    """The groups that hold anything of the registry, with the config's numbers where it has any."""
+    """The groups that contain parameters of the registry, with the config's values where it has any."""
     given = _given(overrides)
     kept = _kept(groups, names, params, given)
     rates = _rates(kept)
@@ -56,16 +56,16 @@ def adam_groups(
         if used[-1].weight_decay and group.saved.get("decoupled_weight_decay", True) is not True:
             raise InputError(
                 "torch.optim.Adam with weight decay inside the gradient (decoupled_weight_decay = "
-                "False), expected AdamW's: train with AdamW, or set weight_decay = 0 to leave it out"
+                "False), expected AdamW's: train with AdamW, or set weight_decay = 0 to omit it"
             )
-    untold = ["decoupled_weight_decay" not in group.saved for group in kept]
-    if any(unknown and group.weight_decay for unknown, group in zip(untold, used, strict=True)):
+    unrecorded = ["decoupled_weight_decay" not in group.saved for group in kept]
+    if any(unknown and group.weight_decay for unknown, group in zip(unrecorded, used, strict=True)):
         notes.append(
-            "warning: the file does not say whether weight decay is decoupled (torch says so since "
-            "2.7): taken as AdamW's, not Adam's"
+            "warning: the file does not record whether weight decay is decoupled (torch does since "
+            "2.7): assumed decoupled, as in AdamW"
         )
     if any("lr" in group.saved for group in kept):
-        notes.append(f"lr in the file is the next step's: {joined(g.hyper['lr'] for g in kept)}")
+        notes.append(f"lr of the next step, in the file: {joined(g.hyper['lr'] for g in kept)}")
     for key, value in given.items():
         pairs = [(group.hyper[key], getattr(u, key)) for group, u in zip(kept, used, strict=True)]
         if was := {own for own, taken in pairs if own != taken}:
@@ -77,9 +77,9 @@ def adam_groups(
 def require_lr_ratio(
     groups: list[dict[str, Any]], names: Names, params: Params, overrides: AdamOverrides
 ) -> None:
-    """InputError where the groups' learning rates in the next step have no ratio to the first's.
+    """InputError if the groups' learning rates in the next step have no ratio to the first group's.
 
-    All 0, they have that of initial_lr, if the config gives the first one.
+    If all are 0, the ratio is that of initial_lr, provided that the config sets the first one.
     """
     given = _given(overrides)
     kept = _kept(groups, names, params, given)
@@ -87,40 +87,40 @@ def require_lr_ratio(
     if any(now):
         if "lr" in given and not now[0]:
             raise InputError(
-                "the first group has lr 0 and another has not, so that optimizer.lr has no ratio to "
-                "keep: leave out what is not trained, or give a state with equal learning rates"
+                "the first group has learning rate 0 and another does not, so that optimizer.lr has no "
+                "ratio to keep: omit groups that are not trained, or give a state with equal rates"
             )
-    elif _untold(kept):
+    elif _no_initial_lr(kept):
         raise InputError(
             "several groups, all with lr 0 and without initial_lr, so that their ratio in the next "
-            "step is not known: give a state saved before the schedule's end"
+            "step is unknown: give a state saved before the end of the schedule"
         )
     elif len(set(rates)) > 1 and (not rates[0] or "lr" not in given):
         raise InputError(
             f"all groups have lr 0 and started from {joined(rates)}, so that their ratio in the next "
-            "step is not known: set optimizer.lr, the first group's, to which the others keep theirs"
+            "step is unknown: set optimizer.lr, the first group's; the others keep their ratio to it"
         )
 
 
 def live_groups(
     used: tuple[AdamGroup, ...], groups: list[dict[str, Any]], names: Names, params: Params
 ) -> tuple[AdamGroup, ...]:
-    """An optimizer's own groups; where all have lr 0, with initial_lr, which schedules scale.
+    """The groups of an optimizer in use; if all have lr 0, with initial_lr, which schedules scale.
 
-    The step itself is then nothing, and its direction has the ratio that the next ones will have.
-    InputError where there is no ratio to the first group's.
+    The step itself is then 0, and its direction has the ratios of the following steps. InputError if
+    there is no ratio to the first group's.
     """
     kept = _kept(groups, names, params, {})
     rates = _rates(kept)
-    if not any(group.lr for group in used) and _untold(kept):
+    if not any(group.lr for group in used) and _no_initial_lr(kept):
         raise InputError(
             "several groups of the optimizer, all with lr 0 and without initial_lr, so that the ratio "
-            "of their steps is not known: give it a scheduler of torch.optim, or an lr above 0"
+            "of their steps is unknown: use a scheduler of torch.optim, or a learning rate above 0"
         )
     if any(rates) and not rates[0]:
         raise InputError(
-            "the first group of the optimizer has lr 0 and another has not, and the direction is per "
-            "unit of the first one's: put a group that moves first"
+            "the first group of the optimizer has learning rate 0 and another does not, but the "
+            "direction is per unit of the first one's: place a group with a learning rate above 0 first"
         )
     return tuple(group._replace(lr=rate) for group, rate in zip(used, rates, strict=True))
 
@@ -140,9 +140,9 @@ def _kept(
 
 
 def _rates(kept: list[_Kept]) -> list[float]:
-    """Learning rates now; where all are 0, those that the groups start from, or 0.
+    """Current learning rates; if all are 0, each group's initial_lr, or 0 without one.
 
-    That is the start of a warm-up or the end of a schedule, which scales initial_lr.
+    All are 0 at the start of a warm-up or the end of a schedule, which scales initial_lr.
     """
     rates = [group.hyper["lr"] for group in kept]
     if any(rates):
@@ -150,13 +150,13 @@ def _rates(kept: list[_Kept]) -> list[float]:
     return [number(group.saved.get("initial_lr", 0.0), "initial_lr") for group in kept]
 
 
-def _untold(kept: list[_Kept]) -> bool:
-    """Whether several groups do not all say what they started from."""
+def _no_initial_lr(kept: list[_Kept]) -> bool:
+    """Whether there are several groups, of which one or more have no initial_lr."""
     return len(kept) > 1 and not all("initial_lr" in group.saved for group in kept)
 
 
 def _of_group(group: dict[str, Any], given: dict[str, float]) -> dict[str, float]:
-    """The group's own numbers; the config's where the format keeps none."""
+    """The group's own values; the config's where the format stores none."""
     if "betas" in group:
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -167,7 +167,7 @@ def _of_group(group: dict[str, Any], given: dict[str, float]) -> dict[str, float
         wanted = sorted({"betas" if key.startswith("beta") else key for key in missing})
         raise InputError(
             f"has a group without {', '.join(wanted)}: set "
-            f"{' and '.join(f'optimizer.{key}' for key in wanted)} to what the run used"
+            f"{' and '.join(f'optimizer.{key}' for key in wanted)} as in training"
         )
     return {
         key: (_beta if key.startswith("beta") else number)(group[key], key)

@@ -1,4 +1,4 @@
-"""Which parameter each position of an optimizer's state is, and how sure that is."""
+"""The parameter at each position of an optimizer's state, and how certain the assignment is."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from funcprobe.types import InputError, Params
 from .saved import TORCH, TRAINER, Saved, joined, number, shaped, some
 from .sidecar import FORMAT, VERSION, Sidecar, named_by
 
-FOREIGN = "this state is of another adapter or another order"
+FOREIGN = "this state belongs to another adapter, or has another order"
 
 
 class Names(NamedTuple):
@@ -22,16 +22,16 @@ class Names(NamedTuple):
     format: str
     route: str
     positional: bool
-    twins: tuple[str, ...]  # of the registry: by position, those that share their shape with another
-    no_decay: frozenset[int]  # groups of parameters that the Trainer spares from weight decay alone
+    twins: tuple[str, ...]  # if by position: registry parameters that share their shape with another
+    no_decay: frozenset[int]  # groups of parameters that the Trainer excludes from weight decay
 
 
 def name_keys(saved: Saved, model: torch.nn.Module, params: Params, sidecar: Sidecar | None) -> Names:
-    """Names from the state itself, else from its sidecar, else by replaying how trainers order.
+    """Names from the state itself, else from its sidecar, else by replaying the order of trainers.
 
-    The replays, tried in this order, are told apart by the groups' sizes: the Trainer's [decay,
-    no decay]; one group of the trainable parameters; LoRA+'s four groups; one group of all parameters;
-    all parameters in [decay, no decay]. Raises InputError where none fits.
+    The replays, tried in this order, are distinguished by the sizes of the groups: the Trainer's
+    [decay, no decay]; one group of the trainable parameters; LoRA+'s four groups; one group of all
+    parameters; all parameters in [decay, no decay]. Raises InputError if none matches.
     """
     saved_names = _saved_names(saved)
     if saved_names is not None and sidecar is not None:
@@ -47,7 +47,7 @@ def name_keys(saved: Saved, model: torch.nn.Module, params: Params, sidecar: Sid
 
 
 def _saved_names(saved: Saved) -> tuple[str, list[list[str]]] | None:
-    """Route and names that the state itself has."""
+    """Route and names, if the state itself has names."""
     if saved.by_name:
         named = [[_unwrapped(key) for key in group["params"]] for group in saved.groups]
         return "by name (the file's keys)", named
@@ -61,12 +61,12 @@ def _saved_names(saved: Saved) -> tuple[str, list[list[str]]] | None:
 
 
 def _require_same_names(named: list[list[str]], sidecar: Sidecar) -> None:
-    """A sidecar also says how gradients were clipped: it must be of this run."""
+    """InputError unless the sidecar, from which the gradient clipping is read, is of this run."""
     there = {_unwrapped(name) for names in sidecar.names for name in names}
     if other := there ^ {name for names in named for name in names}:
         raise InputError(
-            f"{sidecar.path.name} beside it and the names in the state differ, as in {min(other)}: it "
-            "is of another run; delete it"
+            f"{sidecar.path.name} beside it and the names in the state differ, as in {min(other)}: the "
+            "sidecar belongs to another run; delete it"
         )
 
 
@@ -81,24 +81,24 @@ def _replayed(saved: Saved, model: torch.nn.Module, params: Params) -> Names:
 
     trainer = split(order)
     trainer_format = TRAINER if saved.format == TORCH else saved.format
-    candidates = [  # format, what it is, names, the group that is saved with weight decay 0
+    candidates = [  # format, description, names, index of the group saved with weight decay 0
         (trainer_format, "the Trainer's [decay, no-decay] grouping replayed", trainer, 1),
         (saved.format, "one group in named_parameters() order", [order], None),
         (saved.format, "peft's LoRA+ groups replayed", _lora_plus(order, model), 3),
         (saved.format, "one group of all in named_parameters() order", [everything], None),
         (saved.format, "all parameters in [decay, no-decay] groups", split(everything), 1),
     ]
-    for format_, what, groups, spared in candidates:
+    for format_, what, groups, zero in candidates:
         if [len(names) for names in groups] != sizes:
             continue
-        if spared is None or not number(saved.groups[spared].get("weight_decay", 0.0), "weight_decay"):
+        if zero is None or not number(saved.groups[zero].get("weight_decay", 0.0), "weight_decay"):
             no_decay = _without_decay(groups, params, decay)
             return Names(groups, format_, f"by position, {what}", True, _twins(params), no_decay)
     raise InputError(
-        f"holds {sum(sizes)} tensors in groups of {joined(sizes)}, the adapter has {len(order)} "
+        f"contains {sum(sizes)} tensors in groups of {joined(sizes)}, the adapter has {len(order)} "
         f"trainable ones ({joined(map(len, trainer))} in the Trainer's groups) of the model's "
-        f"{len(everything)}: {FOREIGN}; give its own, or save names (ParamNamesCallback, or an "
-        "optimizer built from named_parameters())"
+        f"{len(everything)}: {FOREIGN}; give the adapter's own state, or save names "
+        "(ParamNamesCallback, or an optimizer built from named_parameters())"
     )
 
 
@@ -108,7 +108,7 @@ def _without_decay(groups: list[list[str]], params: Params, decay: set[str]) -> 
 
 
 def live_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Names:
-    """Names by the identity of the optimizer's parameters. InputError for one the model lacks."""
+    """Names by the identity of the optimizer's parameters. InputError for one not in the model."""
     known = {id(p): name for name, p in model.named_parameters()}
     groups = [[known.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
     if lost := [
@@ -116,7 +116,7 @@ def live_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Name
     ]:
         raise InputError(
             f"{len(lost)} of the optimizer's parameters are not the model's, as {lost[0]}: give the "
-            "model that is trained, without a wrapper that makes parameters of its own"
+            "model that is trained, without a wrapper that creates parameters of its own"
         )
     return Names(groups, "live optimizer", "by identity", False, (), frozenset())
 
@@ -124,9 +124,9 @@ def live_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Name
 def sidecar_content(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, packages: Iterable[str], **settings: Any
 ) -> dict[str, Any]:
-    """What optimizer_param_names.json holds: names and shapes of all positions, versions, `settings`.
+    """Content of optimizer_param_names.json: names and shapes of all positions, versions, `settings`.
 
-    InputError for a parameter of the optimizer that the model lacks.
+    InputError for a parameter of the optimizer that is not in the model.
     """
     names = live_names(optimizer, model).groups
     return {
@@ -143,18 +143,18 @@ def sidecar_content(
 
 
 def require_verifiable(names: Names, params: Params, accept_positional: bool) -> None:
-    """InputError where only positions tell parameters of one shape apart, unless that is accepted."""
+    """InputError if only position distinguishes parameters of equal shape, unless that is accepted."""
     if names.twins and not accept_positional:
         raise InputError(
             f"names are {names.route}, not verifiable: {len(names.twins)} of {len(params)} parameters "
-            f"share their shape with another (as {some(names.twins, 2)}), so nothing in the file shows "
-            "that the order is right; save names with ParamNamesCallback, or set "
+            f"share their shape with another (as {some(names.twins, 2)}), so that nothing in the file "
+            "shows that the order is correct; save names with ParamNamesCallback, or set "
             "optimizer.accept_positional = true to trust the order"
         )
 
 
 def another_order(saved: Saved, names: Names, params: Params) -> bool:
-    """Whether the state has the registry's shapes, each as often, but at other positions."""
+    """Whether the state has the registry's shapes, equally often, but at other positions."""
     flat = [name for group in names.groups for name in group]
     moments = [shaped(saved.state.get(key, {})) for key in saved.keys]
     found = [() if moment is None else tuple(moment.shape) for moment in moments]
@@ -170,7 +170,7 @@ def _twins(params: Params) -> tuple[str, ...]:
 def _lora_plus(order: list[str], model: torch.nn.Module) -> list[list[str]]:
     """[A, embeddings, B, B without decay], as peft.optimizers.create_loraplus_optimizer orders.
 
-    Which have decay is not the Trainer's rule: its patterns of names play no part.
+    Weight decay does not follow the Trainer's rule: its name patterns are not used.
     """
     from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
     from transformers.trainer_pt_utils import get_parameter_names
@@ -190,14 +190,14 @@ def _lora_plus(order: list[str], model: torch.nn.Module) -> list[list[str]]:
 
 
 def _decay_names(model: torch.nn.Module) -> set[str]:
-    from transformers import Trainer  # slow to import, and for one route only
+    from transformers import Trainer  # slow to import, and needed here only
 
-    # The method reads nothing of its trainer, and a trainer cannot be built without a run.
+    # The method does not use `self`, and a Trainer cannot be built without a training run.
     return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
 
 
 def _unwrapped(name: object) -> str:
-    """Without the prefixes of DistributedDataParallel, FSDP, torch.compile and checkpointing."""
+    """The name without prefixes of DistributedDataParallel, FSDP, torch.compile and checkpointing."""
     plain = str(name).removeprefix("module.")
     for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
         plain = plain.replace(wrapper, "")

@@ -1,4 +1,4 @@
-"""What every importer returns, and what all of them say about values from a file."""
+"""The common result of all importers, and their common checks of values from a file."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -11,13 +11,13 @@ import torch
 from funcprobe.types import InputError
 
 Key: TypeAlias = int | str
-"""A position in param_groups, or a parameter's name where the file says names."""
+"""A position in param_groups, or a parameter's name if the file has names."""
 Entry: TypeAlias = dict[str, Any]
-"""exp_avg, exp_avg_sq and step of one parameter, as saved; what the file lacks is absent."""
+"""exp_avg, exp_avg_sq and step of one parameter, as saved, without those that the file lacks."""
 
 
 class Saved(NamedTuple):
-    """An optimizer's state as a file or folder says it, before any model is known.
+    """An optimizer's state as saved in a file or folder, before it is matched to a model.
 
     `groups` are param_groups: hyper-parameters under torch.optim's names, and in `params` the keys
     of the group's parameters, in order, each in one group. `state` has no other keys; a parameter
@@ -32,7 +32,7 @@ class Saved(NamedTuple):
 
     @property
     def keys(self) -> list[Key]:
-        """Of all groups' parameters, in order."""
+        """The keys of all groups' parameters, in order."""
         return [key for group in self.groups for key in group["params"]]
 
     @property
@@ -54,7 +54,7 @@ _OTHERS = {  # a key of an optimizer's state -> which optimizer
     "square_avg": "RMSprop or Adadelta",
     "sum": "Adagrad",
 }
-# torch.optim.AdamW's, what schedulers add, and names that people give their groups.
+# Keys of torch.optim.AdamW's groups, of schedulers, and of names that users give their groups.
 _GROUP_KEYS = {"params", "param_names", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"}
 _GROUP_KEYS |= {"foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 _GROUP_KEYS |= {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name"}
@@ -62,10 +62,10 @@ _HUGE = 1e300  # a Python integer from a file may be too large for a float
 
 
 def require_adam(saved: Saved) -> None:
-    """InputError unless this is AdamW's state after a step; it names the optimizer if it can.
+    """InputError unless this is AdamW's state after a step, with the name of the optimizer if known.
 
-    AdamW's relatives have a state like its own. They are told by param_groups: theirs lack `amsgrad`,
-    or have settings that AdamW has not. Importers of other formats give groups in AdamW's own keys.
+    Variants of AdamW have a state of the same form. They are recognised by param_groups without
+    `amsgrad`, or with settings that AdamW does not have. Importers of other formats give AdamW's keys.
     """
     groups, keys = saved.groups, set(chain(*saved.state.values()))
     foreign = set(chain(*groups)) - _GROUP_KEYS
@@ -83,9 +83,9 @@ def require_adam(saved: Saved) -> None:
     elif any(group.get("maximize", False) is not False for group in groups):
         found = "maximize = True"
     elif not all("amsgrad" in group for group in groups):
-        found = "a relative of AdamW (RAdam, LAMB, ...), without amsgrad in its param_groups"
+        found = "a variant of AdamW (RAdam, LAMB, ...), without amsgrad in its param_groups"
     elif foreign:
-        found = f"a relative of AdamW, whose param_groups have {some(foreign)}"
+        found = f"a variant of AdamW, whose param_groups have {some(foreign)}"
     else:
         return
     raise InputError(f"{found}; expected AdamW's state after a step: {REMEDY}")
@@ -103,18 +103,18 @@ def number(
     if not known or not least <= value < below or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
         bound = f" and below {below:g}" if below < _HUGE else ""
-        raise InputError(f"{what} is {value!r:.80}, expected a {kind} from {least:g}{bound}")
+        raise InputError(f"{what} is {value!r:.80}, expected a {kind} of at least {least:g}{bound}")
     return float(value)
 
 
 def shaped(entry: Entry) -> torch.Tensor | None:
-    """A moment, which has the parameter's shape. None where the entry has none."""
+    """A moment, which has the parameter's shape; None if the entry has none."""
     moments = (entry.get("exp_avg"), entry.get("exp_avg_sq"))
     return next((moment for moment in moments if isinstance(moment, torch.Tensor)), None)
 
 
 def some(names: Iterable[object], most: int = 3) -> str:
-    """The first few, and how many more."""
+    """The first few names, and the number of others."""
     shown = sorted(map(str, names))
     more = f" and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(name[:120] for name in shown[:most]) + more
@@ -126,5 +126,5 @@ def joined(values: Iterable[object]) -> str:
 
 
 def located(path: Path, message: object) -> InputError:
-    """The error with the file before it, and nothing a terminal could choke on."""
+    """The error with the file in front, unprintable characters replaced by spaces."""
     return InputError("".join(c if c.isprintable() else " " for c in f"{path}: {message}"))

@@ -1,10 +1,10 @@
 """verl: `global_step_N/actor/optim_world_size_1_rank_0.pt`, beside the model it was saved with.
 
 It is optimizer.state_dict() of one AdamW over all of FSDP's parameters, frozen ones included, in a
-single group with integer keys (read in verl 0.9.1). Its tensors are of the parameters' shapes with
-use_orig_params = True, DTensors with FSDP2, and flat with use_orig_params = False, verl's default: then
-each LoRA tensor is a unit of its own, row-major and without padding on one process.
-`model_world_size_1_rank_0.pt` has the parameters' names and shapes in the order of the optimizer's.
+single group with integer keys (source of verl 0.9.1). Its tensors have the parameters' shapes with
+use_orig_params = True, are DTensors with FSDP2, and flat with use_orig_params = False, verl's default:
+then each LoRA tensor is a unit of its own, row-major and without padding on one process.
+`model_world_size_1_rank_0.pt` has the parameters' names and shapes in the optimizer's order.
 """
 
 import re
@@ -19,18 +19,18 @@ from .saved import Entry, Key, Saved, located
 from .torch_file import well_formed
 
 _STATE = re.compile(r"optim_world_size_(\d+)_rank_\d+\.pt")
-_TRAINED = ("lora_", "modules_to_save.")  # in a name under PEFT; others that train: no names from here
+_TRAINED = ("lora_", "modules_to_save.")  # in trainable names under PEFT; others are not named here
 
 
 def recognises(path: Path) -> bool:
-    """Whether the file is an optimizer's state of verl, by its name; of any number of processes."""
+    """Whether the file name is that of verl's optimizer state, for any number of processes."""
     return _STATE.fullmatch(path.name) is not None
 
 
 def inside(checkpoint: Path) -> list[Path]:
     """The actor's state in `global_step_N`, `actor`, or from a `lora_adapter` folder in one of them.
 
-    Raises InputError where it was saved by several processes.
+    Raises InputError if it was saved by several processes.
     """
     folders = [checkpoint, checkpoint / "actor"]
     if checkpoint.name == "lora_adapter" and not any(checkpoint.glob("optimizer*")):
@@ -45,10 +45,10 @@ def inside(checkpoint: Path) -> list[Path]:
 
 
 def read(path: Path) -> Saved:
-    """Its state; by name where the model's file beside it says which tensors were trained.
+    """The state, by name if the model's file beside it shows which tensors were trained.
 
-    Raises InputError for one of several shards; for flat tensors that the model's file does not
-    explain; and where that file has another shape for a tensor.
+    Raises InputError for one of several shards; for flat tensors whose names and shapes are not in the
+    model's file; and if that file has another shape for a tensor.
     """
     if _processes(path) > 1:
         raise InputError(_sharded(path))
@@ -65,14 +65,14 @@ def read(path: Path) -> Saved:
         where = f"{model.name} beside it"
         found = f"{where} has {len(trained)}" if model.is_file() else f"there is no {where}"
         raise InputError(
-            f"holds {len(shapes)} flat tensors (use_orig_params = False), expected names and shapes of "
-            f"as many LoRA tensors in verl's model, but {found}: give both files as verl saved them"
+            f"contains {len(shapes)} flat tensors (use_orig_params = False), expected names and shapes "
+            f"of as many LoRA tensors in verl's model, but {found}: give both files as verl saved them"
         )
     return saved
 
 
 def _named(saved: Saved, trained: dict[str, torch.Size], flat: bool, model: str) -> Saved:
-    """With the model's names in place of the positions that have a state, the others left out."""
+    """The state with the model's names in place of positions, without positions that have no state."""
     state: dict[Key, Entry] = {}
     for (key, entry), (name, shape) in zip(saved.state.items(), trained.items(), strict=True):
         state[name] = dict(entry)
@@ -84,7 +84,8 @@ def _named(saved: Saved, trained: dict[str, torch.Size], flat: bool, model: str)
             if found != (torch.Size([shape.numel()]) if flat else shape):
                 raise InputError(
                     f"{kind} of {name} (position {key}) has shape {tuple(found)}, the parameter in "
-                    f"{model} has {tuple(shape)}: one of the two is of another checkpoint, or damaged"
+                    f"{model} has {tuple(shape)}: one of the two belongs to another checkpoint or is "
+                    "damaged"
                 )
             state[name][kind] = moment.reshape(shape)
     group = saved.groups[0] | {"params": list(state)}
@@ -93,13 +94,13 @@ def _named(saved: Saved, trained: dict[str, torch.Size], flat: bool, model: str)
 
 
 def _trained(model: Path) -> dict[str, torch.Size]:
-    """Name -> shape of the adapter's tensors, in the model's order. Reads none of their numbers."""
+    """Name -> shape of the adapter's tensors, in the model's order. Their values are not read."""
     try:
         content = fsdp.load(model, mmap=True)
     except InputError as error:
         raise InputError(f"{model.name} beside it: {error}") from error.__cause__
     if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
-        raise InputError(f"{model.name} beside it is no model's state: copy it again")
+        raise InputError(f"{model.name} beside it is not a model's state: copy it again")
     return {n: t.shape for n, t in content.items() if any(part in n for part in _TRAINED)}
 
 

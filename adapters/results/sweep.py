@@ -54,7 +54,7 @@ def sweep_rows(
     """Predicted and measured change, their difference, and the weights' verdict, for every eta."""
 
     def row(point: Point) -> SweepRow:
-        eta, measured, hygiene = point.eta, point.measured, point.hygiene
+        eta, measured, diagnostics = point.eta, point.measured, point.diagnostics
         predicted = eta * prediction.derivative
         difference = measured.delta - predicted
         difference_N = measured.influence_N - eta * prediction.first_order.influence_N
@@ -62,7 +62,7 @@ def sweep_rows(
         difference_error = delta_error(difference_N, unit_N)
         predicted_total = Error(eta * errors.total.se, errors.total.dof)
         predicted_given_U = Error(eta * errors.given_U.se, errors.given_U.dof)
-        holds = hygiene.verdict != "resample"
+        holds = diagnostics.verdict != "resample"
         return SweepRow(
             eta=eta,
             is_next_lr=eta == next_lr,
@@ -72,8 +72,10 @@ def sweep_rows(
             interval_given_U=student_interval(predicted, predicted_given_U),
             interval_total=student_interval(predicted, predicted_total),
             second_order=None
-            if sweep.bend is None
-            else quantity(predicted + eta**2 * sweep.bend.second / 2, unit, "with the quadratic term"),
+            if sweep.curvature is None
+            else quantity(
+                predicted + eta**2 * sweep.curvature.second / 2, unit, "with the quadratic term"
+            ),
             measured=quantity(measured.delta, unit, "over E"),
             measured_se_given_U=quantity(measured_error.se, unit, "sampling units of E"),
             measured_interval_given_U=student_interval(measured.delta, measured_error)
@@ -86,10 +88,10 @@ def sweep_rows(
             ess=quantity(measured.ess, "sequences", "importance weights of whole responses"),
             max_weight=quantity(measured.max_weight, "1", "relative to the mean weight"),
             clipped=quantity(measured.clipped, "sequences", "weights above entropy.clip"),
-            clip_fraction=hygiene.clip_fraction,
-            pareto_k=hygiene.pareto_k,
-            verdict=hygiene.verdict,
-            verdict_reason=hygiene.reason,
+            clip_fraction=diagnostics.clip_fraction,
+            pareto_k=diagnostics.pareto_k,
+            verdict=diagnostics.verdict,
+            verdict_reason=diagnostics.reason,
             rounding=_is_rounding(measured.delta, sweep.rounding_noise),
             resampled=_resampled(point, unit),
         )
@@ -99,24 +101,24 @@ def sweep_rows(
 
 def second_order(prediction: funcprobe.Prediction, sweep: Sweep, unit: str) -> SecondOrder | None:
     """The second derivative along v, its error, and the eta where first order ends."""
-    bend = sweep.bend
-    if bend is None:
+    curvature = sweep.curvature
+    if curvature is None:
         return None
-    star = funcprobe.eta_star(prediction.derivative, bend.second)
+    star = funcprobe.eta_star(prediction.derivative, curvature.second)
     rate = f"{unit} per squared unit of learning rate"
-    bounds = student(bend.second, bend.error)
+    bounds = student(curvature.second, curvature.error)
     largest, least = max(map(abs, bounds)), min(map(abs, bounds))
     distinct = bounds.low * bounds.high > 0  # else H'' is indistinguishable from 0
     rounding = None
-    if bend.eta is not None and sweep.rounding_noise is not None:
-        sd = math.sqrt(2) * sweep.rounding_noise / bend.eta**2
+    if curvature.eta is not None and sweep.rounding_noise is not None:
+        sd = math.sqrt(2) * sweep.rounding_noise / curvature.eta**2
         rounding = quantity(sd, rate, "standard deviation of rounding")
     return SecondOrder(
-        method="Taylor mode" if bend.eta is None else "symmetric difference",
-        difference_eta=bend.eta,
-        second_derivative=quantity(bend.second, rate, "over E"),
-        se_given_U=quantity(bend.error.se, rate, "sampling units of E"),
-        interval_given_U=student_interval(bend.second, bend.error),
+        method="Taylor mode" if curvature.eta is None else "symmetric difference",
+        difference_eta=curvature.eta,
+        second_derivative=quantity(curvature.second, rate, "over E"),
+        se_given_U=quantity(curvature.error.se, rate, "sampling units of E"),
+        interval_given_U=student_interval(curvature.second, curvature.error),
         rounding=rounding,
         eta_star=None
         if math.isinf(star)
@@ -151,7 +153,7 @@ def fits(prediction: funcprobe.Prediction, sweep: Sweep, unit: str) -> Fits:
         [p.measured.delta for p in sweep.points],
         [_is_rounding(p.measured.delta, noise) for p in sweep.points],
         prediction.derivative,
-        None if sweep.bend is None else sweep.bend.second,
+        None if sweep.curvature is None else sweep.curvature.second,
     )
     kept = [
         (p.eta, p.measured.delta)

@@ -1,4 +1,4 @@
-"""Responses on disk: schema, files, checks, imports of trainers' logs, which step they belong to."""
+"""Rollouts on disk: schema, files, checks, imports of trainers' logs, the step they belong to."""
 
 from .schema import (
     SCHEMA,

@@ -1,4 +1,4 @@
-"""What rows of rollouts must fulfil beyond their types: the first that does not is named."""
+"""Requirements on rows of rollouts beyond their types; the first row that fails is named."""
 
 import math
 from collections.abc import Collection
@@ -27,7 +27,7 @@ def check_tokens(file: Columns, columns: dict[str, list[Any]], vocabulary: int) 
         if not all(0 <= token < vocabulary for token in (*x, *y)):
             raise InputError(
                 f"{file.path}: {place} has a token id outside the model's {vocabulary}: these rollouts "
-                "were made with another tokenizer"
+                "were sampled with another tokenizer"
             )
         if prompts.setdefault(index, x) != x:
             raise InputError(
@@ -37,9 +37,9 @@ def check_tokens(file: Columns, columns: dict[str, list[Any]], vocabulary: int) 
 
 
 def check_ends(file: Columns, columns: dict[str, list[Any]], eos_ids: Collection[int]) -> None:
-    """InputError where a response ends otherwise than finish_reason says, or goes on behind an EOS.
+    """InputError if a response's end contradicts finish_reason, or tokens follow its first EOS.
 
-    Without `eos_ids` only the words of finish_reason are looked at.
+    Without `eos_ids` only the values of finish_reason are checked.
     """
     for place, y, reason in zip(
         file.place, columns["response_ids"], columns["finish_reason"], strict=True
@@ -51,25 +51,25 @@ def check_ends(file: Columns, columns: dict[str, list[Any]], eos_ids: Collection
         if eos_ids and any(token in eos_ids for token in y[:-1]):
             raise InputError(
                 f"{file.path}: {place} has tokens after its first end-of-sequence token (padding?): "
-                "cut response_ids behind it"
+                "cut response_ids after it"
             )
         ended = y[-1] in eos_ids
-        # One token too few, or too many, in the log-probability of the whole response.
+        # Else the log-probability of the response has one token too few or too many.
         if eos_ids and reason == "stop" and not ended:
             raise InputError(
-                f"{file.path}: {place} has finish_reason stop and no end-of-sequence token at its end "
-                f"({', '.join(map(str, eos_ids))}): append the one that was sampled, or, where a stop "
+                f"{file.path}: {place} has finish_reason stop but no end-of-sequence token at its end "
+                f"({', '.join(map(str, eos_ids))}): append the one that was sampled, or, if a stop "
                 "string ended it, set finish_reason to null"
             )
         if eos_ids and reason == "length" and ended:
             raise InputError(
-                f"{file.path}: {place} has finish_reason length and ends in an end-of-sequence token: "
-                "drop it if it is padding; if it was sampled, finish_reason is stop"
+                f"{file.path}: {place} has finish_reason length but ends in an end-of-sequence token: "
+                "remove it if it is padding; if it was sampled, set finish_reason to stop"
             )
 
 
 def check_temperature(file: Columns, values: list[float]) -> None:
-    """InputError unless all are one positive number."""
+    """InputError unless all are the same positive number."""
     found = sorted(set(values))
     if len(found) > 1 or not 0 < found[0] < math.inf:
         shown = ", ".join(f"{t:.9g}" for t in found)
@@ -77,17 +77,18 @@ def check_temperature(file: Columns, values: list[float]) -> None:
 
 
 def check_sampler_logp(file: Columns, columns: dict[str, list[Any]]) -> None:
-    """InputError unless every response token has a log-probability, where there are any."""
+    """InputError unless every response token has a log-probability, if the column exists."""
     if columns["sampler_logp"][0] is None:
         return
     for place, row, y in zip(file.place, columns["sampler_logp"], columns["response_ids"], strict=True):
         if len(row) != len(y):
             raise InputError(
-                f"{file.path}: {place} has {len(row)} sampler_logp for {len(y)} response tokens"
+                f"{file.path}: {place} has {len(row)} sampler_logp for {len(y)} response tokens: one "
+                "for each is expected"
             )
-        # Half precision rounds a certain token's 0 to a little above it.
+        # In half precision the 0 of a certain token may be rounded to slightly above it.
         if not all(-math.inf < logp < 0.01 for logp in row):
             raise InputError(
-                f"{file.path}: {place} has a sampler_logp that is no log-probability: finite numbers, "
-                "at most 0, are expected (nats)"
+                f"{file.path}: {place} has a sampler_logp that is not a log-probability: finite "
+                "numbers, at most 0, are expected (nats)"
             )

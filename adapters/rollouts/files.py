@@ -1,4 +1,4 @@
-"""Tables of rollouts on disk, Parquet or JSON lines by the file's ending: columns in, columns out."""
+"""Tables of rollouts on disk, Parquet or JSON lines by the file's extension, as columns."""
 
 import json
 import re
@@ -15,7 +15,7 @@ ENDINGS = (".parquet", ".jsonl", ".json")
 
 
 class Columns(NamedTuple):
-    """A table as plain values. A value that is not there is None."""
+    """A table as plain values; a missing value is None."""
 
     path: Path
     place: Sequence[str]  # of every row, for messages: "row 0" of Parquet, "line 1" of JSON lines
@@ -23,13 +23,13 @@ class Columns(NamedTuple):
 
 
 def read_columns(path: Path) -> Columns:
-    """Every column of a .parquet, or of a .jsonl or .json file with one object a line.
+    """Every column of a .parquet file, or of a .jsonl or .json file with one object per line.
 
-    JSON numbers keep their kind and every digit of a double; NaN and infinities are not JSON.
-    Raises InputError for a file that is absent, of another type or damaged, with the line.
+    JSON numbers keep their type and the precision of a double; NaN and infinities are not JSON. Raises
+    InputError for a file that is missing, of another type or damaged, with the line.
     """
     if path.is_dir():
-        raise InputError(f"{path} is a folder: name the file in it, of Parquet or JSON lines")
+        raise InputError(f"{path} is a folder: give the file in it, of Parquet or JSON lines")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give rollouts as Parquet or JSON lines")
     if path.suffix not in ENDINGS:
@@ -38,18 +38,18 @@ def read_columns(path: Path) -> Columns:
 
 
 def is_text(value: Any) -> bool:
-    """Text that every file takes: JSON can write half a surrogate pair, others cannot."""
+    """Whether this is Unicode text; JSON can contain half a surrogate pair, other files cannot."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def write_parquet(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
-    """The columns of `schema`."""
+    """Write the columns of `schema`."""
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
 
 
 def write_json(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
-    """One object a line, without the keys that are None. InputError for a number JSON has not."""
+    """Write one object per line, without keys that are None. InputError for NaN and infinities."""
     lines = []
     for i in range(len(columns[schema.names[0]])):
         row = {name: columns[name][i] for name in schema.names if columns[name][i] is not None}
@@ -57,7 +57,7 @@ def write_json(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) 
             lines.append(json.dumps(row, allow_nan=False) + "\n")
         except ValueError as error:
             raise InputError(
-                f"row {i} holds a number that is not finite ({error}): write Parquet"
+                f"row {i} contains a number that is not finite ({error}): write Parquet"
             ) from error
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -80,20 +80,20 @@ def _read_json(path: Path) -> Columns:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read, expected UTF-8 text: {error}") from error
     rows: dict[str, dict[str, Any]] = {}
-    # Not splitlines(), which also splits at U+2028 and its like, legal inside a JSON string.
+    # Not splitlines(), which also splits at U+2028 and similar, allowed inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line, parse_constant=_no_number, object_pairs_hook=_distinct)
-        except (ValueError, RecursionError) as error:  # the first also for an integer without end
+        except (ValueError, RecursionError) as error:  # the first also for an integer that is too long
             raise InputError(
-                f"{path}: line {number} cannot be read ({error}): one JSON object a line is expected; "
-                "was the file cut off?"
+                f"{path}: line {number} cannot be read ({error}): one JSON object per line is "
+                "expected; check whether the file is truncated"
             ) from error
         if not isinstance(row, dict):
             raise InputError(
-                f"{path}: line {number} is {type(row).__name__}, one JSON object a line is expected"
+                f"{path}: line {number} is {type(row).__name__}, one JSON object per line is expected"
             )
         rows[f"line {number}"] = row
     names = dict.fromkeys(name for row in rows.values() for name in row)
@@ -102,14 +102,14 @@ def _read_json(path: Path) -> Columns:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if bad := [name for name in row if not is_text(name)]:
-        raise ValueError(f"key {bad[0]!a} is no Unicode text")
+        raise ValueError(f"key {bad[0]!a} is not Unicode text")
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)} stands twice")
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)} occurs twice")
     return row

@@ -1,7 +1,7 @@
-"""Rollouts as trainers log them, which is as text: made into columns of SCHEMA by guessing, for U only.
+"""Rollouts that trainers log as text, converted to columns of SCHEMA under assumptions, for U only.
 
-Neither file holds token ids, end-of-sequence tokens, log-probabilities or the temperature, so that
-every import says in a line what it took them to be.
+Neither format contains token ids, end-of-sequence tokens, log-probabilities or the temperature, so
+that every import states in a line what it assumed.
 """
 
 import math
@@ -17,54 +17,54 @@ from .files import Columns, is_text
 from .provenance import TITLES, Layout, TrainingRun, require_next_step
 
 _MARKS: dict[Layout, tuple[str, ...]] = {
-    # TRL 1.16, trl/trainer/grpo_trainer.py, `log`: these, a column per reward function, and what
-    # log_extra was given.
+    # TRL 1.16, trl/trainer/grpo_trainer.py, `log`: these, a column per reward function, and the
+    # arguments of log_extra.
     "trl": ("step", "prompt", "completion", "advantage"),
     # verl 0.9.1, verl/trainer/ppo/ray_trainer.py and v1/trainer_base.py, `_write_generations`: these,
-    # gts, and what the reward function returned beside its score (or uid).
+    # gts, and the reward function's results other than the score (or uid).
     "verl": ("step", "input", "output", "score"),
 }
 
 
 class Guesses(NamedTuple):
-    """What the file does not say, from the policy and the configuration."""
+    """Values that the file does not contain, from the policy and the configuration."""
 
     tokenizer: Any
     eos_ids: Sequence[int]
     temperature: float
     max_new_tokens: int
-    # Ids of prompts.source by their text without special tokens; None where it is not set.
+    # Ids of prompts.source by their text without special tokens; None if it is not set.
     prompts: Mapping[str, Sequence[int]] | None
     run: TrainingRun
 
 
 def layout_of(file: Columns) -> Layout | None:
-    """Whose file it is, by its columns; None for one in SCHEMA, or of nobody known."""
+    """The trainer that wrote the file, by its columns; None for a file in SCHEMA, or if unknown."""
     if "response_ids" in file.values:
         return None
     return next((layout for layout, marks in _MARKS.items() if set(marks) <= file.values.keys()), None)
 
 
 def refused_as_e(file: Columns, layout: Layout) -> InputError:
-    """Why E cannot be made of it."""
+    """The error for such a file as rollouts.eval."""
     return InputError(
-        f"rollouts.eval = {file.path} is {TITLES[layout]}: text, without the tokens that were sampled "
-        "and where they ended, while E's importance weights are ratios of exactly these; leave "
-        "rollouts.eval out, so that E is sampled, or record token ids (README, Rollouts)"
+        f"rollouts.eval = {file.path} is {TITLES[layout]}: text, without the sampled tokens and their "
+        "end, of which E's importance weights are probability ratios; remove rollouts.eval, so that E "
+        "is sampled, or record token ids (docs/rollouts.md)"
     )
 
 
 def import_columns(
     file: Columns, layout: Layout, guesses: Guesses, *, advantages: bool
 ) -> tuple[Columns, list[str]]:
-    """Columns of SCHEMA, and a line for each thing that was guessed.
+    """Columns of SCHEMA, and a line for each assumption.
 
-    Responses are tokenised again, with the tokenizer's EOS behind those of less than max_new_tokens
-    tokens: a response that long counts as cut off. Groups, prompts and rewards are the layout's
-    (`_trl`, `_verl`). `advantages` says that the column advantage is wanted.
-    Raises InputError for what that cannot be done with: another step than the checkpoint's next,
-    several steps in a file, responses of more than max_new_tokens, conversations with more than text,
-    groups that do not come out even, rows that no reward function applied to.
+    Responses are tokenised again, and the tokenizer's EOS is appended to those of less than
+    max_new_tokens tokens; a response of that length counts as cut off. Groups, prompts and rewards
+    depend on the layout (`_trl`, `_verl`). `advantages`: whether the column advantage is needed.
+    Raises InputError where this is impossible: a step other than the next, several steps in a file,
+    responses of more than max_new_tokens, conversations with more than text, groups of unequal size,
+    rows to which no reward function applied.
     """
     if not file.place:
         raise InputError(f"{file.path} has no rows: at least two prompts are needed")
@@ -81,23 +81,23 @@ def import_columns(
         "temperature": [guesses.temperature] * count,
     }
     replaced = (
-        "an evaluation at that step would have put its rows into the file; " if layout == "trl" else ""
+        "an evaluation at that step would have written its rows to it; " if layout == "trl" else ""
     )
     lossy = (
-        f"warning: U is {TITLES[layout]} ({file.path}), which is text: its tokens are guessed by "
-        f"tokenising again, EOS ({eos}) is put behind the {sum(ended)} of {count} responses shorter "
-        f"than sampling.max_new_tokens = {guesses.max_new_tokens}, and its temperature is taken to be "
-        f"sampling.temperature = {guesses.temperature:g}; {replaced}v is near the trainer's step, not "
-        "equal"
+        f"warning: U is {TITLES[layout]} ({file.path}), which is text: it is tokenised again, EOS "
+        f"({eos}) is appended to the {sum(ended)} of {count} responses shorter than "
+        f"sampling.max_new_tokens = {guesses.max_new_tokens}, and its temperature is assumed to be "
+        f"sampling.temperature = {guesses.temperature:g}; {replaced}v is close to the trainer's step, "
+        "not equal"
     )
     return Columns(file.path, file.place, found), [lossy, *of_run, *lines]
 
 
 def _trl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, Any], list[str]]:
-    """Prompts as TRL tokenises them; groups are the runs of equal prompts, cut to the shortest run.
+    """Prompts as TRL tokenises them; groups are the runs of equal prompts, split to the shortest run.
 
-    A run is longer where one prompt was drawn twice in a row. The reward is the sum of all columns of
-    floats, as TRL's rewards are, None left out, which is TRL's own for weights of 1.
+    A run is longer if a prompt was drawn twice in succession. The reward is the sum of all columns of
+    floats (the type of TRL's rewards), without None, which equals TRL's for weights of 1.
     """
     prompts, lines = file.values["prompt"], []
     found: dict[str, Any] = {
@@ -112,33 +112,33 @@ def _trl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, A
     others = [k for k, values in columns.items() if k not in parts and _are(int | float, values)]
     rows = list(zip(*parts.values(), strict=True)) if parts else [()] * len(file.place)
     rewards = [_sum(row) for row in rows]
-    # Advantages need no rewards, and a sum over log_extra is none.
+    # With advantages no rewards are needed, and a sum that includes log_extra is not a reward.
     found["reward"] = rewards if len(parts) == 1 or not advantages else [None] * len(rows)
-    left_out = f"; left out, as TRL's rewards are floats: {', '.join(others)}" if others else ""
+    left_out = f"; excluded, as TRL's rewards are floats: {', '.join(others)}" if others else ""
     if None in rewards and not advantages:
         raise InputError(
             f"{file.path}: {file.place[rewards.index(None)]} has no reward (reward columns: "
-            f'{", ".join(parts) or "none"}{left_out}): set objective.advantage = "rollouts" to take '
-            "TRL's column advantage, which leaves such rows out"
+            f'{", ".join(parts) or "none"}{left_out}): set objective.advantage = "rollouts" to use '
+            "TRL's column advantage, which excludes such rows"
         )
     if (len(parts) > 1 or others) and not advantages:
         lines.append(
-            f"warning: U's reward is the sum of {', '.join(parts)}, right if all are rewards (not "
-            f"log_extra) and all weights are 1{left_out}; if that is wrong, set objective.advantage = "
+            f"warning: U's reward is the sum of {', '.join(parts)}, correct if all are rewards (not "
+            f"log_extra) and all weights are 1{left_out}; otherwise set objective.advantage = "
             '"rollouts"'
         )
     return found, lines
 
 
 def _verl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, Any], list[str]]:
-    """Prompts found among the known ones, else tokenised again; groups by uid, else by equal prompts.
+    """Prompts looked up in the known ones, else tokenised again; groups by uid, else by equal prompts.
 
-    verl reorders its batch, so that a group's rows need not be neighbours.
+    verl reorders its batch, so that a group's rows need not be adjacent.
     """
     if advantages:
         raise InputError(
-            f"{file.path} is {TITLES['verl']}, which holds no advantages: set objective.advantage "
-            "to how verl made them of the score"
+            f"{file.path} is {TITLES['verl']}, which contains no advantages: set objective.advantage "
+            "to the mode with which verl computed them from the score"
         )
     inputs = [_text(file, i, "input", x) for i, x in enumerate(file.values["input"])]
     keys = [
@@ -161,9 +161,9 @@ def _verl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, 
         return found, []
     why = "are not in prompts.source" if guesses.prompts is not None else "(prompts.source is not set)"
     return found, [
-        f"warning: {lost} of U's {len(inputs)} prompts {why} and were tokenised from text that lacks "
-        "special tokens (the marks of a chat template): set prompts.source and prompts.chat as in "
-        "training, or the policy sees other prompts"
+        f"warning: {lost} of U's {len(inputs)} prompts {why} and were tokenised from text without "
+        "special tokens (of a chat template, for instance): set prompts.source and prompts.chat as in "
+        "training, else the prompts differ from those of training"
     ]
 
 
@@ -172,8 +172,8 @@ def _require_longest(file: Columns, ids: Sequence[Sequence[int]], most: int) -> 
         if len(y) > most:
             raise InputError(
                 f"{file.path}: {place} has a response of {len(y)} tokens, sampling.max_new_tokens = "
-                f"{most}: set it to the run's longest (if it is that, text does not give its tokens "
-                "back: record token ids, README, Rollouts)"
+                f"{most}: set it to the run's maximum (if it is, the text does not reproduce the "
+                "tokens: record token ids, docs/rollouts.md)"
             )
 
 
@@ -182,8 +182,8 @@ def _even_groups(file: Columns, prompts: Sequence[Any]) -> list[int]:
     size = min(runs)
     if any(run % size for run in runs) or size == 1:
         raise InputError(
-            f"{file.path}: equal prompts stand in runs of {size} to {max(runs)} rows, groups of one "
-            "size, at least 2, are expected: give the file as TRL wrote it, rows in its order"
+            f"{file.path}: equal prompts occur in runs of {size} to {max(runs)} rows, groups of equal "
+            "size, at least 2, are expected: give the file as TRL wrote it, with its order of rows"
         )
     return [i // size for i in range(len(prompts))]
 
@@ -193,8 +193,8 @@ def _prompt_text(file: Columns, i: int, prompt: Any, tokenizer: Any) -> str:
         return _text(file, i, "prompt", prompt)
     if not tokenizer.chat_template:
         raise InputError(
-            f"{file.path}: {file.place[i]} has a prompt of messages, and the tokenizer has no chat "
-            "template: give the tokenizer the run was trained with"
+            f"{file.path}: {file.place[i]} has a prompt of messages, but the tokenizer has no chat "
+            "template: use the tokenizer of the training run"
         )
     for message in prompt:
         _content(file, i, message)
@@ -217,18 +217,18 @@ def _completion(file: Columns, i: int, completion: Any) -> str:
     if len(completion) != 1:
         raise InputError(
             f"{file.path}: {file.place[i]} has a completion of {len(completion)} messages (tools?), "
-            "one is expected: record token ids (README, Rollouts)"
+            "one is expected: record token ids (docs/rollouts.md)"
         )
     return _content(file, i, completion[0])
 
 
 def _content(file: Columns, i: int, message: Any) -> str:
-    """A message's text; Parquet fills the keys that other rows have with None."""
+    """A message's text; Parquet adds the keys of other rows with None."""
     filled = {k for k, v in message.items() if v is not None} if isinstance(message, dict) else set()
     if filled != {"role", "content"} or not all(is_text(message[k]) for k in filled):
         raise InputError(
             f"{file.path}: {file.place[i]} has a message with {', '.join(sorted(filled)) or 'no key'}; "
-            "Unicode text as role and as content is expected: record token ids (README, Rollouts)"
+            "Unicode text as role and as content is expected: record token ids (docs/rollouts.md)"
         )
     return str(message["content"])
 
@@ -247,13 +247,13 @@ def _uid(file: Columns, i: int, uid: Any) -> str:
     if match is None or match[2] != "0":
         raise InputError(
             f"{file.path}: {file.place[i]} has uid {uid!r:.60}, PROMPT_SESSION_0 is expected: sessions "
-            "of several outputs cannot be imported; record token ids (README, Rollouts)"
+            "of several outputs cannot be imported; record token ids (docs/rollouts.md)"
         )
     return match[1]
 
 
 def _are(kind: type | UnionType, values: Sequence[Any]) -> bool:
-    """All of a kind or None, and not all None. A bool is an int."""
+    """Whether all are of a type or None, and not all None. A bool is an int."""
     return all(x is None or isinstance(x, kind) for x in values) and any(x is not None for x in values)
 
 

@@ -1,4 +1,4 @@
-"""Sampled batches as they are stored, and as the core's Batch."""
+"""Sampled batches as stored on disk, and as the core's Batch."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -17,18 +17,18 @@ from .checks import check_ends, check_sampler_logp, check_temperature, check_tok
 from .files import Columns, is_text, read_columns, write_json, write_parquet
 
 _ABOUT = {
-    "prompt_index": "int, required: which prompt, so also which group; equal numbers, equal prompts",
-    "prompt": "text, optional: the prompt as text; no number depends on it",
-    "response": "text, optional: the response as text; no number depends on it",
-    "prompt_ids": "ints, required: the prompt as the policy saw it, without padding",
-    "response_ids": "ints, required: the tokens sampled, the first EOS included and nothing behind it",
+    "prompt_index": "int, required: index of the prompt and so of the group; equal for equal prompts",
+    "prompt": "text, optional: the prompt as text; not used in computations",
+    "response": "text, optional: the response as text; not used in computations",
+    "prompt_ids": "ints, required: the prompt as given to the policy, without padding",
+    "response_ids": "ints, required: the sampled tokens, up to and including the first EOS",
     "finish_reason": "text, optional: stop (ends in an EOS) or length (cut off); checked against "
-    "response_ids; null for another reason, a stop string for instance",
-    "temperature": "float, required: softmax(logits / temperature) was sampled; one for all rows",
-    "reward": "float: required for U, unless its advantages are taken as they are; null: none applies",
+    "response_ids; null for another reason, such as a stop string",
+    "temperature": "float, required: of sampling from softmax(logits / temperature); equal in all rows",
+    "reward": 'float: required for U unless objective.advantage = "rollouts"; null: not applicable',
     "advantage": 'float, optional: required for U with objective.advantage = "rollouts"',
     "sampler_logp": "floats, optional: log-probability of every response token under the program "
-    "that sampled (nats, at the temperature); in E it makes the importance ratios",
+    "that sampled it (nats, at this temperature); in E it gives the importance ratios",
 }
 _TYPES = {
     "prompt_index": pa.int64(),
@@ -43,14 +43,14 @@ _TYPES = {
     "sampler_logp": pa.list_(pa.float64()),
 }
 SCHEMA = pa.schema([pa.field(n, t, metadata={"about": _ABOUT[n]}) for n, t in _TYPES.items()])
-"""A row a response, in Parquet (.parquet) or as JSON lines (.jsonl, .json); "about" of every field
-says what it means and what happens without it. A column may be missing where it says so, and in
-JSON lines null is the same as missing. Other columns are allowed and not read."""
+"""One row per response, in Parquet (.parquet) or as JSON lines (.jsonl, .json); the metadata "about" of
+a field states its meaning, and whether it is optional. In JSON lines null is the same as missing. Other
+columns are allowed and ignored."""
 
 REQUIRED = ("prompt_index", "prompt_ids", "response_ids", "temperature")
-_OF_E = (*REQUIRED, "finish_reason", "sampler_logp")  # what is read of E
+_OF_E = (*REQUIRED, "finish_reason", "sampler_logp")  # columns that are read of E
 
-# What others call these columns. Under such a name a column would be passed over without a word.
+# Names of these columns in other programs. Under such a name a column would be ignored silently.
 _ALIASES = {
     "prompt_index": ("group", "group_id", "group_index", "prompt_id", "uid"),
     "prompt_ids": ("prompt_token_ids", "input_ids"),
@@ -63,7 +63,7 @@ _ALIASES = {
 
 
 class Rollouts(NamedTuple):
-    """Sequences with what is known of each. A column that is not known is None throughout."""
+    """Sequences and what is known of each; a column that is unknown is None."""
 
     prompt_index: list[int]
     prompt: list[str]
@@ -72,18 +72,18 @@ class Rollouts(NamedTuple):
     response_ids: list[list[int]]
     finish_reason: list[str]  # stop, length or unknown
     temperature: float
-    reward: list[float] | None = None  # NaN where none applies
+    reward: list[float] | None = None  # NaN: not applicable
     advantage: list[float] | None = None
-    sampler_logp: list[list[float]] | None = None  # where another program sampled
+    sampler_logp: list[list[float]] | None = None  # if another program sampled
 
 
 def to_batch(rollouts: Rollouts) -> Batch:
-    """The core's Batch; equal prompt indices are one sampling unit."""
+    """The core's Batch; equal prompt indices form one sampling unit."""
     return collate(rollouts.prompt_ids, rollouts.response_ids, rollouts.prompt_index)
 
 
 def sampler_logp(rollouts: Rollouts, batch: Batch) -> Float[Tensor, "N R"] | None:
-    """The sampler's own log-probabilities [N, R], where the rollouts bring them."""
+    """The sampler log-probabilities, [N, R] in nats; None if the rollouts have none."""
     if rollouts.sampler_logp is None:
         return None
     mask_NR = response_mask(batch)
@@ -94,7 +94,7 @@ def sampler_logp(rollouts: Rollouts, batch: Batch) -> Float[Tensor, "N R"] | Non
 
 
 def save_rollouts(rollouts: Rollouts, path: Path) -> None:
-    """Write SCHEMA, as JSON lines where the path ends in .jsonl or .json, else as Parquet."""
+    """Write SCHEMA, as JSON lines if the path ends in .jsonl or .json, else as Parquet."""
     count = len(rollouts.response_ids)
     columns = {k: [None] * count if v is None else v for k, v in rollouts._asdict().items()}
     columns["temperature"] = [rollouts.temperature] * count
@@ -126,13 +126,13 @@ def parse_rollouts(
     advantages: bool = False,
     eos_ids: Collection[int] = (),
 ) -> Rollouts:
-    """Columns of SCHEMA -> Rollouts; `rewards`, `advantages` say what is needed (by U).
+    """Columns of SCHEMA -> Rollouts; `rewards`, `advantages`: whether these are required (for U).
 
     Raises InputError, one line that names the row, for missing, misnamed or ill-typed columns, no
-    rows, an index that stands for two prompts, zero tokens, ids outside the vocabulary, several
-    temperatures, a reward or advantage that is needed and not a finite number, log-probabilities that
-    do not match, and, where `eos_ids` are given, for a response whose end is not what finish_reason
-    says, or that goes on behind its first EOS.
+    rows, an index with two prompts, zero tokens, ids outside the vocabulary, several temperatures, a
+    required reward or advantage that is not a finite number, log-probabilities that do not match, and,
+    if `eos_ids` are given, for a response whose end contradicts finish_reason, or with tokens after its
+    first EOS.
     """
     if not file.place:
         raise InputError(f"{file.path} has no rows: at least two prompts are needed")
@@ -174,18 +174,18 @@ def _require_columns(file: Columns, needed: Sequence[str], read: Sequence[str]) 
             continue
         if alias := next((a for a in _ALIASES.get(name, ()) if a in there), None):
             raise InputError(
-                f"{file.path} has no column {name} and a column {alias}: rename it, or drop it if it "
-                f"is something else than {name} ({_ABOUT[name]})"
+                f"{file.path} has no column {name} but a column {alias}: rename it, or remove it if it "
+                f"is not {name} ({_ABOUT[name]})"
             )
     if missing := [name for name in needed if name not in there]:
         raise InputError(
-            f"{file.path} has no column {missing[0]}: needed are {', '.join(needed)}; its columns are: "
+            f"{file.path} has no column {missing[0]}: {', '.join(needed)} are needed; its columns are: "
             f"{', '.join(there) or 'none'}"
         )
 
 
 def _typed(file: Columns, field: pa.Field) -> list[Any]:
-    """The column in the field's type; InputError for the first value that is of another."""
+    """The column in the field's type; InputError for the first value of another type."""
     values = file.values.get(field.name, [None] * len(file.place))
     of_list = pa.types.is_list(field.type)
     one = field.type.value_type if of_list else field.type
@@ -210,7 +210,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # An integer beyond 2^53 would not stay itself as a double.
+    # An integer beyond 2^53 is not exact as a double.
     return isinstance(value, float) or (type(value) is int and abs(value) <= 2**53)
 
 
@@ -230,10 +230,10 @@ def _known(values: list[float | None]) -> list[float] | None:
 def _require_whole(file: Columns, name: str, values: list[Any]) -> None:
     if None not in values:
         return
-    cure = "fill it in, or drop the whole column" if name == "sampler_logp" else "fill it in"
+    remedy = "fill it in, or drop the whole column" if name == "sampler_logp" else "fill it in"
     if name == "reward":
-        cure = 'drop the row, or set objective.advantage = "rollouts" to take the column advantage'
-    raise InputError(f"{file.path}: {file.place[values.index(None)]} has no {name}: {cure}")
+        remedy = 'drop the row, or set objective.advantage = "rollouts" to use the column advantage'
+    raise InputError(f"{file.path}: {file.place[values.index(None)]} has no {name}: {remedy}")
 
 
 def _require_finite(file: Columns, name: str, values: list[float | None]) -> None:

@@ -1,4 +1,4 @@
-"""Scores of a completion against a reference answer: as exact decimals, or as mathematics."""
+"""Scores of a completion against a reference answer: by exact decimals, or by math_verify."""
 
 import re
 from decimal import Decimal
@@ -7,25 +7,25 @@ from funcprobe.types import InputError
 
 from .prompts import missing_column
 
-ANSWER_MARK = "####"  # GSM8K writes its final answer behind it
+ANSWER_MARK = "####"  # precedes the final answer in GSM8K
 
 
 def reference_answer(row: dict[str, object], i: int, column: str) -> str:
-    """What follows the last "####" of the column, or all of it; InputError for no text or number."""
+    """The text after the last "####" of the column, or all of it. InputError if not text or number."""
     if column not in row:
         raise missing_column(column, row, f"the row of response {i}")
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise InputError(
-            f"response {i}: column {column!r} holds {type(value).__name__}, expected text or a "
+            f"response {i}: column {column!r} contains {type(value).__name__}, expected text or a "
             "number: choose another answer_column"
         )
     return str(value).rpartition(ANSWER_MARK)[2].strip()
 
 
 # A comma separates thousands only in groups of the right size (1,234,567 or Indian 12,34,567), so
-# that "1,2" stays two numbers. A minus behind a digit, letter or bracket subtracts, and one before
-# a space marks an item of a list.
+# that "1,2" stays two numbers. A minus after a digit, letter or bracket is a subtraction, and one
+# before a space marks a list item.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-\u2212])?\$?(?P<sign2>(?<=\$)-)?"
     r"(?P<digits>(?<![0-9])[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])(?:\.[0-9]+)?"
@@ -38,7 +38,7 @@ def numeric_score(completion: str, reference: str, where: str) -> float:
     expected = _exact(reference)
     if expected is None:
         raise InputError(
-            f'{where} ends in {reference[-40:]!r}, expected a number, alone or behind "####": '
+            f'{where} ends in {reference[-40:]!r}, expected a number, alone or after "####": '
             "choose another answer_column or reward"
         )
     _, mark, tail = completion.rpartition(ANSWER_MARK)
@@ -61,10 +61,11 @@ def _decimal(match: re.Match[str]) -> Decimal:
 
 def math_score(completion: str, reference: str, where: str) -> float:
     """1 if math_verify finds the completion's answer equal to the reference, else 0."""
-    from math_verify import parse, verify  # sympy, only where it is asked for
+    from math_verify import parse, verify  # imports sympy, so only on demand
 
-    # Outside of LaTeX marks the parser looks for a plain number and reads 2\sqrt{3} as 2
-    # (math-verify 0.9.0), so a bare formula is marked; prose is not, or words become products.
+    # Outside LaTeX delimiters the parser looks for a plain number and reads 2\sqrt{3} as 2
+    # (math-verify 0.9.0), so that a formula without them gets them; prose does not, as its words would
+    # become products.
     marked = "$" + reference + "$"
     has_marks = any(mark in reference for mark in ("$", r"\boxed", r"\(", r"\["))
     outside_commands = re.sub(r"\\[A-Za-z]+\s*(\{[^{}]*\})?", " ", reference)
@@ -72,7 +73,7 @@ def math_score(completion: str, reference: str, where: str) -> float:
     gold = (parse(reference) or parse(marked)) if prose else (parse(marked) or parse(reference))
     if not gold:
         raise InputError(
-            f"{where} ends in {reference[-40:]!r}, which math_verify cannot read: drop the row or "
+            f"{where} ends in {reference[-40:]!r}, which math_verify cannot parse: drop the row or "
             "choose another answer_column"
         )
     return float(verify(gold, parse(completion)))

@@ -1,4 +1,4 @@
-"""Responses from the current policy: the one place that generates."""
+"""Responses sampled from the current policy; generation takes place here only."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,8 +18,8 @@ class Responses(NamedTuple):
 
     ids: list[list[int]]
     finished: list[bool]
-    tokens: int  # that went through the model, as the prompts and step by step
-    padding: int  # of these: before prompts, and behind responses while others went on
+    tokens: int  # that went through the model, of prompts and step by step
+    padding: int  # of these: before prompts, and after responses while others continued
 
 
 def sample_responses(
@@ -32,8 +32,8 @@ def sample_responses(
     """One response per prompt from softmax(logits / temperature), after top_k and top_p if set.
 
     The same seed, prompts and `generation_batch` give the same responses; the global random state is
-    left as it was. `advance` is called with the number of sequences done after each batch. Raises
-    InputError where the probabilities overflow.
+    restored. `advance` is called with the number of sequences done after each batch. Raises InputError
+    if probabilities are not finite.
     """
     generation = GenerationConfig(
         do_sample=True,
@@ -53,7 +53,7 @@ def sample_responses(
         for part in _parts(prompt_ids, config.generation_batch, padded=policy.attention != "eager"):
             found = _generate(policy, [prompt_ids[i] for i in part], generation)
             ids.update(zip(part, found, strict=True))
-            # The last token of the longest is drawn, never read.
+            # The last token of the longest is sampled, never an input.
             tokens += len(part) * (max(len(prompt_ids[i]) for i in part) + len(found[0]) - 1)
             advance(len(part))
     cut = [_through_first_eos(ids[i], policy.eos_ids) for i in range(len(prompt_ids))]
@@ -63,9 +63,9 @@ def sample_responses(
 
 
 def random_state_kept() -> AbstractContextManager[None]:
-    """On leaving, torch's random states are as they were: the CPU's, and every accelerator's.
+    """A context that restores torch's random states at its end: the CPU's and every accelerator's.
 
-    torch.manual_seed() sets all of them, wherever the model is.
+    torch.manual_seed() sets all of them, on whichever device the model is.
     """
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
@@ -75,10 +75,10 @@ def random_state_kept() -> AbstractContextManager[None]:
 
 
 def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> list[list[int]]:
-    """Which prompts are generated together: in order, or only those of one length.
+    """Prompts that are generated together: consecutive ones, or (not `padded`) those of equal length.
 
-    Under eager attention a row of nothing but padding is NaN in float64 (transformers 5.23), so that
-    there nothing is padded.
+    With eager attention in float64 a row of padding alone gives NaN (transformers 5.23), so that
+    nothing is padded there.
     """
     if padded:
         groups = [list(range(len(prompt_ids)))]

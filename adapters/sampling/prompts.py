@@ -23,7 +23,7 @@ Row = dict[str, object]
 
 
 class Prompt(NamedTuple):
-    """What the policy is given, and the other columns of its row (the answer, for instance)."""
+    """The policy's input text, and the other columns of its row (the answer, for instance)."""
 
     text: str
     row: Row
@@ -45,12 +45,12 @@ def load_prompts(
     `source` is a .jsonl, .json or .parquet file, or a folder or name that `datasets.load_dataset`
     takes ("openai/gsm8k:main": the configuration after a colon, `split` of it; a file has no
     splits). `template` is a Python format string over the columns; without one the prompt is the
-    column's own text. With `chat` the tokenizer's chat template renders [system, user] up to where
-    the assistant begins.
-    Raises InputError where source, columns, template or tokenizer do not fit.
+    column's own text. With `chat` the tokenizer's chat template renders [system, user] up to the start
+    of the assistant's turn.
+    Raises InputError if source, columns, template or tokenizer cannot be used.
     """
     if system_prompt is not None and not chat:
-        raise InputError("system_prompt is set and chat is off: set chat = true or drop it")
+        raise InputError("system_prompt is set but chat is off: set chat = true, or remove it")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1 prompt")
     rows = _rows(source, split)[:limit]
@@ -59,7 +59,7 @@ def load_prompts(
     texts = [_text(row, i, source, prompt_column, template) for i, row in enumerate(rows, 1)]
     if chat:
         texts = _chat(texts, tokenizer, system_prompt)
-    # A reward may ask for any column, but takes the prompt itself as `prompts`, as TRL has it.
+    # A reward may use any column, but receives the prompt itself as `prompts`, as in TRL.
     rest = (
         {k: v for k, v in row.items() if (k, prompt_column) != ("prompt", "prompt")} for row in rows
     )
@@ -76,21 +76,25 @@ def encode_prompts(
     """Token ids of every prompt. A chat template has already written the special tokens (BOS).
 
     Raises InputError for an empty encoding, one over `max_prompt_tokens`, and for a tokenizer that
-    ends the prompt with EOS, after which no response is to be expected.
+    appends EOS to the prompt, after which a trained policy gives no response.
     """
     texts = [prompt.text for prompt in prompts]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
     eos, eos_text = tokenizer.eos_token_id, str(tokenizer.eos_token)
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
         if not tokens:
-            raise InputError(f"prompt {number} has no tokens: give it some text ({prompt.text!r})")
+            raise InputError(
+                f"prompt {number} has no tokens, expected at least one: drop the row ({prompt.text!r})"
+            )
         if max_prompt_tokens is not None and len(tokens) > max_prompt_tokens:
             raise InputError(
                 f"prompt {number} has {len(tokens)} tokens, at most {max_prompt_tokens} are "
                 "allowed: raise max_prompt_tokens or drop the row"
             )
         if not chat and tokens[-1] == eos and not prompt.text.endswith(eos_text):
-            raise InputError(f"the tokenizer ends prompt {number} with {eos_text!r}: turn that off")
+            raise InputError(
+                f"the tokenizer appends {eos_text!r} to prompt {number}: disable this in its settings"
+            )
     return ids
 
 
@@ -106,17 +110,19 @@ def draw_with_replacement(count: int, population: int, seed: int) -> list[int]:
 def draw_distinct(count: int, population: int, seed: int) -> list[int]:
     """`count` distinct indices below `population`, in random order: the prompts of U.
 
-    The first of a larger draw with the same seed are those of a smaller one.
+    A smaller draw with the same seed is the beginning of a larger one.
     Raises InputError for a count below 1 or above the population.
     """
     generator = _generator(count, population, seed)
     if count > population:
-        raise InputError(f"{count} distinct prompts of {population}: ask for fewer or give more")
+        raise InputError(
+            f"{count} distinct prompts requested, {population} available: request fewer or give more"
+        )
     return [int(i) for i in torch.randperm(population, generator=generator)[:count]]
 
 
 def missing_column(column: str, columns: Iterable[str], where: str) -> InputError:
-    """The error for a column that is not there: the columns there are, and the nearest of them."""
+    """The error for a missing column, with the existing ones and the most similar of them."""
     columns = sorted(columns)
     near = [f"; did you mean {c!r}?" for c in difflib.get_close_matches(column, columns, n=1)]
     there = (", ".join(columns) or "none") + "".join(near)
@@ -124,7 +130,7 @@ def missing_column(column: str, columns: Iterable[str], where: str) -> InputErro
 
 
 class _ByColumn(string.Formatter):
-    """Fields are column names and nothing else, so that names may hold dots and brackets."""
+    """Fields are column names and nothing else, so that names may contain dots and brackets."""
 
     def get_field(self, field_name: str, _: object, row: Any) -> tuple[object, str]:
         if row.get(field_name) is None:
@@ -141,12 +147,12 @@ def _text(row: Row, number: int, source: str, prompt_column: str, template: str 
     if not isinstance(value, str) or not value.strip():
         found = "an empty string" if isinstance(value, str) else type(value).__name__
         raise InputError(
-            f"{where}: column {prompt_column!r} holds {found}, expected text: choose another "
+            f"{where}: column {prompt_column!r} contains {found}, expected text: choose another "
             "prompt_column or drop the row"
         )
     try:
         text = value if template is None else _ByColumn().vformat(template, (), row)
-    except (LookupError, ValueError, TypeError) as error:  # the last two: an ill-formed field
+    except (LookupError, ValueError, TypeError) as error:  # the last two: a malformed field
         raise InputError(
             f"{where}: template {template!r}: {error}; expected {{column}} with a column of: "
             f"{', '.join(sorted(row))}; write a literal brace twice"
@@ -154,9 +160,11 @@ def _text(row: Row, number: int, source: str, prompt_column: str, template: str 
     if not text.strip():
         raise InputError(f"{where}: template {template!r} gives an empty prompt: add a column")
     try:
-        text.encode()  # JSON can write half a surrogate pair, which no tokenizer takes
+        text.encode()  # JSON can contain half a surrogate pair, which no tokenizer accepts
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: not Unicode text ({error.reason}): mend or drop the row") from error
+        raise InputError(
+            f"{where}: not Unicode text ({error.reason}): correct or drop the row"
+        ) from error
     return text
 
 
@@ -165,15 +173,15 @@ def _chat(
 ) -> list[str]:
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(
-            "chat is on and there is no tokenizer with a chat template: set chat = false, or give "
-            "the tokenizer of an instruction-tuned model"
+            "chat = true needs a tokenizer with a chat template: set chat = false, or use the "
+            "tokenizer of an instruction-tuned model"
         )
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
     messages = [[*system, {"role": "user", "content": text}] for text in texts]
     try:
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:  # some templates refuse a system role
-        raise InputError(f"the chat template refuses these messages: {_line(error)}") from error
+    except TemplateError as error:  # some templates reject a system role
+        raise InputError(f"the chat template rejects these messages: {_line(error)}") from error
     return [str(text) for text in rendered]
 
 
@@ -196,7 +204,7 @@ def _json(path: Path) -> list[Row]:
         raise InputError(f"{path} cannot be read, expected UTF-8 text: {error}") from error
     whole = text.lstrip().startswith("[")
     rows: list[Row] = []
-    # Not splitlines(), which also splits at U+2028 and its like, legal inside a JSON string.
+    # Not splitlines(), which also splits at U+2028 and similar, allowed inside a JSON string.
     for number, chunk in [(1, text)] if whole else enumerate(text.split("\n"), 1):
         if not chunk.strip():
             continue
@@ -205,11 +213,11 @@ def _json(path: Path) -> list[Row]:
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path}, line {number + error.lineno - 1}: {error.msg}; expected one JSON object "
-                "per line, or one array of objects: mend or drop the line"
+                "per line, or one array of objects: correct or drop the line"
             ) from error
         except RecursionError as error:
             raise InputError(
-                f"{path}, line {number}: nested too deeply: mend or drop the line"
+                f"{path}, line {number}: nested too deeply: correct or drop the line"
             ) from error
         rows += found if whole else [found]
     for number, row in enumerate(rows, 1):
@@ -227,7 +235,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _dataset(source: str, split: str) -> list[Row]:
-    # Here, because it takes a second and a local file does not need it.
+    # Imported here, as it takes a second and local files do not need it.
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -240,7 +248,7 @@ def _dataset(source: str, split: str) -> list[Row]:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise InputError(
             f"dataset {name!r} (configuration {configuration or None!r}, split {split!r}) cannot be "
-            f"loaded: {_line(error)}; expected a name on the Hub, as openai/gsm8k:main, or a local file"
+            f"loaded: {_line(error)}; expected a name on the Hub (openai/gsm8k:main) or a local file"
         ) from error
     return [dict(row) for row in found]
 

@@ -1,6 +1,6 @@
-"""Rewards of completions: numeric answers, math answers, or a user's own function.
+"""Rewards of completions: numeric answers, math answers, or a user-defined function.
 
-A function is called as the trainer it was written for calls it, TRL or verl.
+A function is called as by the trainer for which it was written, TRL or verl.
 """
 
 import importlib
@@ -31,7 +31,7 @@ Rows: TypeAlias = Sequence[dict[str, object]]
 
 
 class Reward(Protocol):
-    """Reward of every completion, [N], float64, NaN where none applies (TRL's None).
+    """Reward of every completion, [N], float64; NaN: not applicable (TRL's None).
 
     `rows[i]` is the dataset's row of prompt i.
     """
@@ -45,16 +45,16 @@ def load_reward(spec: str, *, answer_column: str = "answer", conversational: boo
     """The reward named by `spec`; the reference answer of the built-in ones is in `answer_column`.
 
     "numeric": 1 if the completion's number equals the reference's as an exact decimal, else 0. The
-    reference is what follows the last "####" of the column, or all of it; the prediction is the
-    first number behind the completion's last "####", or without one its last number. "$" and
-    thousands' commas do not count. Fractions and powers of ten are for "math".
+    reference is the text after the last "####" of the column, or all of it; the prediction is the
+    first number after the completion's last "####", or its last number if there is none. "$" and
+    thousands separators are ignored. For fractions and powers of ten use "math".
 
-    "math": 1 if `math_verify` finds prediction and reference equal, else 0, also where its own
-    limit of 5 seconds runs out. It sets an alarm signal: main thread only.
+    "math": 1 if `math_verify` finds prediction and reference equal, else 0, also if its limit of 5
+    seconds is exceeded. It sets an alarm signal, which needs the main thread.
 
-    "module:function", "path/to/file.py:function": a function of your own with TRL's signature, or,
+    "module:function", "path/to/file.py:function": a user-defined function with TRL's signature, or,
     recognised by the parameters solution_str and ground_truth, with verl's; see `_trl_reward`
-    and `_verl_reward`. `conversational`: TRL's get and give messages, as for a dataset of chats.
+    and `_verl_reward`. `conversational`: prompts and completions are messages, as in TRL for chats.
 
     Raises InputError if there is no such reward; the reward itself does for a missing column, an
     unusable reference, an exception in the function, a result of another length or not finite.
@@ -92,7 +92,7 @@ def _built_in(score: Callable[[str, str, str], float], answer_column: str) -> Re
 
 
 def _function(spec: str) -> Callable[..., Any]:
-    """What "module:function" or "path/to/file.py:function" names; InputError if it is nothing."""
+    """The function "module:function" or "path/to/file.py:function". InputError if there is none."""
     module, _, name = spec.rpartition(":")
     found = _module(module)
     function = getattr(found, name, None)
@@ -103,17 +103,17 @@ def _function(spec: str) -> Callable[..., Any]:
             f"{', '.join(sorted(there)) or 'none'}"
         )
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__):
-        raise InputError(f"reward {spec!r} is asynchronous, expected a plain function: await inside")
+        raise InputError(f"reward {spec!r} is asynchronous, expected a function: await inside it")
     return function  # type: ignore[no-any-return]
 
 
 def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool) -> Reward:
     """f(prompts, completions, completion_ids, **columns) -> list of float or None, called once.
 
-    As TRL 1.16's GRPOTrainer does (`_calculate_rewards`), with those keywords it takes; the columns
-    are lists with an entry per completion. trainer_state is None, since nothing trains here. With
-    `conversational` a completion is a list of one message of the assistant, and prompts come as
-    lists of messages. None is NaN here and in TRL.
+    As by TRL 1.16's GRPOTrainer (`_calculate_rewards`), with the keywords that it accepts; the columns
+    are lists with one entry per completion. trainer_state is None, as there is no training. With
+    `conversational` a completion is a list of one assistant message, and prompts are lists of
+    messages. None becomes NaN, as in TRL.
     """
 
     def reward(
@@ -132,7 +132,7 @@ def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool
             "log_metric": _no_log,
         }
         if taken := arguments.keys() & offered.keys():
-            raise InputError(f"column {min(taken)!r} has an argument's name: rename the column")
+            raise InputError(f"column {min(taken)!r} has the name of an argument: rename the column")
         call = _call(function, offered | arguments, columns, f"reward {spec!r}: the dataset")
         return _checked(spec, _users_code(call, f"reward {spec!r}"), len(completions))
 
@@ -142,10 +142,10 @@ def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool
 def _verl_reward(spec: str, function: Callable[..., Any], *, answer_column: str) -> Reward:
     """compute_score(data_source, solution_str, ground_truth, extra_info) for each completion.
 
-    As verl 0.9.1's reward managers do, with those keywords it takes; the score is what it returns, or
-    the "score" of a dict. data_source and extra_info are the row's columns (extra_info: {} where there
-    is none, and what verl adds of a single turn); ground_truth is that of the column reward_model,
-    where it has one, else `answer_column` as it is.
+    As by verl 0.9.1's reward managers, with the keywords that it accepts; the score is the returned
+    number, or "score" of a returned dict. data_source and extra_info are the row's columns (extra_info:
+    {} if there is none, with the fields that verl adds for a single turn); ground_truth is that of the
+    column reward_model, if it has one, else `answer_column` unchanged.
     """
 
     def reward(
@@ -176,21 +176,21 @@ def _verl_reward(spec: str, function: Callable[..., Any], *, answer_column: str)
 def _require_text(spec: str, conversational: bool) -> None:
     if conversational:
         raise InputError(
-            f"reward {spec!r} reads text; reward.conversational = true gives messages, and only "
-            "to functions with TRL's signature: set it to false"
+            f"reward {spec!r} takes text; reward.conversational = true passes messages, and only to "
+            "functions with TRL's signature: set it to false"
         )
 
 
 def _require_lengths(*lists: Sequence[object]) -> None:
-    """InputError unless all have one entry a response."""
+    """InputError unless all have one entry per response."""
     if len({len(x) for x in lists}) != 1:
-        raise InputError(f"found lists of {[len(x) for x in lists]}, expected one entry a response")
+        raise InputError(f"found lists of {[len(x) for x in lists]}, expected one entry per response")
 
 
 def _module(name: str) -> ModuleType:
     path = Path(name).expanduser()
     if path.suffix != ".py":
-        hint = "; a file is named by its path, as ./rewards.py:function"
+        hint = "; give a file by its path, such as ./rewards.py:function"
         imported: ModuleType = _users_code(
             lambda: importlib.import_module(name), f"importing {name}", hint
         )
@@ -215,7 +215,7 @@ def _signature(function: Callable[..., Any], what: str) -> Mapping[str, inspect.
 def _call(
     function: Callable[..., Any], offered: dict[str, object], columns: Iterable[str], where: str
 ) -> Callable[[], Any]:
-    """The function with what it takes of `offered`, by name; InputError for what it lacks."""
+    """The function with the arguments of `offered` that it accepts; InputError if one is missing."""
     parameters = _signature(function, where).values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in named:
@@ -243,8 +243,8 @@ def _extra_info(row: dict[str, object], i: int) -> dict[str, object]:
     found = row.get("extra_info")
     if found is not None and not isinstance(found, dict):
         raise InputError(
-            f"response {i}: column 'extra_info' holds {type(found).__name__}, verl's is a dict: "
-            "rename it"
+            f"response {i}: column 'extra_info' contains {type(found).__name__}, expected a dict as in "
+            "verl: rename the column"
         )
     return {**(found or {}), "num_turns": None, "rollout_reward_scores": {}}
 
@@ -256,8 +256,8 @@ def _checked(spec: str, result: Any, count: int) -> Tensor:
         raise InputError(f"reward {spec!r} returned {found}, expected a list of {count} numbers")
     if all(value is None for value in values):
         raise InputError(
-            f'reward {spec!r} returned None ("not applicable" to TRL) for all {count} responses, '
-            "expected numbers: take prompts it applies to"
+            f'reward {spec!r} returned None ("not applicable" in TRL) for all {count} responses, '
+            "expected numbers: use prompts to which it applies"
         )
     numbers = [
         float("nan") if value is None else _number(spec, value, i) for i, value in enumerate(values)
@@ -267,7 +267,7 @@ def _checked(spec: str, result: Any, count: int) -> Tensor:
 
 def _number(spec: str, value: Any, i: int) -> float:
     size = value.numel() if torch.is_tensor(value) else getattr(value, "size", 0)
-    if size == 1:  # a number of torch or numpy; numpy's bool is no Real
+    if size == 1:  # a number of torch or numpy; numpy's bool is not a Real
         value = value.item()
     if not isinstance(value, Real):
         raise InputError(
@@ -276,19 +276,19 @@ def _number(spec: str, value: Any, i: int) -> float:
     # NaN compares false; an integer may be too large for a float, and too long to print.
     if not bool(abs(value) <= sys.float_info.max):  # type: ignore[operator]
         found = value if isinstance(value, float) else "a number out of range"
-        raise InputError(f"reward {spec!r} returned {found} for response {i}, expected finite")
+        raise InputError(f"reward {spec!r} returned {found} for response {i}, expected a finite number")
     return float(value)
 
 
 def _users_code(run: Callable[[], Any], what: str, hint: str = "") -> Any:
     try:
         return run()
-    # Broad, because it is the user's code, which may raise anything, and nothing goes on from
-    # here: the exception comes back as what it is, an input that cannot be used.
+    # Broad, as the user's code may raise anything; nothing continues from here: the exception is
+    # reported as an input that cannot be used.
     except (Exception, SystemExit) as error:
         raised = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{what} raised {raised}{hint}") from error
 
 
 def _no_log(*_: object, **__: object) -> None:
-    """Stands in for TRL's log_extra and log_metric."""
+    """In place of TRL's log_extra and log_metric; does nothing."""

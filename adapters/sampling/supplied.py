@@ -1,4 +1,4 @@
-"""E and U brought from elsewhere: files in SCHEMA, and, for U, what trainers log."""
+"""E and U supplied as files: in SCHEMA or, for U, as logged by trainers."""
 
 import math
 from collections.abc import Sequence
@@ -17,46 +17,46 @@ from .advantages import Mode, require_gradient, require_prompts, update_advantag
 
 
 class UpdateFile(NamedTuple):
-    """rollouts.update as it was read; `layout` says whose log it is, None of one in SCHEMA."""
+    """rollouts.update as read; `layout` is the trainer whose log it is, None for a file in SCHEMA."""
 
     columns: Columns
     layout: Layout | None
 
 
-def bring_eval(config: Config, policy: Policy, vocabulary: int) -> Rollouts | None:
-    """E, where rollouts.eval names it. InputError for a file without token ids, or of one prompt."""
+def load_supplied_eval(config: Config, policy: Policy, vocabulary: int) -> Rollouts | None:
+    """E, if rollouts.eval is set. InputError for a file without token ids, or with a single prompt."""
     if config.rollouts.eval is None:
         return None
     file = read_columns(Path(config.rollouts.eval).expanduser())
     if layout := layout_of(file):
         raise refused_as_e(file, layout)
     found = parse_rollouts(file, vocabulary, rewards=False, eos_ids=policy.eos_ids)
-    require_prompts("E", found.prompt_index, brought=True)
+    require_prompts("E", found.prompt_index, supplied=True)
     return found
 
 
-def fresh_length(config: Config, brought: Rollouts | None) -> int:
-    """Where fresh responses to E's prompts are cut off: where those of a brought E were, if any was.
+def fresh_length(config: Config, supplied: Rollouts | None) -> int:
+    """Length at which resampled responses to E's prompts are cut off: as in a supplied E, if any.
 
-    Where all of them ended by themselves their own bound is not known, and is at least their longest.
+    If all of its responses ended with an EOS, their limit is unknown, but at least the longest of them.
     """
-    if brought is None:
+    if supplied is None:
         return config.sampling.max_new_tokens
-    longest = max(len(ids) for ids in brought.response_ids)
-    if set(brought.finish_reason) == {"stop"}:
+    longest = max(len(ids) for ids in supplied.response_ids)
+    if set(supplied.finish_reason) == {"stop"}:
         return max(longest, config.sampling.max_new_tokens)
     return longest
 
 
 def open_update(config: Config) -> UpdateFile | None:
-    """U's file, where rollouts.update names it."""
+    """U's file, if rollouts.update is set."""
     if config.rollouts.update is None:
         return None
     columns = read_columns(Path(config.rollouts.update).expanduser())
     return UpdateFile(columns, layout_of(columns))
 
 
-def bring_update(
+def load_supplied_update(
     file: UpdateFile | None,
     config: Config,
     policy: Policy,
@@ -66,11 +66,11 @@ def bring_update(
     prompt_ids: Sequence[Sequence[int]] | None,
     run: TrainingRun,
 ) -> tuple[Rollouts | None, list[str]]:
-    """U, where there is a file, and a line for each thing that had to be guessed.
+    """U, if there is a file, and a line for each assumption that was needed.
 
-    `prompt_ids` are those of prompts.source, among which the prompts of verl's log are looked for;
-    None where it is not set. InputError also for a U of one prompt or of no gradient (`mode` says
-    where its advantages are from), and for a log of another step than that after the checkpoint.
+    `prompt_ids` are those of prompts.source, in which the prompts of verl's log are looked up; None if
+    it is not set. InputError also for a U with a single prompt or without gradient (`mode` states where
+    its advantages come from), and for a log of another step than the next.
     """
     if file is None:
         return None, []
@@ -93,25 +93,25 @@ def bring_update(
     found = parse_rollouts(
         columns, vocabulary, rewards=not advantages, advantages=advantages, eos_ids=policy.eos_ids
     )
-    require_prompts("U", found.prompt_index, brought=True)
-    require_gradient(update_advantages(found, mode)[0], found.prompt_index, mode, brought=True)
+    require_prompts("U", found.prompt_index, supplied=True)
+    require_gradient(update_advantages(found, mode)[0], found.prompt_index, mode, supplied=True)
     return found, lines
 
 
 def common_temperature(
-    config: Config, brought_eval: Rollouts | None, brought_update: Rollouts | None
+    config: Config, supplied_eval: Rollouts | None, supplied_update: Rollouts | None
 ) -> float:
-    """That of E and of U, which must be samples of one policy; InputError if they are not.
+    """The temperature of E and of U, which must be equal; InputError if it is not.
 
-    Equal to 1e-6 is equal: 0.7 in a column of float32 is 0.699999988.
+    Compared with relative tolerance 1e-6: 0.7 in a column of float32 is 0.699999988.
     """
     of_eval, of_update = (
-        brought.temperature if brought else config.sampling.temperature
-        for brought in (brought_eval, brought_update)
+        supplied.temperature if supplied else config.sampling.temperature
+        for supplied in (supplied_eval, supplied_update)
     )
     if not math.isclose(of_eval, of_update, rel_tol=1e-6):
         raise InputError(
-            f"E has temperature {of_eval:.9g} and U {of_update:.9g}, both must be samples of one "
-            "policy: set sampling.temperature to that of the rollouts that are brought, or bring others"
+            f"E has temperature {of_eval:.9g} and U {of_update:.9g}, both must be sampled from one "
+            "policy: set sampling.temperature to that of the supplied rollouts, or supply others"
         )
     return of_eval

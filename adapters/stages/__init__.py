@@ -1,1 +1,1 @@
-"""The stages of a run between configuration and results, each kept on disk."""
+"""The stages of a run between configuration and results, each stored on disk."""

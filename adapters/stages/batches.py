@@ -1,4 +1,4 @@
-"""E and U: sampled from the policy, taken from an earlier run's stage, or brought; with rewards."""
+"""E and U: sampled from the policy, read from an earlier run's stage, or supplied; with rewards."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ from .plan import Plan, vocabulary
 
 
 class Batches(NamedTuple):
-    """E and U as they are stored and as the core takes them."""
+    """E and U as stored and as the core's types."""
 
     eval_rollouts: Rollouts
     update_rollouts: Rollouts
@@ -37,10 +37,10 @@ class Batches(NamedTuple):
 def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     """Both batches. InputError for rewards that cannot be used, and for fewer than two prompts.
 
-    What is brought was held to the same when the plan was loaded.
+    Supplied batches have passed the same checks when the plan was loaded.
     """
-    eval_rollouts = plan.brought_eval or _eval(plan, stages, narrator)
-    update_rollouts = plan.brought_update or _update(plan, stages, narrator)
+    eval_rollouts = plan.supplied_eval or _eval(plan, stages, narrator)
+    update_rollouts = plan.supplied_update or _update(plan, stages, narrator)
     require_prompts("E", eval_rollouts.prompt_index)
     require_prompts("U", update_rollouts.prompt_index)
     mode = plan.objective.advantage
@@ -58,8 +58,8 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     )
     if len(size_M.unique()) > 1:
         lines.append(
-            f"warning: U has {int(size_M.min())} to {int(size_M.max())} responses per prompt, where "
-            "trainers write groups of one size: is the file whole?"
+            f"warning: U has {int(size_M.min())} to {int(size_M.max())} responses per prompt, but "
+            "trainers write groups of equal size: check that the file is complete"
         )
     for line in lines:
         narrator.say(line)
@@ -68,7 +68,7 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     narrator.say(
         f"E: {len(eval_batch.prompt_N)} responses to {len(eval_batch.prompt_N.unique())} prompts; "
         f"U: {len(advantage_N)} responses to {len(size_M)} prompts, {mean}"
-        f"{equal} groups of {zero_means(mode)} (no gradient from these)"
+        f"{equal} of {len(size_M)} groups have {zero_means(mode)}, so no gradient"
     )
     return Batches(
         eval_rollouts=eval_rollouts,
@@ -91,7 +91,7 @@ def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
     distinct = draw_distinct(sampling.B_U, len(plan.prompts), seed)
     index = [i for i in distinct for _ in range(sampling.G)]
     drawn = _sampled(plan, "U", index, seed, stages, narrator)
-    assert plan.reward is not None  # loaded unless U is brought
+    assert plan.reward is not None  # loaded unless U is supplied
     with narrator.phase("rewards of U"):
         rows = [plan.prompts[i].row for i in drawn.prompt_index]
         prompts: Sequence[Text] = drawn.prompt
@@ -103,7 +103,7 @@ def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
 
 
 def _messages(config: PromptsConfig) -> list[list[dict[str, str]]]:
-    """The messages that the chat template rendered, of every prompt of the source."""
+    """The messages that the chat template renders, for every prompt of the source."""
     users = load_prompts(
         config.source, prompt_column=config.prompt_column, split=config.split, template=config.template
     )
@@ -152,5 +152,5 @@ def _sampled(
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """Independent seeds of E and U from one: neighbouring run seeds share nothing."""
+    """Independent seeds of E and U from one; those of neighbouring run seeds are unrelated."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6])

@@ -1,4 +1,4 @@
-"""Where a run, as its optimizer_param_names.json tells, sampled or summed otherwise than the probe."""
+"""Differences between the loss and sampling of a training run (its sidecar) and those used here."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,12 +10,13 @@ from ..optimizer import Sidecar
 
 # TRL's scale_rewards -> our advantage.
 _ADVANTAGE = {"group": "mean_std", "True": "mean_std", "none": "mean", "False": "mean"}
-# Settings of TRL that change which responses are in U, with the values at which they do not.
+# Settings of TRL that change the distribution of U's responses, with the values at which they do not.
 _CUTS = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
-# Settings of TRL (read in 1.16), each with the value at which it changes nothing. The first change the
-# loss: while the ratio to the sampling policy is 1, and with importance_sampling_level "sequence" too,
-# the gradient of LOSSES is else that of J = sum of advantage x normalisation x l. (use_adaptive_entropy
-# moves entropy_coef in training, from 0 as well.) The others change whose sequences they are.
+# Settings of TRL (1.16), each with the value at which it has no effect. The first change the loss:
+# while the ratio to the sampling policy is 1, also with importance_sampling_level "sequence", the
+# gradient of LOSSES is otherwise that of J = sum of advantage x normalisation x l.
+# (use_adaptive_entropy changes entropy_coef in training, also from 0.) The others change which
+# sequences enter the step.
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 _TERMS = {
     "beta": 0.0,
@@ -25,13 +26,13 @@ _TERMS = {
     "off_policy_mask_threshold": None,
 }
 SEQUENCES = {"num_iterations": 1, "mask_truncated_completions": False}
-# On by default, and nothing without vLLM: the loss of each token times the ratio of the policy's
-# probability to vLLM's, of the token or of its sequence, clipped or masked.
+# On by default, without effect unless vLLM is used: the loss of each token times the ratio of the
+# policy's probability to vLLM's, of the token or of its sequence, clipped or masked.
 _CORRECTION = "vllm_importance_sampling_correction"
 
 
 class Setting(NamedTuple):
-    """One that is on."""
+    """A setting that is in effect, with the value at which it is not."""
 
     name: str
     value: Any
@@ -39,9 +40,9 @@ class Setting(NamedTuple):
 
 
 def terms(settings: Mapping[str, Any]) -> list[Setting]:
-    """Of a run's settings, by TRL's names, those with which its loss has terms or weights that J lacks.
+    """Settings of a run, by TRL's names, by which its loss has terms or weights that J does not have.
 
-    What is missing or None is off.
+    A setting that is missing or None is off.
     """
     found = _switched_on(settings, _TERMS)
     if settings.get("use_vllm"):
@@ -50,7 +51,7 @@ def terms(settings: Mapping[str, Any]) -> list[Setting]:
 
 
 def differences(config: Config, sidecar: Sidecar | None) -> list[str]:
-    """A warning for each setting of the run with which its step is another than the one probed."""
+    """A warning for each setting of the run by which its step differs from the predicted one."""
     if sidecar is None:
         return []
     return [
@@ -66,7 +67,7 @@ def _sampling(config: Config, sidecar: Sidecar) -> list[str]:
         lines.append(f"sampling had temperature {ran['temperature']}, sampling.temperature is {here:g}")
     if config.rollouts.update is None:
         lines += [
-            f"sampling had {key} = {ran[key]}, and U is sampled without it here"
+            f"sampling had {key} = {ran[key]}, but U is sampled without it here"
             for key, off in _CUTS.items()
             if ran.get(key) not in (None, *off)
         ]
@@ -81,8 +82,8 @@ def _objective(config: Config, sidecar: Sidecar) -> list[str]:
     advantage = objective.advantage or PRESETS[objective.preset].advantage
     ran = _ADVANTAGE.get(str(scale))
     if scale is not None and advantage not in ("rollouts", ran):
-        cure = f'set it to "{ran}"' if ran else "only rollouts that bring the run's own have them"
-        lines.append(f"scale_rewards was {scale}, objective.advantage is {advantage}: {cure}")
+        remedy = f'set it to "{ran}"' if ran else "only the run's own rollouts have these advantages"
+        lines.append(f"scale_rewards was {scale}, objective.advantage is {advantage}: {remedy}")
     return lines
 
 
@@ -90,14 +91,14 @@ def _loss(sidecar: Sidecar) -> list[str]:
     kind, lines = _kind(sidecar), []
     if kind == "bnpo":
         lines.append(
-            "loss_type was bnpo, a token mean of each micro-batch: that is the preset dapo where there "
-            "is one micro-batch to a step, and no preset otherwise"
+            "loss_type was bnpo, a token mean of each micro-batch: this is the preset dapo with one "
+            "micro-batch per step, and no preset otherwise"
         )
     elif kind is not None and kind not in {*LOSSES, *PRESETS}:
-        lines.append(f"loss_type was {kind}, of which no objective here is the gradient")
+        lines.append(f"loss_type was {kind}, whose gradient is not that of any objective here")
     unlike = terms({**sidecar.sampling, **sidecar.loss}) + _switched_on(sidecar.loss, SEQUENCES)
     return lines + [
-        f"{name} was {value}, and J here has no such term: its step is another one"
+        f"{name} was {value}, but J here has no such term: the run's step is a different one"
         for name, value, _ in unlike
     ]
 

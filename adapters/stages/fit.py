@@ -1,4 +1,4 @@
-"""A straight line through the measured changes, over the learning rates where they are straight."""
+"""A linear fit of the measured changes over the learning rates at which they are linear."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from funcprobe.statistics.intervals import LEVEL, Error, Interval, student
 from funcprobe.statistics.second_order import eta_star
 from funcprobe.types import InputError
 
-CURVED = 0.1  # share of the change that bends: where the linear range ends
-FEWEST_POINTS = 3  # two parameters, and something left to tell how well they do
+CURVED = 0.1  # quadratic share of the change at which the linear range ends
+FEWEST_POINTS = 3  # two parameters, and one degree of freedom for the residuals
 FISHER_POINTS = 4  # the variance of Fisher's z is 1 / (n - 3)
 
 
 class Fit(NamedTuple):
-    """measured = intercept + slope * eta; intervals are of 95 %, None where there is nothing to say."""
+    """measured = intercept + slope * eta; intervals are of 95 %, None where undefined."""
 
     slope: float | None  # in the unit of measured, per unit of learning rate
     slope_ci: Interval | None
@@ -28,7 +28,7 @@ class Fit(NamedTuple):
     r2: float | None  # squared weighted correlation of measured and eta
     r2_ci: Interval | None
     points: int  # rows in the linear range
-    eta_low: float | None  # the least and the largest eta of the rows
+    eta_low: float | None  # smallest and largest eta of these rows
     eta_high: float | None
     reason: str | None  # why a number is None
 
@@ -42,25 +42,25 @@ def linear_fit(
 ) -> Fit:
     """Least squares of measured on eta with weights 1 / eta^2, over the linear range.
 
-    The range holds the rows that `rounding_n` does not mark and whose quadratic share
-    |eta second / (2 first)| is at most 10 %, that is, eta <= eta_star / 10, chosen without a look at
-    `measured_n`. Where `second` is None it holds the unmarked rows up to the first whose measured / eta
-    is over 10 % off that of the smallest, a choice that makes the fit look better than it is.
+    The range contains the rows that `rounding_n` does not mark and whose quadratic share
+    |eta second / (2 first)| is at most 10 %, that is, eta <= eta_star / 10, independently of
+    `measured_n`. If `second` is None, it contains the unmarked rows up to the first whose measured /
+    eta differs by over 10 % from that of the smallest, a selection that flatters the fit.
 
     Weights. In the range rounding, constant, and curvature, growing as eta^2, are each at most a tenth
-    of the change, so that errors are bounded relative to it and each row counts the same relative to
-    its size. Unweighted, over decades of eta, the line would go through the largest and say nothing of
-    the others: 10 % of curvature there would move the slope by as much, and the intercept by more
-    than the smallest changes.
+    of the change, so that errors are bounded relative to it and each row counts equally relative to its
+    size. Unweighted, over decades of eta, the largest rows alone would determine the line: 10 % of
+    curvature there would change the slope by as much, and the intercept by more than the smallest
+    changes.
 
     Intervals. Student's t with n - 2 degrees of freedom for slope and intercept; Fisher's z = artanh r
-    with variance 1 / (n - 3) for r, squared, for R^2, whose own distribution is skewed at 1. All take
+    with variance 1 / (n - 3) for r, squared, for R^2, whose own distribution is skewed at 1. All assume
     residuals to be independent noise. They are mostly curvature, the same in every repetition, and all
-    rows share the samples of E: the intervals tell how far the rows are from one line, not how far
-    that line is from the policy's, which is the business of the standard errors of the rows.
+    rows share the samples of E: the intervals describe the scatter of the rows about one line, not the
+    error of that line, for which the standard errors of the rows are given.
 
-    Never fails for too few rows: what cannot be had is None, with the reason. Raises InputError for
-    lengths that differ, etas that do not ascend from above 0, and numbers that are not finite.
+    Never fails for too few rows: undefined values are None, with the reason. Raises InputError for
+    lengths that differ, etas that are not positive and ascending, and numbers that are not finite.
     """
     _require_rows(eta_n, measured_n, rounding_n, first, second)
     kept = [
@@ -68,22 +68,22 @@ def linear_fit(
         for eta, value, rounding in zip(eta_n, measured_n, rounding_n, strict=True)
         if not rounding
     ]
-    rows = _straight(kept, first, second)
+    rows = _linear_range(kept, first, second)
     if len(rows) < FEWEST_POINTS:
         marked = len(eta_n) - len(kept)
         reason = (
             f"{len(rows)} of {len(eta_n)} rows are in the linear range, {FEWEST_POINTS} are needed: "
-            f"{marked} are rounding, {len(kept) - len(rows)} bend by over {CURVED:.0%}"
+            f"{marked} are rounding, {len(kept) - len(rows)} have a quadratic share over {CURVED:.0%}"
         )
         return _without_line(rows, reason)
     eta = np.array([e for e, _ in rows])
     return _line(eta, np.array([value for _, value in rows]))
 
 
-def _straight(
+def _linear_range(
     kept: list[tuple[float, float]], first: float, second: float | None
 ) -> list[tuple[float, float]]:
-    """The rows, ascending in eta, before the curve bends."""
+    """The rows, ascending in eta, in the linear range."""
     if second is not None:
         return [row for row in kept if row[0] <= CURVED * eta_star(first, second)]
     for i, (eta, value) in enumerate(kept):
@@ -99,7 +99,7 @@ def _without_line(rows: list[tuple[float, float]], reason: str) -> Fit:
 
 
 def _line(eta_n: NDArray[np.float64], measured_n: NDArray[np.float64]) -> Fit:
-    """Weighted least squares, from sums about the weighted means, in units where both end near 1."""
+    """Weighted least squares from sums about the weighted means, both variables scaled to about 1."""
     n, top, size = len(eta_n), float(eta_n[-1]), float(np.abs(measured_n).max()) or 1.0
     x_n, y_n = eta_n / top, measured_n / size
     w_n = (x_n[0] / x_n) ** 2
@@ -136,7 +136,7 @@ def _scaled(interval: Interval, factor: float) -> Interval:
 
 
 def _fisher(r: float, n: int) -> Interval:
-    """Interval of R^2 from tanh(artanh r +- 1.96 / sqrt(n - 3)), r >= 0; from 0 where that of r is."""
+    """Interval of R^2 from tanh(artanh r +- 1.96 / sqrt(n - 3)), r >= 0; from 0 if r = 0 is in it."""
     if r == 1:
         return Interval(1.0, 1.0)
     half = NormalDist().inv_cdf((1 + LEVEL) / 2) / math.sqrt(n - 3)
@@ -153,11 +153,11 @@ def _require_rows(
 ) -> None:
     lengths = len(eta_n), len(measured_n), len(rounding_n)
     if len(set(lengths)) > 1:
-        raise InputError(f"{lengths} etas, changes and rounding marks: pass one of each for every row")
+        raise InputError(f"{lengths} etas, changes and rounding marks: one of each per row is expected")
     numbers = (*eta_n, *measured_n, first, 0.0 if second is None else second)
     if not all(map(math.isfinite, numbers)):
         raise InputError(
             f"finite numbers are expected, not {[x for x in numbers if not math.isfinite(x)]}"
         )
     if any(low >= high for low, high in pairwise((0.0, *eta_n))):
-        raise InputError(f"etas {list(eta_n)}: distinct ones that ascend from above 0 are expected")
+        raise InputError(f"etas {list(eta_n)}: distinct, positive, ascending ones are expected")

@@ -1,4 +1,4 @@
-"""The direct estimate: responses sampled at theta + eta v, where importance weights say too little."""
+"""The direct estimate from responses resampled at theta + eta v, where importance weights fail."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from .plan import Plan
 
 
 class Fresh(NamedTuple):
-    """H(theta + eta v) of responses sampled there, minus H(theta) of E: the same prompts in both."""
+    """H(theta + eta v) from responses sampled there, minus H(theta) from E, on the same prompts."""
 
     delta: float
     error: Error  # over the sampling units of E, each with both of its responses
@@ -39,9 +39,9 @@ def sample_again(
     unit_N: torch.Tensor,
     narrator: Narrator,
 ) -> Fresh:
-    """One response at theta + eta v to the prompt of every sequence of E; the model is as before.
+    """One response at theta + eta v to the prompt of every sequence of E; the model is unchanged.
 
-    Sampled anew in every run, as no stage holds them.
+    Resampled in every run, as no stage stores them.
     """
     prompt_ids = batches.eval_rollouts.prompt_ids
     moved = tree.axpy(eta, direction, plan.policy.params)
@@ -50,11 +50,11 @@ def sample_again(
             "temperature": plan.temperature,
             "top_p": 1.0,
             "top_k": 0,
-            "max_new_tokens": fresh_length(plan.config, plan.brought_eval),
+            "max_new_tokens": fresh_length(plan.config, plan.supplied_eval),
         }
     )
     seed = derived_seed(plan.config.run.seed, f"E at eta {eta!r}")
-    # Every sequence twice: sampled, then read.
+    # Every sequence twice: sampling, then a forward.
     with narrator.phase(f"sample E at eta {eta:g}", 2 * len(prompt_ids)) as stage:
 
         def sample() -> Responses:

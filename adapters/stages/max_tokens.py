@@ -1,4 +1,4 @@
-"""run.max_tokens = "auto": from what a trial of the heaviest pass takes; memory alone, no clock."""
+"""run.max_tokens = "auto": from the peak memory of a trial of the heaviest pass, not from its time."""
 
 import math
 from collections.abc import Callable
@@ -11,25 +11,25 @@ from funcprobe.policy.forward import Forward
 from funcprobe.types import Batch, InputError, Params
 
 from ..machine import memory
-from ..machine.allocator import hand_back_freed_memory
+from ..machine.allocator import release_freed_memory
 
-MOST = {"cpu": 4096, "cuda": 32768}  # larger microbatches buy no time
-TRIAL_TOKENS = 256  # of the smaller trial at least, so that activations outweigh what else changes
+MOST = {"cpu": 4096, "cuda": 32768}  # larger microbatches are not faster
+TRIAL_TOKENS = 256  # least size of the smaller trial, so that activations dominate its memory
 MIB = 2**20
 
 
 class Trial(NamedTuple):
-    """A pass over one microbatch: its tokens, and by how many bytes it raised the peak."""
+    """A pass over one microbatch: its tokens, and its increase of the peak memory in bytes."""
 
     tokens: int
     peak: float
 
 
 class Choice(NamedTuple):
-    """The size of a microbatch, and the line that says how it was found."""
+    """The size of a microbatch, and a line on how it was found."""
 
     max_tokens: int
-    said: str
+    message: str
 
 
 def choose(
@@ -40,16 +40,16 @@ def choose(
     vocabulary: int,
     device: torch.device,
 ) -> Choice:
-    """The size for a run whose longest sequence has that prompt and response, as `fitted` has it.
+    """The size, by `fitted`, for a run whose longest sequence has such a prompt and response.
 
-    Tried is the gradient, whose activations are kept, on two microbatches of such sequences, the
-    second twice as large. Raises InputError where not even one sequence fits, and on a CPU whose
-    peaks cannot be measured.
+    The trials are gradients, whose activations are kept, on two microbatches of such sequences, the
+    second twice as large. Raises InputError if a single sequence does not fit, and on a CPU whose peaks
+    cannot be measured.
     """
     longest = prompt_tokens + response_tokens
     most = MOST[device.type]
     room = memory.free(device)
-    halves: list[int] = []  # where the core halved a trial, its peak is of less than the whole
+    halves: list[int] = []  # if the core halved a trial, its peak is that of a part
     count = math.ceil(TRIAL_TOKENS / longest)
     peak = _peak_above(device)
     trials = []
@@ -78,9 +78,9 @@ def choose(
 
 
 def fitted(small: Trial, large: Trial, *, longest: int, room: float, most: int) -> int:
-    """The largest power of two up to `most` whose peak, on the line through both, is room / 2 or less.
+    """The largest power of two up to `most` whose peak, extrapolated linearly, is at most room / 2.
 
-    One longest sequence is the least, as long as it fits at all; else InputError. `room` in bytes.
+    At least one longest sequence, provided that it fits; else InputError. `room` in bytes.
     """
     slope = max(0.0, (large.peak - small.peak) / (large.tokens - small.tokens))
 
@@ -99,15 +99,15 @@ def _too_little(longest: int, needed: float | None, room: float) -> InputError:
     takes = "more" if needed is None else f"{needed / MIB:.0f} MiB"
     return InputError(
         f'run.max_tokens = "auto": the longest sequence may have {longest} tokens, whose gradient '
-        f"takes {takes}, and {room / MIB:.0f} MiB are free: lower sampling.max_new_tokens, drop long "
+        f"takes {takes}, but {room / MIB:.0f} MiB are free: lower sampling.max_new_tokens, drop long "
         "prompts, or free memory"
     )
 
 
 def _peak_above(device: torch.device) -> Callable[[], float]:
-    """Peaks from now on: each call gives that since the last one, above what is held now.
+    """A function whose calls return the peak since the previous call, above the memory in use now.
 
-    The process's floor is what it holds before the first pass, as all that this frees goes back.
+    For the process, the latter is that before the first pass, as all memory that it frees is released.
     """
     if device.type == "cuda":
         floor = torch.cuda.memory_allocated(device)
@@ -119,17 +119,17 @@ def _peak_above(device: torch.device) -> Callable[[], float]:
             return found
 
         return on_device
-    hand_back_freed_memory()  # a pass that filled a hole would seem to take nothing
+    release_freed_memory()  # else a pass that reuses freed memory would seem to take none
     if not memory.reset_peaks():
         raise InputError(
-            'run.max_tokens = "auto" needs a GPU, or a Linux whose /proc/self/clear_refs can be '
-            "written, to measure what a microbatch takes: give a number"
+            'run.max_tokens = "auto" needs a GPU, or Linux with a writable /proc/self/clear_refs, to '
+            "measure the memory of a microbatch: give a number"
         )
     floor = memory.process_now()
 
     def of_process() -> float:
         found = memory.process_peak() - floor
-        hand_back_freed_memory()
+        release_freed_memory()
         memory.reset_peaks()
         return found
 
@@ -137,7 +137,7 @@ def _peak_above(device: torch.device) -> Callable[[], float]:
 
 
 def _batch(count: int, prompt_tokens: int, response_tokens: int, vocabulary: int) -> Batch:
-    """Sequences of random tokens; no two share their prompt, which would be computed once."""
+    """Sequences of random tokens with distinct prompts, as a shared one would be computed once."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, prompt_tokens + response_tokens)
     tokens = torch.randint(vocabulary, shape, generator=generator).tolist()

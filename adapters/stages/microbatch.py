@@ -1,4 +1,4 @@
-"""How large a microbatch may be: the longest sequence, the configured size, what memory allows."""
+"""The size of a microbatch: the longest sequence, the configured size, the limit of the memory."""
 
 from collections.abc import Callable
 
@@ -13,25 +13,25 @@ from ..sampling.supplied import fresh_length
 from . import max_tokens
 
 
-def longest(config: Config, prompt_ids: list[list[int]], *brought: Rollouts | None) -> tuple[int, int]:
-    """(prompt, response): tokens of the longest sequence that there is, or may be sampled.
+def longest(config: Config, prompt_ids: list[list[int]], *supplied: Rollouts | None) -> tuple[int, int]:
+    """(prompt, response): tokens of the longest sequence that exists or may be sampled.
 
-    `brought` is E, then U; of a brought E that may be sampled anew those responses count, too.
+    `supplied` are E, then U; for a supplied E, responses that may be resampled count as well.
     """
     lengths = [(len(ids), config.sampling.max_new_tokens) for ids in prompt_ids]
-    for rollouts in filter(None, brought):
+    for rollouts in filter(None, supplied):
         pairs = zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)
         lengths += [(len(x), len(y)) for x, y in pairs]
-    if config.measure.resample and brought[0]:
-        limit = fresh_length(config, brought[0])
-        lengths += [(len(ids), limit) for ids in brought[0].prompt_ids]
+    if config.measure.resample and supplied[0]:
+        limit = fresh_length(config, supplied[0])
+        lengths += [(len(ids), limit) for ids in supplied[0].prompt_ids]
     return max(lengths, key=sum)
 
 
 def require_positions(config: Config, policy: Policy, tokens: int) -> None:
-    """InputError where a sequence of `tokens` is longer than a microbatch, or than learned positions.
+    """InputError if a sequence of `tokens` is longer than a microbatch, or than learned positions.
 
-    Rotary positions have no end (transformers warns, and goes on).
+    Rotary positions have no limit (transformers only warns).
     """
     if config.run.max_tokens != "auto" and tokens > config.run.max_tokens:
         raise InputError(
@@ -56,7 +56,7 @@ def resolve(
     vocabulary: int,
     narrator: Narrator,
 ) -> tuple[Config, int]:
-    """The configuration with the number that "auto" stands for, and that number.
+    """The configuration with "auto" replaced by the number found for it, and that number.
 
     `sequence`: tokens of the longest sequence's prompt and response.
     """
@@ -65,18 +65,18 @@ def resolve(
         return config, chosen
     with narrator.phase("size of microbatches"):
         found = max_tokens.choose(policy.params, forward, *sequence, vocabulary, policy.model.device)
-    narrator.say(found.said)
+    narrator.say(found.message)
     resolved = config.run.model_copy(update={"max_tokens": found.max_tokens})
     return config.model_copy(update={"run": resolved}), found.max_tokens
 
 
-def told_of_halves(narrator: Narrator) -> Callable[[int], None]:
-    """Says how far microbatches were halved, each size once; the next pass begins anew."""
-    said: set[int] = set()
+def report_halving(narrator: Narrator) -> Callable[[int], None]:
+    """Logs how far microbatches were halved, each size once; the next pass starts at the full size."""
+    reported: set[int] = set()
 
     def halved(tokens: int) -> None:
-        if tokens not in said:
-            said.add(tokens)
+        if tokens not in reported:
+            reported.add(tokens)
             narrator.say(
                 f"out of memory: microbatches of at most {tokens:,} tokens in the rest of this pass"
             )

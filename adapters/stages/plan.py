@@ -1,4 +1,4 @@
-"""Everything a run needs before a token is sampled: loaded, checked against each other, described."""
+"""Everything that a run needs before sampling: loaded, checked for consistency, described."""
 
 import logging
 from pathlib import Path
@@ -24,17 +24,22 @@ from ..rollouts import Rollouts
 from ..rollouts.provenance import length_lines, training_run
 from ..sampling.prompts import Prompt, encode_prompts, load_prompts, missing_column
 from ..sampling.rewards import BUILT_IN, Reward, load_reward
-from ..sampling.supplied import bring_eval, bring_update, common_temperature, open_update
-from .microbatch import longest, require_positions, resolve, told_of_halves
+from ..sampling.supplied import (
+    common_temperature,
+    load_supplied_eval,
+    load_supplied_update,
+    open_update,
+)
+from .microbatch import longest, report_halving, require_positions, resolve
 from .step import choose_objective, load_step, step_lines
 
 
 class Plan(NamedTuple):
-    """What is known before a token is sampled."""
+    """Everything that is known before sampling."""
 
-    config: Config  # "toy" replaced by its paths, "auto" by its number
+    config: Config  # "toy" replaced by its paths, "auto" by a number
     policy: Policy
-    max_tokens: int  # run.max_tokens, chosen where that was "auto"
+    max_tokens: int  # run.max_tokens, or the number found for "auto"
     forward: Forward  # at the temperature of E and U
     temperature: float
     adam_state: AdamState
@@ -42,28 +47,28 @@ class Plan(NamedTuple):
     step: Step
     objective: Objective
     entropy: Entropy
-    prompts: list[Prompt]  # none where E and U are brought
+    prompts: list[Prompt]  # none if E and U are supplied
     prompt_ids: list[list[int]]
-    reward: Reward | None  # None where U is brought
-    brought_eval: Rollouts | None
-    brought_update: Rollouts | None
+    reward: Reward | None  # None if U is supplied
+    supplied_eval: Rollouts | None
+    supplied_update: Rollouts | None
     etas: tuple[float, ...]  # ascending, the next step's lr among them
     next_lr: float
     inputs: dict[str, Any]  # hashes of the files the numbers depend on
 
 
 def load(config: Config, narrator: Narrator) -> Plan:
-    """Policy, optimizer state, prompts, rewards and rollouts that are brought.
+    """Load policy, optimizer state, prompts, rewards and supplied rollouts.
 
-    Everything that can be refused without sampling is: InputError, one line.
+    Everything that can be rejected without sampling is rejected here: InputError, one line.
     """
-    disable_progress_bar()  # transformers' own, between the lines of ours
+    disable_progress_bar()  # transformers', which would appear between the log lines
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_advice_on_masks)
     objective = choose_objective(config)
     update_file = open_update(config)
     lossy = update_file.layout if update_file else None
     sampled = config.rollouts.eval is None or config.rollouts.update is None
-    # verl's log holds prompts without their special tokens: they are looked up.
+    # verl's log contains prompts without special tokens: they are looked up in prompts.source.
     named = config.prompts.source != "toy" or config.policy.checkpoint == "toy"
     needed = sampled or (lossy == "verl" and named)
     config = _with_toy(config, narrator, prompts=needed)
@@ -76,8 +81,8 @@ def load(config: Config, narrator: Narrator) -> Plan:
             Path(config.policy.checkpoint).expanduser(), report.sidecar if report else None
         )
         prompts, prompt_ids = _prompts(config, policy) if needed else ([], [])
-        brought_eval = bring_eval(config, policy, vocabulary(policy))
-        brought_update, guessed = bring_update(
+        supplied_eval = load_supplied_eval(config, policy, vocabulary(policy))
+        supplied_update, guessed = load_supplied_update(
             update_file,
             config,
             policy,
@@ -91,12 +96,12 @@ def load(config: Config, narrator: Narrator) -> Plan:
         inputs = _inputs(config, policy, report, prompts, prompt_ids)
         if not sampled:
             prompts, prompt_ids = [], []
-        temperature = common_temperature(config, brought_eval, brought_update)
-        sequence = longest(config, prompt_ids, brought_eval, brought_update)
+        temperature = common_temperature(config, supplied_eval, supplied_update)
+        sequence = longest(config, prompt_ids, supplied_eval, supplied_update)
         require_positions(config, policy, sum(sequence))
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
         forward = rounded(forward, config.policy.precision)
-        forward = forward._replace(halved=told_of_halves(narrator))
+        forward = forward._replace(halved=report_halving(narrator))
     next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
     lines = (*policy.lines, *step_lines(config, adam_state, report, step), *guessed)
     for line in (*lines, *forward.notes, *_notices(config, objective, next_lr)):
@@ -116,8 +121,8 @@ def load(config: Config, narrator: Narrator) -> Plan:
         prompts=prompts,
         prompt_ids=prompt_ids,
         reward=reward,
-        brought_eval=brought_eval,
-        brought_update=brought_update,
+        supplied_eval=supplied_eval,
+        supplied_update=supplied_update,
         etas=_etas(config, next_lr),
         next_lr=next_lr,
         inputs=inputs,
@@ -130,44 +135,44 @@ def _is_no_advice_on_masks(record: logging.LogRecord) -> bool:
 
 
 def _notices(config: Config, objective: Objective, next_lr: float) -> list[str]:
-    """What the reader is told of the configuration itself."""
+    """Log lines on the configuration itself."""
     lines = []
     if config.rollouts.update is not None:
         own = objective.advantage == "rollouts"
-        source = "its own" if own else "made of its rewards, by [objective]"
-        lines.append(f"U is brought: its advantages are {source}")
+        source = "the supplied ones" if own else "computed from its rewards, by [objective]"
+        lines.append(f"U is supplied: its advantages are {source}")
     fast = config.policy.precision == "fast"
     if fast or config.policy.dtype in {"bfloat16", "float16"}:
         what = 'precision "fast"' if fast else config.policy.dtype
-        lines.append(f"warning: in {what} measured differences drown in rounding")
+        lines.append(f"warning: in {what} rounding exceeds most measured changes")
     if config.measure.next_lr and not next_lr:
         lines.append(
-            "the next step's lr is 0 or not known, so it is not in the table: set optimizer.lr"
+            "the next step's learning rate is 0 or unknown and not in the table: set optimizer.lr"
         )
     return lines
 
 
 def _etas(config: Config, next_lr: float) -> tuple[float, ...]:
-    """The learning rates that are measured, ascending, each once."""
+    """The learning rates to measure at, ascending, each once."""
     coming = {next_lr} if config.measure.next_lr and next_lr > 0 else set()
     return tuple(sorted({*config.measure.etas, *coming}))
 
 
 class EvalSource(NamedTuple):
-    """What E comes from: prompts to sample from, or rollouts that are brought."""
+    """The source of E: prompts to sample from, or supplied rollouts."""
 
     temperature: float
-    prompt_ids: list[list[int]]  # none where E is brought
-    brought: Rollouts | None
+    prompt_ids: list[list[int]]  # none if E is supplied
+    supplied: Rollouts | None
 
 
 def load_eval(config: Config, policy: Policy) -> EvalSource:
-    """E's prompts or rollouts for a policy that is there already; InputError as `load` raises it."""
-    brought = bring_eval(config, policy, vocabulary(policy))
-    prompt_ids = [] if brought else _encoded(config, policy)[1]
-    require_positions(config, policy, sum(longest(config, prompt_ids, brought)))
-    temperature = brought.temperature if brought else config.sampling.temperature
-    return EvalSource(temperature, prompt_ids, brought)
+    """E's prompts or rollouts for a policy that is already loaded; InputError as in `load`."""
+    supplied = load_supplied_eval(config, policy, vocabulary(policy))
+    prompt_ids = [] if supplied else _encoded(config, policy)[1]
+    require_positions(config, policy, sum(longest(config, prompt_ids, supplied)))
+    temperature = supplied.temperature if supplied else config.sampling.temperature
+    return EvalSource(temperature, prompt_ids, supplied)
 
 
 def vocabulary(policy: Policy) -> int:
@@ -182,8 +187,8 @@ def _with_toy(config: Config, narrator: Narrator, *, prompts: bool) -> Config:
         return config
     if not policy:
         raise InputError(
-            f'policy.checkpoint is {config.policy.checkpoint}, prompts.source still "toy", whose sums '
-            "are for the toy policy: set prompts.source to your prompts"
+            f'policy.checkpoint is {config.policy.checkpoint}, but prompts.source is "toy", the toy '
+            "policy's sums: set prompts.source to your prompts"
         )
     with narrator.phase("make the toy policy (once)"):
         toy = ensure_toy(report=narrator.say)
@@ -217,11 +222,11 @@ def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[in
     if config.rollouts.update is None and len(prompts) < config.sampling.B_U:
         raise InputError(
             f"{source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
-            "distinct ones are asked for: lower B_U or give more prompts"
+            "distinct ones are needed: lower B_U or give more prompts"
         )
     if config.rollouts.eval is None and len(prompts) < 2:
         raise InputError(
-            f"{source} has {len(prompts)} prompts, and E needs two for a standard error: give more"
+            f"{source} has {len(prompts)} prompts, but E needs two for a standard error: give more"
         )
     builtin = config.rollouts.update is None and config.reward.function in BUILT_IN
     if builtin and config.reward.answer_column not in prompts[0].row:
@@ -241,7 +246,7 @@ def _reward(config: Config) -> Reward:
 
 
 def _stable(value: Any) -> str:
-    """Text that does not vary with the order of a set (peft keeps target_modules as one)."""
+    """Text that does not depend on the order of a set (peft stores target_modules as one)."""
     return str(sorted(map(str, value)) if isinstance(value, set) else value)
 
 
@@ -255,7 +260,7 @@ def _inputs(
     base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
     lora = policy.model.peft_config[config.policy.adapter].to_dict()
     return {
-        # The distribution that is sampled and probed, but for its temperature.
+        # What determines the policy's distribution, except the temperature.
         "policy": {
             "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
             "adapter": store.fingerprint(policy.params),
@@ -267,7 +272,7 @@ def _inputs(
             "attention": policy.attention,
             "device": str(policy.model.device),
             "versions": versions(),
-            # An editable install keeps its version while its formulas change.
+            # In an editable install the code changes while the version does not.
             "core": store.fingerprint_sources(Path(funcprobe.__file__).parent),
         },
         "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),

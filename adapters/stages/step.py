@@ -1,4 +1,4 @@
-"""From the configuration and the checkpoint to the objective, Adam's state and the rule of the step."""
+"""Objective, Adam's state and rule of the step, from the configuration and the checkpoint."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ DEFAULT_MAX_GRAD_NORM = 1.0  # transformers.TrainingArguments'
 
 
 def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerReport | None, Step]:
-    """Adam's state, how it was read, and the rule; InputError where they do not make a step.
+    """Adam's state, how it was read, and the rule; InputError if they do not determine a step.
 
     Below `min_coverage`, with on_low_coverage = "identity", the rule becomes "sgd".
     """
@@ -51,19 +51,19 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
 
 
 def choose_objective(config: Config) -> Objective:
-    """J of the preset, or as set. InputError where it needs what U does not bring, or is not told."""
+    """J of the preset, or as set. InputError if it needs a column or a constant that is not given."""
     chosen, preset = config.objective, PRESETS[config.objective.preset]
-    brought = config.rollouts.update is not None
-    if chosen.advantage == "rollouts" and not brought:
+    supplied = config.rollouts.update is not None
+    if chosen.advantage == "rollouts" and not supplied:
         raise InputError(
-            'objective.advantage = "rollouts" takes the column advantage of rollouts.update, which is '
-            "not set: name the file, or let the advantages be made of the rewards"
+            'objective.advantage = "rollouts" uses the column advantage of rollouts.update, which is '
+            "not set: set it, or choose an advantage that is computed from the rewards"
         )
     normalisation = chosen.normalisation or preset.normalisation
-    if normalisation == "constant" and brought and chosen.constant is None:
+    if normalisation == "constant" and supplied and chosen.constant is None:
         raise InputError(
             'normalisation "constant" divides by L, and sampling.max_new_tokens need not be that of '
-            "rollouts.update: set objective.constant to what the trainer used (max_completion_length)"
+            "rollouts.update: set objective.constant to the trainer's value (max_completion_length)"
         )
     return Objective(
         chosen.advantage or preset.advantage,
@@ -73,22 +73,22 @@ def choose_objective(config: Config) -> Objective:
 
 
 def require_own_state(checkpoint: Path, adapter: str) -> None:
-    """InputError where the state in a checkpoint is another adapter's: TRL's ref/ beside the policy."""
+    """InputError if the state in a checkpoint is another adapter's, as with TRL's ref/ in a policy."""
     if adapter != "default" and (checkpoint / "adapter_config.json").is_file():
         raise InputError(
-            f"the optimizer's state in {checkpoint} is of the adapter that lies there, not of "
+            f"the optimizer state in {checkpoint} belongs to the adapter in that folder, not to "
             f'{adapter}/: set optimizer.state to that of {adapter}, or rule = "sgd"'
         )
 
 
 def _require_one_adapter(checkpoint: Path, adapter: str, report: OptimizerReport) -> None:
-    """Of several adapters' folders beside a state, only saved names tell which it is of."""
+    """InputError for a state without names beside several adapters: its adapter is unknown."""
     folders = sorted(path.parent.name for path in checkpoint.glob("*/adapter_config.json"))
     if report.positional and adapter in folders and len(folders) > 1:
         raise InputError(
-            f"{report.path} has no names, and lies beside the adapters {', '.join(folders)}: nothing "
-            "says which of them was trained; save names with ParamNamesCallback, or set "
-            f"optimizer.state to a state that is of {adapter} alone"
+            f"{report.path} has no names and is beside the adapters {', '.join(folders)}: which of "
+            "them was trained is unknown; save names with ParamNamesCallback, or set optimizer.state "
+            f"to a state of {adapter} alone"
         )
 
 
@@ -105,17 +105,17 @@ def _step(config: Config, sidecar: Sidecar | None) -> Step:
 def step_lines(
     config: Config, adam_state: AdamState, report: OptimizerReport | None, step: Step
 ) -> list[str]:
-    """What the reader is told of the optimizer's state, warnings included."""
+    """Log lines on the optimizer state, warnings included."""
     if report is None:
         return ['optimizer: rule "sgd", no state is read']
     covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
     lines = [
-        f"optimizer {report.path.name}: {report.format}; parameters found {report.route}, "
-        f"{report.certainty}; {covered} of {report.parameters}",
+        f"optimizer state {report.path.name}: {report.format}; parameters matched {report.route}, "
+        f"{report.certainty}; coverage: {covered} of {report.parameters}",
         *report.notes,
     ]
     if step.rule == "sgd":
-        lines.append("warning: coverage is low and on_low_coverage is identity: v is the raw gradient")
+        lines.append('warning: coverage is below min_coverage, on_low_coverage = "identity": v = Y')
     return [
         *lines,
         *_clipping(config, report.sidecar, step),
@@ -130,7 +130,7 @@ def _clipping(config: Config, sidecar: Sidecar | None, step: Step) -> list[str]:
         return []
     if given is None and saved is None:
         return [
-            f"warning: the run's max_grad_norm is not known, {DEFAULT_MAX_GRAD_NORM:g} (the Trainer's "
+            f"warning: the run's max_grad_norm is unknown, {DEFAULT_MAX_GRAD_NORM:g} (the Trainer's "
             "default) is used: set optimizer.max_grad_norm"
         ]
     if None not in (given, saved) and given != saved:
@@ -142,19 +142,19 @@ def _clipping(config: Config, sidecar: Sidecar | None, step: Step) -> list[str]:
 
 
 def _other_checkpoint(config: Config, adam_state: AdamState, sidecar: Sidecar | None) -> list[str]:
-    """A state of another checkpoint has the right shapes; only the count of its steps can tell."""
+    """A warning for a state of another checkpoint: shapes are equal, only the step count differs."""
     if not adam_state.step:
         return []
-    said: dict[str, int] = {}
+    recorded: dict[str, int] = {}
     checkpoint = Path(config.policy.checkpoint).expanduser()
     if (trained := trained_steps(checkpoint)) is not None:
-        said[str(checkpoint / FILE)] = trained
+        recorded[str(checkpoint / FILE)] = trained
     if sidecar is not None and sidecar.global_step is not None:
-        said[str(sidecar.path)] = sidecar.global_step
+        recorded[str(sidecar.path)] = sidecar.global_step
     taken = max(adam_state.step.values())
     return [
-        f"warning: the optimizer state has taken {taken} steps and {place} says {trained}: is it of "
-        "another checkpoint? The prediction would be of a step nobody takes"
-        for place, trained in said.items()
+        f"warning: the optimizer state has taken {taken} steps but {place} records {trained}: it may "
+        "belong to another checkpoint, and the prediction would not be of this policy's next step"
+        for place, trained in recorded.items()
         if taken != trained
     ]

@@ -1,4 +1,4 @@
-"""Where the true change is measured: over the learning rates, at tiny ones for rounding, for H''."""
+"""Measured changes: at the learning rates of the sweep, at tiny ones for rounding, and for H''."""
 
 from typing import Any, NamedTuple
 
@@ -20,22 +20,22 @@ from ..store import Stages
 from .batches import Batches
 from .fresh import Fresh, sample_again
 from .plan import Plan
-from .weight_diagnostics import Hygiene, verdict
+from .weight_diagnostics import WeightDiagnostics, verdict
 
-LEAVES = torch.zeros(0)  # stands for a tensor where only the shape of a tree is meant
+LEAVES = torch.zeros(0)  # placeholder for a tensor where only the structure of a tree matters
 STATS = TokenStats(LEAVES, LEAVES)
 
 
 class Point(NamedTuple):
-    """The change at one learning rate, and how far its importance weights are to be trusted."""
+    """The change at one learning rate, with the diagnostics of its importance weights."""
 
     eta: float
     measured: Measured
-    hygiene: Hygiene
+    diagnostics: WeightDiagnostics
     fresh: Fresh | None
 
 
-class Bend(NamedTuple):
+class Curvature(NamedTuple):
     """The second derivative of the estimator along v, per unit of eta squared."""
 
     second: float
@@ -44,11 +44,11 @@ class Bend(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Measured changes at ascending learning rates; rounding of one of them; the second derivative."""
+    """Measured changes at ascending learning rates, their rounding noise, the second derivative."""
 
     points: tuple[Point, ...]
-    rounding_noise: float | None  # sd, in one measured change; None where v moves nothing
-    bend: Bend | None
+    rounding_noise: float | None  # sd of one measured change; None if v changes no log-probability
+    curvature: Curvature | None
 
 
 def measure_sweep(
@@ -61,8 +61,8 @@ def measure_sweep(
 ) -> Sweep:
     """Every eta of the plan, the rounding noise and the second derivative; E's statistics are stored.
 
-    Where the verdict is "resample" and `measure.resample` is set, responses are sampled at
-    theta + eta v as well. `unit_N` numbers the sampling units of E.
+    If the verdict is "resample" and `measure.resample` is set, responses are sampled at theta + eta v
+    as well. `unit_N` is the index of the sampling unit of every sequence of E.
     """
     params, v, at = plan.policy.params, prediction.direction.total, prediction.at
     tiny = _rounding_eta(prediction, plan.forward)
@@ -92,14 +92,14 @@ def measure_sweep(
             return funcprobe.change(at, moved)
 
         found = {eta: change(eta) for eta in etas}
-    noise, bend = None, None
+    noise, curvature = None, None
     if signed:
         up_half, up, down_half, down = (found[eta].delta for eta in signed)
         noise = rounding_noise((up_half, up), (down_half, down))
     if pair:
-        bend = _by_difference(found[pair[0]], found[pair[1]], pair[0], unit_N)
+        curvature = _by_difference(found[pair[0]], found[pair[1]], pair[0], unit_N)
     if mode == "exact":
-        bend = _exact(plan, batches, v, at, unit_N, stages, narrator)
+        curvature = _exact(plan, batches, v, at, unit_N, stages, narrator)
     points = []
     for eta in plan.etas:
         store.require_finite({"eta": eta, "measured": found[eta].delta}, "sweep")
@@ -107,11 +107,11 @@ def measure_sweep(
         if judged.verdict == "resample" and plan.config.measure.resample:
             fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
         points.append(Point(eta, found[eta], judged, fresh))
-    return Sweep(tuple(points), noise, bend)
+    return Sweep(tuple(points), noise, curvature)
 
 
 def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
-    """What the statistics of E depend on, for the keys of stages."""
+    """The inputs of E's statistics, for the keys of stages."""
     return {
         "policy": plan.inputs["policy"],
         "max_tokens": plan.max_tokens,
@@ -122,10 +122,10 @@ def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
 
 
 def _rounding_eta(prediction: funcprobe.Prediction, forward: Forward) -> float | None:
-    """Where log-probabilities move by a thousand units in the last place (rms), 1 % at most.
+    """The eta at which log-probabilities change by a thousand units in the last place (rms), or 1 %.
 
-    Every rounding is made anew there, and the curve is straight to far less than that. None where v
-    moves nothing.
+    Rounding errors are independent there, and nonlinearity is far smaller. None if v changes no
+    log-probability.
     """
     slope_NR = prediction.tangent.logp_NR
     rms = float(slope_NR[slope_NR != 0].square().mean().sqrt()) if bool(slope_NR.any()) else 0.0
@@ -136,16 +136,16 @@ def _second_order(plan: Plan, narrator: Narrator) -> str:
     chosen = plan.config.measure.second_order
     if chosen != "none" and torch.finfo(plan.forward.coarsest).bits < 32:
         precision = f"{plan.forward.coarsest} (policy.dtype, policy.precision)"
-        narrator.say(f"warning: second order is left out: in {precision} it is rounding")
+        narrator.say(f"warning: second order is omitted: in {precision} it is dominated by rounding")
         return "none"
     return chosen
 
 
-def _by_difference(plus: Measured, minus: Measured, eta: float, unit_N: torch.Tensor) -> Bend:
-    """H'' and its influence values are the same function of the two changes."""
+def _by_difference(plus: Measured, minus: Measured, eta: float, unit_N: torch.Tensor) -> Curvature:
+    """H'' and its influence values are the same linear function of the two changes."""
     influence_N = (plus.influence_N + minus.influence_N) / eta**2
     second = second_difference(plus.delta, minus.delta, eta)
-    return Bend(second, delta_error(influence_N, unit_N), eta)
+    return Curvature(second, delta_error(influence_N, unit_N), eta)
 
 
 def _exact(
@@ -156,7 +156,7 @@ def _exact(
     unit_N: torch.Tensor,
     stages: Stages,
     narrator: Narrator,
-) -> Bend:
+) -> Curvature:
     with narrator.phase("second order", len(batches.eval_batch.prompt_N)) as stage:
         _, tangent, second = stages.tensors(
             "second-order",
@@ -172,4 +172,4 @@ def _exact(
             stage.found,
         )
     found = funcprobe.second_derivative(at, tangent, second, unit_N)
-    return Bend(found.derivative, delta_error(found.influence_N, unit_N), None)
+    return Curvature(found.derivative, delta_error(found.influence_N, unit_N), None)

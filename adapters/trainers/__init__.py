@@ -1,4 +1,4 @@
-"""Inside a running trainer of transformers or TRL: optimizer names, the probe, the rollouts."""
+"""Inside a running trainer of transformers or TRL: parameter names, the probe, recorded rollouts."""
 
 from .names import ParamNamesCallback
 from .probe import ProbeCallback

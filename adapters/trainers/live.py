@@ -1,4 +1,4 @@
-"""The policy inside a running trainer: found, checked, and put to rest for a while."""
+"""The policy inside a running trainer: found, checked, and temporarily in evaluation mode."""
 
 import random
 from collections import OrderedDict
@@ -29,7 +29,7 @@ _ABSENT = object()
 
 
 def policy_of(model: Any) -> Any:
-    """The module that is trained, without DistributedDataParallel and torch.compile around it."""
+    """The trained module without the wrappers of DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -40,14 +40,14 @@ def policy_of(model: Any) -> Any:
 
 
 def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer without accelerate around it."""
+    """The optimizer without accelerate's wrapper."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer  # type: ignore[no-any-return]
 
 
 def tokenizer_of(trainer: Any) -> Any:
-    """The trainer's tokenizer. InputError if it was given none."""
+    """The trainer's tokenizer. InputError if it has none."""
     processing = trainer.processing_class
     tokenizer = getattr(processing, "tokenizer", processing)
     if not hasattr(tokenizer, "eos_token_id"):
@@ -58,15 +58,15 @@ def tokenizer_of(trainer: Any) -> Any:
 
 
 def live_policy(trainer: Any, max_trainable: int) -> Policy:
-    """The trained policy as the shell's functions take it; nothing is copied.
+    """The trained policy as a `Policy`; nothing is copied.
 
-    InputError, one line, for a model that is no causal LoRA policy of peft.
+    InputError, one line, for a model that is not a causal language model with a LoRA adapter of peft.
     """
     model, tokenizer = policy_of(trainer.model), tokenizer_of(trainer)
-    if not isinstance(model, PeftModel):  # a base that was in one keeps its peft_config
+    if not isinstance(model, PeftModel):  # a base taken out of one keeps its peft_config
         raise InputError(
             f"the trainer's model is {type(model).__name__}, not a LoRA policy of peft: give a "
-            "peft_config, or the model that get_peft_model() made"
+            "peft_config, or the model returned by get_peft_model()"
         )
     require_causal_lm(model)
     params = trainable_params(model)
@@ -80,10 +80,10 @@ def live_policy(trainer: Any, max_trainable: int) -> Policy:
 
 
 def require_live(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
-    """InputError, one line, where gradients and state on this process are not the step's.
+    """InputError, one line, if gradients and state of this process do not determine the step.
 
-    Sharded models, gradients scaled for float16, optimizers other than AdamW of torch and of
-    bitsandbytes (a subclass may take another step), and hooks on the optimizer's step.
+    That is, for sharded models, gradients scaled for float16, optimizers other than AdamW of torch and
+    of bitsandbytes (a subclass may take another step), and hooks on the optimizer's step.
     """
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type.value
@@ -96,8 +96,8 @@ def require_live(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         )
     if accelerator.scaler is not None and accelerator.scaler.is_enabled():
         raise InputError(
-            "float16 with a GradScaler: it scales gradients and may skip the step that is predicted: "
-            "train in bf16 or float32, or probe the checkpoint with funcprobe run"
+            "float16 with a GradScaler, which scales gradients and may skip the predicted step: train "
+            "in bf16 or float32, or probe the checkpoint with funcprobe run"
         )
     made = type(optimizer)
     if made is not torch.optim.AdamW and made.__module__ != "bitsandbytes.optim.adamw":
@@ -108,14 +108,14 @@ def require_live(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
     if hooks := _step_hooks(optimizer):
         raise InputError(
             f"the optimizer has a step hook ({', '.join(hooks)}), which may change gradients or "
-            "parameters after the step is predicted: take it off"
+            "parameters after the step is predicted: remove it"
         )
 
 
 def adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, params: Params) -> AdamState:
-    """Adam's state as the coming step finds it, copied; where it has none yet, Adam's zeros.
+    """A copy of Adam's state before the next step; zeros for parameters that have none yet.
 
-    Of the registry's parameters: frozen ones, which an optimizer may hold too, never have a state.
+    Of the registry's parameters only: frozen ones, which an optimizer may contain, never have a state.
     """
     state = optimizer.state
     trained = {id(p) for n, p in model.named_parameters() if n in params}
@@ -135,9 +135,9 @@ def adam_state(optimizer: torch.optim.Optimizer, model: nn.Module, params: Param
 
 
 def lr_now(optimizer: torch.optim.Optimizer, model: nn.Module, state: AdamState) -> float:
-    """The coming step's learning rate, of the state's first group, in whose unit the direction is.
+    """Learning rate of the next step, of the state's first group, per unit of which v is defined.
 
-    The state itself says initial_lr where all are 0.
+    The state itself has initial_lr if all are 0.
     """
     first = dict(model.named_parameters())[state.groups[0].names[0]]
     held = (group for group in optimizer.param_groups if any(p is first for p in group["params"]))
@@ -155,12 +155,12 @@ def ascent(model: nn.Module, params: Params) -> Params:
 
 @contextmanager
 def at_rest(model: Any) -> Iterator[None]:
-    """The model as the core wants it: no dropout, no checkpointing, float32 where its weights are.
+    """The model as the core needs it: no dropout, no checkpointing, computation in the weights' dtypes.
 
-    Every module in eval mode and without gradient checkpointing, no hook that asks the embeddings for
-    gradients, no compiled layer, no autocast, an empty generation config. On leaving, by an exception
-    too, all of it is as it was, object by object, and so are the random states of Python, numpy and
-    torch.
+    Every module in eval mode and without gradient checkpointing, no hook that makes embeddings require
+    gradients, no compiled layer, no autocast, an empty generation config. At the end, also after an
+    exception, all of it is restored, object by object, and so are the random states of Python, numpy
+    and torch.
     """
     base = model.get_base_model()
     device = next(model.parameters()).device.type
@@ -174,9 +174,9 @@ def at_rest(model: Any) -> Iterator[None]:
             stack.enter_context(_swapped(module, "training", False))
             if getattr(module, "gradient_checkpointing", False):
                 stack.enter_context(_swapped(module, "gradient_checkpointing", False))
-            if module._compiled_call_impl is not None:  # Module.compile(); forward is as it was
+            if module._compiled_call_impl is not None:  # Module.compile(); forward is unchanged
                 stack.enter_context(_swapped(module, "_compiled_call_impl", None))
-            # Not disable_input_require_grads(), which knows the last hook only: peft, TRL and every
+            # Not disable_input_require_grads(), which removes the last hook only: peft, TRL and every
             # gradient_checkpointing_enable() add one (transformers 5.23).
             hooks = vars(module)["_forward_hooks"]
             kept = OrderedDict((k, hook) for k, hook in hooks.items() if not _asks_for_gradients(hook))
@@ -184,12 +184,12 @@ def at_rest(model: Any) -> Iterator[None]:
                 stack.enter_context(_swapped(module, "_forward_hooks", kept))
             if getattr(module, "_require_grads_hooks", None):
                 stack.enter_context(_swapped(module, "_require_grads_hooks", []))
-        # generate() fills every option it is not given from here.
+        # generate() takes every unset option from here.
         stack.enter_context(_swapped(base, "generation_config", GenerationConfig()))
         # peft's generate() leaves an attribute of this name behind (0.21).
         prepare = model.base_model.prepare_inputs_for_generation
         stack.enter_context(_swapped(model.base_model, "prepare_inputs_for_generation", prepare))
-        # accelerate's mixed precision replaces the outermost forward and keeps the one before it.
+        # accelerate's mixed precision replaces the outermost forward and stores the original.
         if "_original_forward" in vars(model):
             stack.enter_context(_swapped(model, "forward", model._original_forward))
         yield
@@ -197,7 +197,7 @@ def at_rest(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An instance's attribute replaced, and put back; or deleted, where the instance had none."""
+    """Replace an instance's attribute, then restore it, or delete it if the instance had none."""
     before = vars(module).get(name, _ABSENT)
     setattr(module, name, value)
     try:
@@ -210,7 +210,7 @@ def _swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def _step_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of what runs before or after each step, of this optimizer or of all."""
+    """Names of hooks that run before or after each step, of this optimizer or global."""
     places = (
         optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
@@ -222,5 +222,5 @@ def _step_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _asks_for_gradients(hook: Any) -> bool:
-    """transformers' and peft's hook on input embeddings, by the name that both give it."""
+    """Whether this is transformers' or peft's hook on input embeddings, by its name in both."""
     return "make_inputs_require_grad" in getattr(hook, "__qualname__", "")

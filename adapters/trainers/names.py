@@ -59,10 +59,10 @@ SAMPLING = (
 class ParamNamesCallback(TrainerCallback):
     """Writes optimizer_param_names.json into each checkpoint-N that the trainer saves.
 
-    It holds the name and shape of every position of optimizer.pt, by the identity of the optimizer's
-    parameters, the versions of the libraries, and the settings of loss and sampling that the trainer's
-    arguments have. For transformers.Trainer and all of TRL's. InputError, one line, before the first
-    step, where an optimizer's parameter is not the model's.
+    It contains the name and shape of every position of optimizer.pt, by the identity of the optimizer's
+    parameters, the versions of the libraries, and the settings of loss and sampling in the trainer's
+    arguments. For transformers.Trainer and all trainers of TRL. Raises InputError, one line, before the
+    first step, if a parameter of the optimizer is not in the model.
     """
 
     def on_train_begin(
@@ -70,8 +70,8 @@ class ParamNamesCallback(TrainerCallback):
     ) -> None:
         if state.is_hyper_param_search:
             raise InputError(
-                "ParamNamesCallback: a hyper-parameter search saves its trials in folders that no "
-                "callback is told: use it in a single run"
+                "ParamNamesCallback: a hyper-parameter search saves its trials in folders unknown to "
+                "callbacks: use it in a single run"
             )
         param_names(args, state, kwargs["model"], kwargs["optimizer"])
 
@@ -82,7 +82,7 @@ class ParamNamesCallback(TrainerCallback):
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not folder.is_dir():
-            raise InputError(f"{folder}: the trainer said it was saved, and there is no such folder")
+            raise InputError(f"{folder}: the trainer reported it as saved, but it does not exist")
         content = param_names(args, state, kwargs["model"], kwargs["optimizer"])
         write_whole(folder / FILE, lambda target: write_json(content, target))
 
@@ -90,7 +90,7 @@ class ParamNamesCallback(TrainerCallback):
 def param_names(
     args: TrainingArguments, state: TrainerState, model: Any, optimizer: Any
 ) -> dict[str, Any]:
-    """The sidecar's content. InputError for a parameter of the optimizer that the model lacks."""
+    """The sidecar's content. InputError for a parameter of the optimizer that is not in the model."""
     optimizer, model = plain_optimizer(optimizer), policy_of(model)
     loss = _settings(args, LOSS)
     if "epsilon" in loss and loss.get("epsilon_high") is None:
@@ -100,7 +100,7 @@ def param_names(
         model,
         [package for package in PACKAGES if package in sys.modules],
         global_step=state.global_step,
-        # 0 is off, as the Trainer has it; so is a bound that nothing reaches.
+        # 0 is off, as in the Trainer; so is an infinite bound.
         max_grad_norm=args.max_grad_norm if 0 < args.max_grad_norm < math.inf else 0.0,
         loss=loss,
         sampling=_settings(args, SAMPLING),
@@ -112,7 +112,7 @@ def _settings(args: TrainingArguments, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has: numbers, text, lists, tables. Anything else, infinity too, as its text."""
+    """As a JSON value: numbers, text, lists, objects; other types and infinity as their text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, bool | int | str):

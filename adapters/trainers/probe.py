@@ -1,4 +1,4 @@
-"""The probe inside training: what the step that is about to be taken does to the entropy."""
+"""The probe inside training: the effect on the entropy of the step that is about to be taken."""
 
 # ruff: noqa: ARG002  (the arguments are the trainer's)
 import os
@@ -27,42 +27,42 @@ from ..sampling.prompts import draw_with_replacement
 from ..stages.plan import EvalSource, load_eval
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 
-# What makes the step is the trainer's, not the configuration's.
+# The step is determined by the trainer, not by the configuration.
 _NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
 
 
 class StepProbe(NamedTuple):
-    """What is known of one step before it is taken; entropies in the unit of the estimator."""
+    """Prediction and measurement of a step before it is taken; entropies in the estimator's unit."""
 
     lr: float  # of this step, the first group's
     direction: adam.UpdateDirection
     along: Along
     measured: Measured  # at theta + lr * direction
-    coarsest: torch.dtype  # of the model: in half precision `measured.delta` is rounding
+    coarsest: torch.dtype  # of the model: in half precision rounding dominates `measured.delta`
 
 
 class ProbeCallback(TrainerCallback):
-    """Predicts and measures, at each `every`-th step, what that step does to the policy's entropy.
+    """Predicts and measures, at each `every`-th step, the change of the entropy by that step.
 
         trainer = GRPOTrainer(...)
         trainer.add_callback(ProbeCallback(trainer, every=50, config="probe.toml"))
 
-    The step is the very one that is taken: v is AdamW's, of the gradients as accumulated and clipped,
-    of the live state and the live learning rate; to the rounding of theta, which is coarse where the
-    trainable tensors are in half precision (a warning). E is sampled from the policy (`sampling`,
-    `prompts`, `run.seed` and the step), or brought (`rollouts.eval`, which then needs sampler_logp).
-    Of the configuration, `run.seed`, `run.max_tokens`, `policy.max_trainable`, `prompts`, `sampling`,
-    `rollouts.eval` and `entropy` are read; what `optimizer` says of the step, clipping and learning
-    rate too, is refused, since the trainer has its own. The policy is the model in its parameters' own
-    types, without dropout and autocast, which is also what TRL samples from. Where some are in half
-    precision, a measured difference drowns in rounding: `measured` and `ratio` are left out, with a
-    warning. A 4-bit model needs `quantised.freeze_quantised(model)` before the trainer gets it.
+    The step is exactly the one that is taken: v is AdamW's, from the accumulated and clipped gradients,
+    the live state and the live learning rate; up to the rounding of theta, which is coarse if trainable
+    tensors are in half precision (a warning). E is sampled from the policy (by `sampling`, `prompts`,
+    `run.seed` and the step), or supplied (`rollouts.eval`, which then needs sampler_logp). Of the
+    configuration, `run.seed`, `run.max_tokens`, `policy.max_trainable`, `prompts`, `sampling`,
+    `rollouts.eval` and `entropy` are read; settings of the step in `optimizer`, clipping and learning
+    rate included, are rejected, since the trainer has its own. The policy is the model in the dtypes of
+    its parameters, without dropout and autocast, as TRL samples from it. If some are in half precision,
+    rounding exceeds most measured changes: `measured` and `ratio` are omitted, with a warning. A 4-bit
+    model needs `quantised.freeze_quantised(model)` before it is passed to the trainer.
 
-    The numbers go through the trainer's log as funcprobe/*, at the step they are of. All is left as it
-    was: weights, gradients, modes, hooks, random states, so that training goes on bit for bit.
-    InputError, one line, here or before the first step, for what cannot be probed. At a step that
-    cannot be (a gradient or probability that is not finite; torch.OutOfMemoryError, which accelerators
-    raise) the reason is a warning, funcprobe/skipped is logged, and training goes on.
+    The results are in the trainer's log as funcprobe/*, at their step. Weights, gradients, modes, hooks
+    and random states are restored, so that training continues bit for bit. Raises InputError, one line,
+    here or before the first step, if the trainer cannot be probed. At a step that cannot be probed (a
+    gradient or probability that is not finite; torch.OutOfMemoryError, raised by accelerators) the
+    reason is a warning, funcprobe/skipped is logged, and training continues.
     """
 
     def __init__(self, trainer: Trainer, every: int, config: str | Path | Config) -> None:
@@ -80,10 +80,10 @@ class ProbeCallback(TrainerCallback):
         policy = live_policy(trainer, self.config.policy.max_trainable)
         self.source = load_eval(self.config, policy)
         _require_same_policy(self.source, trainer)
-        if self.source.brought is not None and self.source.brought.sampler_logp is None:
+        if self.source.supplied is not None and self.source.supplied.sampler_logp is None:
             raise InputError(
-                f"{self.config.rollouts.eval} has no sampler_logp: the policy moves in training, and E "
-                "must say under which probabilities it was sampled; sample E, or bring the column"
+                f"{self.config.rollouts.eval} has no sampler_logp: the policy changes in training, so "
+                "that E needs the log-probabilities of its sampler; sample E, or supply the column"
             )
         self._numbers: dict[str, float] | None = None
 
@@ -95,7 +95,7 @@ class ProbeCallback(TrainerCallback):
         policy = live_policy(self.trainer, self.config.policy.max_trainable)
         adam.require_state(policy.params, adam_state(optimizer, policy.model, policy.params), "adamw")
         if state.is_world_process_zero:
-            with at_rest(policy.model):  # an architecture that cannot be probed shows here
+            with at_rest(policy.model):  # raises for an architecture that cannot be probed
                 forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
             _warn_of_rounding(policy.params, forward.coarsest)
 
@@ -115,8 +115,8 @@ class ProbeCallback(TrainerCallback):
                 step,
             )
         except (InputError, torch.OutOfMemoryError) as error:
-            said = " ".join(str(error).split())[:300]
-            warnings.warn(f"funcprobe: step {step} is not probed: {said}", stacklevel=2)
+            reason = " ".join(str(error).split())[:300]
+            warnings.warn(f"funcprobe: step {step} is not probed: {reason}", stacklevel=2)
             self._numbers = {"funcprobe/skipped": 1.0}
             return
         seconds = time.perf_counter() - start
@@ -129,8 +129,8 @@ class ProbeCallback(TrainerCallback):
         if self._numbers is None:
             return
         logged, self._numbers = self._numbers, None
-        # The base class's: GRPOTrainer's own log empties its running means into whatever it is given.
-        # Either ends in on_log, which takes back that the trainer is to log this step.
+        # The base class's: GRPOTrainer's own log adds its running means and resets them. Both end in
+        # on_log, which resets should_log, so that the trainer would not log this step.
         should_log = control.should_log
         Trainer.log(self.trainer, logged)
         control.should_log = should_log
@@ -145,7 +145,7 @@ def probe_step(
 ) -> StepProbe:
     """Prediction and measurement of the step that `optimizer` would take with the gradients in .grad.
 
-    Nothing is changed. InputError where a gradient or the policy's probabilities are not finite.
+    Nothing is changed. InputError if a gradient or the policy's probabilities are not finite.
     """
     params = policy.params
     state = adam_state(optimizer, policy.model, params)
@@ -195,9 +195,9 @@ def probe_step(
 
 
 def numbers(found: StepProbe) -> dict[str, float]:
-    """What is logged: changes of the entropy by this step, at its learning rate; see README.md.
+    """The values to log: changes of the entropy by this step, at its learning rate.
 
-    `ratio` is left out where 0 is predicted, `measured` and `ratio` where the model is in half
+    `ratio` is omitted if the predicted change is 0, `measured` and `ratio` if the model is in half
     precision; the effective sample size, a sum of weights near 1, is not sensitive to rounding.
     """
     lr, along, measured = found.lr, found.along, found.measured
@@ -227,26 +227,26 @@ def _is_half(dtype: torch.dtype) -> bool:
 def _warn_of_rounding(params: Params, coarsest: torch.dtype) -> None:
     if _is_half(coarsest):
         warnings.warn(
-            f"funcprobe: the model has weights in {coarsest}, where measured differences drown in "
-            "rounding: funcprobe/measured and funcprobe/ratio are left out",
+            f"funcprobe: the model has weights in {coarsest}, where rounding exceeds most measured "
+            "changes: funcprobe/measured and funcprobe/ratio are omitted",
             stacklevel=2,
         )
     if rounded := [n for n, t in params.items() if _is_half(t.dtype)]:
         warnings.warn(
             f"funcprobe: {len(rounded)} trainable tensors are in half precision, as {rounded[0]}: each "
-            "step rounds them, so that the step taken differs from the one predicted",
+            "step rounds them, so that the step taken differs from the predicted one",
             stacklevel=2,
         )
 
 
 def _warn_of_memory(tokens: int) -> None:
-    warnings.warn(f"funcprobe: out of memory: at most {tokens:,} tokens at once", stacklevel=2)
+    warnings.warn(f"funcprobe: out of memory: microbatches of {tokens:,} tokens", stacklevel=2)
 
 
 def _direction(params: Params, Y: Params, state: AdamState) -> adam.UpdateDirection:
-    """v of the step; zero where there is no gradient, since torch leaves such a parameter alone.
+    """v of the step; zero without a gradient, since torch does not update such a parameter.
 
-    Y is clipped already.
+    Y is already clipped.
     """
     moving = adam.update_direction({n: params[n] for n in Y}, Y, state, rule="adamw")
     still = tree.zeros({n: p for n, p in params.items() if n not in Y})
@@ -261,11 +261,11 @@ def _direction(params: Params, Y: Params, state: AdamState) -> adam.UpdateDirect
 def _eval_batch(
     policy: Policy, source: EvalSource, config: Config, step: int
 ) -> tuple[Batch, torch.Tensor | None, torch.Tensor]:
-    """E, its sampler's log-probabilities where it is brought, and its sampling units."""
-    if source.brought is not None:
-        batch = rollouts.to_batch(source.brought)
-        return batch, rollouts.sampler_logp(source.brought, batch), batch.prompt_N
-    # A generator of its own; seeded by text, so that neighbouring steps and seeds share nothing.
+    """E, its sampler log-probabilities if it is supplied, and its sampling units."""
+    if source.supplied is not None:
+        batch = rollouts.to_batch(source.supplied)
+        return batch, rollouts.sampler_logp(source.supplied, batch), batch.prompt_N
+    # A separate generator, seeded by text, so that neighbouring steps and seeds are unrelated.
     seed = random.Random(f"{config.run.seed}/{step}/E").getrandbits(48)
     index = draw_with_replacement(config.sampling.B_E, len(source.prompt_ids), seed)
     ids = [source.prompt_ids[i] for i in index]
@@ -279,15 +279,15 @@ def _require_readable(config: Config) -> None:
     if given or chosen.rule != "adamw":
         raise InputError(
             f"optimizer.{given[0] if given else 'rule'} is set: inside training the step is the "
-            "trainer's own, by its optimizer and its gradients; leave it out"
+            "trainer's own, by its optimizer and its gradients; remove it"
         )
     if config.run.max_tokens == "auto":
-        raise InputError('run.max_tokens = "auto" has no place inside training: give a number')
+        raise InputError('run.max_tokens = "auto" is not supported inside training: give a number')
     if config.rollouts.update is not None:
-        raise InputError("rollouts.update is set: inside training U is the trainer's own; leave it out")
+        raise InputError("rollouts.update is set: inside training U is the trainer's own; remove it")
     if config.rollouts.eval is None and config.prompts.source == "toy":
         raise InputError(
-            'prompts.source is "toy", whose sums are for the toy policy: set it to your prompts'
+            'prompts.source is "toy", the prompts of the toy policy: set it to your prompts'
         )
 
 
@@ -295,6 +295,6 @@ def _require_same_policy(source: EvalSource, trainer: Trainer) -> None:
     sampled_at = getattr(trainer, "temperature", getattr(trainer.args, "temperature", None))
     if sampled_at not in {None, source.temperature}:
         raise InputError(
-            f"the trainer samples at temperature {sampled_at:g} and E is at {source.temperature:g}, "
-            "which is another policy: set sampling.temperature to the trainer's, or bring another E"
+            f"the trainer samples at temperature {sampled_at:g} but E is at {source.temperature:g}, "
+            "another policy: set sampling.temperature to the trainer's, or supply another E"
         )

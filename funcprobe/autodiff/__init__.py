@@ -1,1 +1,1 @@
-"""Derivatives of torch functions, without a model in sight: forward mode, Taylor mode, attention."""
+"""Derivatives of torch functions, independent of any model: forward mode, Taylor mode, attention."""

@@ -1,7 +1,7 @@
 """Derivatives of softmax(scale Q K^T + mask) V along a direction, a few rows of a batch at a time.
 
-With S the scores, P = softmax(S), <.> the mean over P of a row, and primes for derivatives along the
-direction (T for the transpose):
+With S the scores, P = softmax(S), <.> the expectation under a row of P, primes for derivatives along
+the direction, and T for the transpose:
 
     S'  = scale (Q' K^T + Q K'^T)                   P'  = P * d,  d = S' - <S'>
     S'' = scale (Q'' K^T + 2 Q' K'^T + Q K''^T)     P'' = P * (S'' - <S''> + d^2 - <d^2>)
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-SCORES = 2**24  # attention scores held at once, in each of several tensors
+SCORES = 2**24  # attention scores held at once in each intermediate tensor
 
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."] | None
 
@@ -26,7 +26,10 @@ def attention_along(
     is_causal: bool,
     scale: float | None,
 ) -> Float[Tensor, "n H Q d"]:
-    """O' at (query, key, value, output) where the first three move; all [n, H, Q or K, d]."""
+    """O' from `at` = (query, key, value, output) and `moved`, the tangents of the first three.
+
+    All are [n, H, Q, d] or [n, H, K, d].
+    """
     (out,) = _by_rows(_first, at[1].shape[-2], [*at, *moved], mask, is_causal, scale)
     return out
 
@@ -39,7 +42,7 @@ def attention_twice_along(
     is_causal: bool,
     scale: float | None,
 ) -> Sequence[Float[Tensor, "n H Q d"]]:
-    """(O, O', O'') where each of the three is given with its first two derivatives."""
+    """(O, O', O''); query, key and value each come as (value, first, second derivative)."""
     given = [*query, *key, *value]
     return _by_rows(_second, key[0].shape[-2], given, mask, is_causal, scale)
 
@@ -47,7 +50,7 @@ def attention_twice_along(
 def _first(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, ...]:
     query, key, value, out, dquery, dkey, dvalue = given
     p = _probabilities((scale * query) @ key.mT, mask)
-    # Q' K + Q K' in one product of twice the width
+    # Q' K^T + Q K'^T as one product with twice the inner dimension
     e = p * (torch.cat([scale * dquery, scale * query], -1) @ torch.cat([key, dkey], -1).mT)
     # P' V = E V - rowsum(E) O with E = P * S'
     return (e @ value + p @ dvalue - e.sum(-1, keepdim=True) * out,)
@@ -60,10 +63,10 @@ def _second(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, 
     d = torch.cat([dquery, query], -1) @ torch.cat([key, dkey], -1).mT
     d = d - (p * d).sum(-1, keepdim=True)
     dp = p * d
-    bend = torch.cat([ddquery, 2 * dquery, query], -1) @ torch.cat([key, dkey, ddkey], -1).mT
-    ddp = p * torch.addcmul(bend, d, d)
+    ddscores = torch.cat([ddquery, 2 * dquery, query], -1) @ torch.cat([key, dkey, ddkey], -1).mT
+    ddp = p * torch.addcmul(ddscores, d, d)
     ddp = ddp - p * ddp.sum(-1, keepdim=True)
-    # Each of P, P' and P'' meets all of V that it is multiplied with in one product.
+    # One product each for P and P': the values that each multiplies are concatenated.
     of_p = p @ torch.cat([value, dvalue, ddvalue], -1)
     of_dp = dp @ torch.cat([value, 2 * dvalue], -1)
     out, first, second = of_p.split(value.shape[-1], -1)
@@ -72,7 +75,7 @@ def _second(given: Sequence[Tensor], mask: Mask, scale: float) -> tuple[Tensor, 
 
 
 def _probabilities(scores: Tensor, mask: Mask) -> Tensor:
-    """0 for a query that sees no key, as torch's attention has it."""
+    """softmax(scores + mask); 0 for a query that attends to no key, as in torch's attention."""
     if mask is None:
         return torch.softmax(scores, -1)
     hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
@@ -88,7 +91,7 @@ def _by_rows(
     is_causal: bool,
     scale: float | None,
 ) -> Sequence[Tensor]:
-    """f of as many rows at a time as SCORES allows, joined; `given` begins with the query."""
+    """f of as many rows at a time as SCORES allows, concatenated; `given` starts with the query."""
     query = given[0]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if is_causal:

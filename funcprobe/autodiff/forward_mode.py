@@ -1,4 +1,4 @@
-"""Forward mode where torch's own is slow or missing: frozen linear layers, fused attention."""
+"""Forward-mode rules where torch's own are slow or missing: frozen linear layers, fused attention."""
 
 from typing import Any
 
@@ -13,14 +13,13 @@ from .transforms import Constants, derivatives, in_transform
 
 
 class ForwardMode(Replaced):
-    """While active, linear layers and attention have a forward mode of their own.
+    """While active, linear layers and attention use the forward-mode rules of this file.
 
-    A linear layer whose weight has no derivative does no product for it: torch's forward mode
-    multiplies the input by a tangent of zeros, half as much again as the two products that are needed.
-    Attention keeps its fused kernel for the values, so that those that come with tangents are those of
-    a pass without them, to the bit; in nested forward mode it is torch's own, which needs
-    `sdpa_kernel(SDPBackend.MATH)`. It serves torch.func's jvp and, with less overhead a call,
-    forward_ad's dual level.
+    For a frozen weight torch's forward mode multiplies the input by a tangent of zeros, a third product
+    where two suffice; it is omitted here. The values of attention come from the fused kernel, so that
+    they are bit-identical to those of a pass without tangents; in nested forward mode attention is
+    torch's own, which needs `sdpa_kernel(SDPBackend.MATH)`. Works under torch.func.jvp and, with less
+    overhead per call, inside forward_ad.dual_level.
     """
 
     def __init__(self) -> None:
@@ -29,7 +28,7 @@ class ForwardMode(Replaced):
         )
 
 
-# Arguments have the names by which a model may give them.
+# Argument names are torch's, as models may pass them by keyword.
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (in_transform(input) or in_transform(weight)):
         return _dual_linear(input, weight, bias)
@@ -40,14 +39,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _addmm(*args: Tensor, **scales: Any) -> Tensor:
-    """GPT-2's Conv1D gives bias, input and weight; anything else is left alone."""
+    """addmm(bias, input, weight), as GPT-2's Conv1D calls it; any other call is passed to torch."""
     if scales or len(args) != 3:
         return torch.addmm(*args, **scales)
     bias, x, weight = args
     if not any(in_transform(t) for t in args):
         return _dual_addmm(bias, x, weight)
     if derivatives(x) and not derivatives(weight) and not derivatives(bias):
-        # Transposed inside: a view that is made here would count as differentiated.
+        # Transposed inside the Function: a view created here would count as differentiated.
         return _frozen_linear(x, weight, bias, transposed=True)
     return torch.addmm(bias, x, weight)
 
@@ -63,7 +62,7 @@ def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b, db = (None, None) if bias is None else unpack_dual(bias)
     out, moved = linear(x, w, b), []
     if dx is not None and dw is not None and w.shape[0] > w.shape[1]:
-        # One product of twice the inner width spares a tensor as wide as the output.
+        # One product with twice the inner dimension avoids a second tensor of the output's size.
         moved.append(linear(torch.cat([dx, x], -1), torch.cat([w, dw], 1)))
     else:
         moved += [] if dx is None else [linear(dx, w)]
@@ -80,7 +79,7 @@ def _dual_addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _with_tangent(out: Tensor, moved: list[Tensor], dbias: Tensor | None) -> Tensor:
-    """`out` with the sum of `moved` and the bias's tangent for its own, if there are any."""
+    """`out` with the tangent sum(moved) + dbias; `out` itself if it has none."""
     moved = moved if dbias is None else [*moved, dbias.expand_as(out)]
     return make_dual(out, sum(moved[1:], moved[0])) if moved else out
 
@@ -95,7 +94,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    # A trained bias of positions; a boolean mask made inside a transform counts as differentiated.
+    # A trained position bias. A boolean mask created inside a transform also counts as differentiated.
     followed = attn_mask is not None and attn_mask.is_floating_point() and derivatives(attn_mask)
     if followed or query.dim() != 4 or max(derivatives(x) for x in (query, key, value)) != 1:
         return scaled_dot_product_attention(
@@ -134,7 +133,7 @@ def _dual_attention(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """W x + b with W and b constant, at every level of nested forward mode."""
+    """W x + b with W and b constant, differentiable at every level of nested forward mode."""
 
     generate_vmap_rule = True
 
@@ -153,7 +152,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
-        # This function again, as plain operations in here have no derivative (pytorch #197867).
+        # The Function itself, as plain operations in jvp are not differentiated (pytorch #197867).
         return _frozen_linear(dx, ctx.weight, None, transposed=ctx.transposed)
 
 

@@ -1,4 +1,4 @@
-"""Torch functions that are called by another function while a mode is active."""
+"""A mode that replaces torch functions while it is active."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,9 +7,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class Replaced(TorchFunctionMode):
-    """While active, each torch function of `instead` is its replacement, which takes its arguments.
+    """While active, a call of a key of `instead` goes to its value, with the same arguments.
 
-    Inside a replacement the mode is off, so that it may call what it replaces.
+    Inside a replacement the mode is off, so that it may call the original function.
     """
 
     def __init__(self, instead: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:

@@ -16,37 +16,41 @@ from .transforms import in_transform
 
 
 def second_jvp(
-    f: Callable[..., Any], at: Any, direction: Any, bend: Any = None
+    f: Callable[..., Any], at: Any, direction: Any, curvature: Any = None
 ) -> tuple[Any, Any, Any]:
-    """(f, df/dt, d2f/dt2) at t = 0 along at + t direction + t^2 bend / 2.
+    """(f, df/dt, d2f/dt2) at t = 0 along at + t direction + t^2 curvature / 2.
 
-    `at`, the tuple of f's arguments, `direction` and `bend` (None: zeros) are alike trees of tensors,
-    of the same shapes, and each result is a tree as f's. Torch functions in `taylor_rules` have their
-    rules, others go by nested torch.func.jvp, one at a time; where one writes into a tensor, the whole
-    of f does. What hides tensors from __torch_function__ (in f: torch.func's own transforms, torch.jit,
-    custom operators, numpy) has derivatives of 0 here: compare the first ones with forward mode's. No
-    graph of the arguments is kept. Raises RuntimeError where torch has no derivative, or has a wrong
-    one, and for an argument with a tangent of forward_ad; ValueError for trees or shapes that differ.
+    `at` (the tuple of f's arguments), `direction` and `curvature` (None: zeros) are trees of tensors
+    of the same structure and shapes; each result has the structure of f's output. Torch functions in
+    `taylor_rules` use these rules; any other is differentiated by nested torch.func.jvp, by itself, or
+    all of f is if one writes into a tensor. Operations hidden from __torch_function__ (inside f:
+    torch.func's transforms, torch.jit, custom operators, numpy) silently get derivatives of 0: compare
+    the first ones with forward mode's. No graph is kept. Raises RuntimeError where torch has no
+    derivative, or a wrong one, and for an argument with a tangent of forward_ad; ValueError if
+    structures or shapes differ.
     """
-    given: Any = (at, direction, bend)
+    given: Any = (at, direction, curvature)
     if any(map(_dual, optree.tree_leaves(given))):
         raise RuntimeError(
-            "an argument has a tangent of forward_ad, which is not followed: use torch.func"
+            "an argument has a tangent of forward_ad, which Taylor mode does not propagate: use "
+            "torch.func.jvp"
         )
-    for other in (direction, bend):
+    for other in (direction, curvature):
         if other is not None and _shapes(other) != _shapes(at):
-            raise ValueError(f"{_shapes(other)} is given along {_shapes(at)}: the same is expected")
-    at, direction, bend = (optree.tree_map(_ungraphed, tree) for tree in (at, direction, bend))
+            found, expected = _shapes(other), _shapes(at)
+            raise ValueError(f"a direction has shapes {found}, expected the arguments', {expected}")
+    at, direction, curvature = (optree.tree_map(_ungraphed, t) for t in (at, direction, curvature))
     values, spec = optree.tree_flatten(at)
     firsts = optree.tree_leaves(direction)
-    seconds = [None] * len(values) if bend is None else optree.tree_leaves(bend)
+    seconds = [None] * len(values) if curvature is None else optree.tree_leaves(curvature)
     jets = map(_tensor, map(Jet, values, firsts, seconds))
     try:
-        # A transform around is followed, autograd is not.
+        # Derivatives of a surrounding torch.func transform are propagated, autograd's are not.
         with torch.set_grad_enabled(any(map(in_transform, values))):
             out = f(*optree.tree_unflatten(spec, jets))
     except _WritesError:
-        return _whole(f, at, direction, optree.tree_map(torch.zeros_like, at) if bend is None else bend)
+        zeros = optree.tree_map(torch.zeros_like, at)
+        return _whole(f, at, direction, zeros if curvature is None else curvature)
     return tuple(optree.tree_map(lambda x, n=n: _part(x, n), out) for n in range(3))  # type: ignore[return-value,misc]
 
 
@@ -55,7 +59,7 @@ def _dual(x: Tensor) -> bool:
 
 
 def _ungraphed(x: Tensor) -> Tensor:
-    """Without autograd's graph; what a transform around has made of it stays."""
+    """Detached from autograd's graph; tensors of a surrounding torch.func transform are unchanged."""
     return x if in_transform(x) else x.detach()
 
 
@@ -64,11 +68,11 @@ def _shapes(given: Any) -> Any:
 
 
 class _WritesError(RuntimeError):
-    """A torch function writes into a tensor, as experts add up what they make of their tokens."""
+    """A torch function writes into a tensor, as mixture-of-experts layers do to add up outputs."""
 
 
 class _JetTensor(Tensor):
-    """A tensor with a jet, of which it is the value; torch functions of it give jets."""
+    """The value of a jet, which it carries; torch functions of it return such tensors."""
 
     jet: Jet
 
@@ -94,7 +98,7 @@ class _JetTensor(Tensor):
 
 
 def _tensor(jet: Jet) -> Tensor:
-    """Constants and integers stay plain tensors."""
+    """The jet as a tensor; constants and integers stay plain tensors."""
     if (jet.first is None and jet.second is None) or not moves(jet.value):
         return jet.value
     tensor = jet.value.as_subclass(_JetTensor)
@@ -103,7 +107,7 @@ def _tensor(jet: Jet) -> Tensor:
 
 
 def _jets(x: Any) -> Any:
-    """The jets of tensors, also within a list or tuple."""
+    """Tensors replaced by their jets, also within a list or tuple."""
     if isinstance(x, _JetTensor):
         return x.jet
     return [_jets(y) for y in x] if type(x) in {list, tuple} and any(map(moves, x)) else x
@@ -126,7 +130,7 @@ def _writes(func: Callable[..., Any], name: str, kwargs: Mapping[str, Any]) -> b
 
 
 def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Any function by forward over forward mode; its value alone where nothing of it can move."""
+    """Any function by forward over forward mode; the value alone if no output is floating-point."""
     name = getattr(func, "__name__", str(func))
     if name in WRONG:
         raise NotImplementedError(f"{name} has a wrong second derivative in torch's forward mode")
@@ -144,7 +148,7 @@ def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     def moving(*values: Tensor) -> list[Tensor]:
         return [x for x in optree.tree_leaves(call(*values)) if moves(x)]
 
-    # Expanded tensors are no tangents: several of their entries are one place in memory.
+    # Expanded tensors cannot be tangents: several of their entries share one memory location.
     value, first, second = ([_part(leaves[i], n).contiguous() for i in places] for n in range(3))
     outs, out_spec = optree.tree_flatten(call(*value))
     if not any(map(moves, outs)):  # shapes, comparisons, indices
@@ -154,19 +158,19 @@ def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     return optree.tree_unflatten(out_spec, [_tensor(next(moved)) if moves(x) else x for x in outs])
 
 
-def _whole(f: Callable[..., Any], at: Any, direction: Any, bend: Any) -> tuple[Any, Any, Any]:
-    """(f, f', f'') by forward over forward mode; `bend` moves the direction along."""
+def _whole(f: Callable[..., Any], at: Any, direction: Any, curvature: Any) -> tuple[Any, Any, Any]:
+    """(f, f', f'') by forward over forward mode; `curvature` is the tangent of `direction`."""
 
     def fresh(*args: Any) -> Any:
         given: Any = args
-        return f(*optree.tree_map(torch.clone, given))  # f may write into them
+        return f(*optree.tree_map(torch.clone, given))  # f may write into its arguments
 
     def along(at: Any, direction: Any) -> tuple[Any, Any]:
         value, first = jvp(fresh, at, direction)  # type: ignore[misc]
         return value, first
 
     # Nested forward mode needs grad mode (torch 2.13: "forward AD with aten::silu_backward"), though
-    # nothing here requires a gradient; the fused attention kernels have none (pytorch #128971).
+    # no gradient is taken here; the fused attention kernels have no forward mode (pytorch #128971).
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Replaced(COMPOSED):
-        (value, first), (_, second) = jvp(along, (at, direction), (direction, bend))  # type: ignore[misc]
+        (value, first), (_, second) = jvp(along, (at, direction), (direction, curvature))  # type: ignore[misc]
     return value, first, second

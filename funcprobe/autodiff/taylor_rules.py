@@ -1,11 +1,11 @@
-"""First and second derivatives along a path, of the torch functions that transformers are made of.
+"""First and second derivatives, along a path, of the torch functions that transformers consist of.
 
-With x(t) = x + t x' + t^2 x'' / 2, where t = 0:
+With x(t) = x + t x' + t^2 x'' / 2, at t = 0:
 
     f' = Df x'        f'' = Df x'' + D2f[x', x']
 
-which is three products where f is a product with a constant; forward mode over forward mode takes
-four, as it carries x' twice.
+A product with a constant takes three products for f, f' and f''; forward over forward mode takes four,
+as it carries x' twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from torch.nn.functional import linear
 
 from .attention_along import attention_twice_along
 
-Rule: TypeAlias = Callable[..., Any]  # the function's arguments, jets among them -> a jet or several
+Rule: TypeAlias = Callable[..., Any]  # arguments of the function, some of them jets -> jet or jets
 
 
 class Jet(NamedTuple):
-    """x, x' and x'', of one shape; None is zero."""
+    """x, x' and x'', of one shape; None stands for zero."""
 
     value: Tensor
     first: Tensor | None = None
@@ -31,20 +31,20 @@ class Jet(NamedTuple):
 
 
 def moves(x: Any) -> bool:
-    """Whether it can have derivatives."""
+    """Whether x can have derivatives: a jet, or a floating-point or complex tensor."""
     return isinstance(x, Jet) or (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()))
 
 
 def or_zeros(derivative: Tensor | None, value: Tensor) -> Tensor:
-    """A derivative of `value`, zeros where it is None."""
+    """A derivative of `value`, as zeros if it is None."""
     return torch.zeros_like(value) if derivative is None else derivative
 
 
-# Every rule may answer NotImplemented: the function then goes the general way, by nested jvp.
+# A rule may return NotImplemented: the function is then differentiated by nested jvp.
 
 
 def _linear_map(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """f linear in its first argument, a jet or a sequence of them, and in nothing else."""
+    """f linear in its first argument, a jet or a sequence of jets; all other arguments constant."""
     if not args or any(map(moves, (*args[1:], *kwargs.values()))):
         return NotImplemented
     one = isinstance(args[0], Jet)
@@ -94,7 +94,7 @@ def _product(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _mul(*args: Any, **kwargs: Any) -> Any:
-    """Entry by entry: every term is added in the pass over memory that makes it."""
+    """Elementwise x y; addcmul adds each term in the same pass over memory that computes it."""
     if kwargs or len(args) != 2:
         return NotImplemented
     a, b = map(_jet, args)
@@ -108,13 +108,13 @@ def _mul(*args: Any, **kwargs: Any) -> Any:
 
 
 def _quotient(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """x / c."""
+    """x / c, c constant."""
     if kwargs or isinstance(args[-1], Jet):
         return NotImplemented
     return _product(func, *args)
 
 
-# Arguments have the names by which a model may give them.
+# Argument names are torch's, as models may pass them by keyword.
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     """W x + b."""
     x, w, b = _jet(input), _jet(weight), _jet(bias)
@@ -130,7 +130,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
         second = _applied(linear, (x.second, w.value), (x.value, w.second))
         second += [2 * y for y in _applied(linear, (x.first, w.first))]
     elif w.value.shape[0] <= w.value.shape[1]:
-        # A LoRA matrix: products as thin cost what is read, so that two in one cost one.
+        # A LoRA matrix: so narrow a product is bound by reading x, so that two in one cost as one.
         both = torch.cat([w.value, w.first])
         (out, moved), (first_x, cross) = (linear(u, both).chunk(2, -1) for u in (x.value, x.first))
         out = out.contiguous() if b.value is None else out + b.value
@@ -174,18 +174,18 @@ def _attention(
 
 
 def _elementwise(derivatives: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """y = f(x) entry by entry, from x -> (y, dy/dx, d2y/dx2)."""
-    others = kwargs.items() - {("inplace", False)}  # as nn.SiLU says
+    """y = f(x) elementwise, from `derivatives`: x -> (y, dy/dx, d2y/dx2)."""
+    others = kwargs.items() - {("inplace", False)}  # as nn.SiLU passes it
     if others or not args or not isinstance(args[0], Jet) or any(map(moves, args[1:])):
         return NotImplemented
     x = args[0]
     found = derivatives(x.value, *args[1:])
     if found is NotImplemented:
         return NotImplemented
-    y, slope, bend = found
-    curved = None if x.first is None else bend * x.first.square()
+    y, slope, curvature = found
+    quadratic = None if x.first is None else curvature * x.first.square()
     second = _applied(torch.mul, (slope, x.second))
-    second += [] if curved is None else [curved]
+    second += [] if quadratic is None else [quadratic]
     return Jet(y, _total(_applied(torch.mul, (slope, x.first))), _total(second))
 
 
@@ -197,10 +197,10 @@ def _silu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _power(x: Tensor, exponent: Any) -> Any:
-    if not isinstance(exponent, int | float) or exponent in {0, 1}:  # 0 times inf, where x is 0
+    if not isinstance(exponent, int | float) or exponent in {0, 1}:  # else 0 * inf at x = 0
         return NotImplemented
-    slope, bend = exponent * x ** (exponent - 1), exponent * (exponent - 1) * x ** (exponent - 2)
-    return x**exponent, slope, bend
+    slope, curvature = exponent * x ** (exponent - 1), exponent * (exponent - 1) * x ** (exponent - 2)
+    return x**exponent, slope, curvature
 
 
 def _rsqrt(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,10 +227,10 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,  # noqa: ARG001
 ) -> Tensor:
-    """In elementary operations, as its own nested forward mode is silently wrong.
+    """layer_norm in elementary operations, as torch's nested forward mode of it is silently wrong.
 
-    torch 2.13, pytorch #196700: 90 % off on random input, where those of rms_norm, softmax and the
-    activations are right.
+    torch 2.13, pytorch #196700: off by 90 % on random input; rms_norm, softmax and the activations are
+    correct.
     """
     axes = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(axes, keepdim=True)
@@ -252,7 +252,7 @@ def _total(terms: list[Tensor]) -> Tensor | None:
 
 
 def _named(names: str) -> list[Any]:
-    """The functions and methods of these names; x + y calls one of them, too."""
+    """The functions and methods of these names; the operators (x + y) call one of them, too."""
     found = [getattr(owner, n, None) for owner in (torch, Tensor, functional) for n in names.split()]
     return [f for f in found if callable(f)]
 
@@ -280,6 +280,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_named("tanh"), partial(_elementwise, _tanh)),
     functional.dropout: _dropout,
 }
-# As layer_norm's, which is COMPOSED unless it is called as an operator; 14 to 109 % off.
+# Wrong for the same reason, by 14 to 109 %; layer_norm is in COMPOSED unless called as an operator.
 WRONG = frozenset({"native_layer_norm", "layer_norm.default", "instance_norm", "batch_norm"})
 COMPOSED: dict[Any, Callable[..., Tensor]] = dict.fromkeys(_named("layer_norm"), _layer_norm)

@@ -1,1 +1,1 @@
-"""What the model is needed for, a microbatch at a time: token statistics, gradients, tangents."""
+"""Computations that need the model, one microbatch at a time: statistics, gradients, tangents."""

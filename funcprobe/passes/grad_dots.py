@@ -1,4 +1,4 @@
-"""<grad f_n, mu> of every sequence, and the gradient of their sum, from one backward pass."""
+"""<grad f_n, mu> of every sequence, and the gradient of the sum of f_n, from one backward pass."""
 
 from typing import Any
 
@@ -30,21 +30,21 @@ def grad_dots(
 ) -> tuple[Float[Tensor, " N"], Params]:
     """s_n = <grad f_n, mu> in float64, and grad sum_n f_n, f_n = sum_k (p_nk l_nk + q_nk h_nk).
 
-    By default f_n = S_n, the log-probability of the response. A linear layer y = W x with the gradient
-    g_t of y at token t adds sum_t <g_t, mu_W x_t> over a sequence's tokens to s_n, so that one backward
-    pass has both. Prompts are not shared, as the g of a shared token is of several sequences. Where
-    something is trained that is no linear layer of the backbone (embeddings, norms, the head), and in
-    half precision, s_n is from a second pass, `tangents`. Raises ValueError where `mu` does not match
-    `params`, RuntimeError where sum_n s_n is not <grad, mu>, which every microbatch is checked for.
+    By default f_n = S_n, the log-probability of the response. A linear layer y = W x, with the gradient
+    g_t of y at token t, contributes sum_t <g_t, mu_W x_t> over a sequence's tokens to s_n, so that one
+    backward pass gives both. Prompts are not shared, as the g of a shared token would mix sequences. If
+    anything but linear layers of the backbone is trained (embeddings, norms, the head), and in half
+    precision, s_n comes from a second pass, `tangents`. Raises ValueError if `mu` does not match
+    `params`, RuntimeError if sum_n s_n is not <grad, mu>, which is checked in every microbatch.
     """
     mu = aligned(mu, params)
     p_NR = response_mask(batch).double() if p_NR is None else p_NR
     q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
-    # Half precision would hide in its rounding what the sum's check is for.
+    # In half precision, rounding would hide the errors that the check of the sum is for.
     if torch.finfo(forward.coarsest).eps < 1e-4:
         try:
             return _in_one_pass(params, batch, mu, p_NR, q_NR, forward, max_tokens)
-        except _OtherUseError:  # as the first microbatch shows
+        except _OtherUseError:  # raised by the first microbatch
             pass
     _, along = tangents(params, batch, mu, forward, max_tokens)
     s_N = (p_NR * along.logp_NR + q_NR * along.entropy_NR).sum(1)
@@ -61,7 +61,7 @@ def _in_one_pass(
     max_tokens: int,
 ) -> tuple[Float[Tensor, " N"], Params]:
     def one(rows: Rows) -> tuple[Params, Tensor]:
-        # Autograd itself: torch.func's vjp would wrap every call of _LinearDot, at a fifth of the cost.
+        # Plain autograd: torch.func.vjp would wrap every call of _LinearDot, a fifth of the cost.
         given: Params = {n: nn.Parameter(t) for n, t in params.items()}
         alpha_n = nn.Parameter(_zeros(rows, params))
         with torch.enable_grad():
@@ -83,7 +83,7 @@ def _in_one_pass(
 
 
 class _OtherUseError(Exception):
-    """Not all that is trained are weights and biases of linear layers over a microbatch's tokens."""
+    """A trained parameter is not the weight or bias of a linear layer over a microbatch's tokens."""
 
 
 class _LinearDots(Replaced):
@@ -94,7 +94,7 @@ class _LinearDots(Replaced):
         self.name_of = {id(tensor): name for name, tensor in given.items()}
         self.mu, self.alpha_NL = mu, alpha_NL
         self.seen: set[str] = set()
-        self.shapes: set[tuple[int, ...]] = set()  # of the tokens that trained layers are given
+        self.shapes: set[tuple[int, ...]] = set()  # of the trained layers' inputs, without the width
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         names = [self.name_of.get(id(tensor)) for tensor in (weight, bias)]
@@ -108,10 +108,10 @@ class _LinearDots(Replaced):
 
 
 class _LinearDot(torch.autograd.Function):
-    """W x + b; the gradient in alpha_NL, which has no part in it, is <g_t, mu_W x_t + mu_b>.
+    """W x + b; the gradient in alpha_NL, which does not enter it, is <g_t, mu_W x_t + mu_b>.
 
-    Either is one thin product more, taken along with one of W's from the wider side: with W x where
-    W narrows, with W' g where it widens.
+    This takes one more narrow product, merged with one of W's: with W x if W has fewer outputs than
+    inputs, else with W^T g.
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ def _hidden(
     alpha_NL = alpha_n[rows.sequence_NL.to(alpha_n.device)]
     with _LinearDots(given, mu, alpha_NL) as mode:
         hidden_TD: Tensor = forward.hidden(given, rows)
-    # Some models flatten or pick the tokens, so that their sequences are not known.
+    # Some models flatten or select tokens, so that the sequence of each is unknown.
     if mode.seen != given.keys() or mode.shapes != {tuple(rows.tokens_NL.shape)}:
         raise _OtherUseError
     return hidden_TD
@@ -179,11 +179,11 @@ def _require_sum(s_n: Tensor, grads: Params, mu: Params) -> None:
     gap = abs(float(tree.f64(s_n).sum()) - whole)
     eps = max(torch.finfo(t.dtype).eps for t in grads.values())
     bound = 1e3 * eps * (size + abs(whole))  # rounding of a long sum
-    if gap <= bound:  # the norms take as long as all of this
+    if gap <= bound:  # the norms below take as long as all of this
         return
-    # Where its terms cancel, rounding of terms as large as both norms.
+    # If the terms cancel, rounding is that of terms as large as the product of the norms.
     if not gap <= bound + 10 * eps * tree.norm(grads) * tree.norm(mu):
         raise RuntimeError(
             f"<grad f_n, mu> of the sequences sum to {float(s_n.sum()):.6g}, not to <grad, mu> = "
-            f"{whole:.6g}: a trained weight is used outside of linear layers; use tangents()"
+            f"{whole:.6g}: a trained weight is used outside linear layers; use tangents()"
         )

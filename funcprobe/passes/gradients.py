@@ -28,9 +28,9 @@ def weighted_grad(
 ) -> Params:
     """d/d theta of sum_ik (p_ik l_ik + q_ik h_ik), the coefficients held fixed.
 
-    Accumulated over microbatches on the CPU, in float32 (float64 where a parameter is float64).
-    p and q are known, so that the head costs two products and no [tokens, V] tensor exists whole.
-    Raises InputError inside a transform that differentiates `params`, as all derivatives here do.
+    Accumulated over microbatches on the CPU, in float32 (float64 where a parameter is float64). As p
+    and q are known, the head takes two products and no [tokens, V] tensor exists as a whole. Raises
+    InputError inside a transform that differentiates `params`, as all derivatives here do.
     """
     refuse_differentiated(params)
     total = zero_gradient(params)
@@ -39,7 +39,7 @@ def weighted_grad(
         hidden_TD, pull = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
         p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
         grad_TD, grads = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
-        with torch.no_grad():  # else the pullback records a graph nobody will use
+        with torch.no_grad():  # else the pullback records an unused graph
             return [*pull(grad_TD), *grads]
 
     for _, grads in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
@@ -53,7 +53,9 @@ def grad_X(
 ) -> Params:
     """X = d/d theta of the entropy estimator on E (two passes: coefficients, then gradient).
 
-    <X, v> is the derivative of the estimator along v, as `estimators.first_order` has it by tangents.
+    <X, v> is the derivative of the estimator along v, which `estimators.first_order` computes from
+    tangents. In nats per token or per sequence, per unit of each parameter. Raises InputError where
+    `weighted_grad` and `baselines.baseline` do.
     """
     stats = token_stats(params, batch, forward, max_tokens)
     p_NR, q_NR = gradient_coefficients(evaluate(batch, stats, entropy))
@@ -63,17 +65,20 @@ def grad_X(
 def grad_Y(
     params: Params, update: UpdateBatch, forward: Forward, max_tokens: int = MAX_TOKENS
 ) -> Params:
-    """Y = d/d theta of J = sum_mk c_mk l_mk on U: the policy gradient, the direction of ascent."""
+    """Y = d/d theta of J = sum_mk c_mk l_mk on U: the policy gradient, the direction of ascent.
+
+    Raises InputError where `weighted_grad` does.
+    """
     zero_NR = torch.zeros_like(update.coef_NR)
     return weighted_grad(params, update.batch, update.coef_NR, zero_NR, forward, max_tokens)
 
 
 def zero_gradient(params: Params) -> Params:
-    """Zeros to accumulate gradients in: on the CPU, in float32, float64 where a parameter is."""
+    """Zeros in which gradients accumulate: on the CPU, float32, or float64 where a parameter is."""
     total = tree.zeros(params)
     return {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in total.items()}
 
 
 def accumulate(total: Params, part: Params) -> Params:
-    """total + part, where and in the precision in which `total` is."""
+    """total + part, on the device and in the dtype of `total`."""
     return {n: t + part[n].to(device=t.device, dtype=t.dtype) for n, t in total.items()}

@@ -1,8 +1,8 @@
 """Hidden states -> (log-probability, entropy) of every response token, and their derivatives.
 
-Where the output embedding is frozen (`Forward.readout`) no [T, V] tensor outlives a chunk of tokens,
-whatever is differentiated: `readout.py` has the derivatives in closed form. Elsewhere, as where the
-embedding is trained, plain operations are differentiated, `PLAIN_CHUNK` tokens at a time.
+If the output embedding is frozen (`Forward.readout`), no [T, V] tensor outlives a chunk of tokens:
+`readout.py` has all derivatives in closed form. Otherwise, for instance if the embedding is trained,
+plain operations are differentiated, `PLAIN_CHUNK` tokens at a time.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ def token_head(
     """l = log p(target), h = -sum_u p(u) log p(u), nats, in float32 at least.
 
     Differentiable any number of times with torch.func. A single derivative in the hidden state keeps
-    two rows a token; nested ones keep [T, V] tensors. Autograd's double backward, which cannot be
-    foreseen here, raises RuntimeError where the embedding is frozen.
+    two rows per token; nested ones keep [T, V] tensors. Autograd's double backward, which the forward
+    cannot anticipate, raises RuntimeError if the embedding is frozen.
     """
     target_T = target_T.to(hidden_TD.device)
     nested = derivatives(hidden_TD)
@@ -52,9 +52,9 @@ def head_gradient(
     q_T: Float[Tensor, " T"],
     forward: Forward,
 ) -> tuple[Float[Tensor, "T D"], list[Params]]:
-    """d/dz of sum p l + q h, p and q held fixed, and its gradients in the parameters of the head.
+    """d/dz of sum (p l + q h), p and q held fixed, and its gradients in the head's parameters.
 
-    The second is a list to be summed, empty where the head has none. Makes no graph.
+    The latter are a list to be summed, empty if the head has no parameters. Creates no graph.
     """
     p_T, q_T, target_T = (x.to(hidden_TD.device) for x in (p_T, q_T, target_T))
     if forward.readout is not None:
@@ -64,7 +64,7 @@ def head_gradient(
     for hidden_nD, target_n, p_n, q_n in _chunks(hidden_TD, target_T, p_T, q_T):
         head = partial(_plain, target_T=target_n, forward=forward)
         (logp_n, entropy_n), pull = vjp(head, params, hidden_nD)  # type: ignore[misc]
-        with torch.no_grad():  # else the pullback records a graph nobody will use
+        with torch.no_grad():  # else the pullback records an unused graph
             grad, row_nD = pull((p_n.to(logp_n), q_n.to(entropy_n)))
         rows.append(row_nD)
         grads.append(grad)
@@ -79,7 +79,7 @@ def head_tangents(
     direction: Params,
     forward: Forward,
 ) -> tuple[Float[Tensor, " T"], ...]:
-    """(l, h, l', h') where parameters move along `direction` and hidden states along `dhidden_TD`."""
+    """(l, h, l', h') with tangents `direction` of the parameters, `dhidden_TD` of the hidden states."""
     target_T = target_T.to(hidden_TD.device)
     with torch.no_grad():
         if forward.readout is not None:
@@ -131,7 +131,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, hidden: Tensor, target: Tensor, constants: Constants) -> Any:
-        # By hand, as tensors are written into: tokens are independent, a batch of them are more.
+        # Explicit, as the values are written in place: tokens are independent, a batch adds tokens.
         pairs = zip((hidden, target), in_dims, strict=False)
         full = [
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -152,8 +152,8 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, glogp_T: Tensor, gentropy_T: Tensor, *_: Any) -> tuple[Any, ...]:
         if ctx.autograd and torch.is_grad_enabled():
             raise RuntimeError(
-                "create_graph = True through the head, whose second derivative in the hidden state "
-                "would silently be left out: nest torch.func.grad, vjp or jvp instead"
+                "create_graph = True through the head would silently omit its second derivative in "
+                "the hidden state: nest torch.func.grad, vjp or jvp instead"
             )
         dlogp_TD, dentropy_TD = ctx.saved_tensors
         return glogp_T[:, None] * dlogp_TD + gentropy_T[:, None] * dentropy_TD, None, None

@@ -15,8 +15,8 @@ def token_stats(
 ) -> TokenStats:
     """l_ik = log p(y_ik | x_i, y_i,<k) and h_ik = -sum_u p log p of every response token, nats, [N, R].
 
-    Differentiable in `params` with torch.func or autograd; makes no graph unless asked. Raises
-    InputError if a sequence is longer than `max_tokens`.
+    Differentiable in `params` with torch.func or autograd; creates a graph only if `params` require
+    gradients. Raises InputError if a sequence is longer than `max_tokens`.
     """
 
     def stats(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -31,5 +31,8 @@ def token_stats(
 def seq_logprobs(
     params: Params, batch: Batch, forward: Forward, max_tokens: int = MAX_TOKENS
 ) -> Float[Tensor, " N"]:
-    """S_i = sum_k l_ik, the log-probability of each response given its prompt, nats, [N]."""
+    """S_i = sum_k l_ik, the log-probability of each response given its prompt, nats, [N].
+
+    Raises InputError if a sequence is longer than `max_tokens`.
+    """
     return token_stats(params, batch, forward, max_tokens).logp_NR.sum(1)

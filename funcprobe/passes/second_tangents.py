@@ -17,7 +17,7 @@ from ..types import Batch, InputError, Params, TokenStats
 from .head import head_second_tangents
 from .tangents import aligned
 
-CHECKED_TOKENS = 8  # of the batch's first sequence, half prompt and half response where it has both
+CHECKED_TOKENS = 8  # of the batch's first sequence: half prompt, half response, if it has as many
 
 
 def second_tangents(
@@ -25,17 +25,16 @@ def second_tangents(
 ) -> tuple[TokenStats, TokenStats, TokenStats]:
     """(l, h), d/d eta and d2/d eta2 of l and h at theta + eta * direction, eta = 0, [N, R] each.
 
-    In Taylor mode, in nats, nats per eta and nats per eta^2; no graph is kept. On a few tokens of the
-    batch, in every call, the model's first derivatives are compared with forward mode's and its second
-    ones with a symmetric difference of these. Raises InputError where they differ, where the model has
-    no such derivatives, for half precision, which cannot resolve that comparison, and inside a
-    transform that differentiates; ValueError where `direction` has other names or shapes than
-    `params`.
+    In Taylor mode, in nats, nats per eta and nats per eta^2; no graph is kept. Every call compares, on
+    a few tokens of the batch, the model's first derivatives with forward mode's and its second ones
+    with a symmetric difference of these. Raises InputError if they differ, if the model has no such
+    derivatives, in half precision, which cannot resolve the comparison, and inside a transform that
+    differentiates; ValueError if `direction` has other names or shapes than `params`.
     """
     direction = aligned(direction, params)
     if torch.finfo(forward.coarsest).eps > 1e-4:
         raise InputError(
-            f"second derivatives of a model in {forward.coarsest} would be rounding: "
+            f"second derivatives of a model in {forward.coarsest} would be dominated by rounding: "
             'use policy.dtype = "float64" or "float32"'
         )
     params, direction = ({n: t.detach() for n, t in given.items()} for given in (params, direction))
@@ -55,11 +54,11 @@ def second_tangents(
 def _require_second_derivatives(
     params: Params, batch: Batch, direction: Params, forward: Forward
 ) -> None:
-    """InputError unless Taylor mode has forward mode's slope and the bend of its symmetric difference.
+    """InputError unless Taylor mode agrees with forward mode and with a symmetric difference of it.
 
-    Compared are the hidden states, from which `readout.py` goes on in closed form, or else the logits:
-    l and h follow from them by operations that are right, and would hide the rest where the policy is
-    certain of the next token.
+    Compared are the hidden states, if `readout.py` continues from them in closed form, else the logits:
+    l and h follow from them by operations known to be correct, and would hide errors where the policy
+    is certain of the next token.
     """
     (rows,) = microbatches(_first_tokens(batch), CHECKED_TOKENS)
 
@@ -76,31 +75,34 @@ def _require_second_derivatives(
         value, first, second = second_jvp(outputs, (params,), (direction,))
         expected = tangent(params)
     except RuntimeError as error:  # NotImplementedError is one
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"this model has no derivatives in Taylor mode: {said}") from error
-    scale, slope, bend = (float(x.double().norm()) for x in (value, first, second))
-    # One over the length along the direction on which they bend, also where some of these are 0.
-    rates = [bend / slope if slope else 0.0, math.sqrt(bend / scale) if scale else 0.0]
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"this model has no derivatives in Taylor mode: {message}") from error
+    scale, slope, curvature = (float(x.double().norm()) for x in (value, first, second))
+    # Inverse of the step over which the outputs become nonlinear; defined also if norms are 0.
+    rates = [curvature / slope if slope else 0.0, math.sqrt(curvature / scale) if scale else 0.0]
     rate = max(*rates, slope / scale if scale else 0.0) or tree.norm(direction)
     if rate == 0:
         return
     eps = max(torch.finfo(dtype).eps for dtype in (first.dtype, forward.coarsest))
     where = "logits" if forward.readout is None else "hidden states"
-    advice = "in Taylor mode; use second_difference() of two measured changes instead"
-    # A first derivative is good to some 30 eps (4e-6 measured in float32).
+    advice = "use second_difference() of two measured changes instead"
+    # First derivatives are accurate to some 30 eps (4e-6 measured in float32).
     if not float((first - expected).double().norm()) <= 100 * eps * max(slope, scale * rate):
-        raise InputError(f"first derivatives of the {where} are not those of forward mode {advice}")
-    # Truncation is (e rate)^2 and rounding eps / (e rate): least at eps^(1/3).
+        raise InputError(
+            f"first derivatives of the {where} in Taylor mode are not those of forward mode: {advice}"
+        )
+    # Truncation is (e rate)^2 and rounding eps / (e rate): smallest at e rate = eps^(1/3).
     e = eps ** (1 / 3) / rate
     plus, minus = (tangent(tree.axpy(sign * e, direction, params)) for sign in (1, -1))
     difference = (plus.double() - minus.double()) / (2 * e)
-    gap, size = float((second.double() - difference).norm()), max(bend, float(difference.norm()))
-    # Truncation; tiny policies of every architecture are below 4e-10 and 2e-4.
+    gap, size = float((second.double() - difference).norm()), max(curvature, float(difference.norm()))
+    # For truncation; tiny policies of every architecture are below 4e-10 and 2e-4.
     bound = 1e-6 if eps < 1e-12 else 5e-3
     if not gap <= bound * size + 100 * eps * slope / e:
         raise InputError(
-            f"second derivatives of the {where} are off a symmetric difference of their first ones, by "
-            f"{gap / size:.2g} of it: an operation of this model is wrong {advice}"
+            f"second derivatives of the {where} in Taylor mode differ from a symmetric difference of "
+            f"first ones by {gap / size:.2g} of it: an operation of this model has a wrong derivative; "
+            f"{advice}"
         )
 
 

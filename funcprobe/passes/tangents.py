@@ -25,10 +25,10 @@ def tangents(
 ) -> tuple[TokenStats, TokenStats]:
     """(l, h) and (l', h') = d/d eta of l and h at theta + eta * direction, eta = 0, [N, R] each.
 
-    The pair is torch.func.jvp's: values, those of `token_stats` to the bit, then their tangents, in
-    nats and nats per unit of eta. One forward-mode pass; no graph is kept, so memory does not grow
-    with the batch. Raises ValueError where `direction` has other names or shapes than `params`,
-    InputError inside a transform that differentiates either.
+    As in torch.func.jvp, values come first, bit-identical to `token_stats`, then their tangents; in
+    nats and nats per unit of eta. One forward-mode pass; no graph is kept, so that memory does not grow
+    with the batch. Raises ValueError if `direction` has other names or shapes than `params`, InputError
+    inside a transform that differentiates either.
     """
     direction = aligned(direction, params)
 
@@ -57,10 +57,11 @@ def alpha_vjp(
 ) -> Float[Tensor, " N"]:
     """s_i = <grad f_i, mu> for every sequence at once, f_i = sum_k (p_ik l_ik + q_ik h_ik).
 
-    The reverse-reverse twin of `tangents`: h(alpha) = <d/d theta sum_i alpha_i f_i, mu> is linear in
-    alpha, and s = dh/d alpha is the vjp of a vjp, with no per-sequence gradients. `alpha_N` (default
-    ones) is where dh/d alpha is taken; the result must not depend on it. By default f_i = S_i, the
-    log-probability of the response. Raises ValueError where `mu` does not match `params`.
+    The reverse-over-reverse counterpart of `tangents`: h(alpha) = <d/d theta sum_i alpha_i f_i, mu> is
+    linear in alpha, and s = dh/d alpha is the vjp of a vjp, without per-sequence gradients. dh/d alpha
+    is taken at `alpha_N` (default ones), on which the result must not depend. By default f_i = S_i, the
+    log-probability of the response, in nats. Raises ValueError if `mu` does not match `params`,
+    InputError inside a transform that differentiates either.
     """
     mu = aligned(mu, params)
     p_NR = response_mask(batch).double() if p_NR is None else p_NR
@@ -92,20 +93,20 @@ def alpha_vjp(
 
 
 def require_derivatives(params: Params, forward: Forward) -> None:
-    """InputError if the model has no forward or second derivative, tried on five tokens."""
+    """InputError unless the model has forward-mode and second derivatives, tested on five tokens."""
     batch = collate([[0]], [[0, 0, 0, 0]], [0])
     try:
         tangents(params, batch, params, forward)
         alpha_vjp(params, batch, params, forward)
     except RuntimeError as error:  # NotImplementedError is one
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"this architecture cannot be differentiated by torch.func: {said}") from error
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"torch.func cannot differentiate this architecture: {message}") from error
 
 
 def _hidden_along(
     params: Params, rows: Rows, direction: Params, forward: Forward
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
-    """Hidden states and their tangents; by torch.func, which wraps every tensor, inside a transform."""
+    """Hidden states and their tangents; by torch.func.jvp, which wraps every tensor, in a transform."""
     with torch.no_grad(), ForwardMode():
         if any(in_transform(t) for t in params.values()):
             hidden_TD, dhidden_TD = jvp(partial(forward.hidden, rows=rows), (params,), (direction,))  # type: ignore[misc]
@@ -113,7 +114,7 @@ def _hidden_along(
         with forward_ad.dual_level():
             given = {n: forward_ad.make_dual(t, direction[n]) for n, t in params.items()}
             hidden_TD, dhidden_TD = forward_ad.unpack_dual(forward.hidden(given, rows))
-            if dhidden_TD is None:  # nothing of the backbone is trained
+            if dhidden_TD is None:  # no parameter of the backbone is trained
                 dhidden_TD = torch.zeros_like(hidden_TD)
     return hidden_TD, dhidden_TD
 
@@ -121,10 +122,10 @@ def _hidden_along(
 def _pullback(
     params: Params, rows: Rows, p_T: Tensor, q_T: Tensor, forward: Forward
 ) -> tuple[Callable[[Tensor], tuple[Params]], Tensor]:
-    """A linear map to gradients, and x where alpha_t x_t goes to d/d theta sum_t alpha_t f_t.
+    """A linear map to gradients, and x such that it takes alpha_t x_t to d/d theta sum_t alpha_t f_t.
 
-    f_t = p_t l_t + q_t h_t. Where only the backbone is trained the map is its pullback, and x are the
-    rows d f_t / d hidden_t, [T, D], in closed form; else x are ones, [T].
+    f_t = p_t l_t + q_t h_t. If only the backbone is trained, the map is its pullback and x are the rows
+    d f_t / d hidden_t, [T, D], in closed form; else x are ones, [T].
     """
     if forward.readout is not None:
         hidden_TD, pull = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
@@ -140,9 +141,10 @@ def _pullback(
 
 
 def aligned(direction: Params, params: Params) -> Params:
-    """The direction in the parameters' order, dtypes and devices: jvp and vjp insist on all three.
+    """The direction in the order, dtypes and devices of the parameters, as jvp and vjp require.
 
-    Raises ValueError for other names or shapes, InputError for what a transform around differentiates.
+    Raises ValueError for other names or shapes, InputError if a surrounding transform differentiates
+    either.
     """
     tree.require_same(params, direction, "direction")
     refuse_differentiated(params, direction)

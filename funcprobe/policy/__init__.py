@@ -1,1 +1,1 @@
-"""A frozen model as a pure function of (params, rows): forward, readout, rows, precision, refusals."""
+"""A frozen model as a pure function of (params, rows): forward, readout, rows, precision, checks."""

@@ -1,4 +1,4 @@
-"""Attention within a packed row: its blocks attend each by itself, in one kernel call."""
+"""Attention within a packed row: each block attends within itself, in one kernel call."""
 
 from functools import partial
 
@@ -12,16 +12,16 @@ from .rows import Block, Packing
 
 
 class NotPackedError(RuntimeError):
-    """A model does not call attention as it would have to for packed rows."""
+    """The model does not call attention in the way that packed rows need."""
 
 
 class PackedAttention(Replaced):
-    """Every scaled_dot_product_attention over a packed row becomes one call a block.
+    """Every scaled_dot_product_attention over a packed row becomes one call per block.
 
-    The model is given the row as one sequence, with a mask that stands for nothing (`no_mask`), and
-    its own positions; rotary embeddings, norms and linear layers act on tokens alone, so that what is
-    left to mend is who attends to whom. Everything stays ordinary torch functions, which other modes
-    and any transform see.
+    The model receives the row as one sequence, with explicit positions and a placeholder mask
+    (`no_mask`). Rotary embeddings, norms and linear layers act on each token separately, so that only
+    the pairs of tokens that attend have to be corrected. All operations remain ordinary torch
+    functions, visible to other modes and to transforms.
     """
 
     def __init__(self, packing: Packing) -> None:
@@ -29,7 +29,7 @@ class PackedAttention(Replaced):
 
 
 def no_mask(device: torch.device) -> Float[Tensor, "1 1 1 1"]:
-    """Four dimensions: transformers hands such a mask to the attention as it is, and makes none."""
+    """A placeholder: transformers passes a mask of four dimensions on to attention unchanged."""
     return torch.zeros(1, 1, 1, 1, device=device)
 
 
@@ -44,9 +44,9 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "1 H S d"]:
-    # A mask that is the model's own says that it did not take no_mask()'s.
+    # Any other mask shows that the model built its own instead of passing on no_mask()'s.
     if dropout_p or is_causal or attn_mask is None or attn_mask.shape != (1, 1, 1, 1):
-        raise NotPackedError("its attention makes masks of its own")
+        raise NotPackedError("its attention builds its own masks")
     query_SHd, key_SHd, value_SHd = (x[0].transpose(0, 1) for x in (query, key, value))
     outs = []
     for block in packing.blocks:

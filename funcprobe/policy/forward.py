@@ -1,4 +1,4 @@
-"""A frozen model -> pure functions of (params, rows): here, and in islands.py, is functional_call."""
+"""A frozen model as pure functions of (params, rows); functional_call: only here and in islands.py."""
 
 import inspect
 import math
@@ -31,14 +31,14 @@ T = TypeVar("T")
 
 
 class Forward(NamedTuple):
-    """A policy with everything but its trainable parameters applied.
+    """A policy as functions of its trainable parameters; everything else is fixed.
 
-    hidden(params, rows) -> hidden_TD, the backbone where response tokens are predicted;
-    logits(params, hidden_TD) -> logits_TV, of p_theta = softmax(logits): divided by `temperature`.
+    hidden(params, rows) -> hidden_TD, the backbone's hidden states that predict the response tokens;
+    logits(params, hidden_TD) -> logits_TV of p_theta = softmax(logits), divided by `temperature`.
     `coarsest` is the least precise dtype that the values pass through. `readout` is the output
-    embedding where it is frozen and all there is to the logits, `layout` the most compact layout of
-    rows that the model can read; `notes` say why it is no more. `halved` is told the new bound on a
-    microbatch's tokens where memory ran out.
+    embedding, if it is frozen and alone determines the logits; `layout` the most compact layout of rows
+    that the model can process; `notes` state why nothing faster is used. `halved` is called with the
+    new bound on a microbatch's tokens after memory ran out.
     """
 
     hidden: Callable[..., Tensor]
@@ -51,10 +51,10 @@ class Forward(NamedTuple):
 
 
 def trainable_params(model: nn.Module) -> Params:
-    """The registry: the trainable parameters by their names, sorted, detached, sharing storage.
+    """The registry: the trainable parameters by name, sorted, detached, sharing the model's storage.
 
-    Raises InputError where two of them are one memory: an optimizer would move it twice, and the two
-    are no independent coordinates of theta (peft's ensure_weight_tying makes such pairs).
+    Raises InputError if two of them share memory: an optimizer would update it twice, and the two are
+    not independent coordinates of theta (peft's ensure_weight_tying creates such pairs).
     """
     named = {n: p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad}
     owner: dict[int, str] = {}
@@ -62,8 +62,8 @@ def trainable_params(model: nn.Module) -> Params:
         other = owner.setdefault(tensor.data_ptr(), name)
         if other != name and tensor.data_ptr():  # null on the meta device
             raise InputError(
-                f"{other} and {name} share memory (ensure_weight_tying?), so that they cannot be moved "
-                "apart: only an adapter whose tensors are its own is supported"
+                f"{other} and {name} share memory (ensure_weight_tying?), so that they are not "
+                "independent parameters: use an adapter whose tensors do not share memory"
             )
     return named
 
@@ -76,15 +76,15 @@ def lora_params(params: Params) -> Params:
 def frozen_forward(
     model: nn.Module, params: Params, temperature: float = 1.0, layout: Layout = "shared"
 ) -> Forward:
-    """Bind the model: its pure functions take exactly the names and shapes of `params`.
+    """Bind the model: pure functions that take exactly the names and shapes of `params`.
 
-    `layout` is the most compact one to be used, if the model can read it.
+    `layout` is the most compact one allowed; it is used if the model can process it.
 
-    The model is a Hugging Face causal language model, with or without peft around it. It is never
-    changed. Raises InputError, here and at every call, where its numbers would silently be others
-    than the policy's: training mode, gradient checkpointing, compiled layers, adapters merged, disabled
-    or not active; here, for models that are not causal, for packed weights, for peft's variants of LoRA
-    (DoRA and others), and where logits are not the output embedding of the backbone's hidden state.
+    The model is a Hugging Face causal language model, with or without peft; it is never changed. Raises
+    InputError, here and at every call, where its outputs would silently differ from the policy's:
+    training mode, gradient checkpointing, compiled layers, adapters that are merged, disabled or not
+    active. Raises it here for models that are not causal, packed weights, peft's variants of LoRA (DoRA
+    and others), and logits that are not the output embedding of the backbone's hidden state.
     """
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature = {temperature}: a positive, finite number is expected")
@@ -95,20 +95,20 @@ def frozen_forward(
     places = _places(model, params)
 
     def call(module: nn.Module, given: Params, *args: Any) -> Tensor:
-        # functional_call ignores names it does not know, and the result is then silently wrong.
+        # functional_call ignores unknown names, which would make the result silently wrong.
         require_same(params, given)
         with arithmetic_of(given):
-            # torch 2.13 finds tied weights by itself, but where two names lead to one module (peft's
-            # tied trainable tokens) it swaps twice, and leaves the given tensor in the model.
+            # torch 2.13 resolves tied weights itself, but where two names lead to one module (peft's
+            # tied trainable tokens) it swaps twice and leaves the given tensor in the model.
             swapped = {f"model.{place}": given[name] for place, name in places.items()}
             out: Tensor = functional_call(module, swapped, args, tie_weights=False)
         return out
 
     def hidden(given: Params, rows: Rows) -> Float[Tensor, "T D"]:
-        # Again, as the caller may have left eval mode, or entered disable_adapter(), since.
+        # At every call, as the caller may have left eval mode or entered disable_adapter() since.
         refuse_unsuitable(model, params)
         if forward.readout is not None and is_hooked(causal_lm(model).get_output_embeddings()):
-            raise InputError("the output embedding got a hook, which would be passed over: bind again")
+            raise InputError("the output embedding has a new hook, which would be skipped: bind again")
         refuse_longer(rows, limit)
         device = next(iter(given.values())).device
         packing = None if rows.packing is None else rows.packing.to(device)
@@ -125,17 +125,17 @@ def frozen_forward(
     if not _reads(params, forward):
         forward = forward._replace(readout=None)
     why_plain = None if layout == "plain" else _unpackable(model, params, forward)
-    notes = [] if why_plain is None else [f"a sequence a row, prompts are not shared: {why_plain}"]
+    notes = [] if why_plain is None else [f"one sequence per row, prompts not shared: {why_plain}"]
     if forward.readout is None:
-        notes.append("the output embedding is trained, or no plain matrix: the head is the model's own")
+        notes.append("output embedding trained, or not a plain matrix: derivatives not in closed form")
     return forward._replace(layout="plain" if why_plain else layout, notes=tuple(notes))
 
 
 def with_params(model: nn.Module, given: Params, compute: Callable[[], T]) -> T:
-    """compute() while the model has `given` in place of its parameters of these names, then as before.
+    """compute() with `given` in place of the model's parameters of these names, restored afterwards.
 
-    For what needs the model itself, as generate() does. ValueError where `given` has a name or shape
-    that the model has not.
+    For code that needs the model itself, such as generate(). Raises ValueError if `given` has a name or
+    shape that the model does not have.
     """
     own = dict(model.named_parameters())
     require_same({n: own[n].detach() for n in given.keys() & own.keys()}, given)
@@ -145,7 +145,7 @@ def with_params(model: nn.Module, given: Params, compute: Callable[[], T]) -> T:
 
 
 class _Compute(nn.Module):
-    """A model in whose place a function is called, so that functional_call swaps its parameters."""
+    """Calls a function in place of a model, so that functional_call swaps the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Backbone(nn.Module):
 
 
 class _Head(nn.Module):
-    """hidden_TD -> logits_TV: output embedding, then Gemma's softcap where the config has one."""
+    """hidden_TD -> logits_TV: output embedding, then Gemma's softcap if the config has one."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class _Head(nn.Module):
 
 
 def _places(model: nn.Module, params: Params) -> dict[str, str]:
-    """Every place that holds a parameter of the registry, tied ones too, once -> its registry name."""
+    """{path of a registry parameter in the model, tied paths included: its registry name}."""
     name_of = {id(p): name for name, p in model.named_parameters() if name in params}
     return {
         f"{prefix}.{name}" if prefix else name: name_of[id(p)]
@@ -209,7 +209,7 @@ def _backbone(model: nn.Module) -> Any:
 
 
 def _readout(model: nn.Module, params: Params, temperature: float) -> Readout | None:
-    """The output embedding, unless something of it is trained or it is no plain matrix."""
+    """The output embedding; None if a part of it is trained or it is not a plain matrix."""
     base = causal_lm(model)
     embedding = base.get_output_embeddings()
     trained = {id(p) for name, p in model.named_parameters() if name in params}
@@ -222,7 +222,7 @@ def _readout(model: nn.Module, params: Params, temperature: float) -> Readout | 
 
 
 def _reads(params: Params, forward: Forward) -> bool:
-    """Whether the readout, if any, has the probabilities that the head's own logits have."""
+    """Whether the readout, if any, gives the same probabilities as the head's own logits."""
     if forward.readout is None:
         return False
     device, width = next(iter(params.values())).device, forward.readout.weight_VD.shape[1]
@@ -234,23 +234,23 @@ def _reads(params: Params, forward: Forward) -> bool:
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         theirs_T = torch.log_softmax(logits_TV, -1).gather(-1, target_T[:, None])[:, 0]
         ours_T, _ = values(hidden_TD, target_T, forward.readout)
-    # The cap and the temperature are applied in the logits' own precision there, in float32 here.
+    # The head applies softcap and temperature in the precision of the logits, the readout in float32.
     bound = _rounding(forward.logits(params, hidden_TD)) + _rounding(theirs_T)
     return float((ours_T - theirs_T).abs().max()) <= bound
 
 
 def _unpackable(model: nn.Module, params: Params, forward: Forward) -> str | None:
-    """Why the model cannot read a packed row, found by asking and by trying, or None."""
+    """Why the model cannot process a packed row, from its configuration and a trial; None if it can."""
     config = causal_lm(model).config
-    config = getattr(config, "get_text_config", lambda: config)()  # of one that reads images, too
+    config = getattr(config, "get_text_config", lambda: config)()  # nested in multimodal models
     if getattr(config, "_attn_implementation", None) != "sdpa":
-        return f"that needs sdpa attention, the model has {config._attn_implementation}"
+        return f"packing needs sdpa attention, the model has {config._attn_implementation}"
     for limit in ("sliding_window", "attention_chunk_size"):
         if getattr(config, limit, None) is not None:
             return f"the model's attention has a {limit}"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
-        return f"the model has layers of {', '.join(sorted(kinds))}"
+        return f"the model has layers of type {', '.join(sorted(kinds))}"
     if "position_ids" not in inspect.signature(_backbone(model).forward).parameters:
         return f"{type(_backbone(model)).__name__} takes no position_ids"
     vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
@@ -263,17 +263,17 @@ def _unpackable(model: nn.Module, params: Params, forward: Forward) -> str | Non
             packed_TD, plain_TD = (forward.hidden(params, rows) for rows in (packed, plain))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # NotPackedError is one; plain rows were read at bind already
+        except RuntimeError as error:  # NotPackedError included; plain rows have worked before
             return " ".join(str(error).split())[:200]
     worst, bound = float((packed_TD - plain_TD).abs().max()), _rounding(plain_TD)
-    return None if worst <= bound else f"its tokens see more than attention shows them, by {worst:.2g}"
+    return None if worst <= bound else f"a token depends on tokens it cannot attend to, by {worst:.2g}"
 
 
 def _rounding(values: Tensor) -> float:
-    """What the same operations may differ by where sums are taken in another order.
+    """Bound on the difference between two results whose sums are taken in different orders.
 
-    Half precision sums in float32 and rounds once; more units in the last place would let a factor
-    pass.
+    Half precision sums in float32 and rounds once; a larger bound would let a missing factor, such as a
+    softcap, pass.
     """
     eps = torch.finfo(values.dtype).eps
     return (4 if eps > 1e-4 else 100) * eps * float(values.abs().max())
@@ -282,7 +282,7 @@ def _rounding(values: Tensor) -> float:
 def _refuse_other_logits(
     model: nn.Module, params: Params, forward: Forward, temperature: float
 ) -> None:
-    """Compare with the model's own forward, once, on four tokens."""
+    """InputError unless the logits are those of the model's own forward, on four tokens."""
     device = next(iter(params.values())).device
     vocabulary = causal_lm(model).get_output_embeddings().weight.shape[0]
     tokens = [i % vocabulary for i in range(5)]

@@ -1,4 +1,4 @@
-"""Modules of a float64 model that still compute in fewer digits, found by how they answer to 1e-10."""
+"""Finds modules of a float64 model that compute in lower precision, by a change of 1e-10."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -19,39 +19,40 @@ from ..types import InputError
 from .precision import arithmetic_of
 
 STEP = 1e-10
-# Between what float64 leaves, 1e-16 / STEP and the depth's growth of it, and float32's steps of 6e-8,
-# of which a move of 1e-10 misses nearly all: that loses the whole of the response.
+# Rounding in float64 gives an error of 1e-16 / STEP, amplified by depth. The spacing of float32, 6e-8,
+# exceeds the change of 1e-10, which is rounded away nearly always: an error of order 1.
 BOUND = 1e-3
 
 Read: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Island(NamedTuple):
-    """A module whose outputs do not move as their derivative says, though its inputs do."""
+    """A module whose outputs do not change as their derivative predicts, although its inputs do."""
 
-    module: str  # as in named_modules()
-    kind: str  # its class
-    error: float  # |moved - derivative| / (|derivative| + |output|)
+    module: str  # name, as in named_modules()
+    kind: str  # class
+    error: float  # |difference quotient - derivative| / (|derivative| + |output|)
 
 
 def float32_islands(model: nn.Module, tokens_NL: Int[Tensor, "N L"]) -> list[Island]:
     """The first modules, in the order in which they finish, that lose float64 inside; [] if none do.
 
-    theta, the input embedding, the buffers and what is trainable, goes to theta +- STEP u, u random
-    and of theta's size, which moves whatever a model computes; every module's inputs and outputs f
-    are held against their forward-mode derivative f' along u:
+    theta (input embedding, buffers, trainable parameters) is changed to theta +- STEP u, u random and
+    scaled by |theta|, which changes everything that the model computes. The inputs and outputs f of
+    every module are compared with their forward-mode derivative f' along u:
 
         | (f(theta + STEP u) - f(theta - STEP u)) / (2 STEP) - f' |  <=  BOUND (|f'| + |f|).
 
-    A cast to float32 or less has derivative 1 and answers to STEP with 0 or with a leap. What is
-    random, or has a derivative that is not its own, is named, too. Named is a module whose outputs
-    break the bound while its inputs keep it, unless a module inside it is named; behind it inputs are
-    damaged, so that further islands may show only once it is mended. A few tokens are enough: inputs
-    and outputs of all modules are held, three times. The model has hooks while it is called, and none
-    of them afterwards.
+    A cast to float32 or below has derivative 1 and responds to STEP with 0 or with a jump. Random
+    modules, and modules with a wrong derivative, are reported too. A module is reported if its outputs
+    violate the bound while its inputs satisfy it, unless a module inside it is reported; the modules
+    after it have inaccurate inputs, so that further islands may show only once it is corrected. A few
+    tokens suffice: inputs and outputs of all modules are held three times. The model has hooks during
+    the calls and none of them afterwards.
 
     Raises InputError for a floating-point parameter or buffer that is not float64, and for a forward
-    that has no forward-mode derivative, or takes another way at theta + STEP u than at theta - STEP u.
+    without a forward-mode derivative, or that calls other modules at theta + STEP u than at
+    theta - STEP u.
     """
     up, down, direction = _moved(model)
     plus, minus = (_calls(model, moved, tokens_NL, torch.clone) for moved in (up, down))
@@ -60,12 +61,12 @@ def float32_islands(model: nn.Module, tokens_NL: Int[Tensor, "N L"]) -> list[Isl
         try:
             slope = _calls(model, dual, tokens_NL, _tangent)
         except RuntimeError as failed:  # NotImplementedError is one
-            said = " ".join(str(failed).split())[:200]
-            raise InputError(f"the model has no forward-mode derivative: {said}") from failed
+            message = " ".join(str(failed).split())[:200]
+            raise InputError(f"the model has no forward-mode derivative: {message}") from failed
     if not _shapes(plus) == _shapes(minus) == _shapes(slope):
         raise InputError(
-            f"the model calls other modules when its weights move by {STEP:g} of their size (a router, "
-            'or a random forward), so its precision cannot be told: set policy.dtype = "float32"'
+            f"the model calls other modules when its weights change by {STEP:g} of their size (router, "
+            'random forward), so that its precision is unknown: set policy.dtype = "float32"'
         )
     islands: list[Island] = []
     for a, b, d in zip(plus, minus, slope, strict=True):
@@ -78,7 +79,7 @@ def float32_islands(model: nn.Module, tokens_NL: Int[Tensor, "N L"]) -> list[Isl
 
 
 class _Call(NamedTuple):
-    """What one call of a module was given and gave: its floating-point tensors."""
+    """Floating-point inputs and outputs of one call of a module."""
 
     name: str
     kind: str
@@ -87,7 +88,7 @@ class _Call(NamedTuple):
 
 
 def _moved(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """(theta + STEP u, theta - STEP u, u) of every place; what several places share moves as one."""
+    """(theta + STEP u, theta - STEP u, u) by name; tensors that several names share change as one."""
     moving = {id(model.get_input_embeddings().weight)}
     moving |= {id(p) for p in model.parameters() if p.requires_grad}
     moving |= {id(b) for b in model.buffers()}
@@ -113,10 +114,10 @@ def _moved(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, 
 
 
 def _either_side(theta: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(theta + STEP u, theta - STEP u, u), u as the two rounded ones differ.
+    """(theta + STEP u, theta - STEP u, u), u recomputed from the two after rounding.
 
-    u is normal, times |theta| by element: a row of zeros in an embedding stays one, as what follows
-    may be too curved there.
+    u is normal, scaled elementwise by |theta|: a row of zeros in an embedding stays zero, as what
+    follows may be too nonlinear there.
     """
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta.device)
@@ -147,13 +148,13 @@ def _calls(model: nn.Module, tensors: dict[str, Tensor], tokens_NL: Tensor, read
 
 
 def _floating(tree: Any) -> Iterator[Tensor]:
-    """Floating-point tensors in tuples, lists, dicts, transformers' outputs; complex ones as pairs."""
+    """Floating-point tensors in tuples, lists, dicts, transformers' outputs; complex as real pairs."""
     for leaf in optree.tree_leaves(tree):
         if isinstance(leaf, Tensor) and leaf.is_complex():
             yield torch.view_as_real(leaf)
         elif isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield leaf
-        elif isinstance(leaf, Mapping):  # a ModelOutput: to optree a class it does not know
+        elif isinstance(leaf, Mapping):  # a ModelOutput, a class unknown to optree
             yield from _floating(list(leaf.values()))
 
 
@@ -167,14 +168,14 @@ def _shapes(calls: list[_Call]) -> list[Any]:
 
 
 def _largest(plus: list[Tensor], minus: list[Tensor], slope: list[Tensor]) -> float:
-    """The largest error of a response."""
+    """The largest `_error` of corresponding tensors; 0 if there are none."""
     return max((_error(*tensors) for tensors in zip(plus, minus, slope, strict=True)), default=0.0)
 
 
 def _error(plus: Tensor, minus: Tensor, slope: Tensor) -> float:
-    """|moved - derivative| / (|derivative| + |output|); infinite where that is not a number."""
+    """|difference quotient - derivative| / (|derivative| + |output|); infinite where that is NaN."""
     value, other = plus.double(), minus.double()
-    # Equal infinities of an attention mask have not moved.
+    # Equal infinities, as in an attention mask, have not changed.
     moved = torch.where(value == other, torch.zeros_like(value), (value - other) / (2 * STEP))
     expected = slope.double()
     difference = float((moved - expected).norm())

@@ -1,4 +1,4 @@
-"""Batch -> microbatches of rows, and the statistics back to [N, R]."""
+"""A batch as microbatches of rows, and the statistics of these as [N, R]."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,19 +14,19 @@ from .rows import Rows, packed_rows, plain_rows
 T = TypeVar("T")
 
 MAX_TOKENS = 2048  # tokens of a microbatch, padding included; their activations are held at once
-# Of the plainer layout's tokens, where one is taken: its attention costs some per cent itself.
+# Share of the plainer layout's tokens below which a layout is used: its attention costs a few per cent.
 PACKING, SHARING = 0.95, 0.9
 
 Layout: TypeAlias = Literal["plain", "packed", "shared"]
-"""plain: a sequence a row, padded; packed: one row without padding; shared: and prompts once."""
+"""plain: one sequence per row, padded; packed: one row, no padding; shared: also each prompt once."""
 
 
 def collate(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], prompt: Sequence[int]
 ) -> Batch:
-    """Token ids of N prompts and responses -> Batch; `prompt[i]` says which prompt sequence i has.
+    """Token ids of N prompts and responses -> Batch; `prompt[i]` is the prompt index of sequence i.
 
-    Raises InputError on an empty batch, an empty prompt or a response of zero tokens.
+    Raises InputError for an empty batch, an empty prompt or a response of zero tokens.
     """
     if not len(prompts) == len(responses) == len(prompt):
         raise InputError(
@@ -40,7 +40,7 @@ def collate(
             part = "response" if len(x) else "prompt"
             raise InputError(
                 f"sequence {i} has a {part} of zero tokens: at least one is needed "
-                "(a response counts its end-of-sequence token)"
+                "(a response includes its end-of-sequence token)"
             )
     rows = [torch.tensor([*x, *y]) for x, y in zip(prompts, responses, strict=True)]
     return Batch(
@@ -65,9 +65,9 @@ def select(batch: Batch, index_N: Int[Tensor, " n"]) -> Batch:
 def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> list[Rows]:
     """Microbatches of at most `max_tokens` tokens that together hold every response token once.
 
-    `layout` is the most that the model allows: of that and the plainer ones the one that reads the
-    fewest tokens is taken, if it saves 5 % (shared prompts: 10 %). Sequences are sorted by length, so
-    that little is padding. Raises InputError if one sequence alone is longer than `max_tokens`.
+    `layout` is the most compact one allowed: of it and the plainer ones, the one with the fewest tokens
+    is used, provided that it saves 5 % (shared prompts: 10 %). Sequences are sorted by length, to limit
+    padding. Raises InputError if a single sequence is longer than `max_tokens`.
     """
     length_N = batch.prompt_length_N + batch.response_length_N
     longest = int(length_N.max())
@@ -100,8 +100,8 @@ def in_microbatches(
 ) -> Iterator[tuple[Rows, T]]:
     """(rows, compute(rows)) of every microbatch, one after another.
 
-    Where memory runs out, the microbatch is halved, `halved` is told the new bound, and nothing later
-    is larger. What a microbatch of one sequence raises is raised.
+    If memory runs out, the microbatch is halved, `halved` is called with the new bound, and no later
+    microbatch is larger. If it runs out on a single sequence, the error is raised.
     """
     waiting = microbatches(batch, max_tokens, layout)
     while waiting:
@@ -111,7 +111,7 @@ def in_microbatches(
             yield rows, out[0]
             continue
         length_N = batch.prompt_length_N + batch.response_length_N
-        # The failed one by itself, as a later sequence may be longer than half of it.
+        # The failed microbatch separately, as a later sequence may be longer than half of it.
         own_N = rows.sequence_T.unique()
         bound = max(rows.tokens // 2, int(length_N[own_N].max()))
         again = _of_sequences(batch, own_N, bound, layout)
@@ -141,13 +141,13 @@ def scatter(
 def _of_sequences(
     batch: Batch, index_N: Int[Tensor, " n"], max_tokens: int, layout: Layout
 ) -> list[Rows]:
-    """Microbatches of some of the sequences, which keep their numbers in the batch."""
+    """Microbatches of a subset of the sequences; `sequence_T` keeps their indices in the batch."""
     parts = microbatches(select(batch, index_N), max_tokens, layout)
     return [rows._replace(sequence_T=index_N[rows.sequence_T]) for rows in parts]
 
 
 def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] | None:
-    """(compute(rows),), or None where memory ran out on more than one sequence."""
+    """(compute(rows),), or None if memory ran out on more than one sequence."""
     try:
         return (compute(rows),)
     except (RuntimeError, MemoryError) as error:
@@ -155,17 +155,17 @@ def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] 
         out = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not (out or "can't allocate memory" in str(error)) or len(rows.sequence_T.unique()) == 1:
             raise
-    return None  # here, where the error and with it the tensors of its frames are gone
+    return None  # outside the handler, where the error and the tensors of its frames are freed
 
 
 def _packed(batch: Batch, index_N: Tensor, first_N: Tensor | None = None) -> Rows:
-    """One row; of a single token, which transformers takes for a step of generation, plain ones."""
+    """One packed row; a plain one for a single token, which transformers takes for generation."""
     rows = packed_rows(batch, index_N, first_N)
     return rows if rows.tokens > 1 else plain_rows(batch, index_N)
 
 
 def _padded(length_N: Tensor, max_tokens: int) -> list[Tensor]:
-    """Sequences, longest first, as many as fit when all are padded to the first."""
+    """Groups of sequences, longest first, each of as many as fit when padded to its first."""
     order = length_N.argsort(descending=True, stable=True)
     parts, start = [], 0
     while start < len(order):
@@ -176,7 +176,7 @@ def _padded(length_N: Tensor, max_tokens: int) -> list[Tensor]:
 
 
 def _by_prompt(batch: Batch, first_N: Tensor, max_tokens: int) -> list[tuple[list[int], int]]:
-    """(sequences that share a prompt, tokens with the prompt once); a group too large is cut."""
+    """(sequences that share a prompt, tokens with the prompt once); groups too large are split."""
     prompt_N, count_N = batch.prompt_length_N.tolist(), batch.response_length_N.tolist()
     members: dict[int, list[int]] = {}
     for i, first in enumerate(first_N.tolist()):
@@ -185,7 +185,7 @@ def _by_prompt(batch: Batch, first_N: Tensor, max_tokens: int) -> list[tuple[lis
     for first, group in members.items():
         pieces = _cut([([i], count_N[i]) for i in group], max_tokens - prompt_N[first])
         units += [(piece, prompt_N[first] + sum(count_N[i] for i in piece)) for piece in pieces]
-    # Neighbours attend together, so they should have prompts of one length.
+    # Neighbours attend in one block, so that their prompts should be of similar length.
     return sorted(units, key=lambda unit: -prompt_N[unit[0][0]])
 
 
@@ -194,7 +194,7 @@ def _filled(units: Sequence[tuple[list[int], int]], max_tokens: int) -> list[Ten
 
 
 def _cut(units: Sequence[tuple[list[int], int]], room: int) -> list[list[int]]:
-    """Runs of the units (members, tokens), in their order, of at most `room` tokens each."""
+    """Consecutive units (members, tokens) merged into runs of at most `room` tokens each."""
     runs: list[list[int]] = []
     left = -1
     for members, tokens in units:
@@ -207,7 +207,7 @@ def _cut(units: Sequence[tuple[list[int], int]], room: int) -> list[list[int]]:
 
 
 def _first_of_prompt(batch: Batch) -> Int[Tensor, " N"]:
-    """The first sequence that has the same prompt: number and tokens, as the number is only said."""
+    """The first sequence with the same prompt: equal index and tokens, as the index may be wrong."""
     _, group_N = batch.prompt_N.unique(return_inverse=True)
     own_N = torch.arange(len(group_N))
     first_M = torch.full_like(own_N, len(own_N)).scatter_reduce(0, group_N, own_N, "amin")

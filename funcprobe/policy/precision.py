@@ -1,4 +1,4 @@
-"""float64 for real: model code that asks for float32 inside a float64 model gets float64."""
+"""float64 throughout: model code that requests float32 inside a float64 model gets float64."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ class StayFloat64(TorchFunctionMode):
 
 
 def arithmetic_of(params: Params) -> AbstractContextManager[Any]:
-    """StayFloat64 where the parameters are float64, nothing otherwise."""
+    """StayFloat64 if a parameter is float64, otherwise a context without effect."""
     is_float64 = any(t.dtype == torch.float64 for t in params.values())
     return StayFloat64() if is_float64 else nullcontext()
 
@@ -43,6 +43,6 @@ def _wide(argument: Any) -> Any:
 
 
 def _wide_model(argument: Any) -> Any:
-    """For x.to(other) and x.type_as(other), which ask for the dtype of a tensor."""
+    """For x.to(other) and x.type_as(other), which request the dtype of another tensor."""
     is_float32 = isinstance(argument, torch.Tensor) and argument.dtype is torch.float32
     return argument.double() if is_float32 else _wide(argument)

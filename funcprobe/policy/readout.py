@@ -1,13 +1,13 @@
 """A frozen output embedding: log-probability, entropy and their derivatives, in closed form.
 
-With the scores a, p = softmax(a), l = log p_y, h = -sum_v p_v log p_v, c = log p + h, <.> the mean over
-p and a', a'' the scores' derivatives along a direction, d = a' - <a'>:
+With the scores a, p = softmax(a), l = log p_y, h = -sum_v p_v log p_v, c = log p + h, <.> the
+expectation under p, a' and a'' the scores' derivatives along a direction, d = a' - <a'>:
 
     dl/da_v = [v = y] - p_v      l' = a'_y - <a'>      l'' = a''_y - <a''> - <d^2>
     dh/da_v = -p_v c_v           h' = -<c a'>          h'' = -<c a''> - <(1 + c) d^2>
 
-so that one row of the embedding's width each is all that a gradient needs of a token. [n, V] tensors
-exist for a chunk of n tokens at a time, written into again and again: `BYTES` is what they take.
+A gradient therefore needs, for l and for h, one row of the embedding's width per token. [n, V] tensors
+exist for one chunk of n tokens at a time and are reused; `BYTES` bounds their memory.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Three tensors of 128 tokens x 151,936 entries; a product of 64 rows takes 1.6 times as long a row.
+# Three tensors of 128 tokens x 151,936 entries; a product of 64 rows takes 1.6 times as long per row.
 BYTES = 224 * 2**20
-MOST = 256  # tokens of a chunk; larger ones buy no time
+MOST = 256  # tokens of a chunk; larger chunks are not faster
 
 
 class Readout(NamedTuple):
@@ -73,7 +73,7 @@ def weighted_row(
     ) -> tuple[Tensor, ...]:
         at = _softmax(hidden_nD, readout, *work)
         p_n1, q_n1 = p_n[:, None].to(at.p_nV), q_n[:, None].to(at.p_nV)
-        # p (p + q c), where p stood
+        # p (p + q c), in place of p
         weight_nV = torch.mul(at.p_nV, p_n1 + q_n1 * at.entropy_n[:, None], out=at.p_nV)
         weight_nV = torch.addcmul(weight_nV, q_n1, at.plogp_nV, out=weight_nV)
         return (p_n1 * _target_row(at, target_n, readout) - _row(weight_nV, at, readout),)
@@ -122,7 +122,7 @@ def twice_along(
         at = _softmax(hidden_nD, readout, *work)
         logp_n = _entry(at.logp_nV, target_n)
         du_nV = _product(dhidden_nD, readout, at.logp_nV)
-        bend_nV = None if at.bend_nV is None else at.bend_nV * du_nV.square()
+        quadratic_nV = None if at.curvature_nV is None else at.curvature_nV * du_nV.square()
         da_nV = _scaled(du_nV, at.slope)
         mean_n = torch.mul(at.p_nV, da_nV, out=free_nV).sum(-1)
         d_nV = torch.sub(da_nV, mean_n[:, None], out=da_nV)
@@ -133,7 +133,7 @@ def twice_along(
         skew_n = _mean(slope_nV, d_nV)
         variance_n = _mean(torch.mul(at.p_nV, d_nV, out=free_nV), d_nV)
         dda_nV = _scaled(_product(ddhidden_nD, readout, d_nV), at.slope)
-        dda_nV = dda_nV if bend_nV is None else torch.add(dda_nV, bend_nV, out=dda_nV)
+        dda_nV = dda_nV if quadratic_nV is None else torch.add(dda_nV, quadratic_nV, out=dda_nV)
         mean2_n = torch.mul(at.p_nV, dda_nV, out=free_nV).sum(-1)
         ddlogp_n = _entry(dda_nV, target_n) - mean2_n - variance_n
         ddentropy_n = (
@@ -149,14 +149,14 @@ def twice_along(
 
 
 class _Softmax(NamedTuple):
-    """The distribution of every token; da/du and d2a/du2 where the scores are not linear in u."""
+    """The distribution of every token, with slope = da/du and curvature = d2a/du2 (None: linear)."""
 
     logp_nV: Tensor
     p_nV: Tensor
     plogp_nV: Tensor
     entropy_n: Tensor
     slope: Tensor | float
-    bend_nV: Tensor | None
+    curvature_nV: Tensor | None
 
 
 def _softmax(
@@ -167,16 +167,16 @@ def _softmax(
     if readout.bias_V is not None:
         scores_nV = torch.add(scores_nV, readout.bias_V, out=scores_nV)
     slope: Tensor | float = 1 / readout.temperature
-    bend_nV = None
+    curvature_nV = None
     if readout.softcap is not None:
         tanh_nV = torch.tanh(scores_nV / readout.softcap)
         scores_nV = torch.mul(tanh_nV, readout.softcap, out=scores_nV)
         slope = (1 - tanh_nV.square()) / readout.temperature
-        bend_nV = -2 / readout.softcap * tanh_nV * slope
+        curvature_nV = -2 / readout.softcap * tanh_nV * slope
     logp_nV = torch.log_softmax(_scaled(scores_nV, 1 / readout.temperature), -1, out=logp_nV)
     p_nV = torch.exp(logp_nV, out=p_nV)
     plogp_nV = torch.mul(p_nV, logp_nV, out=plogp_nV)
-    return _Softmax(logp_nV, p_nV, plogp_nV, -plogp_nV.sum(-1), slope, bend_nV)
+    return _Softmax(logp_nV, p_nV, plogp_nV, -plogp_nV.sum(-1), slope, curvature_nV)
 
 
 def _product(hidden_nD: Tensor, readout: Readout, out_nV: Tensor) -> Tensor:
@@ -189,12 +189,12 @@ def _product(hidden_nD: Tensor, readout: Readout, out_nV: Tensor) -> Tensor:
 
 
 def _scaled(x_nV: Tensor, factor: Tensor | float) -> Tensor:
-    """x * factor, where x stood."""
+    """x * factor, in place."""
     return x_nV if isinstance(factor, float) and factor == 1 else torch.mul(x_nV, factor, out=x_nV)
 
 
 def _mean(weight_nV: Tensor, x_nV: Tensor) -> Tensor:
-    """sum_v w x, written over w."""
+    """sum_v w x; overwrites w."""
     return torch.mul(weight_nV, x_nV, out=weight_nV).sum(-1)
 
 
@@ -203,7 +203,7 @@ def _entry(x_nV: Tensor, target_n: Tensor) -> Tensor:
 
 
 def _row(weight_nV: Tensor, at: _Softmax, readout: Readout) -> Tensor:
-    """d/dz of sum_v w_v a_v, the w held fixed; w is written over where the scores have a cap."""
+    """d/dz of sum_v w_v a_v, the w held fixed; overwrites w if the scores have a softcap."""
     weight_VD = readout.weight_VD
     if not isinstance(at.slope, float):
         return _scaled(weight_nV, at.slope).to(weight_VD.dtype) @ weight_VD
@@ -221,13 +221,13 @@ def _target_row(at: _Softmax, target_n: Tensor, readout: Readout) -> Tensor:
 def _by_chunk(
     chunk: Callable[..., tuple[Tensor, ...]], of_T: tuple[Tensor, ...], readout: Readout, most: int
 ) -> tuple[Tensor, ...]:
-    """chunk() of runs of tokens, joined; each is given `most` [n, V] tensors to write into.
+    """chunk() of runs of tokens, concatenated; each call gets `most` [n, V] tensors to write into.
 
-    The same ones every time: fresh ones would cost a page fault every 4 KiB. A cap needs five more.
+    These are reused: new ones would cost a page fault every 4 KiB. A softcap needs five more.
     """
     weight_VD = readout.weight_VD
     dtype = torch.promote_types(weight_VD.dtype, torch.float32)
-    halves = weight_VD.dtype != dtype  # the products and weights in half precision, besides
+    halves = weight_VD.dtype != dtype  # one more for products and weights in half precision
     room = most + halves + 5 * (readout.softcap is not None)
     size = BYTES // (room * torch.finfo(dtype).bits // 8 * len(weight_VD))
     size = max(1, min(MOST, size, len(of_T[0])))

@@ -1,4 +1,4 @@
-"""What a microbatch looks like to the model: a sequence a row, or all of them packed into one row."""
+"""A microbatch as the model's input: one sequence per row, or all of them packed into one row."""
 
 from typing import NamedTuple
 
@@ -8,28 +8,28 @@ from torch import Tensor
 
 from ..types import Batch
 
-ALIKE = 0.8  # rows of one attention block are at least this long, relative to its longest
+ALIKE = 0.8  # least length of a row in an attention block, relative to its longest
 
 
 class Block(NamedTuple):
-    """Rows of similar length that attend in one kernel call, as places in the packed row."""
+    """Rows of similar length that attend in one kernel call, as indices into the packed row."""
 
-    query_nQ: Int[Tensor, "n Q"] | None  # None: the n Q tokens from `start` on, as they lie
+    query_nQ: Int[Tensor, "n Q"] | None  # None: the n Q consecutive tokens from `start`
     start: int
     shape: tuple[int, int]  # n, Q
-    key_nK: Int[Tensor, "n K"] | None  # None: the queries' own tokens, causally
-    mask_n1QK: Bool[Tensor, "n 1 Q K"] | None  # True: attended; None where key_nK is
+    key_nK: Int[Tensor, "n K"] | None  # None: the queries' own tokens, with causal attention
+    mask_n1QK: Bool[Tensor, "n 1 Q K"] | None  # True: attended; None if key_nK is None
 
 
 class Packing(NamedTuple):
-    """How a packed row is read: positions, and the blocks in which its tokens attend."""
+    """Structure of a packed row: positions, and the blocks in which its tokens attend."""
 
     position_1S: Int[Tensor, "1 S"]
     blocks: tuple[Block, ...]
-    place_S: Int[Tensor, " S"] | None  # of a token in the blocks' outputs; None: they lie in order
+    place_S: Int[Tensor, " S"] | None  # index of a token in the blocks' outputs; None: in order
 
     def to(self, device: torch.device) -> "Packing":
-        """The same with its tensors on a device."""
+        """The same packing with its tensors on a device."""
 
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device)
@@ -42,19 +42,19 @@ class Packing(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One microbatch: rows of tokens, and for every response token where it is and where it goes."""
+    """One microbatch: rows of tokens, and the indices of every response token in them and in [N, R]."""
 
     tokens_NL: Int[Tensor, "n l"]
     row_T: Int[Tensor, " T"]  # row in tokens_NL
-    position_T: Int[Tensor, " T"]  # place in that row whose hidden state predicts the token
+    position_T: Int[Tensor, " T"]  # position in that row whose hidden state predicts the token
     target_T: Int[Tensor, " T"]  # the token
     sequence_T: Int[Tensor, " T"]  # sequence in the batch
     k_T: Int[Tensor, " T"]  # position in the response
     sequence_NL: Int[
         Tensor, "n l"
-    ]  # whose token it is: a place in sequence_T.unique(), or -1 if shared
-    real: int  # tokens that are read and no padding
-    packing: Packing | None = None  # None: a sequence a row, padded on the right
+    ]  # sequence of a token, as an index into sequence_T.unique(); -1 if shared
+    real: int  # tokens that are not padding
+    packing: Packing | None = None  # None: one sequence per row, right-padded
 
     @property
     def tokens(self) -> int:
@@ -63,19 +63,19 @@ class Rows(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """How many of `tokens` are padding."""
+        """Number of `tokens` that are padding."""
         return self.tokens - self.real
 
 
 def plain_rows(batch: Batch, index_N: Int[Tensor, " n"]) -> Rows:
-    """The sequences `index_N`, each a row."""
+    """The sequences `index_N`, one per row."""
     prompt_n, count_n = batch.prompt_length_N[index_N], batch.response_length_N[index_N]
     longest = int((prompt_n + count_n).max())
     tokens_NL = batch.tokens_NL[index_N, :longest]
     row_T, k_T = _response_tokens(count_n)
     token_T = prompt_n[row_T] + k_T
     return Rows(
-        # The last token of the longest row is predicted, never read.
+        # The last token of the longest row is predicted, never an input.
         tokens_NL=tokens_NL[:, :-1],
         row_T=row_T,
         position_T=token_T - 1,
@@ -92,12 +92,12 @@ def packed_rows(
 ) -> Rows:
     """The sequences `index_N` in one row without padding.
 
-    With `first_N`, the first sequence of the batch that has the prompt of each: a prompt that several
-    of them have stands in the row once, and the responses to it attend to that one copy.
+    `first_N` gives the first sequence of the batch with the same prompt as each. With it, a prompt that
+    several of the sequences share is in the row once, and the responses to it attend to that copy.
     """
     prompt_n, count_n = batch.prompt_length_N[index_N], batch.response_length_N[index_N]
-    # Segments of the row: whole sequences, or a shared prompt and the responses behind it. None holds
-    # a response's last token, which is predicted, never read.
+    # Segments of the row: whole sequences, shared prompts, and the responses to these. None includes a
+    # response's last token, which is predicted, never an input.
     shared_n, owner_n = _shared(index_N, first_N)
     owners = shared_n & (owner_n == torch.arange(len(index_N)))
     whole, prompts = (~shared_n).nonzero().flatten(), owners.nonzero().flatten()
@@ -113,7 +113,7 @@ def packed_rows(
     of_S = torch.arange(len(length)).repeat_interleave(length)
     offset_S = torch.arange(len(of_S)) - start[of_S]
     position_S = begin[of_S] + offset_S
-    # Where the prompt, and where the response of a sequence, begins in the row.
+    # Start of a sequence's prompt, and of its response, in the row.
     prompt_at_n = torch.zeros_like(index_N).index_put((causal,), start[: len(causal)])[owner_n]
     tail_at_n = torch.zeros_like(index_N).index_put((tails,), start[len(causal) :])
     tail_at_n = torch.where(shared_n, tail_at_n, prompt_at_n + prompt_n)
@@ -147,9 +147,9 @@ def _packing(
     of_S: Tensor,
     offset_S: Tensor,
 ) -> Packing:
-    """Attention in blocks: `causal` segments by themselves, the others behind their prompts."""
+    """Attention in blocks: the first `causal` segments alone, the others after their prompts."""
     blocks: list[Block] = []
-    places: list[Tensor] = []  # of the first token of every segment in the blocks' outputs
+    places: list[Tensor] = []  # index of every segment's first token in the blocks' outputs
     done = 0
     for low, high in (*_alike(length, 0, causal), *_alike(length, causal, len(length))):
         n, width = high - low, int(length[low])
@@ -181,7 +181,7 @@ def _packing(
 
 
 def _alike(length: Tensor, low: int, high: int) -> list[tuple[int, int]]:
-    """Cuts of the segments low..high, whose lengths descend, into runs of similar length."""
+    """The segments low..high, of descending length, split into runs of similar length."""
     cuts = []
     while low < high:
         similar = low + int((length[low:high] >= ALIKE * length[low]).sum())
@@ -191,7 +191,7 @@ def _alike(length: Tensor, low: int, high: int) -> list[tuple[int, int]]:
 
 
 def _shared(index_N: Tensor, first_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which of the sequences share their prompt with another one, and the first of these among them."""
+    """(whether a sequence shares its prompt with another of `index_N`, the first of these)."""
     place = torch.arange(len(index_N))
     if first_N is None:
         return torch.zeros(len(index_N), dtype=torch.bool), place

@@ -1,4 +1,4 @@
-"""Models whose numbers would silently be others than the policy's, refused by name."""
+"""Models whose outputs would silently differ from the policy's are rejected, with the reason."""
 
 import math
 from itertools import accumulate
@@ -11,7 +11,7 @@ from .rows import Rows
 
 
 def require_causal_lm(model: nn.Module) -> None:
-    """InputError unless this is a Hugging Face decoder with an output embedding, as logits need one."""
+    """InputError unless this is a Hugging Face decoder with an output embedding, which logits need."""
     base = causal_lm(model)
     encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     embedding = getattr(base, "get_output_embeddings", lambda: None)()
@@ -24,12 +24,13 @@ def require_causal_lm(model: nn.Module) -> None:
 
 
 def refuse_unsuitable(model: nn.Module, params: Params) -> None:
-    """InputError for what a caller may have changed since: modes, hooks, compiled or merged layers."""
+    """InputError for what may change between calls: modes, hooks, compiled or merged layers."""
     if not params:
         raise InputError("the model has no trainable parameters: load the adapter as trainable")
     if any(module.training for module in model.modules()):
         raise InputError(
-            "the model, or a module of it, is in training mode, so dropout is on: call model.eval()"
+            "the model, or one of its modules, is in training mode, so that dropout is active: call "
+            "model.eval()"
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise InputError(
@@ -38,11 +39,11 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
         )
     if getattr(causal_lm(model), "_require_grads_hooks", None):
         raise InputError(
-            "input gradients are required, which torch.func cannot differentiate: "
+            "input gradients are enabled, which torch.func cannot differentiate: "
             "call disable_input_require_grads()"
         )
     for name, module in causal_lm(model).named_modules():
-        # The model as a whole may be: what is called here are its parts.
+        # The model as a whole may be compiled: only its parts are called here.
         if name and (getattr(module, "_compiled_call_impl", None) or "_orig_mod" in module._modules):
             raise InputError(
                 f"{name} is compiled, which torch.func cannot differentiate: bind the model before "
@@ -50,7 +51,9 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
             )
     names = {name for name, _ in model.named_parameters()}
     if unknown := sorted(params.keys() - names):
-        raise InputError(f"{unknown[0]} is no parameter of this model: take names from the model")
+        raise InputError(
+            f"{unknown[0]} is not a parameter of this model: use names of model.named_parameters()"
+        )
     prefixes = {p for n in params for p in accumulate(n.split("."), "{}.{}".format)}
     for name, module in model.named_modules():
         if not hasattr(module, "active_adapters"):
@@ -69,22 +72,22 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
         active: set[str] = set(module.active_adapters)
         if used - active or getattr(module, "disable_adapters", False):
             raise InputError(
-                f"{name}: adapter {', '.join(sorted(used - active)) or 'layers'} not active, so its "
-                "parameters would be ignored: call set_adapter() and leave disable_adapter()"
+                f"{name}: adapter {', '.join(sorted(used - active)) or 'layers'} not active, so that "
+                "its parameters would be ignored: call set_adapter() and leave disable_adapter()"
             )
         if getattr(module, "merged", False):
             raise InputError(f"{name}: the adapter is merged into the base: call unmerge_adapter()")
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """What no call can change later: packed weights, and forwards that are not W x + s B A x."""
+    """InputError for what cannot change later: packed weights, forwards other than W x + s B A x."""
     for name, p in model.named_parameters():
         if type(p) is not nn.Parameter or not p.is_floating_point():
             raise InputError(
                 f"{name} is a {type(p).__name__} of {p.dtype}, a plain floating-point parameter is "
-                "expected: load the base unquantised, or, if it is bitsandbytes 4-bit, call "
-                "freeze_quantised(model) first, before training, too "
-                "(from funcprobe.adapters.checkpoint.quantised)"
+                "expected: load the base unquantised, or, for a bitsandbytes 4-bit base, call "
+                "funcprobe.adapters.checkpoint.quantised.freeze_quantised(model) before binding and "
+                "before any training"
             )
     for name, module in model.named_modules():
         for adapter, variant in getattr(module, "lora_variant", {}).items():
@@ -94,23 +97,24 @@ def refuse_unsupported(model: nn.Module) -> None:
             if kind.startswith("Dora"):
                 raise InputError(
                     f"{name}: DoRA is not supported: peft holds its weight norm fixed in derivatives, "
-                    "so that they are not those of the policy"
+                    "so that they are not those of the policy; use plain LoRA"
                 )
             raise InputError(
-                f"{name}: peft's {kind} is not supported, its forward is not plain LoRA's W x + s B A x"
+                f"{name}: peft's {kind} is not supported, as its forward is not W x + s B A x: use "
+                "plain LoRA"
             )
 
 
 def longest_position(model: nn.Module) -> float:
-    """The length up to which a token's rotary embedding does not depend on the batch around it.
+    """Tokens up to which a rotary embedding does not depend on the other sequences of its batch.
 
-    transformers picks the frequencies of "dynamic" and "longrope" by the longest sequence it is given,
-    beyond the length the model was first trained with.
+    Beyond the length of the original training, transformers chooses the frequencies of "dynamic" and
+    "longrope" from the longest sequence of the batch. Infinite for other embeddings.
     """
     config = causal_lm(model).config
     config = getattr(config, "get_text_config", lambda: config)()
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if "rope_type" not in rope else [rope]  # by kind of layer, in some models
+    kinds = rope.values() if "rope_type" not in rope else [rope]  # per type of layer in some models
     limits = [
         kind.get("original_max_position_embeddings") or config.max_position_embeddings
         for kind in kinds
@@ -127,17 +131,17 @@ def refuse_longer(rows: Rows, limit: float) -> None:
     length = rows.tokens_NL.shape[1] if packing is None else int(packing.position_1S.max()) + 1
     if length > limit:
         raise InputError(
-            f"{length} tokens of a sequence are read: above {limit:g} this model's rotary embedding "
-            "changes with the longest sequence of a microbatch; use shorter prompts and responses"
+            f"a sequence has {length} input tokens: above {limit:g} this model's rotary embedding "
+            "depends on the longest sequence of a microbatch; use shorter prompts and responses"
         )
 
 
 def causal_lm(model: Any) -> Any:
-    """The Hugging Face model, without peft around it."""
+    """The Hugging Face model without its peft wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something of the user's runs when the module is called."""
-    replaced = "forward" in vars(module)  # accelerate's hooks stand there
+    """Whether hooks or a replaced forward run when the module is called."""
+    replaced = "forward" in vars(module)  # as accelerate's hooks do
     return bool(module._forward_hooks or module._forward_pre_hooks) or replaced

@@ -1,1 +1,1 @@
-"""Estimators on arrays: entropy, its change, derivatives, baselines, intervals; no model in sight."""
+"""Estimators on arrays, independent of any model: entropy, its change, derivatives, intervals."""

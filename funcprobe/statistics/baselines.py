@@ -1,18 +1,18 @@
 """Baselines for the score term: less variance, the same expectation, in prediction and measurement.
 
-The derivative of the entropy is sum_j h'_ij + sum_j l'_ij Q_ij, with Q_ij the integrand still to come
-after token j. As E[l'_ij | prefix] = 0, a b_ij that knows nothing of sequence i but its prefix before
-token j may be taken off Q_ij (to order 1/N: the mean R in every Q holds sequence i, too). In the
-measured change its place is that of a control variate: with r_ij = l_ij(theta') - l_ij(theta), the
-entropy of token j becomes
+The derivative of the entropy is sum_j h'_ij + sum_j l'_ij Q_ij, with Q_ij the sum of the integrand
+after token j. As E[l'_ij | prefix] = 0, any b_ij that depends on sequence i only through its prefix
+before token j may be subtracted from Q_ij (up to O(1/N): the mean R in every Q includes sequence i). In
+the measured change it becomes a control variate: with r_ij = l_ij(theta') - l_ij(theta), the entropy of
+token j is replaced by
 
     h_ij(theta') - rho_ij (exp(r_ij) - 1) b_ij    weights = "per_decision": those of j's prefix
     h_ij(theta') - (1 - exp(-r_ij)) b_ij          weights = "sequence": those of the response
 
-rho_ij = p_theta / p_sampler of the token. What is taken off, times its weight, has expectation 0
-whatever theta' is; at theta' = theta it is 0, with derivative rho l' b (or l' b). So a baseline is a
-change of the token statistics that the estimators are given: no estimator knows of it, and the
-prediction stays the exact derivative of what measures.
+rho_ij = p_theta / p_sampler of the token. The subtracted term, times its weight, has expectation 0 for
+every theta'; at theta' = theta it is 0, with derivative rho l' b (or l' b). A baseline thus only
+changes the token statistics passed to the estimators, and the prediction remains the exact derivative
+of the measured quantity.
 """
 
 import torch
@@ -25,11 +25,11 @@ from .regression import LEAST_PROMPTS, prefix_features, ridge
 
 
 def resolve(entropy: Entropy, batch: Batch, *, own_samples: bool) -> Entropy:
-    """The estimator with "auto" decided: ridge where it has a place (`score_target`), E has three
-    prompts and the policy itself sampled it, else none.
+    """The estimator with baseline "auto" resolved: "ridge" if the estimator admits one (`score_target`)
+    and E has at least three prompts and was sampled by the policy itself, else "none".
 
-    In benchmarks/RESULTS.md ridge never did worse than another on the policy's own samples; far from
-    them, where Q is divided by small ratios, it can.
+    On the policy's own samples ridge was never worse than the alternatives (benchmarks/RESULTS.md); on
+    samples of a distant policy, where Q is divided by small ratios, it can be.
     """
     if entropy.baseline != "auto":
         return entropy
@@ -46,14 +46,16 @@ def baseline(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> Float[Tensor, "N R"]:
-    """b_ij: 0; the token's entropy h_ij; the mean of Q at position j over other prompts; or ridge
+    """b_ij, nats: 0; the token's entropy h_ij; the mean of Q at position j over other prompts; or ridge
     regression of Q on `prefix_features`, cross-fitted by prompt.
 
-    Raises InputError where the estimator has no place for one (`score_target`), for "ridge" with fewer
-    than three prompts, and for "auto" (see `resolve`).
+    Raises InputError if the estimator admits no baseline (`score_target`), for "ridge" with fewer than
+    three prompts, and for "auto" (see `resolve`).
     """
     if kind == "auto":
-        raise InputError('baseline = "auto" is decided by resolve(): "none", "ridge", ... is expected')
+        raise InputError(
+            'baseline = "auto" is not resolved: call resolve() first, or set "none", "ridge", ...'
+        )
     target_NR = score_target(stats, mask_NR, entropy, log_ratio_NR)
     if kind == "none":
         return torch.zeros_like(target_NR)
@@ -61,7 +63,7 @@ def baseline(
         return stats.entropy_NR * mask_NR
     if kind == "position":
         return position_mean(target_NR, mask_NR, batch.prompt_N)
-    # What is left of Q enters times this; it is the same for all tokens of the policy's own samples.
+    # The factor of Q - b in the derivative; equal for all tokens of the policy's own samples.
     _, q_NR = estimators.gradient_coefficients(stats, mask_NR, entropy, log_ratio_NR)
     enters_NR = q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR)
     features = prefix_features(batch, stats, mask_NR)
@@ -74,20 +76,20 @@ def score_target(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> Float[Tensor, "N R"]:
-    """Q_ij: what multiplies rho_ij l'_ij in the derivative, in units of the weight of h'_ij.
+    """Q_ij: the factor of rho_ij l'_ij in the derivative, relative to the weight of h'_ij.
 
     On the policy's own samples, per-decision weights: sum over k > j of h_ik - R. Raises InputError
     for the sampled integrand and for clipped weights, whose expectations a baseline would change.
     """
     if entropy.integrand == "sampled":
         raise InputError(
-            'a baseline needs integrand = "rao_blackwell", this is "sampled": change it, or take '
+            'integrand = "sampled" admits no baseline: set integrand = "rao_blackwell", or '
             'baseline = "none"'
         )
     if entropy.clip is not None:
         raise InputError(
-            f"a baseline needs importance weights that are not clipped, clip = {entropy.clip}: "
-            'take the clip away, or baseline = "none"'
+            f"clip = {entropy.clip}: clipped importance weights admit no baseline: remove the clip, or "
+            'set baseline = "none"'
         )
     p_NR, q_NR = estimators.gradient_coefficients(stats, mask_NR, entropy, log_ratio_NR)
     unit_NR = q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR)
@@ -116,7 +118,7 @@ def controlled_tangent(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> TokenStats:
-    """(l', h' - rho l' b): what `estimators.first_order` is to be given."""
+    """(l', h' - rho l' b): the tangent that `estimators.first_order` takes."""
     rho_NR = _token_ratio(mask_NR, entropy, log_ratio_NR)
     return tangent._replace(
         entropy_NR=tangent.entropy_NR - rho_NR * tangent.logp_NR * baseline_NR * mask_NR
@@ -147,13 +149,13 @@ def controlled_second(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> TokenStats:
-    """(l'', h'' - rho (l'' + s l'^2) b), s = 1 per decision and -1 with weights of the response.
+    """(l'', h'' - rho (l'' + s l'^2) b), s = 1 for per-decision and -1 for sequence weights.
 
-    The second derivative of `controlled_stats`: what `second_order.second_order` is to be given.
+    The second derivative of `controlled_stats`, which `second_order.second_order` takes.
     """
     rho_NR = _token_ratio(mask_NR, entropy, log_ratio_NR)
-    bend_NR = second.logp_NR + _sign(entropy) * tangent.logp_NR.square()
-    return second._replace(entropy_NR=second.entropy_NR - rho_NR * bend_NR * baseline_NR * mask_NR)
+    control_NR = rho_NR * (second.logp_NR + _sign(entropy) * tangent.logp_NR.square())
+    return second._replace(entropy_NR=second.entropy_NR - control_NR * baseline_NR * mask_NR)
 
 
 def controlled_coefficients(
@@ -163,18 +165,18 @@ def controlled_coefficients(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
-    """(p - q rho b, q) of `estimators.gradient_coefficients`' (p, q): X of the derivative with b."""
+    """(p - q rho b, q) from (p, q) of `estimators.gradient_coefficients`: those with baseline b."""
     p_NR, q_NR = coefficients
     return p_NR - q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR) * baseline_NR, q_NR
 
 
 def _token_ratio(mask_NR: ResponseMask, entropy: Entropy, log_ratio_NR: Tensor | None) -> Tensor:
-    """rho_ij where the weight of position j does not hold token j, else 1."""
+    """rho_ij where the weight of position j does not include token j, else 1."""
     if log_ratio_NR is None or entropy.weights == "sequence":
         return torch.ones(mask_NR.shape, dtype=torch.float64)
     return (log_ratio_NR * mask_NR).exp()
 
 
 def _sign(entropy: Entropy) -> float:
-    """Whether the control variate is exp(r) - 1 or 1 - exp(-r)."""
+    """+1 for the control variate exp(r) - 1, -1 for 1 - exp(-r)."""
     return 1.0 if entropy.weights == "per_decision" else -1.0

@@ -1,7 +1,7 @@
-"""The entropy estimators on arrays [N, R], as README.md derives them: no model in sight.
+"""The entropy estimators on arrays [N, R], as derived in docs/mathematics.md.
 
 All eight estimators (per token or sequence; Rao-Blackwell or sampled integrand; per-decision or
-sequence weights) are one form, a sum over groups g of ratios
+sequence weights) have one form, a sum over groups g of ratios
 
     H = sum_g N_g / D_g,     N_g = sum_{ik in g} W_ik z_ik,     D_g = sum_{ik in g} W_ik
 
@@ -9,9 +9,9 @@ with z = h or -l and W the importance weight of a prefix. Per token there is one
 tokens of the batch. Per sequence every position k is a group and all sequences are in it: past its
 end a response adds z = 0 to the numerator and the weight of all its tokens to the denominator.
 
-What estimates a derivative or a change is thus a smooth function of sums over sequences. Its standard
-error is the delta method's: the root of the sum of squares of the sampling units' influence values,
-times M / (M - 1).
+An estimate of a derivative or a change is thus a smooth function of sums over sequences. Its standard
+error is the delta method's: the root of M / (M - 1) times the sum of squares of the M sampling units'
+influence values.
 """
 
 import math
@@ -33,13 +33,13 @@ from .weights import (
 )
 
 Cells: TypeAlias = tuple[Float[Tensor, "N g"], ...]
-"""What every sequence adds to the sums N, D, N', D', ... of every group."""
+"""Contribution of every sequence to the sums N, D, N', D', ... of every group."""
 
 
 class FirstOrder(NamedTuple):
-    """Derivative of the entropy estimator along a direction, per unit of eta, with its errors.
+    """Derivative of the entropy estimator along a direction, per unit of eta, with standard errors.
 
-    Errors are given U: over the sampling units of E. `influence_N` are the sequences' influence values
+    Errors are given U, over the sampling units of E. `influence_N` are the sequences' influence values
     (they sum to 0); `per_sequence_N` is s_n = <X_n, v> (they sum to the derivative).
     """
 
@@ -51,16 +51,16 @@ class FirstOrder(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Entropy change by self-normalised importance sampling, and how far the weights carry it.
+    """Entropy change by self-normalised importance sampling, with diagnostics of the weights.
 
     `influence_N` are the sequences' influence values (they sum to 0); `weight_N` the weights of whole
-    responses, cut at the clip.
+    responses, at most `Entropy.clip`.
     """
 
     delta: float  # H(theta') - H(theta), in the estimator's unit
     ess: float  # (sum w)^2 / sum w^2 of whole-response weights
     max_weight: float  # largest whole-response weight / mean weight
-    clipped: int  # whole-response weights cut at `clip`
+    clipped: int  # number of whole-response weights above `Entropy.clip`
     influence_N: Float[Tensor, " N"]
     weight_N: Float[Tensor, " N"]
 
@@ -101,10 +101,10 @@ def first_order(
 ) -> FirstOrder:
     """d/d eta H(theta + eta v) = sum_g (N' - R D') / D with R = N / D, at eta = 0.
 
-    With a the prefix sum of l' that the weight W has of r: N' = sum W (z' + a z), D' = sum W a.
-    `unit_N` numbers the sampling unit of every sequence. The standard error is the delta method on
-    the units' (n, d, n', d'); `se_jackknife` deletes one unit at a time. Raises InputError for
-    fewer than two units.
+    With a the sum of l' over the tokens that the weight W includes: N' = sum W (z' + a z),
+    D' = sum W a. `unit_N` is the index of every sequence's sampling unit. `se` is the delta method's on
+    the units' (n, d, n', d'), `se_jackknife` leaves out one unit at a time; nats per token or sequence
+    and per unit of eta. Raises InputError for fewer than two units.
     """
     cells = first_order_cells(stats, tangent, mask_NR, entropy, log_ratio_NR)
     totals = tuple(c.sum(0) for c in cells)
@@ -131,7 +131,7 @@ def first_order_cells(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> Cells:
-    """(n, d, n', d') [N, g], whose sums `ratio_derivative` takes."""
+    """(n, d, n', d') [N, g], whose sums over sequences `ratio_derivative` takes."""
     weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
     z_NR, dz_NR = (integrand(s, mask_NR, entropy) for s in (stats, tangent))
     dweight_NR = responsive(weight_NR, entropy) * prefix_sum(tangent.logp_NR * mask_NR, entropy)
@@ -152,8 +152,8 @@ def gradient_coefficients(
 ) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
     """(p, q) with X = grad of sum_ik (p_ik l_ik + q_ik h_ik), held fixed: the derivative is <X, v>.
 
-    The score term of token j is sum over the k whose weight holds j of W_ik (z_ik - R_g) / D_g:
-    per token, the entropy still to come after j, minus R for each token still to come, over D.
+    The score term of token j is the sum of W_ik (z_ik - R_g) / D_g over the positions k whose weight
+    includes j: per token, the entropy after j, minus R for each token after j, over D.
     """
     weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
     z_NR = integrand(stats, mask_NR, entropy)
@@ -173,9 +173,9 @@ def measured_change(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> Measured:
-    """H(theta') - H(theta) from `stats` at theta and `moved` at theta', same samples.
+    """H(theta') - H(theta) from `stats` at theta and `moved` at theta', same samples, nats.
 
-    With dN and dD what the sums N and D gain, each summed from the sequences' own gains, it is
+    With dN and dD the changes of the sums N and D, summed from the changes of the sequences, it is
     sum_g (dN - R dD) / (D + dD): no two nearly equal entropies are subtracted, and theta' = theta
     gives 0 exactly.
     """
@@ -208,7 +208,7 @@ def measured_cells(
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
 ) -> Cells:
-    """(n, d, dn, dd) [N, g], whose sums `ratio_change` takes: dn = W' z' - W z, dd = W' - W."""
+    """(n, d, dn, dd) [N, g], the terms of `ratio_change`: dn = W' z' - W z, dd = W' - W."""
     weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
     step_NR = (moved.logp_NR - stats.logp_NR) * mask_NR
     if entropy.clip is None:
@@ -229,9 +229,9 @@ def ratio_change(N: Tensor, D: Tensor, dN: Tensor, dD: Tensor) -> Tensor:
 
 
 def influence_se(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
-    """Standard error by the delta method: root of M / (M - 1) times the units' squared influences.
+    """Standard error by the delta method: sqrt(M / (M - 1) sum_m influence_m^2) over M units.
 
-    InputError for fewer than two units.
+    Raises InputError for fewer than two units.
     """
     influence_M = by_unit(influence_N, unit_N)
     M = require_two(len(influence_M))
@@ -239,7 +239,7 @@ def influence_se(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) ->
 
 
 def sum_se(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
-    """Standard error of sum_n t_n when its units are drawn independently: sqrt(M var(t_m)).
+    """Standard error of sum_n t_n for independently drawn units: sqrt(M var(t_m)).
 
     For U: t_n = <P X, Y_n>, units are prompts. Raises InputError for fewer than two units.
     """
@@ -248,7 +248,7 @@ def sum_se(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
 
 
 def require_two(units: int) -> int:
-    """The number of sampling units. InputError for fewer than two."""
+    """The number of sampling units. Raises InputError for fewer than two."""
     if units < 2:
         raise InputError(f"{units} sampling unit: a standard error needs at least two prompts")
     return units

@@ -1,4 +1,4 @@
-"""E at theta: statistics, importance ratios and baseline in one value, and what follows from them."""
+"""E at theta: statistics, importance ratios and baseline in one value, and estimates from them."""
 
 from typing import NamedTuple
 
@@ -29,10 +29,10 @@ def evaluate(
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     baseline_NR: Float[Tensor, "N R"] | None = None,
 ) -> Evaluation:
-    """E with its statistics at theta; the baseline is a function of these alone.
+    """E with its statistics at theta, [N, R] in nats; the baseline is a function of these alone.
 
-    So whoever has the statistics gets the same baseline again, in prediction and in measurement; who
-    has the baseline as well gives it, and spares its fit. InputError as `baselines.baseline`.
+    Prediction and measurement thus have the same baseline; pass it as `baseline_NR` to avoid fitting it
+    again. Raises InputError as `baselines.baseline` does.
     """
     mask_NR = response_mask(batch)
     ratio_NR = None if sampler_logp_NR is None else stats.logp_NR - sampler_logp_NR
@@ -48,7 +48,10 @@ def value(at: Evaluation) -> float:
 
 
 def derivative(at: Evaluation, tangent: TokenStats, unit_N: Int[Tensor, " N"]) -> FirstOrder:
-    """`estimators.first_order` with the baseline's control variate in it."""
+    """`estimators.first_order` with the baseline's control variate: d/d eta of the estimator.
+
+    In the estimator's unit per unit of eta. Raises InputError for fewer than two units in `unit_N`.
+    """
     if at.baseline_NR is not None:
         tangent = baselines.controlled_tangent(
             tangent, at.baseline_NR, at.mask_NR, at.entropy, at.log_ratio_NR
@@ -59,7 +62,10 @@ def derivative(at: Evaluation, tangent: TokenStats, unit_N: Int[Tensor, " N"]) -
 def second_derivative(
     at: Evaluation, tangent: TokenStats, second: TokenStats, unit_N: Int[Tensor, " N"]
 ) -> SecondOrder:
-    """`second_order` with the baseline's control variate in it."""
+    """`second_order` with the baseline's control variate: d2/d eta2 of the estimator.
+
+    In the estimator's unit per unit of eta^2. Raises InputError for fewer than two units in `unit_N`.
+    """
     if at.baseline_NR is not None:
         given = (at.baseline_NR, at.mask_NR, at.entropy, at.log_ratio_NR)
         second = baselines.controlled_second(tangent, second, *given)
@@ -68,7 +74,10 @@ def second_derivative(
 
 
 def change(at: Evaluation, moved: TokenStats) -> Measured:
-    """`estimators.measured_change` with the baseline's control variate in it."""
+    """`estimators.measured_change` with the baseline's control variate: H(theta') - H(theta).
+
+    `moved` are the statistics of E at theta', [N, R]; the change is in nats per token or per sequence.
+    """
     if at.baseline_NR is not None:
         moved = baselines.controlled_stats(
             at.stats, moved, at.baseline_NR, at.mask_NR, at.entropy, at.log_ratio_NR
@@ -77,7 +86,7 @@ def change(at: Evaluation, moved: TokenStats) -> Measured:
 
 
 def gradient_coefficients(at: Evaluation) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N R"]]:
-    """`estimators.gradient_coefficients` with the baseline's control variate in them."""
+    """`estimators.gradient_coefficients` with the baseline's control variate."""
     pair = estimators.gradient_coefficients(at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
     if at.baseline_NR is None:
         return pair

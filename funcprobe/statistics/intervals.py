@@ -1,15 +1,15 @@
-"""Confidence intervals of what is estimated by sums over sampling units.
+"""Confidence intervals of estimates that are functions of sums over sampling units.
 
-An `Error` is a standard error with its degrees of freedom, and `student` makes it an interval:
+An `Error` is a standard error with its degrees of freedom, from which `student` gives an interval:
 
     given U (derivative, measured change)   delta_error(influence_N, unit_N), the units those of E
-    measured - eta * derivative             the same, of their influence values subtracted
+    measured - eta * derivative             the same, of the difference of their influence values
     over U, P held fixed                    sum_error(t_N, prompt_N of U), t_n = <P X, Y_n>
-    in total                                total(given, over), about the derivative along the mean v
+    in total                                total(given, over), for the derivative along the mean v
 
-The units are taken to be independent draws of one distribution, whatever happens inside one: the draws
-of E where its prompts were drawn with replacement, else its prompts; the prompts of U. `jackknife` and
-`bootstrap` are cross-checks that know the estimator as a function of sums, such as
+The units are assumed independent and identically distributed, with any dependence inside a unit: the
+draws of E if its prompts were drawn with replacement, else its prompts; the prompts of U. `jackknife`
+and `bootstrap` are cross-checks that take the estimator as a function of sums, such as
 `estimators.ratio_derivative` of `first_order_cells`. Coverage of all: benchmarks/RESULTS.md.
 """
 
@@ -45,27 +45,28 @@ class Error(NamedTuple):
 
 
 def student(estimate: float, error: Error, level: float = LEVEL) -> Interval:
-    """estimate +- t se, t Student's two-sided quantile. InputError for a level not in (0, 1)."""
+    """estimate +- t se, t Student's two-sided quantile. Raises InputError for a level not in (0, 1)."""
     half = student_quantile(level, error.dof) * error.se
     return Interval(estimate - half, estimate + half)
 
 
 def delta_error(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> Error:
-    """`estimators.influence_se`, with `variance_dof`. InputError for fewer than two units."""
+    """`estimators.influence_se`, with `variance_dof`. Raises InputError for fewer than two units."""
     return Error(influence_se(influence_N, unit_N), variance_dof(by_unit(influence_N, unit_N)))
 
 
 def sum_error(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> Error:
-    """`estimators.sum_se`, with `variance_dof`. InputError for fewer than two units."""
+    """`estimators.sum_se`, with `variance_dof`. Raises InputError for fewer than two units."""
     t_M = by_unit(t_N, unit_N)
     return Error(sum_se(t_N, unit_N), variance_dof(t_M - t_M.mean()))
 
 
 def total(*parts: Error) -> Error:
-    """Independent errors as one: root of the sum of squares, degrees of freedom by Welch-Satterthwaite.
+    """Independent errors combined: root of the sum of squares, dof by Welch-Satterthwaite.
 
-    1 / dof = sum_i (se_i^2 / sum se^2)^2 / dof_i. The parts given and over U are not quite independent:
-    each holds the product of the noises of E and U, so that their total is a little too large.
+    1 / dof = sum_i (se_i^2 / sum se^2)^2 / dof_i. The parts given U and over U are not quite
+    independent: each includes the product of the noises of E and U, so that their total is slightly too
+    large.
     """
     variance = sum(part.se**2 for part in parts)
     if variance == 0:
@@ -75,28 +76,28 @@ def total(*parts: Error) -> Error:
 
 
 def variance_dof(centred_M: Float[Tensor, " M"]) -> float:
-    """2 M / (kurtosis - (M - 3) / (M - 1)), at most M - 1: few where the tails are heavy.
+    """2 M / (kurtosis - (M - 3) / (M - 1)), at most M - 1: small for heavy tails.
 
     The degrees of freedom of a chi-square whose relative variance is that of the sample variance
-    (O'Neill, The American Statistician 68, 2014), the kurtosis that of the values given, of mean 0.
+    (O'Neill, The American Statistician 68, 2014), with the kurtosis of `centred_M`, whose mean is 0.
     """
     M, largest = len(centred_M), float(centred_M.abs().max())
     if largest == 0:
         return M - 1
-    square_M = (centred_M / largest).square()  # fourth powers of what tiny etas leave underflow
+    square_M = (centred_M / largest).square()  # scaled, as fourth powers at tiny etas underflow
     excess = float(square_M.square().mean()) / float(square_M.mean()) ** 2 - (M - 3) / (M - 1)
     return min(M - 1, 2 * M / excess)
 
 
 def jackknife(cells: Cells, unit_N: Int[Tensor, " N"], statistic: Statistic) -> Float[Tensor, " M"]:
-    """The estimate with each unit left out."""
+    """The estimate with each unit left out in turn."""
     return statistic(*(c.sum(0) - by_unit(c, unit_N) for c in cells))
 
 
 def jackknife_error(left_out_M: Float[Tensor, " M"]) -> Error:
     """Root of (M - 1) / M times the sum of squares about the mean, with `variance_dof`.
 
-    InputError for fewer than two units.
+    Raises InputError for fewer than two units.
     """
     M = _at_least_two(len(left_out_M))
     centred_M = left_out_M - left_out_M.mean()
@@ -110,8 +111,8 @@ def bootstrap(
     generator: torch.Generator,
     times: int = 1000,
 ) -> Float[Tensor, " times"]:
-    """The estimate on resamples of as many units, drawn with replacement: their standard deviation is a
-    standard error, `basic` their interval. InputError for fewer than two units.
+    """The estimate on bootstrap samples of M units, drawn with replacement: their standard deviation is
+    a standard error, `basic` gives the interval. Raises InputError for fewer than two units.
     """
     units, index_N = unit_N.unique(return_inverse=True)
     counts = bootstrap_counts(_at_least_two(len(units)), times, generator)
@@ -119,14 +120,14 @@ def bootstrap(
 
 
 def bootstrap_counts(units: int, times: int, generator: torch.Generator) -> Float[Tensor, "times M"]:
-    """How often each unit is in each resample."""
+    """Number of times that each unit occurs in each bootstrap sample."""
     drawn = torch.randint(units, (times, units), generator=generator)
     cell = drawn + units * torch.arange(times)[:, None]
     return torch.bincount(cell.flatten(), minlength=times * units).view(times, units).double()
 
 
 def basic(estimate: float, resampled: Float[Tensor, " times"], level: float = LEVEL) -> Interval:
-    """The quantiles of the resamples, mirrored at the estimate."""
+    """The basic bootstrap interval: quantiles of the bootstrap estimates, reflected at the estimate."""
     tails = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=resampled.dtype)
     high, low = resampled.quantile(tails).tolist()
     return Interval(2 * estimate - high, 2 * estimate - low)
@@ -136,10 +137,10 @@ def student_quantile(level: float, dof: float) -> float:
     """t with P(|T| < t) = level for Student's T, relative error under 1e-10 for levels up to 0.9999.
 
     By Newton's method from the normal quantile: P is concave in t and the start lies below the root, so
-    that no step goes past it. InputError for a level not in (0, 1).
+    that no step overshoots. Raises InputError for a level not in (0, 1).
     """
     if not 0 < level < 1:
-        raise InputError(f"level = {level:g}: a number between 0 and 1 is expected, as 0.95")
+        raise InputError(f"level = {level:g}: a number between 0 and 1 is expected, such as 0.95")
     t = step = NormalDist().inv_cdf((1 + level) / 2)
     log_beta = _log_beta_half(dof / 2)
     while step > 1e-12 * t:
@@ -159,7 +160,7 @@ def _student_tails(t: float, dof: float) -> float:
 def _incomplete_beta(a: float, b: float, x: float, log_beta: float) -> float:
     """I_x(a, b) = x^a (1 - x)^b / (a B(a, b)) sum_n (a + b)_n / (a + 1)_n x^n (DLMF 8.17.8).
 
-    All terms are positive: nothing cancels.
+    All terms are positive, so that there is no cancellation.
     """
     term = math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / a
     value, n = 0.0, 0
@@ -174,7 +175,7 @@ def _log_beta_half(b: float) -> float:
     """log B(1/2, b)."""
     if b < 50:
         return math.lgamma(0.5) + math.lgamma(b) - math.lgamma(b + 0.5)
-    # The difference of two large lgamma loses digits; its asymptotic series has them all from here.
+    # The difference of two large lgamma loses digits; for b >= 50 its asymptotic series has them all.
     return math.lgamma(0.5) - math.log(b) / 2 + 1 / (8 * b) - 1 / (192 * b**3) + 1 / (640 * b**5)
 
 

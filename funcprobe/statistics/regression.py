@@ -1,4 +1,4 @@
-"""Ridge regression on features of the prefix, cross-fitted: what is still to come after a token."""
+"""Cross-fitted ridge regression on features of the prefix, of the entropy that follows a token."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -11,7 +11,7 @@ from ..policy.layout import select
 from ..types import Batch, InputError, ResponseMask, TokenStats
 
 Features: TypeAlias = Callable[[Int[Tensor, " n"]], Float[Tensor, "T F"]]
-"""Sequences -> the features of every response token of theirs, in order: of its prefix alone."""
+"""Sequence indices -> features of all their response tokens, in order, each from its prefix alone."""
 
 FOLDS = 5
 LEAST_PROMPTS = 3  # so that the penalty is chosen without the fold that is predicted
@@ -20,18 +20,18 @@ PENALTIES = (
     10.0,
     100.0,
     1000.0,
-)  # in tokens: a feature seen n times is shrunk by n / (n + penalty)
-BUCKETS = 64  # of the previous token's id
-AT_ONCE = 65_536  # tokens whose features are held at one time
+)  # in tokens: the coefficient of a feature seen n times shrinks by n / (n + penalty)
+BUCKETS = 64  # hash values of the previous token's id
+AT_ONCE = 65_536  # tokens whose features are held at once
 
 
 def prefix_features(
     batch: Batch, stats: TokenStats, mask_NR: ResponseMask, buckets: int = BUCKETS
 ) -> Features:
-    """Position, h_j by position, mean entropy and log-probability so far, the token before, hashed.
+    """Position, h_j by position, mean entropy and log-probability so far, previous token (hashed).
 
-    Positions are told apart up to 16, then by quarters of an octave. All are known before token j is
-    drawn, and of the order of a nat at most of a few, so that one penalty fits all.
+    Positions have one bin each up to 16, then four per octave. All features are known before token j is
+    drawn and are a few nats at most, so that one penalty suits all.
     """
     places = _position_bin(torch.arange(mask_NR.shape[1]))
     bins = int(places.max()) + 1
@@ -68,17 +68,18 @@ def ridge(
 ) -> Float[Tensor, "N R"]:
     """b = x beta, with beta = argmin of sum weight (Q - x beta)^2 + penalty |beta|^2 over other folds.
 
-    Units are dealt to `FOLDS` folds, so that no sequence, and none of its prompt, enters its own
-    baseline. For each fold the penalty is the one of `PENALTIES` (in mean weights) that predicts the
-    remaining folds best, each from the rest of them: the fold itself has no say. The best weight for
-    one direction is l'^2. Raises InputError for fewer than three units.
+    Sampling units are divided into `FOLDS` folds, so that neither a sequence nor another one of its
+    prompt enters its own baseline. For each fold the penalty is the one of `PENALTIES` (in units of the
+    mean weight) with the smallest cross-validation error on the remaining folds; the fold itself does
+    not enter. The optimal weight for one direction is l'^2. Raises InputError for fewer than three
+    units.
     """
     _, index_N = unit_N.unique(return_inverse=True)
     folds = min(FOLDS, int(index_N.max()) + 1)
     if folds < LEAST_PROMPTS:
         raise InputError(
-            f'{folds} prompts in E: baseline = "ridge" needs three at least; raise sampling.B_E, give '
-            'more prompts, or take baseline = "position"'
+            f'{folds} prompts in E: baseline = "ridge" needs at least three: raise sampling.B_E, add '
+            'prompts, or set baseline = "position"'
         )
     fold_N = index_N % folds
     grams = [_gram(target_NR, mask_NR, features, weight_NR, fold_N == f) for f in range(folds)]
@@ -99,7 +100,7 @@ def _position_bin(k_R: Tensor) -> Tensor:
 
 
 def _bucket(id_T: Tensor, buckets: int) -> Tensor:
-    # Knuth's multiplier: neighbouring ids (digits, say) fall into different buckets.
+    # Knuth's multiplicative hash: neighbouring ids (of digits, say) fall into different buckets.
     return ((id_T * 2654435761) % 2**32 * buckets) >> 32
 
 
@@ -127,7 +128,7 @@ def _gram(
 
 
 def _fit(grams: list[tuple[Tensor, ...]]) -> Float[Tensor, " F"]:
-    """Coefficients from all folds given, at the penalty that predicts each best from the rest."""
+    """Coefficients from all given folds, at the penalty with the least leave-one-fold-out error."""
 
     def without(f: int | None) -> list[Tensor]:
         kept = [g for i, g in enumerate(grams) if i != f]
@@ -140,7 +141,7 @@ def _fit(grams: list[tuple[Tensor, ...]]) -> Float[Tensor, " F"]:
         return beta_F
 
     def error(penalty: float) -> float:
-        """Squared error of prediction, but for the sum of w Q^2 that all penalties share."""
+        """Squared prediction error, without the sum of w Q^2, which all penalties share."""
         betas = [solve(without(f), penalty) for f in range(len(grams))]
         return sum(
             float(beta_F @ xx_FF @ beta_F - 2 * beta_F @ xq_F)

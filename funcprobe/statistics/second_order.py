@@ -1,4 +1,4 @@
-"""The second derivative of the estimators along one direction, and where the first order ends."""
+"""Second derivative of the estimators along one direction, and the range of the first order."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .weights import by_group, importance_weights, integrand, prefix_sum, respon
 
 
 class SecondOrder(NamedTuple):
-    """Second derivative along a direction, per unit of eta squared; as in `FirstOrder`."""
+    """Second derivative along a direction, per unit of eta squared; fields as in `FirstOrder`."""
 
     derivative: float
     se: float
@@ -32,8 +32,9 @@ def second_order(
 ) -> SecondOrder:
     """d2/d eta2 H(theta + eta v) = sum_g R'', R'' = (N'' - R D'' - 2 R' D') / D, at eta = 0.
 
-    With a, a' the prefix sums of l', l'': N'' = sum W (z'' + 2 a z' + (a^2 + a') z), D'' = sum W (a^2
-    + a'), and R' = (N' - R D') / D as in `first_order`, which see for `unit_N`, errors and the clip.
+    With a, a' the sums of l', l'' over the tokens in W: N'' = sum W (z'' + 2 a z' + (a^2 + a') z),
+    D'' = sum W (a^2 + a'), and R' = (N' - R D') / D. `unit_N`, standard errors and InputError as in
+    `first_order`.
     """
     weight_NR = importance_weights(log_ratio_NR, mask_NR, entropy)
     z_NR, dz_NR, ddz_NR = (integrand(s, mask_NR, entropy) for s in (stats, tangent, second))
@@ -63,47 +64,48 @@ def second_order(
 
 
 def eta_star(first: float, second: float) -> float:
-    """2 |first| / |second|: the eta whose quadratic term is as large as its linear one.
+    """2 |first| / |second|: the eta at which the quadratic term is as large as the linear one.
 
-    Where first order ends: at a tenth of it the quadratic term is 10 %. Infinite where nothing bends.
+    At a tenth of it the quadratic term is 10 % of the linear one. Infinite if the second derivative
+    is 0.
     """
     return math.inf if second == 0 else 2 * abs(first / second)
 
 
 def difference_eta(tangent: TokenStats, mask_NR: ResponseMask, dtype: torch.dtype) -> float:
-    """The e for `second_difference`: (12 eps)^(1/4) / rms_i S'_i, eps the precision of `dtype`.
+    """Step e of `second_difference`: (12 eps)^(1/4) / rms_i S'_i, eps the precision of `dtype`.
 
-    Let x = e S' be what e adds to a typical log-weight, so that derivatives of the estimator are of
-    order H S'^n. In units of H S'^2, truncation e^2 H'''' / 12 is x^2 / 12 and rounding H eps / e^2
-    is eps / x^2. Their sum is least at x^4 = 12 eps: x = 2.3e-4 in float64 and 0.03 in float32, with
-    errors of 1e-8 and 2e-4; relative to an H'' far below H S'^2 they are so much larger. `dtype` is
-    the coarsest that the values pass through (`Forward.coarsest`). Raises InputError where no
-    response's log-probability moves.
+    Let x = e S' be the change of a typical log-weight; the n-th derivative of the estimator is then of
+    order H S'^n. In units of H S'^2, truncation e^2 H'''' / 12 is x^2 / 12 and rounding H eps / e^2 is
+    eps / x^2. Their sum is smallest at x^4 = 12 eps: x = 2.3e-4 in float64 and 0.03 in float32, with
+    errors of 1e-8 and 2e-4; relative to an H'' far below H S'^2 they are larger in proportion. `dtype`
+    is the coarsest that the values pass through (`Forward.coarsest`). Raises InputError if no
+    response's log-probability changes along the direction.
     """
     rate = float((tangent.logp_NR * mask_NR).sum(1).square().mean().sqrt())
     if not 0 < rate < math.inf:
         raise InputError(
-            f"the log-probabilities move by {rate} per unit of eta, a finite number above 0 is "
-            "expected: is the direction zero or not finite?"
+            f"the log-probabilities change by {rate} per unit of eta, a finite number above 0 is "
+            "expected: check that the direction is finite and not zero"
         )
     return float((12 * torch.finfo(dtype).eps) ** 0.25 / rate)
 
 
 def second_difference(plus: float, minus: float, eta: float) -> float:
-    """(delta(eta) + delta(-eta)) / eta^2 of two measured changes: the second derivative, cheaply.
+    """(delta(eta) + delta(-eta)) / eta^2 of two measured changes: estimates the second derivative.
 
-    Odd orders cancel; what is left is eta^2 H'''' / 12, and rounding of sqrt(2) sigma / eta^2 with
-    sigma from `rounding_noise`.
+    Odd orders cancel; the error is eta^2 H'''' / 12 from truncation and sqrt(2) sigma / eta^2 from
+    rounding, sigma as in `rounding_noise`.
     """
     return (plus + minus) / eta**2
 
 
 def rounding_noise(plus: tuple[float, float], minus: tuple[float, float]) -> float:
-    """Standard deviation of rounding in one measured change, from four at +-eta/2 and +-eta.
+    """Standard deviation of the rounding error of one measured change, from four at +-eta/2, +-eta.
 
     The even part (plus + minus) / 2 grows as eta^2 and the odd part (plus - minus) / 2 as eta, so
-    that even(eta/2) - even(eta)/4 and odd(eta) - 2 odd(eta/2) are rounding where eta is so small that
-    higher orders vanish. Their variances are 17/32 and 5/2 of that of one measurement.
+    that even(eta/2) - even(eta)/4 and odd(eta) - 2 odd(eta/2) are rounding errors if eta is so small
+    that higher orders are negligible. Their variances are 17/32 and 5/2 of one measurement's.
     """
     even = [(p + m) / 2 for p, m in zip(plus, minus, strict=True)]
     odd = [(p - m) / 2 for p, m in zip(plus, minus, strict=True)]

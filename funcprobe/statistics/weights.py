@@ -1,7 +1,7 @@
-"""Importance weights of prefixes, and the sums that entropy estimators are made of, on arrays [N, R].
+"""Importance weights of prefixes, and the sums in the entropy estimators, on arrays [N, R].
 
-Which tokens the weight of a position holds is `Entropy.weights`; over what its numerators and
-denominators are summed, and where a response that ended still counts, is `Entropy.per`.
+`Entropy.weights` determines which tokens the weight of a position includes; `Entropy.per` determines
+the groups of the sums, and whether a response counts beyond its end.
 """
 
 import torch
@@ -20,7 +20,7 @@ def integrand(stats: TokenStats, mask_NR: ResponseMask, entropy: Entropy) -> Flo
 def importance_weights(
     log_ratio_NR: Float[Tensor, "N R"] | None, mask_NR: ResponseMask, entropy: Entropy
 ) -> Float[Tensor, "N R"]:
-    """W_ik = exp(sum of the log-ratios that position k's weight holds), cut at the clip; 0 if unused.
+    """W_ik = exp(sum of the log-ratios in the weight of k), at most `clip`; per token, 0 past the end.
 
     Per sequence a response keeps, past its end, the weight of all its tokens.
     """
@@ -33,12 +33,12 @@ def importance_weights(
 
 
 def responsive(weight_NR: Float[Tensor, "N R"], entropy: Entropy) -> Float[Tensor, "N R"]:
-    """Weights that follow the policy: one held at the clip has derivative 0."""
+    """The weights that vary with the policy: 0 for those at the clip, whose derivative is 0."""
     return weight_NR if entropy.clip is None else weight_NR * (weight_NR < entropy.clip)
 
 
 def prefix_sum(x_NR: Float[Tensor, "N R"], entropy: Entropy) -> Float[Tensor, "N R"]:
-    """Sum of the x_j that the weight of k holds: all, j < k (Rao-Blackwell), or j <= k (sampled)."""
+    """Sum of x_j over the tokens in the weight of k: all, j < k (Rao-Blackwell), j <= k (sampled)."""
     if entropy.weights == "sequence":
         return x_NR.sum(1, keepdim=True).expand_as(x_NR)
     inclusive_NR = x_NR.cumsum(1)
@@ -48,7 +48,7 @@ def prefix_sum(x_NR: Float[Tensor, "N R"], entropy: Entropy) -> Float[Tensor, "N
 
 
 def prefix_sum_transposed(y_NR: Float[Tensor, "N R"], entropy: Entropy) -> Float[Tensor, "N R"]:
-    """For each j, the sum of y_k over the positions k whose weight holds j."""
+    """For each j, the sum of y_k over the positions k whose weight includes j."""
     if entropy.weights == "sequence":
         return y_NR.sum(1, keepdim=True).expand_as(y_NR)
     suffix_NR = y_NR.flip(1).cumsum(1).flip(1)
@@ -58,11 +58,11 @@ def prefix_sum_transposed(y_NR: Float[Tensor, "N R"], entropy: Entropy) -> Float
 
 
 def by_group(x_NR: Float[Tensor, "N R"], entropy: Entropy) -> Float[Tensor, "N g"]:
-    """A sequence's share of every group: its sum (per token, one group), or each position its own."""
+    """A sequence's contribution to every group: its sum (per token), or its entry at each position."""
     return x_NR.sum(1, keepdim=True) if entropy.per == "token" else x_NR
 
 
 def by_unit(x_N: Float[Tensor, "N ..."], unit_N: Int[Tensor, " N"]) -> Float[Tensor, "M ..."]:
-    """Sums over the sequences of each sampling unit, in ascending order of the units' numbers."""
+    """Sums over the sequences of each sampling unit, in ascending order of the units' indices."""
     units, index_N = unit_N.unique(return_inverse=True)
     return x_N.new_zeros(len(units), *x_N.shape[1:]).index_add(0, index_N, x_N)

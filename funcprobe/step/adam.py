@@ -10,18 +10,18 @@ from ..types import AdamGroup, AdamState, InputError, Params, Rule
 
 
 class PreconditionerInfo(NamedTuple):
-    """What the preconditioner met.
+    """Diagnostics of the preconditioner.
 
-    Healthy: coverage near 1, `max_scale` up to 100; over 1000 is suspect.
+    Typical: coverage near 1, `max_scale` up to 100; above 1000 it is suspect.
     """
 
     coverage: float  # share of tensors whose exp_avg_sq was used
-    identity: tuple[str, ...]  # left as the raw gradient: nu missing, all zero, negative, non-finite
-    max_scale: float | None  # largest 1 / (sqrt(nu_hat) + eps) before the cap; None: none was used
+    identity: tuple[str, ...]  # with P = 1: nu missing, all zero, negative or non-finite
+    max_scale: float | None  # largest 1 / (sqrt(nu_hat) + eps) before the cap; None: no nu was used
     min_denominator: float | None  # smallest sqrt(nu_hat) + eps
-    capped: int  # entries cut at the cap
+    capped: int  # entries reduced to the cap
     zero_second_moments: int
-    tiny_second_moments: int  # 0 < nu_hat < eps^2: eps rules the denominator
+    tiny_second_moments: int  # 0 < nu_hat < eps^2: eps dominates the denominator
     without_step: tuple[str, ...]  # nu used without bias correction: step missing or 0
 
 
@@ -44,8 +44,8 @@ def preconditioner(
     """P = 1 / (sqrt(nu_hat) + eps), nu_hat = exp_avg_sq / (1 - beta2^step), entries capped.
 
     A tensor whose second moment is missing, all zero, negative or not finite gets P = 1. Without a
-    step, or at step 0, there is no bias correction. Arithmetic in float64. `max_scale = None` takes
-    the cap off. Raises ValueError where a second moment has another shape than its parameter.
+    step, or at step 0, there is no bias correction. Arithmetic in float64. `max_scale = None` disables
+    the cap. Raises ValueError if a second moment has another shape than its parameter.
     """
     scale: Params = {}
     identity, without_step = [], []
@@ -88,7 +88,7 @@ def preconditioner(
 
 
 def precondition(grads: Params, adam_state: AdamState, max_scale: float | None = 1000.0) -> Params:
-    """P g, in the dtype of g; P as in `preconditioner`."""
+    """P g, in the dtype of g, with P and errors as in `preconditioner`."""
     scale, _ = preconditioner(grads, adam_state, max_scale)
     return _times(scale, grads)
 
@@ -107,9 +107,9 @@ def update_direction(
     rule "adamw" is the exact next step of torch.optim.AdamW on the loss -J (Loshchilov and Hutter,
     arXiv:1711.05101; eps outside the root, decay decoupled, bias correction at step t + 1), after
     torch.nn.utils.clip_grad_norm_ where `max_grad_norm` is given. "precondition" is P Y and "sgd" Y.
-    A group whose lr differs from the first group's is scaled by the ratio. Raises InputError where
-    "adamw" is asked of an incomplete or non-finite state, or learning rates have no ratio; ValueError
-    where names or shapes differ.
+    A group whose lr differs from the first group's is scaled by the ratio. Raises InputError for
+    "adamw" with an incomplete or non-finite state, and if learning rates have no ratio; ValueError if
+    names or shapes differ.
     """
     tree.require_same(params, grads, "grads")
     require_state(params, adam_state, rule)
@@ -135,7 +135,7 @@ def update_direction(
 
 
 def fresh_adam_state(params: Params, groups: tuple[AdamGroup, ...]) -> AdamState:
-    """The state before the first step: zero moments, step 0."""
+    """Adam's state before the first step: zero moments, step 0."""
     zeros = tree.zeros(params)
     return AdamState(zeros, dict(zeros), dict.fromkeys(params, 0), groups)
 
@@ -159,10 +159,10 @@ def _adamw(
 
 
 def require_state(params: Params, adam_state: AdamState, rule: Rule) -> None:
-    """InputError where the state does not make a step by `rule`: what is missing or damaged.
+    """InputError if the state does not determine a step by `rule`, stating what is missing or damaged.
 
     Every parameter must be in one group, with learning rates that have a ratio; "adamw" needs every
-    exp_avg, exp_avg_sq and step, finite.
+    exp_avg, exp_avg_sq and step, all finite.
     """
     _lr_ratios(params, adam_state)
     if rule != "adamw":
@@ -175,17 +175,17 @@ def require_state(params: Params, adam_state: AdamState, rule: Rule) -> None:
     for what, found in by_name.items():
         if missing := [n for n in params if n not in found]:
             raise InputError(
-                f'rule "adamw" needs {what} of every parameter, {len(missing)} of {len(params)} lack '
-                f'it (first {missing[0]}): use a complete state, or rule "precondition"'
+                f'rule "adamw" needs {what} of every parameter, {len(missing)} of {len(params)} have '
+                f'none (first: {missing[0]}): use a complete state, or rule "precondition"'
             )
     for what, moments in zip(("exp_avg", "exp_avg_sq"), adam_state[:2], strict=True):
         tree.require_same(params, {n: moments[n] for n in params}, what)
         for name in params:
-            # NaN fails every comparison, so that this also refuses it.
+            # NaN fails every comparison, so that it is rejected, too.
             lowest = 0.0 if what == "exp_avg_sq" else -math.inf
             if not bool((moments[name].isfinite() & (moments[name] >= lowest)).all()):
                 raise InputError(
-                    f"{what} of {name} holds a negative or non-finite number: the optimizer state "
+                    f"{what} of {name} contains a negative or non-finite number: the optimizer state "
                     'is damaged; use another checkpoint, or rule "sgd"'
                 )
 
@@ -200,13 +200,16 @@ def _clip_coefficient(grads: Params, max_grad_norm: float | None) -> float:
 def _lr_ratios(params: Params, adam_state: AdamState) -> dict[str, float]:
     group_of = _group_of(adam_state)
     if missing := [n for n in params if n not in group_of]:
-        raise InputError(f"{missing[0]} is in no optimizer group: the state is of other parameters")
+        raise InputError(
+            f"{missing[0]} is in no optimizer group: the state belongs to other parameters; use the "
+            "optimizer state saved with this adapter"
+        )
     first = next(g.lr for g in adam_state.groups if g.names)
     lrs = {n: group_of[n].lr for n in params}
     if first == 0 and any(lrs.values()):
         raise InputError(
-            "the first optimizer group has lr 0 and another has not, so that the direction per unit "
-            "of learning rate is undefined: set optimizer.lr"
+            "the first optimizer group has learning rate 0 and another does not, so that the direction "
+            "per unit of learning rate is undefined: set optimizer.lr"
         )
     return {n: lr / first if first else 1.0 for n, lr in lrs.items()}
 

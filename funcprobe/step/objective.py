@@ -16,9 +16,9 @@ STD_EPS = 1e-4  # added to the standard deviation by TRL's GRPOTrainer; verl add
 
 
 class Objective(NamedTuple):
-    """How rewards become coefficients. `constant` is L, tokens; only "constant" reads it.
+    """How rewards become coefficients. `constant` is L in tokens, for normalisation "constant" only.
 
-    Advantage "rollouts": they are not made of rewards but come with the responses.
+    Advantage "rollouts": advantages are supplied with the responses, not computed from rewards.
     """
 
     advantage: Advantage | Literal["rollouts"]
@@ -32,8 +32,8 @@ PRESETS: dict[str, Objective] = {
     "dr_grpo": Objective("mean", "constant"),
     "rloo": Objective("leave_one_out", "sequence"),
 }
-"""Objectives by the names people know, at the sampled policy: every importance ratio is 1, so no
-clip is active, and beta (the KL term) is 0.
+"""Objectives by their common names, at the policy that sampled: every importance ratio is 1, so that
+no clip is active, and beta (the KL term) is 0.
 
 Read in huggingface/trl at commit 00313f2 (1.x, 2026), trl/trainer/grpo_trainer.py
 (`_generate_and_score_completions`, `_compute_loss`) and trl/trainer/rloo_trainer.py:
@@ -41,9 +41,9 @@ Read in huggingface/trl at commit 00313f2 (1.x, 2026), trl/trainer/grpo_trainer.
 - `grpo`: loss_type="grpo", scale_rewards="group" (Shao et al. 2024, arXiv:2402.03300).
 - `dapo`: loss_type="dapo", scale_rewards="group", TRL's default: one mean over all tokens of the
   step, where the paper averages within a prompt's group (Yu et al. 2025, arXiv:2503.14476).
-- `dr_grpo`: loss_type="dr_grpo", scale_rewards="none", L = max_completion_length. TRL leaves
-  scale_rewards at "group" unless told (Liu et al. 2025, arXiv:2503.20783). The preset leaves L
-  open: fill it with `PRESETS["dr_grpo"]._replace(constant=...)`.
+- `dr_grpo`: loss_type="dr_grpo", scale_rewards="none", L = max_completion_length; TRL's default is
+  scale_rewards="group" (Liu et al. 2025, arXiv:2503.20783). The preset does not set L: use
+  `PRESETS["dr_grpo"]._replace(constant=...)`.
 - `rloo`: RLOOTrainer, normalize_advantages=False, the sum of a sequence's log-probabilities
   (Ahmadian et al. 2024, arXiv:2402.14740).
 """
@@ -68,11 +68,11 @@ def advantages(
     if bool((size_M == 1).any()):
         prompt = prompt_N[(size_M[group_N] == 1).nonzero()[0, 0]]
         raise InputError(
-            f"prompt {int(prompt)} has one response: its advantage ({mode}) compares it with the "
-            "others of its prompt, and there are none; sample at least 2 responses per prompt"
+            f"prompt {int(prompt)} has one response: its advantage ({mode}) is relative to the other "
+            "responses to the prompt; sample at least 2 responses per prompt"
         )
-    # A shift changes no advantage. Measured from the group's minimum, equal rewards are exact
-    # zeros throughout, where (0.1 + 0.1 + 0.1) / 3 is not 0.1.
+    # Advantages are invariant to a shift. Relative to the group's minimum, equal rewards are exactly
+    # 0 throughout, whereas (0.1 + 0.1 + 0.1) / 3 is not 0.1.
     r_N = r_N - _extreme(r_N, group_N, len(size_M), "amin")[group_N]
     sum_M = _sum(r_N, group_N, len(size_M))
     if mode == "leave_one_out":
@@ -85,7 +85,7 @@ def advantages(
 
 
 def equal_reward_groups(reward_N: Float[Tensor, " N"], prompt_N: Int[Tensor, " N"]) -> int:
-    """How many prompts have responses of one and the same reward, and so no say in the step.
+    """Number of prompts whose responses all have the same reward, so that they do not enter the step.
 
     Raises InputError for a reward that is not finite.
     """
@@ -108,7 +108,7 @@ def coefficients(
         token_mean:     z_i = 1 / sum_j T_j
         sequence_mean:  z_i = 1 / (N T_i)
         longest:        z_i = 1 / (N max of T_j over the responses j to the same prompt)
-        constant:       z_i = 1 / (N L), L = `constant` in tokens; the others do not read it
+        constant:       z_i = 1 / (N L), L = `constant` in tokens, which the others ignore
 
     c_ik is 0 for k >= T_i, past the end of the response. Sources: see PRESETS.
     Raises InputError for an unknown normalisation, an empty response, a missing or
@@ -156,7 +156,7 @@ def _groups(reward_N: Tensor, prompt_N: Tensor) -> tuple[Tensor, Tensor, Tensor]
     r_N = f64(reward_N)
     if not bool(r_N.isfinite().all()):
         bad = int((~r_N.isfinite()).nonzero()[0, 0])
-        raise InputError(f"the reward of sequence {bad} is {float(r_N[bad])}, expected finite")
+        raise InputError(f"the reward of sequence {bad} is {float(r_N[bad])}, expected a finite number")
     _, group_N, size_M = torch.unique(prompt_N.cpu(), return_inverse=True, return_counts=True)
     return r_N, group_N, size_M
 
