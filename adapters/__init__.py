@@ -2,8 +2,8 @@
 
 import logging
 
-# If bitsandbytes is installed, peft imports it, which warns on a CPU with AVX512-BF16 of a missing kernel
-# that is not used here.
+# If bitsandbytes is installed, peft imports it, which warns on a CPU with AVX512-BF16 of a kernel
+# that is missing, and not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 )

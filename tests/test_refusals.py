@@ -77,8 +77,8 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], None], tuple[str, ...]]] = {
         ("the adapter's configuration cannot be loaded",),
     ),
     "adapter_config.json damaged": (write("adapter", "adapter_config.json", "{"), ("JSONDecodeError",)),
-    "rank that is no number": (adapter_config(r="two"), ("does not fit base",)),
-    "target modules that are no list": (adapter_config(target_modules=5), ("does not fit base",)),
+    "rank that is no number": (adapter_config(r="two"), ("does not match base",)),
+    "target modules that are no list": (adapter_config(target_modules=5), ("does not match base",)),
     "target modules that the base lacks": (adapter_config(target_modules=["zzz"]), ("zzz",)),
     "another rank": (adapter_config(r=3), ("has shape (2, 16), the base expects (3, 16)",)),
     "no LoRA": (
@@ -103,7 +103,7 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], None], tuple[str, ...]]] = {
     ),
     "adapter with one too many": (
         tensors("adapter", ADAPTER, lambda t: t.update({"base_model.model.extra": torch.ones(1)})),
-        ("base_model.model.extra", "no place for it"),
+        ("base_model.model.extra", "no such parameter"),
     ),
     "adapter not finite": (
         tensors("adapter", ADAPTER, lambda t: t[A0].view(-1)[3:4].fill_(float("nan"))),
@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], None], tuple[str, ...]]] = {
     ),
     "base of another size than its configuration": (
         resized(hidden_size=32),
-        ("has shape", "config.json says", "belong together"),
+        ("has shape", "from its config.json", "configuration and weights match"),
     ),
     "base configuration of another form": (resized(num_key_value_heads=0), ("cannot be loaded",)),
     "base configuration that contradicts itself": (resized(num_hidden_layers=4), ("layer_types",)),
@@ -137,7 +137,7 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], None], tuple[str, ...]]] = {
     ),
     "base quantised": (
         lambda c: edit_json(c.base / "config.json", quantization_config={"quant_method": "gptq"}),
-        ("is quantised", "the plain model"),
+        ("is quantised", "the unquantised model"),
     ),
     "no tokenizer": (
         both(remove("base", *TOKENIZER), remove("adapter", *TOKENIZER)),
@@ -158,14 +158,14 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], None], tuple[str, ...]]] = {
     ),
     "no optimizer state": (remove("adapter", "optimizer.pt"), ("save_only_model", 'rule = "sgd"')),
     "optimizer state cut short": (cut("adapter", "optimizer.pt", 3000), ("optimizer.pt",)),
-    "optimizer state empty": (cut("adapter", "optimizer.pt", 0), ("cut short",)),
+    "optimizer state empty": (cut("adapter", "optimizer.pt", 0), ("truncated",)),
     "optimizer state in another order": (
         optimizer(lambda s: s["param_groups"][0]["params"].reverse()),
         ("optimizer.pt", "another order"),
     ),
     "optimizer state with other counts": (
         optimizer(lambda s: s["param_groups"][0]["params"].append(99)),
-        ("holds 13 tensors in groups of 13 and 0, the adapter has 12",),
+        ("contains 13 tensors in groups of 13 and 0, the adapter has 12",),
     ),
     "no prompts": (lambda c: c.prompts.write_text(""), ("has no rows",)),
     "prompts of another encoding": (
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint(command, damaged, name) -> None:
         ({"prompts.prompt_column": "promt"}, ("'promt'", "did you mean 'prompt'?")),
         ({"prompts.source": "/nowhere/p.jsonl"}, ("file not found: /nowhere/p.jsonl",)),
         ({"prompts.source": "some/data"}, ("some/data", "cannot be loaded")),
-        ({"prompts.source": "toy"}, ('prompts.source still "toy"', "set prompts.source")),
+        ({"prompts.source": "toy"}, ('but prompts.source is "toy"', "set prompts.source")),
         ({"prompts.max_prompt_tokens": 4}, ("prompt 2 has 5 tokens", "max_prompt_tokens")),
         ({"prompts.chat": True}, ("chat template",)),
         ({"reward.function": "zork"}, ("unknown reward 'zork'",)),
@@ -212,8 +212,8 @@ def test_a_damaged_checkpoint(command, damaged, name) -> None:
         ({"run.device": "cuda:99"}, ("CUDA devices", '"cpu"')),
         ({"run.device": "cpu:1"}, ('run.device = "cpu:1"',)),
         ({"sampling.top_p": 0.9}, ("top_p = 0.9", "wrong distribution", "rollouts.eval")),
-        ({"measure.etas": [0.0]}, ("eta 0 is not positive",)),
-        ({"measure.etas": [1e-5, 1e-5]}, ("stands twice",)),
+        ({"measure.etas": [0.0]}, ("eta is 0, a positive",)),
+        ({"measure.etas": [1e-5, 1e-5]}, ("occurs twice",)),
         ({"sampling.temprature": 1}, ("did you mean temperature?",)),
         ({"rollouts.eval": "/nowhere/e.parquet"}, ("/nowhere/e.parquet: no such file",)),
         # What shows only in the numbers:
@@ -232,7 +232,7 @@ def test_a_setting_that_does_not_fit(command, checkpoint, given, said) -> None:
 @pytest.mark.parametrize("name", ["wider", "deeper", "shallower"])
 def test_the_adapter_of_another_base(command, checkpoint, other, name) -> None:
     base = str(other[name].base)
-    said = {"wider": "has shape", "deeper": "the file lacks it", "shallower": "no place for it"}[name]
+    said = {"wider": "has shape", "deeper": "the file lacks it", "shallower": "no such parameter"}[name]
     refused(
         command,
         checkpoint.settings() | {"policy.base": base},
@@ -243,10 +243,10 @@ def test_the_adapter_of_another_base(command, checkpoint, other, name) -> None:
 
 def test_a_vocabulary_that_does_not_match(command, checkpoint, other) -> None:
     given = checkpoint.settings() | {"policy.base": str(other["fewer tokens"].base)}
-    refused(command, given, "token '=' has id 13 and the model has 10 rows", "give the tokenizer")
+    refused(command, given, "token '=' has id 13, but the model has 10 rows", "use the tokenizer")
 
 
-@pytest.mark.parametrize(("name", "said"), [("wider", "has shape"), ("deeper", "holds 18 tensors")])
+@pytest.mark.parametrize(("name", "said"), [("wider", "has shape"), ("deeper", "contains 18 tensors")])
 def test_the_optimizer_state_of_another_adapter(command, checkpoint, other, name, said) -> None:
     path = str(other[name].adapter / "optimizer.pt")
     refused(command, checkpoint.settings() | {"optimizer.state": path}, path, said, "another adapter")
@@ -274,7 +274,7 @@ def test_code_in_the_optimizer_file_is_not_run(command, damaged) -> None:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("nan", "returned nan for response 0, expected finite"),
+        ("nan", "returned nan for response 0, expected a finite number"),
         ("raises", "raised ZeroDivisionError: no such luck"),
         ("short", "returned 1 values, expected a list of 12 numbers"),
         ("equal", "every advantage is 0 and v has no gradient part"),
@@ -299,7 +299,7 @@ def test_one_prompt_is_no_sample_of_prompts(command, damaged) -> None:
         ("a_file", "probe", "a_file: Not a directory"),
         ("a_file/below", "probe", "a_file: Not a directory"),
         ("/proc/funcprobe", "probe", "/proc: "),
-        (".", "occupied", "exists and is no run folder"),
+        (".", "occupied", "exists and is not a run folder"),
     ],
 )
 @pytest.mark.parametrize("arguments", [(), ("--dry-run",)])

@@ -268,7 +268,7 @@ class MeasureConfig(Section):
             raise ValueError("the list is empty, at least one learning rate is expected")
         for eta in etas:
             if not (eta > 0 and math.isfinite(eta)):
-                raise ValueError(f"eta {eta:g}, a positive, finite learning rate is expected")
+                raise ValueError(f"eta is {eta:g}, a positive, finite number is expected")
         if twice := [eta for i, eta in enumerate(etas) if eta in etas[:i]]:
             raise ValueError(f"eta {twice[0]:g} occurs twice, distinct values are expected")
         return etas

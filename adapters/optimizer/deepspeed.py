@@ -48,7 +48,7 @@ def read(path: Path) -> Saved:
     """
     if not _is_universal(path):
         raise InputError(
-            f"is a partitioned DeepSpeed ZeRO checkpoint, expected a universal one: run `python -m "
+            f"a partitioned DeepSpeed ZeRO checkpoint, expected a universal one: run `python -m "
             f"deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {path} "
             f"--output_folder {path}_universal` and give its output"
         )

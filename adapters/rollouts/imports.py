@@ -80,9 +80,7 @@ def import_columns(
         "response_ids": [[*y, eos] if end else y for y, end in zip(ids, ended, strict=True)],
         "temperature": [guesses.temperature] * count,
     }
-    replaced = (
-        "an evaluation at that step would have written its rows to it; " if layout == "trl" else ""
-    )
+    replaced = "an evaluation at that step would have added its rows; " if layout == "trl" else ""
     lossy = (
         f"warning: U is {TITLES[layout]} ({file.path}), which is text: it is tokenised again, EOS "
         f"({eos}) is appended to the {sum(ended)} of {count} responses shorter than "

@@ -99,7 +99,7 @@ def _too_little(longest: int, needed: float | None, room: float) -> InputError:
     takes = "more" if needed is None else f"{needed / MIB:.0f} MiB"
     return InputError(
         f'run.max_tokens = "auto": the longest sequence may have {longest} tokens, whose gradient '
-        f"takes {takes}, but {room / MIB:.0f} MiB are free: lower sampling.max_new_tokens, drop long "
+        f"takes {takes}; {room / MIB:.0f} MiB are free: lower sampling.max_new_tokens, drop long "
         "prompts, or free memory"
     )
 

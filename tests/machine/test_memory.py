@@ -34,7 +34,7 @@ def test_where_the_peak_cannot_be_reset_it_is_said(tmp_path, monkeypatch) -> Non
     (row,) = cost_section(narrator.costs.values(), {}).stages
     assert row.process_peak_of == "the process since its start"
     assert row.process_peak_bytes >= memory.process_now() // 2
-    with pytest.raises(InputError, match="to measure what a microbatch takes: give a number"):
+    with pytest.raises(InputError, match="to measure the memory of a microbatch: give a number"):
         max_tokens._peak_above(torch.device("cpu"))
 
 

@@ -188,7 +188,7 @@ def test_the_frozen_output_embedding_gives_the_models_logits(build, temperature)
     model = built(build)
     params = trainable_params(model)
     forward = frozen_forward(model, params, temperature)
-    says = "the output embedding is trained, or no plain matrix: the head is the model's own"
+    says = "output embedding trained, or not a plain matrix: derivatives not in closed form"
     assert (forward.readout is None) is (build in TRAINED_HEADS)
     assert (says in forward.notes) is (build in TRAINED_HEADS)
     (rows,) = microbatches(BATCH, 64)
@@ -232,7 +232,7 @@ def test_a_hook_on_the_output_embedding_is_run(before):
         embedding.register_forward_hook(lambda _, __, out: 1.5 * out)
     probe = funcprobe.bind(model, max_tokens=64)
     assert probe.forward.readout is None
-    assert any("no plain matrix" in note for note in probe.forward.notes)
+    assert any("not a plain matrix" in note for note in probe.forward.notes)
     stats = probe.token_stats(probe.params, BATCH)
     unhooked = built(qwen2)
     other = funcprobe.bind(unhooked, temperature=1 / 1.5, max_tokens=64)  # the same scores
@@ -272,4 +272,4 @@ def test_layouts_that_may_be_used():
     window = built(gemma2)
     forward = frozen_forward(window, trainable_params(window))
     assert forward.layout == "plain"
-    assert "that needs sdpa attention, the model has eager" in forward.notes[0]
+    assert "packing needs sdpa attention, the model has eager" in forward.notes[0]

@@ -12,7 +12,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.rollouts import Rollouts, load_rollouts, save_rollouts
-from funcprobe.adapters.sampling.supplied import bring_update, open_update
+from funcprobe.adapters.sampling.supplied import open_update
 from funcprobe.adapters.stages.batches import sample
 from funcprobe.adapters.stages.plan import load
 from funcprobe.adapters.store import Stages
@@ -41,7 +41,7 @@ class Policy(NamedTuple):
 def brought(config: Config, prompt_ids=(), step: int = 1) -> tuple[Rollouts, list[str]]:
     policy: Any = Policy(character_tokenizer(), (EOS,))
     mode = config.objective.advantage or "mean_std"
-    found, lines = bring_update(
+    found, lines = load_supplied_update(
         open_update(config),
         config,
         policy,
@@ -91,9 +91,12 @@ def test_a_run_on_what_trl_logged(command, checkpoint, trained) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollouts.eval": "TRL"}, "is TRL completions: text, without the tokens that were sampled"),
-        ({"rollouts.eval": "VERL"}, "is a verl rollout dump: text, without the tokens"),
-        ({"rollouts.update": "VERL", "objective.advantage": "rollouts"}, "which holds no advantages"),
+        ({"rollouts.eval": "TRL"}, "is TRL completions: text, without the sampled tokens"),
+        ({"rollouts.eval": "VERL"}, "is a verl rollout dump: text, without the sampled tokens"),
+        (
+            {"rollouts.update": "VERL", "objective.advantage": "rollouts"},
+            "which contains no advantages",
+        ),
         ({"rollouts.update": "OTHER"}, "its columns are: prompt, text"),
         (
             {"objective.advantage": "rollouts"},
@@ -101,12 +104,12 @@ def test_a_run_on_what_trl_logged(command, checkpoint, trained) -> None:
         ),
         (
             {"rollouts.update": "TRL", "objective.preset": "dr_grpo"},
-            "set objective.constant to what the",
+            "set objective.constant to the",
         ),
         ({"reward.conversational": True}, "set prompts.chat = true as well"),
         (
             {"reward.conversational": True, "reward.function": "numeric", "prompts.chat": True},
-            "reads text",
+            "takes text",
         ),
     ],
 )
@@ -135,7 +138,7 @@ def test_a_log_of_verls_finds_its_prompts_also_where_nothing_is_sampled(
     outcome = command("run", "c.toml", "--dry-run", *sets(given))
     assert outcome.status == 0, outcome.err
     assert "prompts.source" not in outcome.err.replace("set prompts.source and", "")
-    assert "nothing in" in outcome.err  # says of which step the checkpoint is
+    assert "does not record" in outcome.err  # says of which step the checkpoint is
     assert "longest prompt" not in outcome.out
     gone = given | {"prompts.source": "/gone.jsonl"}
     assert "file not found: /gone.jsonl" in command("run", "c.toml", "--dry-run", *sets(gone)).err
@@ -241,10 +244,12 @@ def test_u_with_advantages_alone(checkpoint, trained, tmp_path, monkeypatch) -> 
         "normalisation": "sequence",
         "constant": 6.0,
     }
-    assert "U is brought: its advantages are its own" in narrator.lines
-    assert "1 groups of advantage 0" in narrator.lines[-1]
+    assert "U is supplied: its advantages are the supplied ones" in narrator.lines
+    assert "1 of 4 groups have advantage 0" in narrator.lines[-1]
     save_rollouts(found._replace(reward=None, advantage=[0.0] * 12), Path("u.jsonl"))
-    with pytest.raises(InputError, match=r"all 4 groups of U have advantage 0.*: bring rollouts with"):
+    with pytest.raises(
+        InputError, match=r"all 4 groups of U have advantage 0.*: supply other rollouts"
+    ):
         load(read_config(Path("c.toml"), sets(settings)[1::2]), narrator)
 
 
@@ -261,7 +266,7 @@ def test_advantages_that_are_not_those_of_the_rewards_are_a_warning(
     narrator = Narrator()
     plan = load(read_config(Path("c.toml"), sets(given)[1::2]), narrator)
     sample(plan, Stages(None), narrator)
-    (warning,) = (line for line in narrator.lines if "own advantages" in line)
+    (warning,) = (line for line in narrator.lines if "supplied advantages" in line)
     assert 'objective.advantage = "rollouts"' in warning
     rows = slice(0, 11)  # the last of a group is gone
     cut = {k: v[rows] for k, v in found._asdict().items() if isinstance(v, list)}

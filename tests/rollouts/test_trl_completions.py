@@ -42,7 +42,7 @@ def test_trl_completions_are_what_was_sampled(trained) -> None:
     assert len(lines) == 1
     for said in (
         f"warning: U is TRL completions ({trained.file}), which is text",
-        f"EOS (1) is put behind the {sum(ends)} of 12 responses shorter than",
+        f"EOS (1) is appended to the {sum(ends)} of 12 responses shorter than",
         "sampling.max_new_tokens = 12",
         "sampling.temperature = 1;",
     ):
@@ -74,7 +74,7 @@ def test_trl_rewards_of_several_functions_are_summed_with_a_warning(with_two) ->
     columns = read_columns(with_two.file).values
     assert found.reward == [a + b for a, b in zip(columns["length"], columns["first_one"], strict=True)]
     assert len(lines) == 2
-    assert "the sum of length, first_one, right if all are rewards" in lines[1]
+    assert "the sum of length, first_one, correct if all are rewards" in lines[1]
     assert update_advantages(found, "mean_std")[1] == []  # TRL's weights were 1
     # With weights 1 and 0.2 TRL would have logged the same rewards and other advantages.
     weighted = [a + 0.2 * b for a, b in zip(columns["length"], columns["first_one"], strict=True)]
@@ -117,7 +117,7 @@ def test_trl_chats(chatted) -> None:
     assert found.prompt_ids == [tokenizer(text)["input_ids"] for text in found.prompt]
     assert found.response == [c[0]["content"] for c in chatted.call["completions"]]
     columns = read_columns(chatted.file)
-    assert "prompt of messages, and the tokenizer has no chat template" in refusal(columns)
+    assert "prompt of messages, but the tokenizer has no chat template" in refusal(columns)
     more = [[*c, {"role": "tool", "content": "5"}] for c in columns.values["completion"]]
     assert "completion of 2 messages" in refusal(changed(columns, completion=more), tokenizer=tokenizer)
     called = [[c[0] | {"tool_calls": ["f"]}] for c in columns.values["completion"]]
@@ -137,7 +137,7 @@ def test_trl_groups(trained) -> None:
     twice = changed(columns, prompt=[text[0]] * 6 + [text[6]] * 3 + [text[0]] * 3)
     assert imported(twice)[0].prompt_index == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     cut = changed(columns, prompt=text[:11])
-    assert "equal prompts stand in runs of 2 to 3 rows" in refusal(cut)
+    assert "equal prompts occur in runs of 2 to 3 rows" in refusal(cut)
     mixed = changed(columns, prompt=text[::3] * 3)
     assert "runs of 1 to 1 rows" in refusal(mixed)
 
@@ -145,7 +145,7 @@ def test_trl_groups(trained) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"step": [5] * 6 + [6] * 6}, "holds steps 5 and 6, two policies"),
+        ({"step": [5] * 6 + [6] * 6}, "contains steps 5 and 6, two policies"),
         ({"step": []}, "has no rows"),
         ({"completion": [None] * 12}, "row 0 has None in completion, Unicode text is expected"),
         (
@@ -153,12 +153,12 @@ def test_trl_groups(trained) -> None:
             "row 11 has a response of 13 tokens, sampl",
         ),
         ({"prompt": ["\ud800"] * 12}, "row 0 has '\\ud800' in prompt, Unicode text is expected"),
-        ({"step": [0] * 12}, "is of step 0, and checkpoint has taken 0 steps"),
+        ({"step": [0] * 12}, "is of step 0, but checkpoint has taken 0 steps"),
         ({"prompt": [4] * 12}, "row 0 has 4 in prompt, Unicode text is expected"),
         ({"length": ["a"] * 12}, "row 0 has no reward (reward columns: none):"),
         (
             {"length": [True] * 12},
-            "(reward columns: none; left out, as TRL's rewards are floats: length): set objective",
+            "(reward columns: none; excluded, as TRL's rewards are floats: length): set objective",
         ),
         ({"length": [1.0] * 11 + [float("nan")]}, "row 11 has no reward (reward columns: length)"),
         ({"length": [1.0] * 11 + [float("inf")]}, "row 11 has reward inf"),
@@ -179,16 +179,16 @@ def test_trl_files_that_cannot_be_used(trained, values, said) -> None:
         (
             1,
             {},
-            "is of step 1, and checkpoint has taken 1 steps, so that its next step is made of the "
+            "is of step 1, but checkpoint has taken 1 steps, so that its next step uses the "
             "rollouts of step 2: give completions_00002.parquet, or the checkpoint that has taken 0",
         ),
         (
             0,
             {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
-            "holds a generation of 4 micro-batches (steps_per_generation), and a step of this run",
+            "contains a generation of 4 micro-batches (steps_per_generation), but a step of this run",
         ),
         (None, {"num_iterations": 3}, "this run used num_iterations = 3 times"),
-        (0, {"generation_batch_size": 24}, "has 12 rows, and the run generated 24 a step"),
+        (0, {"generation_batch_size": 24}, "has 12 rows, but the run generated 24 per step"),
     ],
 )
 def test_a_log_is_of_the_step_after_the_checkpoint(trained, steps, loss, said) -> None:
@@ -198,10 +198,10 @@ def test_a_log_is_of_the_step_after_the_checkpoint(trained, steps, loss, said) -
         assert said in refusal(columns, run=run)
         return
     _, lines = imported(columns, run=run)
-    assert "an evaluation at that step would have put its rows into the file" in lines[0]
+    assert "an evaluation at that step would have added its rows" in lines[0]
     assert len(lines) == 1 + (steps is None)
     if steps is None:
-        assert lines[1].startswith("warning: U's file is of step 1, and nothing in checkpoint says how")
+        assert lines[1].startswith("warning: U's file is of step 1, but checkpoint does not record")
         assert lines[1].endswith("only if these are 0")
 
 
@@ -240,8 +240,10 @@ def test_columns_that_are_no_rewards_of_trls_are_named(trained) -> None:
     texts = ["a"] * 12
     found, lines = imported(changed(columns, short=whole, right=[x > 0 for x in whole], texts=texts))
     assert found.reward == columns.values["length"]
-    assert "the sum of length, right if all" in lines[1]
-    assert "all weights are 1; left out, as TRL's rewards are floats: short, right; if" in lines[1]
+    assert "the sum of length, correct if all" in lines[1]
+    assert (
+        "all weights are 1; excluded, as TRL's rewards are floats: short, right; otherwise" in lines[1]
+    )
     assert len(imported(changed(columns, texts=texts))[1]) == 1
 
 

@@ -34,7 +34,7 @@ def test_verl_dumps(tmp_path) -> None:
     assert found.advantage is None
     assert found.temperature == 0.5
     assert len(lines) == 1
-    assert "EOS (1) is put behind the 3 of 4 responses shorter than" in lines[0]
+    assert "EOS (1) is appended to the 3 of 4 responses shorter than" in lines[0]
     lost, lines = imported(path, prompts={"3+4=": A})
     assert lost.prompt_ids == [A, B[1:], A, B[1:]]
     assert "2 of U's 4 prompts are not in prompts.source" in lines[1]
@@ -42,9 +42,8 @@ def test_verl_dumps(tmp_path) -> None:
     assert lost.prompt_ids == [A[1:], B[1:]] * 2
     assert "4 of U's 4 prompts (prompts.source is not set) and were" in lines[1]
     assert "an evaluation" not in lines[0]
-    assert (
-        "taken 6 steps, so that its next step is made of the rollouts of step 7: give 7.js"
-        in refusal(read_columns(path), run=run_before(7))
+    assert "taken 6 steps, so that its next step uses the rollouts of step 7: give 7.js" in refusal(
+        read_columns(path), run=run_before(7)
     )
     assert "give 6.jsonl" not in refusal(read_columns(path), run=run_before(5))  # of one too late, too
     # Settings of TRL's are none of verl's.
@@ -66,7 +65,7 @@ def test_verl_groups_by_uid_where_there_is_one(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"step": [5, 5, 6, 6]}, "holds steps 5 and 6"),
+        ({"step": [5, 5, 6, 6]}, "contains steps 5 and 6"),
         ({"step": [[5], [5], [5], [6]]}, "line 1 has [5] in step, an integer is expected"),
         ({"step": [6, 6, True, 6]}, "line 3 has True in step, an integer is expected"),
         ({"output": ["1", "1", "\ud800", "1"]}, "line 3 has '\\ud800' in output, Unicode text is"),
@@ -81,7 +80,7 @@ def test_verl_groups_by_uid_where_there_is_one(tmp_path) -> None:
 def test_verl_files_that_cannot_be_used(tmp_path, values, said) -> None:
     path = dumped(tmp_path / "6.jsonl", SAMPLED, [1.0, 0.0, 0.25, 1.0])
     assert said in refusal(changed(read_columns(path), **values))
-    assert "which holds no advantages" in refusal(read_columns(path), advantages=True)
+    assert "which contains no advantages" in refusal(read_columns(path), advantages=True)
 
 
 def test_the_end_of_sequence_is_the_tokenizers_where_the_policy_has_it(tmp_path) -> None:

@@ -72,7 +72,7 @@ def test_no_sidecar_from_other_processes_and_plain_values_only(checkpoint, tmp_p
     given = {"model": trainer.model, "optimizer": trainer.optimizer}
     ParamNamesCallback().on_save(args, trainer.state, trainer.control, **given)
     args = types.SimpleNamespace(should_save=True, output_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="it does not exist"):
         ParamNamesCallback().on_save(args, trainer.state, trainer.control, **given)
     args = types.SimpleNamespace(
         should_save=True,

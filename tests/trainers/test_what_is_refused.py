@@ -62,7 +62,7 @@ def test_a_sharded_parameter_is_refused_by_name(one_process, checkpoint, tmp_pat
     [
         ({"prompts": {"source": "toy"}}, 'prompts.source is "toy"'),
         ({"prompts": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"sampling": {"temperature": 0.5}}, "temperature 1 and E is at 0.5"),
+        ({"sampling": {"temperature": 0.5}}, "temperature 1 but E is at 0.5"),
         ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr is set"),
         ({"optimizer": {"max_grad_norm": 1.0}}, r"optimizer\.max_grad_norm is set.*the trainer's own"),
         ({"optimizer": {"rule": "sgd"}}, r"optimizer\.rule is set"),
