@@ -12,7 +12,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.rollouts import Rollouts, load_rollouts, save_rollouts
-from funcprobe.adapters.sampling.supplied import open_update
+from funcprobe.adapters.sampling.supplied import load_supplied_update, open_update
 from funcprobe.adapters.stages.batches import sample
 from funcprobe.adapters.stages.plan import load
 from funcprobe.adapters.store import Stages
