@@ -18,7 +18,8 @@ def gsm8k(split):
     path = GSM8K / f"{split}.jsonl"
     if not path.is_file():
         pytest.skip(f"GSM8K is not here ({path}); it is no part of the repository")
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def score(reward, completions, rows):
