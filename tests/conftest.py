@@ -26,6 +26,10 @@ torch.set_num_threads(1)
 VOCABULARY = 11
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests of -m device run, as cuda")
+
+
 def tiny_policy(
     vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float64, seed: int = 0, **config
 ):

@@ -20,6 +20,7 @@ from funcprobe.policy.forward import trainable_params
 from funcprobe.types import InputError, Params
 
 from ..config.schema import PolicyConfig
+from ..machine.devices import random_state_kept
 from .adapter import ADAPTER_FILES, check_adapter_config, find_adapter, read_adapter_config
 from .base import UNLOADABLE, is_local, load_base, load_tokenizer, short
 from .quantised import freeze_quantised
@@ -122,7 +123,7 @@ def _attach_adapter(
             f"the adapter's weights cannot be loaded from {source} ({short(error)})"
         ) from error
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with random_state_kept(), warnings.catch_warnings():
             # peft draws the initial LoRA weights, replaced below, and asks transformers 5.23 for an
             # attribute that warns of its age.
             warnings.simplefilter("ignore", FutureWarning)

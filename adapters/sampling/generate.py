@@ -1,7 +1,6 @@
 """Responses from the current policy: the one place that generates."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig
+from ..machine.devices import random_state_kept
 
 
 class Responses(NamedTuple):
@@ -60,18 +60,6 @@ def sample_responses(
     real = sum(len(x) + len(y) - 1 for x, y in zip(prompt_ids, cut, strict=True))
     finished = [response[-1] in policy.eos_ids for response in cut]
     return Responses(cut, finished, tokens, tokens - real)
-
-
-def random_state_kept() -> AbstractContextManager[None]:
-    """On leaving, torch's random states are as they were: the CPU's, and every accelerator's.
-
-    torch.manual_seed() sets all of them, wherever the model is.
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return torch.random.fork_rng(devices=())
-    count = torch.get_device_module(accelerator).device_count()
-    return torch.random.fork_rng(devices=range(count), device_type=accelerator.type)
 
 
 def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> list[list[int]]:
