@@ -36,7 +36,10 @@ on_device = pytest.mark.device
 
 @pytest.fixture(scope="module")
 def device(request) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+    found = torch.device(request.config.getoption("--device"))
+    if found.type == "cuda" and found.index is None:  # which some of torch.cuda's functions insist on
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 class World(NamedTuple):
@@ -376,7 +379,7 @@ def test_memory_that_runs_out_halves_a_microbatch(world64, device, words):
 
     def hidden(params: funcprobe.Params, rows: Any) -> Tensor:
         if device.type == "cuda":
-            torch.empty(rows.tokens * 2**26, dtype=torch.uint8, device=device)  # 16 tokens fit
+            torch.empty(rows.tokens * 2**25, dtype=torch.uint8, device=device)  # up to 32 tokens fit
         elif rows.tokens > 16:
             raise RuntimeError(words)
         return probe.forward.hidden(params, rows)
@@ -393,13 +396,21 @@ def test_memory_that_runs_out_halves_a_microbatch(world64, device, words):
 
 
 @on_device
-def test_another_error_passes(world64):
-    def hidden(params: funcprobe.Params, rows: Any) -> Tensor:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_memory_that_runs_out_elsewhere_is_said_in_a_line(world64, device, monkeypatch, small):
+    from funcprobe.adapters.checkpoint.model import Policy, load_policy
+    from funcprobe.adapters.config.schema import PolicyConfig, SamplingConfig
+    from funcprobe.adapters.sampling.generate import sample_responses
 
-    forward = world64.probe.forward._replace(hidden=hidden)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        funcprobe.token_stats(world64.probe.params, world64.batches["even"], forward)
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    policy = Policy(world64.model, None, world64.probe.params, (0,), 0, "", None, "sdpa", ())
+    monkeypatch.setattr(world64.model, "generate", full)
+    with pytest.raises(InputError, match="3 responses were sampled at once: lower "):
+        sample_responses(policy, [[1], [2], [3]], SamplingConfig(), 0)
+    monkeypatch.setattr(type(world64.model), "to", full)
+    with pytest.raises(InputError, match=f"does not fit into the memory of {device}"):
+        load_policy(PolicyConfig(checkpoint=str(small.checkpoint)), device)
 
 
 @on_device

@@ -297,7 +297,12 @@ def heads_of_their_own() -> None:
         with Device():
             probe = funcprobe.bind(taken_elsewhere(make_policy(dtype)))
             v = random_like(probe.params, 1)
-            for call in (probe.token_stats, partial(probe.tangents, direction=v)):
+            for call in (
+                probe.token_stats,
+                partial(probe.tangents, direction=v),
+                partial(probe.weighted_grad, p_NR=coefficients(EVEN), q_NR=coefficients(EVEN)),
+                partial(probe.second_tangents, direction=v),
+            ):
                 asked.clear()
                 with Replaced({scaled_dot_product_attention: listening}):
                     call(probe.params, EVEN)

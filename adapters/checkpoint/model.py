@@ -17,6 +17,7 @@ from peft.utils import load_peft_weights
 from transformers import GenerationConfig
 
 from funcprobe.policy.forward import trainable_params
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.types import InputError, Params
 
 from ..config.schema import PolicyConfig
@@ -75,7 +76,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     if config.dtype == "float64":
         model = model.double()
     model.config.use_cache = False
-    model = model.to(device).eval()
+    model = _moved(model, device).eval()
     params = trainable_params(model)
     _require_finite(model, base_id, config.dtype)
     attention = str(base.config._attn_implementation)
@@ -94,6 +95,18 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     commit = getattr(base.config, "_commit_hash", None)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     return Policy(model, tokenizer, params, eos_ids, pad_id, base_id, commit, attention, lines)
+
+
+def _moved(model: PeftModel, device: torch.device) -> PeftModel:
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(
+            f"the policy does not fit into the memory of {device}: free some, take another run.device, "
+            'a smaller policy.dtype, or policy.mode = "qlora"'
+        ) from error
 
 
 def check_registry(params: Params, max_trainable: int) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
@@ -33,7 +34,7 @@ def sample_responses(
 
     The same seed, prompts and `generation_batch` give the same responses; the global random state is
     left as it was. `advance` is called with the number of sequences done after each batch. Raises
-    InputError where the probabilities overflow.
+    InputError where the probabilities overflow, or memory runs out.
     """
     generation = GenerationConfig(
         do_sample=True,
@@ -95,7 +96,12 @@ def _generate(
             generation_config=generation,
         )
     except RuntimeError as error:
-        if "probability tensor contains" not in str(error):  # torch.multinomial, on the CPU
+        if out_of_memory(error):
+            raise InputError(
+                f"memory ran out while {len(prompt_ids)} responses were sampled at once: lower "
+                "sampling.generation_batch"
+            ) from error
+        if "probability tensor contains" not in str(error):  # torch.multinomial's, on any device
             raise
         raise InputError(
             "the policy's probabilities are not finite: its weights are damaged, or too large for "
