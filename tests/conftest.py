@@ -27,6 +27,10 @@ settings.load_profile("funcprobe")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the tests of -m device, as cuda")
+
+
 @pytest.fixture(scope="session")
 def policy64():
     return tiny_policy()

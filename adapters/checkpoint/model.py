@@ -17,9 +17,11 @@ from peft.utils import load_peft_weights
 from transformers import GenerationConfig
 
 from funcprobe.policy.forward import trainable_params
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.types import InputError, Params
 
 from ..config.schema import PolicyConfig
+from ..machine.devices import random_state_kept
 from .adapter import ADAPTER_FILES, check_adapter_config, find_adapter, read_adapter_config
 from .base import UNLOADABLE, is_local, load_base, load_tokenizer, short
 from .quantised import freeze_quantised
@@ -74,7 +76,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     if config.dtype == "float64":
         model = model.double()
     model.config.use_cache = False
-    model = model.to(device).eval()
+    model = _moved(model, device).eval()
     params = trainable_params(model)
     _require_finite(model, base_id, config.dtype)
     attention = str(base.config._attn_implementation)
@@ -93,6 +95,18 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     commit = getattr(base.config, "_commit_hash", None)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     return Policy(model, tokenizer, params, eos_ids, pad_id, base_id, commit, attention, lines)
+
+
+def _moved(model: PeftModel, device: torch.device) -> PeftModel:
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(
+            f"the policy does not fit into the memory of {device}: free some, take another run.device, "
+            'a smaller policy.dtype, or policy.mode = "qlora"'
+        ) from error
 
 
 def check_registry(params: Params, max_trainable: int) -> None:
@@ -121,15 +135,13 @@ def _attach_adapter(
         raise InputError(
             f"the adapter's weights cannot be loaded from {source} ({short(error)}): copy it again"
         ) from error
-    # Given no devices, fork_rng() initialises every GPU, and warns where there are several.
-    gpus = {p.device for p in base.parameters() if p.device.type != "cpu"}
     with warnings.catch_warnings():
         # peft 0.21 advises on merging and saving, which are not done here, and uses a deprecated
         # attribute of transformers 5.23.
         warnings.filterwarnings("ignore", category=UserWarning, module="peft")
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            with torch.random.fork_rng(devices=gpus):  # initial LoRA weights are drawn, replaced below
+            with random_state_kept():  # initial LoRA weights are drawn, replaced below
                 adapter_config.base_model_name_or_path = base_id  # peft warns if it has to change it
                 model = get_peft_model(base, adapter_config, adapter_name=name)
         except (ValueError, TypeError, AttributeError) as error:  # the last two: damaged file

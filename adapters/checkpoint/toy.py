@@ -20,6 +20,7 @@ from torch import Tensor
 
 from funcprobe.types import InputError
 
+from ..machine.devices import random_state_kept
 from ..optimizer import sidecar
 from ..optimizer.names import sidecar_content
 
@@ -82,7 +83,7 @@ def ensure_toy(
         draft = Path(temporary) / "toy"
         try:
             torch.set_num_threads(1)
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            with random_state_kept(), torch.enable_grad():
                 _make(_layout(draft, recipe), toy.base, recipe, report)
             draft.replace(folder)
         except OSError:

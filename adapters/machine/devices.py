@@ -1,4 +1,6 @@
-"""The device that a run uses."""
+"""The device that a run uses, and the random states of all devices."""
+
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -23,3 +25,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in {"cpu", "cuda"} or (device.type == "cpu" and device.index):
         raise InputError(f'run.device = "{name}": expected "auto", "cpu", "cuda" or "cuda:N"')
     return device
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """On leaving, torch's random states are as they were: the CPU's, and every accelerator's.
+
+    torch.manual_seed() sets all of them, wherever the model is.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return torch.random.fork_rng(devices=())
+    count = torch.get_device_module(accelerator).device_count()
+    return torch.random.fork_rng(devices=range(count), device_type=accelerator.type)

@@ -1,16 +1,17 @@
 """Responses sampled from the current policy; generation takes place here only."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig
 
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig
+from ..machine.devices import random_state_kept
 
 
 class Responses(NamedTuple):
@@ -33,7 +34,7 @@ def sample_responses(
 
     The same seed, prompts and `generation_batch` give the same responses; the global random state is
     restored. `advance` is called with the number of sequences done after each batch. Raises InputError
-    if probabilities are not finite.
+    if probabilities are not finite, and if memory runs out.
     """
     generation = GenerationConfig(
         do_sample=True,
@@ -60,18 +61,6 @@ def sample_responses(
     real = sum(len(x) + len(y) - 1 for x, y in zip(prompt_ids, cut, strict=True))
     finished = [response[-1] in policy.eos_ids for response in cut]
     return Responses(cut, finished, tokens, tokens - real)
-
-
-def random_state_kept() -> AbstractContextManager[None]:
-    """A context that restores torch's random states at its end: the CPU's and every accelerator's.
-
-    torch.manual_seed() sets all of them, on whichever device the model is.
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return torch.random.fork_rng(devices=())
-    count = torch.get_device_module(accelerator).device_count()
-    return torch.random.fork_rng(devices=range(count), device_type=accelerator.type)
 
 
 def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> list[list[int]]:
@@ -107,7 +96,12 @@ def _generate(
             generation_config=generation,
         )
     except RuntimeError as error:
-        if "probability tensor contains" not in str(error):  # torch.multinomial, on the CPU
+        if out_of_memory(error):
+            raise InputError(
+                f"memory ran out while {len(prompt_ids)} responses were sampled at once: lower "
+                "sampling.generation_batch"
+            ) from error
+        if "probability tensor contains" not in str(error):  # torch.multinomial's, on any device
             raise
         raise InputError(
             "the policy's probabilities are not finite: its weights are damaged, or too large for "

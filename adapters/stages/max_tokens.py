@@ -8,6 +8,7 @@ import torch
 
 import funcprobe
 from funcprobe.policy.forward import Forward
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.types import Batch, InputError, Params
 
 from ..machine import memory
@@ -58,10 +59,7 @@ def choose(
         try:
             _gradient(params, batch, forward._replace(halved=halves.append), number * longest)
         except (RuntimeError, MemoryError) as error:
-            ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if not ours and "can't allocate memory" not in str(
-                error
-            ):  # the CPU's, a plain RuntimeError
+            if not out_of_memory(error):
                 raise
             raise _too_little(longest, None, room) from error
         trials.append(Trial(number * (longest - 1), peak()))

@@ -22,8 +22,8 @@ from funcprobe.policy.suitability import require_causal_lm
 from funcprobe.types import AdamState, InputError, Params
 
 from ..checkpoint.model import Policy, check_registry, eos_ids_of
+from ..machine.devices import random_state_kept
 from ..optimizer import live_adam_state
-from ..sampling.generate import random_state_kept
 
 _ABSENT = object()
 

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import funcprobe
 from funcprobe import tree
 from funcprobe.along import Along, eval_passes, summarise_along
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.statistics.estimators import Measured
 from funcprobe.step import adam
 from funcprobe.types import AdamState, Batch, Entropy, InputError, Params
@@ -61,8 +62,8 @@ class ProbeCallback(TrainerCallback):
     The results are in the trainer's log as funcprobe/*, at their step. Weights, gradients, modes, hooks
     and random states are restored, so that training continues bit for bit. Raises InputError, one line,
     here or before the first step, if the trainer cannot be probed. At a step that cannot be probed (a
-    gradient or probability that is not finite; torch.OutOfMemoryError, raised by accelerators) the
-    reason is a warning, funcprobe/skipped is logged, and training continues.
+    gradient or probability that is not finite; memory that runs out) the reason is a warning,
+    funcprobe/skipped is logged, and training continues.
     """
 
     def __init__(self, trainer: Trainer, every: int, config: str | Path | Config) -> None:
@@ -114,7 +115,9 @@ class ProbeCallback(TrainerCallback):
                 self.config,
                 step,
             )
-        except (InputError, torch.OutOfMemoryError) as error:
+        except (InputError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, InputError) and not out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())[:300]
             warnings.warn(f"funcprobe: step {step} is not probed: {reason}", stacklevel=2)
             self._numbers = {"funcprobe/skipped": 1.0}

@@ -1,5 +1,6 @@
 """Forward-mode rules where torch's own are slow or missing: frozen linear layers, fused attention."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,12 +108,9 @@ def _attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    if enable_gqa:
-        each = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(each, 1) for x in (key, value))
     if not any(in_transform(x) for x in (query, key, value)):
-        return _dual_attention(query, key, value, attn_mask, is_causal, scale)
-    settings = Constants(attn_mask, dropout_p, is_causal, scale)
+        return _dual_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    settings = Constants(attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out: Tensor = _Attention.apply(query, key, value, settings)  # type: ignore[no-untyped-call]
     return out
 
@@ -124,12 +122,26 @@ def _dual_attention(
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
     (q, dq), (k, dk), (v, dv) = (unpack_dual(x) for x in (query, key, value))
     moved = [torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv))]
-    out = scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale)
-    dual: Tensor = make_dual(out, attention_along([q, k, v, out], moved, mask, is_causal, scale))
+    # The very call of a pass without tangents: which kernel CUDA takes depends on all of it.
+    out = scaled_dot_product_attention(
+        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    at, along = _headed([q, k, v, out]), _headed(moved)
+    dual: Tensor = make_dual(out, attention_along(at, along, mask, is_causal, scale))
     return dual
+
+
+def _headed(given: Sequence[Tensor]) -> list[Tensor]:
+    """(query, key, value, ...) with a key and a value of its own for every head of the query."""
+    query, key, value, *rest = given
+    each = query.shape[1] // key.shape[1]
+    if each > 1:
+        key, value = (x.repeat_interleave(each, 1) for x in (key, value))
+    return [query, key, value, *rest]
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -161,8 +173,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, settings: Constants) -> Tensor:
-        mask, dropout_p, is_causal, scale = settings.values
-        return scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
+        mask, dropout_p, is_causal, scale, enable_gqa = settings.values
+        return scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -171,5 +185,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor, _: None) -> Tensor:
-        mask, _, is_causal, scale = ctx.settings.values
-        return attention_along(ctx.saved_tensors, (dquery, dkey, dvalue), mask, is_causal, scale)
+        mask, _, is_causal, scale, _ = ctx.settings.values
+        at, along = _headed(ctx.saved_tensors), _headed([dquery, dkey, dvalue])
+        return attention_along(at, along, mask, is_causal, scale)

@@ -1,5 +1,6 @@
 """<grad f_n, mu> of every sequence, and the gradient of the sum of f_n, from one backward pass."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..policy.forward import Forward
 from ..policy.layout import MAX_TOKENS, Layout, gather, in_microbatches, response_mask
 from ..policy.rows import Rows
 from ..types import Batch, Params
-from .gradients import accumulate, weighted_grad, zero_gradient
+from .gradients import accumulate, on_cpu, weighted_grad, zero_gradient
 from .head import head_gradient
 from .tangents import aligned, tangents
 
@@ -71,15 +72,16 @@ def _in_one_pass(
         grad_TD, _ = head_gradient(params, at_TD, rows.target_T, p_T, q_T, forward)
         *found, s_n = torch.autograd.grad(hidden_TD, [*given.values(), alpha_n], grad_TD)
         grads = dict(zip(given, found, strict=True))
+        s_n = tree.f64(s_n)
         _require_sum(s_n, grads, mu)
-        return grads, tree.f64(s_n)
+        return grads, s_n
 
     s_N, total = torch.zeros(len(p_NR), dtype=torch.float64), zero_gradient(params)
     layout: Layout = "plain" if forward.layout == "plain" else "packed"
     for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, layout, forward.halved):
         s_N[rows.sequence_T.unique()] = s_n
         total = accumulate(total, grads)
-    return s_N, total
+    return s_N, on_cpu(total)
 
 
 class _OtherUseError(Exception):
@@ -175,15 +177,21 @@ def _zeros(rows: Rows, params: Params) -> Float[Tensor, " n"]:
 
 
 def _require_sum(s_n: Tensor, grads: Params, mu: Params) -> None:
-    whole, size = tree.dot(grads, mu), float(tree.f64(s_n).abs().sum())
-    gap = abs(float(tree.f64(s_n).sum()) - whole)
+    whole, size = _dot(grads, mu), float(s_n.abs().sum())
+    gap = abs(float(s_n.sum()) - whole)
     eps = max(torch.finfo(t.dtype).eps for t in grads.values())
     bound = 1e3 * eps * (size + abs(whole))  # rounding of a long sum
     if gap <= bound:  # the norms below take as long as all of this
         return
     # If the terms cancel, rounding is that of terms as large as the product of the norms.
-    if not gap <= bound + 10 * eps * tree.norm(grads) * tree.norm(mu):
+    if not gap <= bound + 10 * eps * math.sqrt(_dot(grads, grads) * _dot(mu, mu)):
         raise RuntimeError(
             f"<grad f_n, mu> of the sequences sum to {float(s_n.sum()):.6g}, not to <grad, mu> = "
             f"{whole:.6g}: a trained weight is used outside linear layers; use tangents()"
         )
+
+
+def _dot(a: Params, b: Params) -> float:
+    """tree.dot without a copy of either: where the tensors are, and a GPU waits for it once."""
+    parts = [(a[name].double() * b[name].double()).sum() for name in sorted(a)]
+    return math.fsum(tree.f64(torch.stack(parts)).tolist())

@@ -28,9 +28,10 @@ def weighted_grad(
 ) -> Params:
     """d/d theta of sum_ik (p_ik l_ik + q_ik h_ik), the coefficients held fixed.
 
-    Accumulated over microbatches on the CPU, in float32 (float64 where a parameter is float64). As p
-    and q are known, the head takes two products and no [tokens, V] tensor exists as a whole. Raises
-    InputError inside a transform that differentiates `params`, as all derivatives here do.
+    Accumulated over microbatches on the parameters' device, in float32 (float64 where a parameter is
+    float64), and returned on the CPU. As p and q are known, the head takes two products and no
+    [tokens, V] tensor exists as a whole. Raises InputError inside a transform that differentiates
+    `params`, as all derivatives here do.
     """
     refuse_differentiated(params)
     total = zero_gradient(params)
@@ -45,7 +46,7 @@ def weighted_grad(
     for _, grads in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
         for part in grads:
             total = accumulate(total, part)
-    return total
+    return on_cpu(total)
 
 
 def grad_X(
@@ -74,11 +75,24 @@ def grad_Y(
 
 
 def zero_gradient(params: Params) -> Params:
-    """Zeros in which gradients accumulate: on the CPU, float32, or float64 where a parameter is."""
-    total = tree.zeros(params)
-    return {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in total.items()}
+    """Zeros in which gradients accumulate: float32, or float64 where a parameter is.
+
+    On the parameters' device: copying every microbatch's gradient to the CPU would make a GPU wait for
+    each of its tensors.
+    """
+
+    def zeros(t: Tensor) -> Tensor:
+        wide = torch.promote_types(t.dtype, torch.float32)
+        return torch.zeros(t.shape, dtype=wide, device=t.device)
+
+    return tree.tree_map(zeros, params)
 
 
 def accumulate(total: Params, part: Params) -> Params:
     """total + part, on the device and in the dtype of `total`."""
     return {n: t + part[n].to(device=t.device, dtype=t.dtype) for n, t in total.items()}
+
+
+def on_cpu(total: Params) -> Params:
+    """The same on the CPU, where what follows is arithmetic in float64."""
+    return {n: t.cpu() for n, t in total.items()}

@@ -28,6 +28,17 @@ class PackedAttention(Replaced):
         super().__init__({scaled_dot_product_attention: partial(_attend, packing)})
 
 
+class OwnHeads(Replaced):
+    """Every scaled_dot_product_attention in float32 gets a key and a value for each head.
+
+    CUDA's fused kernel for float32 takes no groups of heads in torch 2.9 and some later ones: asked for
+    them, torch falls back to one that holds all scores, in a gradient those of every layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({scaled_dot_product_attention: _own_heads})
+
+
 def no_mask(device: torch.device) -> Float[Tensor, "1 1 1 1"]:
     """A placeholder: transformers passes a mask of four dimensions on to attention unchanged."""
     return torch.zeros(1, 1, 1, 1, device=device)
@@ -64,6 +75,24 @@ def _attend(
     if packing.place_S is not None:
         out_SHd = out_SHd.index_select(0, packing.place_S)
     return out_SHd.transpose(0, 1)[None]
+
+
+def _own_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa and query.dtype == torch.float32:
+        each, enable_gqa = query.shape[-3] // key.shape[-3], False
+        key, value = (x.repeat_interleave(each, -3) for x in (key, value))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _queries(x_SHd: Tensor, block: Block) -> Float[Tensor, "n H Q d"]:

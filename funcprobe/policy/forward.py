@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,9 +13,9 @@ from torch.func import functional_call
 
 from ..tree import require_same
 from ..types import InputError, Params
-from .attention import PackedAttention, no_mask
+from .attention import OwnHeads, PackedAttention, no_mask
 from .layout import Layout, collate, microbatches
-from .precision import arithmetic_of
+from .precision import arithmetic_of, products_dtype, rounding
 from .readout import Readout, values
 from .rows import Packing, Rows, packed_rows, plain_rows
 from .suitability import (
@@ -119,6 +120,7 @@ def frozen_forward(
         return call(head, given, hidden_TD) / temperature
 
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes |= {products_dtype(p.dtype, p.device) for p in params.values()}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     forward = Forward(hidden, logits, coarsest, _readout(model, params, temperature), "plain")
     _refuse_other_logits(model, params, forward, temperature)
@@ -165,7 +167,8 @@ class _Backbone(nn.Module):
     def forward(self, tokens_NL: Tensor, packing: Packing | None) -> Tensor:
         backbone = _backbone(self.model)
         if packing is None:
-            out = backbone(input_ids=tokens_NL, use_cache=False)
+            with nullcontext() if tokens_NL.device.type == "cpu" else OwnHeads():
+                out = backbone(input_ids=tokens_NL, use_cache=False)
         else:
             with PackedAttention(packing):
                 out = backbone(
@@ -235,7 +238,7 @@ def _reads(params: Params, forward: Forward) -> bool:
         theirs_T = torch.log_softmax(logits_TV, -1).gather(-1, target_T[:, None])[:, 0]
         ours_T, _ = values(hidden_TD, target_T, forward.readout)
     # The head applies softcap and temperature in the precision of the logits, the readout in float32.
-    bound = _rounding(forward.logits(params, hidden_TD)) + _rounding(theirs_T)
+    bound = rounding(forward.logits(params, hidden_TD)) + rounding(theirs_T)
     return float((ours_T - theirs_T).abs().max()) <= bound
 
 
@@ -265,18 +268,8 @@ def _unpackable(model: nn.Module, params: Params, forward: Forward) -> str | Non
             raise
         except RuntimeError as error:  # NotPackedError included; plain rows have worked before
             return " ".join(str(error).split())[:200]
-    worst, bound = float((packed_TD - plain_TD).abs().max()), _rounding(plain_TD)
+    worst, bound = float((packed_TD - plain_TD).abs().max()), rounding(plain_TD)
     return None if worst <= bound else f"a token depends on tokens it cannot attend to, by {worst:.2g}"
-
-
-def _rounding(values: Tensor) -> float:
-    """Bound on the difference between two results whose sums are taken in different orders.
-
-    Half precision sums in float32 and rounds once; a larger bound would let a missing factor, such as a
-    softcap, pass.
-    """
-    eps = torch.finfo(values.dtype).eps
-    return (4 if eps > 1e-4 else 100) * eps * float(values.abs().max())
 
 
 def _refuse_other_logits(
@@ -293,7 +286,7 @@ def _refuse_other_logits(
     with torch.no_grad():
         ours_TV = forward.logits(params, forward.hidden(params, rows))
     worst = float((ours_TV - theirs_TV).abs().max())
-    if not worst <= _rounding(theirs_TV):
+    if not worst <= rounding(theirs_TV):
         raise InputError(
             f"{type(causal_lm(model)).__name__}: logits are not the output embedding of the last "
             f"hidden state (largest difference {worst:.3g}): this architecture is not supported"

@@ -17,6 +17,8 @@ MAX_TOKENS = 2048  # tokens of a microbatch, padding included; their activations
 # Share of the plainer layout's tokens below which a layout is used: its attention costs a few per cent.
 PACKING, SHARING = 0.95, 0.9
 
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 Layout: TypeAlias = Literal["plain", "packed", "shared"]
 """plain: one sequence per row, padded; packed: one row, no padding; shared: also each prompt once."""
 
@@ -53,6 +55,7 @@ def collate(
 
 def response_mask(batch: Batch) -> ResponseMask:
     """True at the T_i response positions of every sequence; R = max T_i."""
+    _require_on_cpu(batch)
     k_R = torch.arange(int(batch.response_length_N.max()))
     return k_R < batch.response_length_N[:, None]
 
@@ -67,8 +70,10 @@ def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> lis
 
     `layout` is the most compact one allowed: of it and the plainer ones, the one with the fewest tokens
     is used, provided that it saves 5 % (shared prompts: 10 %). Sequences are sorted by length, to limit
-    padding. Raises InputError if a single sequence is longer than `max_tokens`.
+    padding. Raises InputError if a single sequence is longer than `max_tokens`, and for a batch that is
+    not on the CPU.
     """
+    _require_on_cpu(batch)
     length_N = batch.prompt_length_N + batch.response_length_N
     longest = int(length_N.max())
     if longest > max_tokens:
@@ -123,6 +128,18 @@ def in_microbatches(
         halved(bound)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch.OutOfMemoryError, or one of those that go by another type.
+
+    The CPU's allocator raises a plain RuntimeError; so do CUDA's libraries, for what they take beside
+    torch's allocator (a kernel's code and stack, cuBLAS's workspace).
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
+
+
 def gather(values_NR: Float[Tensor, "N R"], rows: Rows) -> Float[Tensor, " T"]:
     """The entries of an [N, R] tensor at a microbatch's response tokens."""
     return values_NR[rows.sequence_T, rows.k_T]
@@ -138,6 +155,15 @@ def scatter(
     return torch.zeros(shape, dtype=torch.float64).index_put(index, flat)
 
 
+def _require_on_cpu(batch: Batch) -> None:
+    """Rows are laid out there, where reading a length stops no device, and move one by one."""
+    if away := [x.device for x in batch if x.device.type != "cpu"]:
+        raise InputError(
+            f"the batch is on {away[0]}, the CPU is expected, from where each microbatch goes to the "
+            "device of the parameters: give Batch(*(x.cpu() for x in batch))"
+        )
+
+
 def _of_sequences(
     batch: Batch, index_N: Int[Tensor, " n"], max_tokens: int, layout: Layout
 ) -> list[Rows]:
@@ -151,9 +177,7 @@ def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] 
     try:
         return (compute(rows),)
     except (RuntimeError, MemoryError) as error:
-        # torch.OutOfMemoryError is CUDA's; the CPU's allocator raises a plain RuntimeError.
-        out = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not (out or "can't allocate memory" in str(error)) or len(rows.sequence_T.unique()) == 1:
+        if not out_of_memory(error) or len(rows.sequence_T.unique()) == 1:
             raise
     return None  # outside the handler, where the error and the tensors of its frames are freed
 

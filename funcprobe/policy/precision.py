@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..types import Params
@@ -38,11 +39,34 @@ def arithmetic_of(params: Params) -> AbstractContextManager[Any]:
     return StayFloat64() if is_float64 else nullcontext()
 
 
+def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matrix products of tensors of this dtype round their operands to, as torch is set now.
+
+    Trainers switch float32 products on a GPU to TF32 (`tf32 = True`, or set_float32_matmul_precision),
+    which has float16's ten bits: whatever their dtype says, numbers are then as good as those. A CPU
+    goes by its instructions, which no setting tells.
+    """
+    if dtype == torch.float32 and device.type == "cuda":
+        reduced = torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        return torch.float16 if reduced else dtype
+    return dtype
+
+
+def rounding(values: Tensor) -> float:
+    """What the same operations may differ by where sums are taken in another order.
+
+    Half precision sums in float32 and rounds once; more units in the last place would let a factor
+    pass.
+    """
+    eps = torch.finfo(products_dtype(values.dtype, values.device)).eps
+    return (4 if eps > 1e-4 else 100) * eps * float(values.abs().max())
+
+
 def _wide(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
 
 
 def _wide_model(argument: Any) -> Any:
     """For x.to(other) and x.type_as(other), which request the dtype of another tensor."""
-    is_float32 = isinstance(argument, torch.Tensor) and argument.dtype is torch.float32
+    is_float32 = isinstance(argument, Tensor) and argument.dtype is torch.float32
     return argument.double() if is_float32 else _wide(argument)
