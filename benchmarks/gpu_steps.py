@@ -143,37 +143,37 @@ def quickstart(place: Place, report: Report) -> None:
             settings = [f'{key}="{value}"' for key, value in changes.items()]
             config = read_config(ROOT / "configs" / "quickstart.toml", [*settings, *few])
             start = time.perf_counter()
-            document, _ = shell.run(config, Narrator())
-            _quickstart_rows(dtype, document, time.perf_counter() - start, report)
+            results, _ = shell.run(config, Narrator())
+            _quickstart_rows(dtype, results, time.perf_counter() - start, report)
     finally:
         shutil.rmtree(folder)
 
 
-def _quickstart_rows(dtype: str, document: dict[str, Any], seconds: float, report: Report) -> None:
-    cost, seen = document["cost"], document["checks"]
-    kept = sum(check["passed"] for check in seen)
-    failed = [check["name"] for check in seen if not check["passed"] and not check["advisory"]]
-    peak = cost["total"]["device_peak_bytes"]
+def _quickstart_rows(dtype: str, results: Any, seconds: float, report: Report) -> None:
+    cost, checks = results.cost, results.checks
+    passed = sum(check.passed for check in checks)
+    failed = [check.name for check in checks if not check.passed and not check.advisory]
+    peak = cost.total.device_peak_bytes
     report.row(
         "Quickstart",
         dtype=dtype,
         seconds=seconds,
-        entropy=document["entropy"]["value"],
-        derivative=document["first_order"]["derivative"]["value"],
-        checks=f"{kept} of {len(seen)}" + (f", not {', '.join(failed)}" if failed else ""),
+        entropy=results.entropy.value,
+        derivative=results.first_order.derivative.value,
+        checks=f"{passed} of {len(checks)}" + (f", not {', '.join(failed)}" if failed else ""),
         **{"device's peak, MiB": None if peak is None else peak / 2**20},
     )
-    for point in document["sweep"]:
+    for point in results.sweep:
         report.row(
             "Its sweep",
             dtype=dtype,
-            eta=f"{point['eta']:g}",
-            predicted=f"{point['predicted']['value']:.4e}",
-            measured=f"{point['measured']['value']:.4e}",
-            ratio=f"{point['ratio']['value']:.7f}",
+            eta=f"{point.eta:g}",
+            predicted=f"{point.predicted.value:.4e}",
+            measured=f"{point.measured.value:.4e}",
+            ratio=f"{point.ratio.value:.7f}",
         )
-    for stage in cost["stages"]:
-        report.row("Its stages", dtype=dtype, stage=stage["stage"], seconds=stage["seconds"])
+    for stage in cost.stages:
+        report.row("Its stages", dtype=dtype, stage=stage.stage, seconds=stage.seconds)
     if failed:
         raise SystemExit(f"quickstart in {dtype}: checks failed: {', '.join(failed)}")
 

@@ -511,22 +511,22 @@ def test_a_small_run_of_the_quickstart(small, device):
 
     quickstart = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 
-    def run(*more: str) -> tuple[dict[str, Any], Path]:
+    def run(*more: str) -> tuple[Any, Path]:
         config = read_config(quickstart, [*small.settings, *more])
         return shell.run(config, Narrator(Console(quiet=True)))
 
-    document, folder = run()
-    failed = [c for c in document["checks"] if not c["passed"] and not c["advisory"]]
+    results, folder = run()
+    failed = [c for c in results.checks if not c.passed and not c.advisory]
     assert failed == []
-    peak = document["cost"]["total"]["device_peak_bytes"]
+    peak = results.cost.total.device_peak_bytes
     assert (peak is None) == (device.type == "cpu") or torch.cuda.is_initialized()
     # At eta 1e-7 the quadratic term is of that order, relative; the next step's lr is in the table too.
-    first = document["sweep"][0]
-    assert first["ratio"]["value"] == pytest.approx(1, abs=1e-3)
-    brought = [f'rollouts.{x}="{folder / "rollouts" / name}"' for x, name in ROLLOUTS.items()]
-    again, _ = run('run.name="again"', 'run.device="cpu"', *brought)
+    first = results.sweep[0]
+    assert first.ratio.value == pytest.approx(1, abs=1e-3)
+    supplied = [f'rollouts.{x}="{folder / "rollouts" / name}"' for x, name in ROLLOUTS.items()]
+    again, _ = run('run.name="again"', 'run.device="cpu"', *supplied)
     for key in ("derivative", "bars_dot", "from_momentum"):
-        theirs, ours = (d["first_order"][key]["value"] for d in (again, document))
+        theirs, ours = (getattr(r.first_order, key).value for r in (again, results))
         assert ours == pytest.approx(theirs, rel=1e-7)  # 1e-16 over a cancelling sum
 
 

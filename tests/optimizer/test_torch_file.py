@@ -190,7 +190,7 @@ def test_checkpoint_step_fills_in_only_what_is_missing(state, plain, tmp_path: P
     adam, report = read(path, plain.model, plain.params, overrides=overrides)
     assert adam.step == {n: 40 if n == name else 2 for n in plain.params}
     assert report.coverage["step"] == len(plain.params) - 1  # of the file
-    assert any("checkpoint_step, 40" in note for note in report.notes)
+    assert any("checkpoint_step of the config, 40" in note for note in report.notes)
     for wrong in (0, -3, 1.5):
         refused("checkpoint_step is", path, plain.model, overrides=AdamOverrides(checkpoint_step=wrong))
 

@@ -345,7 +345,7 @@ def test_missing_and_truncated(layout: str, actor: Any) -> None:
     edit(folder / OPTIM, drop)
     refused(f"exp_avg_sq 10, .*missing: {order[0]}, {order[1]};", folder, model)
     edit(folder / OPTIM, lambda state: [state["state"].pop(k) for k in list(state["state"])[:2]])
-    match = "10 flat tensors.*has 12" if layout == "flat" else f"without: {order[0]}, {order[1]};"
+    match = "10 flat tensors.*has 12" if layout == "flat" else f"missing: {order[0]}, {order[1]};"
     refused(match, folder, model)
     path = folder / OPTIM
     path.write_bytes(path.read_bytes()[:-3000])

@@ -200,7 +200,7 @@ def test_a_model_that_cannot_pack_says_why(architecture, says):
     assert forward.layout == "plain"
     (note,) = forward.notes
     assert says in note
-    assert note.startswith("a sequence a row, prompts are not shared: ")
+    assert note.startswith("one sequence per row, prompts not shared: ")
     # Asked for nothing, nothing is missed.
     assert not frozen_forward(model, params, layout="plain").notes
     # The same sequences one at a time: none sees another.
