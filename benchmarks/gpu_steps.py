@@ -106,8 +106,12 @@ def _measure_passes(
         keys = ("seconds", "forwards", "tokens a second", "extra memory, MiB", "note")
         cells |= dict.fromkeys(keys)
         halved.clear()
+        if torch.device(place.device).type == "cuda":
+            torch.cuda.empty_cache()  # of what another pass had
         try:
             value, extra = peak_extra(call, place.device)
+            if halved:  # so that no call begins with what does not fit
+                call = partial(call, max_tokens=halved[-1])  # noqa: PLW2901
             seconds = seconds_of(call, place.device)
         except (RuntimeError, ValueError, MemoryError) as error:  # refused, or torch has no such kernel
             report.row("Passes", **cells | {"note": f"{type(error).__name__}: {error}"})

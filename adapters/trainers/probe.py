@@ -116,7 +116,7 @@ class ProbeCallback(TrainerCallback):
                 step,
             )
         except (InputError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, InputError) and not out_of_memory(error):
+            if not (isinstance(error, InputError) or out_of_memory(error)):
                 raise
             reason = " ".join(str(error).split())[:300]
             warnings.warn(f"funcprobe: step {step} is not probed: {reason}", stacklevel=2)
@@ -165,24 +165,9 @@ def probe_step(
         batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step)
         forward = funcprobe.frozen_forward(policy.model, params, source.temperature)
         forward = forward._replace(halved=_warn_of_memory)
-        passes = eval_passes(
-            params,
-            batch,
-            direction.total,
-            forward,
-            entropy=entropy,
-            max_tokens=max_tokens,
-            sampler_logp_NR=sampler_logp_NR,
-        )
-        along = summarise_along(
-            passes,
-            Y,
-            direction,
-            batch,
-            entropy=entropy,
-            sampler_logp_NR=sampler_logp_NR,
-            unit_N=unit_N,
-        )
+        of_E: dict[str, Any] = {"entropy": entropy, "sampler_logp_NR": sampler_logp_NR}
+        passes = eval_passes(params, batch, direction.total, forward, max_tokens=max_tokens, **of_E)
+        along = summarise_along(passes, Y, direction, batch, unit_N=unit_N, **of_E)
         measured = funcprobe.measure(
             params,
             batch,
@@ -190,9 +175,8 @@ def probe_step(
             lr,
             along.stats,
             forward,
-            entropy=entropy,
             max_tokens=max_tokens,
-            sampler_logp_NR=sampler_logp_NR,
+            **of_E,
         )
     return StepProbe(lr, direction, along, measured, forward.coarsest)
 
@@ -230,7 +214,7 @@ def _is_half(dtype: torch.dtype) -> bool:
 def _warn_of_rounding(params: Params, coarsest: torch.dtype) -> None:
     if _is_half(coarsest):
         warnings.warn(
-            f"funcprobe: the model has weights in {coarsest}, where rounding exceeds most measured "
+            f"funcprobe: the model computes in {coarsest}, where rounding exceeds most measured "
             "changes: funcprobe/measured and funcprobe/ratio are omitted",
             stacklevel=2,
         )
