@@ -313,13 +313,13 @@ def regrouped(*changes: dict[str, Any]):
         (without("exp_avg"), r"needs exp_avg of every parameter, 1 of 5 .*b\.lora_A"),
         (without("exp_avg_sq"), r"needs exp_avg_sq of every parameter, 1 of 5 .*b\.lora_A"),
         (without("step"), r"needs step of every parameter, 1 of 5 .*b\.lora_A"),
-        (holding("exp_avg", math.nan), r"exp_avg of b\.lora_A holds a negative or non-finite"),
+        (holding("exp_avg", math.nan), r"exp_avg of b\.lora_A contains a negative or non-finite"),
         (holding("exp_avg", math.inf), r"exp_avg of b\.lora_A"),
         (holding("exp_avg_sq", math.nan), r"exp_avg_sq of b\.lora_A"),
         (holding("exp_avg_sq", math.inf), r"exp_avg_sq of b\.lora_A"),
         (holding("exp_avg_sq", -1e-12), r"exp_avg_sq of b\.lora_A"),
         (regrouped({}, {"names": ("a.lora_A",)}), r"b\.lora_B is in no optimizer group"),
-        (regrouped({"lr": 0.0}, {}), r"first optimizer group has lr 0"),
+        (regrouped({"lr": 0.0}, {}), r"first optimizer group has learning rate 0"),
     ],
 )
 def test_a_state_adamw_cannot_use_is_refused(damage, says):

@@ -172,7 +172,7 @@ def test_an_initialisation_that_takes_from_the_base(bases, tmp_path, init, dtype
     assert float((same_shapes_logits(policy.model, other)[1] - ours_NLV).abs().max()) > 0.1
     edit_json(tmp_path / "adapter_config.json", init_lora_weights=init)
     for change in ({"dtype": "float64"}, {"mode": "qlora"}):
-        with pytest.raises(InputError, match=f'"{init}" takes the first factors out of the base'):
+        with pytest.raises(InputError, match=f'"{init}" subtracts the initial factors from the base'):
             load(tmp_path, **change)
 
 
@@ -239,7 +239,7 @@ LOFTQ = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
         ({"init_lora_weights": "loftq", **LOFTQ}, 'init_lora_weights = "loftq" changed the base'),
         ({"init_lora_weights": "corda"}, 'init_lora_weights = "corda" changed the base'),
         ({"init_lora_weights": "lora_ga"}, 'init_lora_weights = "lora_ga" changed the base'),
-        ({"lora_alpha": 0}, "lora_alpha = 0, which would switch.*put the training run's lora_alpha"),
+        ({"lora_alpha": 0}, "lora_alpha = 0, which would disable.*set it to the training run's"),
     ],
 )
 def test_what_loading_cannot_repeat_is_refused_by_name(bases, tmp_path, changes, says):

@@ -451,7 +451,7 @@ def test_half_precision_is_told_once_and_nothing_measured_is_logged(what, checkp
         warnings.simplefilter("always")
         probed = outcome(trainer).probed
     said = [str(w.message) for w in said if str(w.message).startswith("funcprobe:")]
-    assert "weights in torch.bfloat16, where measured differences drown in rounding" in said[0]
+    assert "weights in torch.bfloat16, where rounding exceeds most measured changes" in said[0]
     assert len(said) == (2 if what == "all" else 1)
     if what == "all":
         assert "28 trainable tensors are in half precision" in said[1]
@@ -663,7 +663,7 @@ def test_eval_rollouts_are_weighed_by_their_samplers_probabilities(checkpoint, t
     [
         ({"prompts": {"source": "toy"}}, 'prompts.source is "toy"'),
         ({"prompts": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"sampling": {"temperature": 0.5}}, "temperature 1 and E is at 0.5"),
+        ({"sampling": {"temperature": 0.5}}, "temperature 1 but E is at 0.5"),
         ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr is set"),
         ({"optimizer": {"max_grad_norm": 1.0}}, r"optimizer\.max_grad_norm is set.*the trainer's own"),
         ({"optimizer": {"rule": "sgd"}}, r"optimizer\.rule is set"),
@@ -842,7 +842,7 @@ def test_no_sidecar_from_other_processes_and_plain_values_only(checkpoint, tmp_p
     given = {"model": trainer.model, "optimizer": trainer.optimizer}
     ParamNamesCallback().on_save(args, trainer.state, trainer.control, **given)
     args = types.SimpleNamespace(should_save=True, output_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="it does not exist"):
         ParamNamesCallback().on_save(args, trainer.state, trainer.control, **given)
     args = types.SimpleNamespace(
         should_save=True,

@@ -109,9 +109,9 @@ def test_what_is_written_reads_back(tmp_path_factory, etas, template, source, se
             "top_p = 0.9, top_k = 0: E must be sampled with top_p = 1",
         ),
         ("[sampling]\ntop_k = 5", "wrong distribution"),
-        ("[measure]\netas = [1e-5, 0.0]", "eta 0 is not positive"),
-        ("[measure]\netas = [-1e-5]", "eta -1e-05 is not positive"),
-        ("[measure]\netas = [1e-5, 0.00001]", "eta 1e-05 stands twice"),
+        ("[measure]\netas = [1e-5, 0.0]", "eta is 0, a positive"),
+        ("[measure]\netas = [-1e-5]", "eta is -1e-05, a positive"),
+        ("[measure]\netas = [1e-5, 0.00001]", "eta 1e-05 occurs twice"),
         ("[sampling]\ntemperature = 0", "sampling.temperature"),
         ("[measure]\netas = []", "the list is empty"),
         ("[measure]\netas = [inf]", "finite number (found inf)"),
@@ -177,4 +177,4 @@ def test_a_named_precision_is_a_dtype(tmp_path) -> None:
         assert read(tmp_path, "", f"policy.precision={name}", f"policy.dtype={dtype}").policy == found
     assert read(tmp_path, "", "policy.dtype=bfloat16").policy.precision is None
     said = refusal(tmp_path, "", "policy.precision=reference", "policy.dtype=float32")
-    assert 'precision = "reference" is dtype = "float64", found "float32": set one' in said
+    assert 'precision = "reference" implies dtype = "float64", found "float32": set one' in said

@@ -203,7 +203,7 @@ def test_where_the_peak_cannot_be_reset_it_is_said(tmp_path, monkeypatch) -> Non
     (row,) = cost.document(narrator.costs.values(), {})["stages"]
     assert row["process_peak_of"] == "the process since its start"
     assert row["process_peak_bytes"] >= memory.process_now() // 2
-    with pytest.raises(InputError, match="to measure what a microbatch takes: give a number"):
+    with pytest.raises(InputError, match="to measure the memory of a microbatch: give a number"):
         max_tokens._peak_above(torch.device("cpu"))
 
 
@@ -302,7 +302,7 @@ def test_the_size_is_the_largest_power_of_two_in_half_of_what_is_free() -> None:
     assert size(2 * (100 + 10 * 256), longest=300) == 300
     assert size(100 + 10 * 300, longest=300) == 300
     assert size(1e12, longest=5000) == 5000
-    with pytest.raises(InputError, match=r"may have 300 tokens.* takes 0 MiB, and 0 MiB are free"):
+    with pytest.raises(InputError, match=r"may have 300 tokens.* takes 0 MiB; 0 MiB are free"):
         size(100 + 10 * 300 - 1, longest=300)
     # Memory that does not grow, as far as the trials see.
     assert fitted(Trial(100, 50.0), Trial(200, 40.0), longest=8, room=1e3, most=4096) == 4096
@@ -331,7 +331,7 @@ def test_two_trials_find_what_a_token_takes(measured, monkeypatch) -> None:
         monkeypatch.setattr(memory, "free", lambda _, room=room: room)
         found = choose(measured.params, measured.forward, 7, 5, 11, cpu)
         assert found.max_tokens == expected
-        assert found.said.startswith(f"run.max_tokens = {expected} (auto): 10 KiB a token")
+        assert found.message.startswith(f"run.max_tokens = {expected} (auto): 10 KiB a token")
     monkeypatch.setattr(memory, "free", lambda _: 100_000)
     with pytest.raises(InputError, match="lower sampling"):
         choose(measured.params, measured.forward, 7, 5, 11, cpu)
@@ -350,8 +350,8 @@ def test_a_trial_that_runs_out_of_memory(measured, error) -> None:
     cpu = torch.device("cpu")
     found = choose(measured.params, short(150), 7, 5, 11, cpu)
     assert 12 <= found.max_tokens <= 75
-    assert "do not fit" in found.said
-    with pytest.raises(InputError, match="whose gradient takes more, and"):
+    assert "do not fit" in found.message
+    with pytest.raises(InputError, match="whose gradient takes more; "):
         choose(measured.params, short(5), 7, 5, 11, cpu)
     broken = measured.forward._replace(hidden=lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -382,5 +382,5 @@ def test_a_run_sizes_its_microbatches_and_writes_the_number(
 def test_sizes_that_are_none(tmp_path, value) -> None:
     path = tmp_path / "c.toml"
     path.touch()
-    with pytest.raises(InputError, match=r'run.max_tokens: a whole number, at least 1, or "auto"'):
+    with pytest.raises(InputError, match=r'run.max_tokens: a whole number of at least 1, or "auto"'):
         read_config(path, [f"run.max_tokens={value}"])

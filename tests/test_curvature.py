@@ -168,7 +168,7 @@ def test_wrong_nested_forward_mode_is_refused(monkeypatch, dtype):
     v = tree.scale(0.02, random_like(probe.params))
     seconds(probe, BATCH, v)
     monkeypatch.setattr(taylor, "COMPOSED", {})
-    with pytest.raises(InputError, match=r"second derivatives .* off a symmetric difference"):
+    with pytest.raises(InputError, match=r"second derivatives .* differ from a symmetric difference"):
         seconds(probe, BATCH, v)
 
 
@@ -205,7 +205,7 @@ def test_derivatives_that_are_not_seen_are_refused(dtype, where):
     probe = funcprobe.bind(tiny_policy(dtype=dtype), max_tokens=64)
     v = tree.scale(0.05, random_like(probe.params))
     wrong = spoilt(probe.forward, lambda x: Unseen.apply(x, 1.0), where)
-    with pytest.raises(InputError, match=f"first derivatives of the {where} are not those of forward"):
+    with pytest.raises(InputError, match=f"first derivatives of the {where} in Taylor mode are not"):
         funcprobe.second_tangents(probe.params, BATCH, v, wrong)
 
 
@@ -223,7 +223,7 @@ def test_a_second_derivative_of_false_zeros_is_refused(monkeypatch, dtype, where
         return taylor_rules.Jet(x.sin(), *(None if y is None else x.cos() * y for y in parts))
 
     monkeypatch.setitem(taylor_rules.RULES, torch.sin, straight)
-    with pytest.raises(InputError, match=f"of the {where} are off a symmetric difference"):
+    with pytest.raises(InputError, match=f"of the {where} in Taylor mode differ"):
         funcprobe.second_tangents(probe.params, BATCH, v, wrong)
 
 

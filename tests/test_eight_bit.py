@@ -303,14 +303,14 @@ def test_codes_that_are_no_codes(adamw, state, tmp_path: Path) -> None:
     entry["state1"] = codes.T.contiguous().T
     refused("not contiguous", state, tmp_path, adamw.model)
     entry[NESTED] = {"state1": codes}
-    refused("another form than bitsandbytes writes", state, tmp_path, adamw.model)
+    refused("not as bitsandbytes writes it", state, tmp_path, adamw.model)
 
 
 def test_missing_moments_are_missing(adamw, state, tmp_path: Path) -> None:
     for entry in list(state["state"].values())[:3]:
         del entry["state2"]
     names = list(trainable(adamw.model))
-    refused(f"exp_avg_sq 9, exp_avg 12.*without: .*{names[0]}", state, tmp_path, adamw.model)
+    refused(f"exp_avg_sq 9, exp_avg 12.*missing: .*{names[0]}", state, tmp_path, adamw.model)
 
 
 def test_shuffled_and_truncated(adamw, state, tmp_path: Path) -> None:
@@ -324,5 +324,5 @@ def test_shuffled_and_truncated(adamw, state, tmp_path: Path) -> None:
     )
     path = write(state, tmp_path)
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(InputError, match=r"torch checkpoint|cut short"):
+    with pytest.raises(InputError, match=r"torch checkpoint|truncated"):
         read(path, adamw.model)

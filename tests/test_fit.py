@@ -149,14 +149,14 @@ def test_too_few_rows(rows, second):
     assert found.points == rows
     assert (found.eta_low is None) == (rows == 0)
     assert f"{rows} of 10 rows" in found.reason
-    assert f"{10 - rows} are rounding, 0 bend" in found.reason
+    assert f"{10 - rows} are rounding, 0 have a quadratic share" in found.reason
     assert fitted(lambda eta: eta, etas=()).points == 0
 
 
 def test_a_curve_without_a_linear_range():
     found = fitted(lambda eta: eta**2, first=0.0, second=2.0)
     assert (found.slope, found.points, found.eta_low) == (None, 0, None)
-    assert "0 are rounding, 10 bend" in found.reason
+    assert "0 are rounding, 10 have a quadratic share" in found.reason
 
 
 def test_three_rows_have_no_interval_of_r_squared():
@@ -214,7 +214,7 @@ def test_units_do_not_matter(errors, of_eta, of_measured, known):
         (([1.0, 2.0], [1.0], [False] * 2, 1.0, 0.0), r"\(2, 1, 2\)"),
         (([2.0, 1.0], [1.0, 1.0], [False] * 2, 1.0, 0.0), "ascend"),
         (([1.0, 1.0], [1.0, 1.0], [False] * 2, 1.0, 0.0), "distinct"),
-        (([0.0, 1.0], [1.0, 1.0], [False] * 2, 1.0, 0.0), "above 0"),
+        (([0.0, 1.0], [1.0, 1.0], [False] * 2, 1.0, 0.0), "positive, ascending"),
         (([1.0, 2.0], [1.0, math.nan], [False] * 2, 1.0, None), "nan"),
         (([1.0, 2.0], [1.0, 1.0], [False] * 2, math.inf, None), "inf"),
         (([1.0, 2.0], [1.0, 1.0], [False] * 2, 1.0, -math.inf), "inf"),

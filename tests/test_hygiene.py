@@ -73,8 +73,13 @@ CASES = {
     "lognormal": (np.exp(2 * quantiles(stats.norm, 2048)), 0, "resample", "only"),
     "one giant": (np.append(np.ones(99), 1e3), 0, "resample", "largest weight is 91"),
     "nine": (1 + 0.4 * UNIFORM[::25], 0, "resample", "only"),
-    "two values": (np.repeat([0.5, 1.5], 50), 0, "caution", "no tail"),
-    "too few for a tail": (1 + 0.5 * UNIFORM[::10], 0, "caution", "too few for a tail, 25 are needed"),
+    "two values": (np.repeat([0.5, 1.5], 50), 0, "caution", "without a tail"),
+    "too few for a tail": (
+        1 + 0.5 * UNIFORM[::10],
+        0,
+        "caution",
+        "too few to fit a tail, 25 are needed",
+    ),
     "clipped": (1 + 0.4 * UNIFORM, 1, "caution", "1 of 200 weights are clipped"),
     "clipped, equal": (np.ones(200), 40, "caution", "biases"),
     "clipped, many": (np.ones(2048), 136, "resample", "136 of 2048"),
@@ -89,7 +94,7 @@ def test_verdicts(name):
     assert (found.verdict, found.clip_fraction) == (expected, clipped / len(weights))
     assert reason in found.reason
     assert "\n" not in found.reason
-    undefined = clipped or any(word in reason for word in ("equal", "no tail", "too few"))
+    undefined = clipped or any(word in reason for word in ("equal", "without a tail", "too few"))
     few = len(weights) < 25 or name == "one giant"
     assert (found.pareto_k is None) == bool(undefined or few)
 
@@ -179,8 +184,8 @@ def test_trusted_intervals_cover():
         ([1.0, math.inf], 0, "inf"),
         ([1.0, math.nan], 0, "nan"),
         ([0.0, 0.0], 0, "not all 0"),
-        ([1.0, 2.0], 3, "3 of 2"),
-        ([1.0, 2.0], -1, "-1 of 2"),
+        ([1.0, 2.0], 3, "clipped = 3, a count of the 2"),
+        ([1.0, 2.0], -1, "clipped = -1, a count of the 2"),
     ],
 )
 def test_refused(weights, clipped, message):

@@ -161,7 +161,7 @@ def test_sidecar_and_trainer_state(command, damaged) -> None:
     (damaged.adapter / "trainer_state.json").write_text('{"global_step": 7}')
     done = command("inspect", damaged.adapter)
     assert "by name (optimizer_param_names.json)" in done.out
-    assert "WARNING: trainer_state.json says 7" in done.out
+    assert "WARNING: trainer_state.json records 7" in done.out
     assert "loss_type grpo" in done.out
     assert "temperature 0.9" in done.out
     found = json.loads(command("inspect", damaged.adapter, "--json").out)
@@ -205,7 +205,9 @@ def test_the_state_beside_is_not_anothers(command, damaged) -> None:
     (damaged.adapter / "ref").mkdir()
     shutil.copy(damaged.adapter / "adapter_config.json", damaged.adapter / "ref")
     found = json.loads(command("inspect", damaged.adapter, "--adapter", "ref", "--json").out)
-    assert any("is of the adapter that lies there, not of ref/" in line for line in found["missing"])
+    assert any(
+        "belongs to the adapter in that folder, not to ref/" in line for line in found["missing"]
+    )
 
 
 def test_hyper_parameters_that_are_not_saved_are_missing(command, damaged) -> None:
@@ -267,7 +269,7 @@ def test_bad_places(command, checkpoint, damaged, tmp_path) -> None:
         ((tmp_path / "nowhere",), "no such file or folder"),
         ((tmp_path,), "no optimizer state"),
         ((checkpoint.adapter, "--base", tmp_path), "cannot be built from the configuration of base"),
-        ((checkpoint.adapter / "adapter_config.json",), "no plain torch checkpoint"),
+        ((checkpoint.adapter / "adapter_config.json",), "not a plain torch checkpoint"),
     ]:
         done = command("inspect", *arguments)
         assert done.status == 2, arguments

@@ -71,7 +71,7 @@ def test_a_damaged_adapter_is_named_by_its_tensor(damaged, value) -> None:
     weights[name][0, 0] = value
     weights[name.replace("lora_A", "lora_B")][:] = 0
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=rf"{name} holds a non-finite number: it is damaged"):
+    with pytest.raises(InputError, match=rf"{name} contains a non-finite number: the file is damaged"):
         load(damaged)
 
 
@@ -149,14 +149,14 @@ def test_verls_folders(damaged, verl, inside) -> None:
 
 def test_verls_shards_alone(damaged, verl) -> None:
     shutil.rmtree(verl / "actor" / "lora_adapter")
-    with pytest.raises(InputError, match=r"verl's shards and no lora_adapter/: run verl.model_merger"):
+    with pytest.raises(InputError, match=r"verl's shards but no lora_adapter/: run verl.model_merger"):
         load(damaged, checkpoint=str(verl / "actor"))
 
 
 def test_several_adapters_are_not_guessed_between(damaged, verl) -> None:
     output = damaged.adapter.parent
     shutil.copytree(damaged.adapter, output / "checkpoint-4")
-    says = r"2 of its folders do .checkpoint-2, checkpoint-4.: set policy.checkpoint to the one"
+    says = r"2 of its folders do .checkpoint-2, checkpoint-4.: set policy.checkpoint to one"
     with pytest.raises(InputError, match=says):
         load(damaged, checkpoint=str(output))
     shutil.copytree(verl / "actor" / "lora_adapter", verl / "lora_adapter")

@@ -107,7 +107,7 @@ def test_trainer_checkpoint(trained: SimpleNamespace) -> None:
     assert report.path == path
     assert report.parameters == len(params)
     assert report.coverage == dict.fromkeys(("exp_avg_sq", "exp_avg", "step"), len(params))
-    assert any("next step's: 5e-05" in note for note in report.notes)
+    assert any("next step, in the file: 5e-05" in note for note in report.notes)
     assert report.twins == len(params) - (5 if trained.adapter == "none" else 0)
 
 
@@ -215,7 +215,9 @@ def test_step_as_saved(step: object, state, plain, tmp_path: Path) -> None:
 )
 def test_step_that_counts_nothing(step: object, state, plain, tmp_path: Path) -> None:
     state["state"][3]["step"] = step
-    refused(r"step of .* is .*, expected a whole number from 0", save(state, tmp_path), plain.model)
+    refused(
+        r"step of .* is .*, expected a whole number of at least 0", save(state, tmp_path), plain.model
+    )
 
 
 def test_checkpoint_step_fills_in_only_what_is_missing(state, plain, tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_checkpoint_step_fills_in_only_what_is_missing(state, plain, tmp_path: P
     adam, report = read(path, plain.model, plain.params, overrides=overrides)
     assert adam.step == {n: 40 if n == name else 2 for n in plain.params}
     assert report.coverage["step"] == len(plain.params) - 1  # of the file
-    assert any("checkpoint_step, 40" in note for note in report.notes)
+    assert any("checkpoint_step of the config, 40" in note for note in report.notes)
     for wrong in (0, -3, 1.5):
         refused("checkpoint_step is", path, plain.model, overrides=AdamOverrides(checkpoint_step=wrong))
 
@@ -316,7 +318,7 @@ def test_lr_override_keeps_the_ratio_of_groups(rates, initial, expected, tmp_pat
     [
         ((0.0, 0.0), None, "several groups, all with lr 0 and without initial_lr"),
         ((0.0, 0.0), (0.0, 1e-3), "started from 0.0 and 0.001"),
-        ((0.0, 1e-3), (0.0, 1e-3), "the first group has lr 0 and another has not"),
+        ((0.0, 1e-3), (0.0, 1e-3), "the first group has learning rate 0 and another does not"),
     ],
 )
 def test_learning_rates_without_a_ratio(rates, initial, match, tmp_path: Path) -> None:
@@ -335,13 +337,13 @@ def test_learning_rates_without_a_ratio(rates, initial, match, tmp_path: Path) -
 @pytest.mark.parametrize("key", ["caution", "rectify", "nesterov", "bias_correction", "correct_bias"])
 def test_settings_that_adamw_has_not(key, state, plain, tmp_path: Path) -> None:
     state["param_groups"][0][key] = True
-    refused(f"a relative of AdamW, whose param_groups have {key}", save(state, tmp_path), plain.model)
+    refused(f"a variant of AdamW, whose param_groups have {key}", save(state, tmp_path), plain.model)
 
 
 def test_decay_of_a_kind_the_file_does_not_tell(state, plain, tmp_path: Path) -> None:
     del state["param_groups"][0]["decoupled_weight_decay"]
     _, report = read(save(state, tmp_path), plain.model, plain.params)
-    assert any(note.startswith("warning: the file does not say whether") for note in report.notes)
+    assert any(note.startswith("warning: the file does not record whether") for note in report.notes)
     state["param_groups"][0]["decoupled_weight_decay"] = 0
     refused("inside the gradient", save(state, tmp_path), plain.model)
 
@@ -357,13 +359,13 @@ def test_several_optimizers_of_accelerate(state, tmp_path: Path) -> None:
     ("key", "value", "match"),
     [
         ("betas", torch.tensor([0.9, 0.999]), "betas are tensor"),
-        ("lr", "0.1", r"lr is '0.1', expected a number from 0"),
+        ("lr", "0.1", r"lr is '0.1', expected a number of at least 0"),
         ("lr", -1.0, "lr is -1.0"),
         ("eps", float("nan"), "eps is nan"),
         ("eps", 10**400, "eps is 1000"),
         ("lr", torch.ones(3), "lr is tensor"),
         ("lr", torch.tensor(1j), "lr is 1j"),
-        ("betas", (0.9, 1.0), "beta2 is 1.0, expected a number from 0 and below 1"),
+        ("betas", (0.9, 1.0), "beta2 is 1.0, expected a number of at least 0 and below 1"),
         ("betas", 0.9, "betas are 0.9, expected two numbers"),
         ("weight_decay", None, "weight_decay is None"),
     ],
@@ -387,7 +389,7 @@ def test_flags_that_are_no_flags(key, state, plain, tmp_path: Path) -> None:
 def test_another_adapters_state(state, tmp_path: Path) -> None:
     message = refused("12 tensors in groups of 12", save(state, tmp_path), make_model("norms"))
     assert "17 trainable ones (12 and 5 in the Trainer's groups)" in message
-    assert "another adapter or another order" in message
+    assert "another adapter, or has another order" in message
 
 
 def test_groups_of_the_right_sizes_with_decay_in_the_second(state, plain, tmp_path: Path) -> None:
@@ -421,7 +423,7 @@ def test_shape_mismatch_names_the_parameter_and_both_shapes(key, state, plain, t
 )
 def test_moment_that_is_no_float_tensor(moment, state, plain, tmp_path: Path) -> None:
     state["state"][0]["exp_avg"] = moment
-    refused("not a plain floating point tensor", save(state, tmp_path), plain.model)
+    refused("not a plain floating-point tensor", save(state, tmp_path), plain.model)
 
 
 def test_names_of_another_model(plain, tmp_path: Path) -> None:
@@ -429,12 +431,12 @@ def test_names_of_another_model(plain, tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(trainable(model).items())
     take_steps(model, optimizer)
     saved = optimizer.state_dict()
-    message = refused("state for what the adapter does not train", save(saved, tmp_path), plain.model)
+    message = refused("state for parameters that are not trainable", save(saved, tmp_path), plain.model)
     assert "layernorm" in message
     saved["param_groups"][0]["param_names"][0] = "else\n.weight"
     refused("1 of the adapter's 17 trainable parameters", save(saved, tmp_path), model)
     saved["param_groups"][0]["param_names"][0] = saved["param_groups"][0]["param_names"][1]
-    refused("stands twice among its names", save(saved, tmp_path), model)
+    refused("occurs twice among its names", save(saved, tmp_path), model)
     saved["param_groups"][0]["param_names"].pop()
     refused("differ in length", save(saved, tmp_path), model)
 
@@ -445,7 +447,7 @@ def test_state_of_frozen_positions(tmp_path: Path) -> None:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters())
     take_steps(model, optimizer)
-    refused("does not train: .*embed_tokens", save(optimizer.state_dict(), tmp_path), make_model())
+    refused("not trainable: .*embed_tokens", save(optimizer.state_dict(), tmp_path), make_model())
 
 
 # Other optimizers
@@ -465,7 +467,7 @@ def step_once(build: Callable[..., torch.optim.Optimizer], **options: Any) -> di
         (torch.optim.SGD, {}, "no state: it was saved before the first step"),
         (torch.optim.Adafactor, {}, "state of Adafactor"),
         (torch.optim.NAdam, {}, "state of NAdam"),
-        (torch.optim.RAdam, {}, "a relative of AdamW"),
+        (torch.optim.RAdam, {}, "a variant of AdamW"),
         (torch.optim.Adamax, {}, "state of Adamax"),
         (torch.optim.RMSprop, {}, "state of RMSprop"),
         (torch.optim.Adagrad, {}, "state of Adagrad"),
@@ -517,30 +519,30 @@ class Payload(SimpleNamespace):
 def test_code_in_the_file(state, plain, tmp_path: Path) -> None:
     payload = Payload(folder=str(tmp_path / "made"))
     state["param_groups"][0]["lr"] = payload
-    refused(r"asks for \w+\.mkdir, only tensors and numbers", save(state, tmp_path), plain.model)
+    refused(r"requests \w+\.mkdir, only tensors and numbers", save(state, tmp_path), plain.model)
     (tmp_path / "p.pt").write_bytes(pickle.dumps(payload))
-    refused("no plain torch checkpoint", tmp_path / "p.pt", plain.model)
+    refused("not a plain torch checkpoint", tmp_path / "p.pt", plain.model)
     assert not (tmp_path / "made").exists()
-    refused("no plain torch checkpoint", save(plain.optimizer, tmp_path), plain.model)
+    refused("not a plain torch checkpoint", save(plain.optimizer, tmp_path), plain.model)
 
 
 def test_files_that_hold_no_optimizer(state, plain, tmp_path: Path) -> None:
     path = tmp_path / "optimizer.pt"
     refused("cannot be read: No such file", path, plain.model)
-    refused("none is written", tmp_path, plain.model)
+    refused("trainers write none", tmp_path, plain.model)
     for content in (b"", b"hello\n", b"PK\x03\x04 and more", b"\x80\x02", b"\x80\x02}q\x00."):
         path.write_bytes(content)
-        refused("damaged|cut short|holds", path, plain.model)
+        refused("damaged|truncated|contains", path, plain.model)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no checkpoint")
-    refused("damaged, or no torch checkpoint", path, plain.model)
+    refused("damaged, or not a torch checkpoint", path, plain.model)
     for value, match in [
-        ([1, 2], "holds list"),
-        ({}, "holds a dict of nothing"),
-        ({"model": 1, "optimizer": state}, "holds a dict of model, optimizer"),
-        ({"state": [], "param_groups": []}, "another form"),
+        ([1, 2], "contains list"),
+        ({}, "contains a dict of nothing"),
+        ({"model": 1, "optimizer": state}, "contains a dict of model, optimizer"),
+        ({"state": [], "param_groups": []}, "malformed"),
         ({"state": {}, "param_groups": []}, "no state"),
-        ({**state, "param_groups": [3]}, "another form"),
+        ({**state, "param_groups": [3]}, "malformed"),
         ({**state, "state": {"name": {"exp_avg": 1}}}, "positions .* do not match"),
     ]:
         refused(match, save(value, tmp_path), plain.model)
@@ -582,6 +584,6 @@ def test_checkpoint_folders(tmp_path: Path) -> None:
         assert len(str(caught.value).splitlines()) == 1
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-20" / "optimizer.pt").touch()
-    with pytest.raises(InputError, match="give checkpoint-20, which holds one"):
+    with pytest.raises(InputError, match="give checkpoint-20, which contains one"):
         find_state(tmp_path)
     assert find_state(tmp_path / "checkpoint-20").name == "optimizer.pt"

@@ -181,7 +181,7 @@ def test_not_converted(files: list[str], plain, tmp_path: Path) -> None:
         (folder / file).write_bytes(b"")
     command = (
         rf"run `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
-        rf"--input_folder {folder} --output_folder {folder}_universal` and give that"
+        rf"--input_folder {folder} --output_folder {folder}_universal` and give its output"
     )
     for path in (folder, folder.parent):
         with pytest.raises(InputError, match=command) as caught:
@@ -215,7 +215,7 @@ def test_damaged_files_name_their_parameter(stage: int, write, plain, tmp_path: 
     shape = "has shape" if stage == 1 else r"has 48 elements, its parameter has shape \(2, 16\)"
     assert a in refused(shape, folder, plain.model)
     torch.save({"other": 1}, file)
-    refused(rf"zero/{a}/exp_avg\.pt holds no tensor", folder, plain.model)
+    refused(rf"zero/{a}/exp_avg\.pt contains no tensor", folder, plain.model)
 
 
 def test_a_malicious_file_is_not_run(write, plain, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_malicious_file_is_not_run(write, plain, tmp_path: Path) -> None:
     folder, name = write(tmp_path / "u"), name_like(plain, "lora_A")
     for file in (folder / "zero" / name / "step.pt", folder / "zero" / "optimizer_state.pt"):
         torch.save({"param": Payload()}, file)
-        refused(rf"{file.name}: .* asks for posix\.system", folder, plain.model)
+        refused(rf"{file.name}: .* requests posix\.system", folder, plain.model)
     assert not (tmp_path / "made").exists()
 
 
@@ -243,7 +243,7 @@ def test_several_groups_need_the_models_file(damage: str, write, plain, tmp_path
     content = torch.load(file, weights_only=True)
     lost, _ = content["param_shapes"][0].popitem()
     torch.save(content, file)
-    return refused(f"has state for {lost}, which no group", folder, plain.model)
+    return refused(f"has state for {lost}, not in any group", folder, plain.model)
 
 
 def test_sub_groups_that_are_no_groups(write, plain, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_sub_groups_that_are_no_groups(write, plain, tmp_path: Path) -> None:
     ("change", "match"),
     [
         ({"bias_correction": False}, "without bias correction"),
-        ({"max_coeff": 10.0}, "a relative of AdamW"),  # LAMB
+        ({"max_coeff": 10.0}, "a variant of AdamW"),  # LAMB
         ({"amsgrad": True}, "amsgrad = True"),
     ],
 )
@@ -304,7 +304,7 @@ def test_formats_are_not_taken_for_each_other(write, plain, tmp_path: Path) -> N
         shutil.copy(file, folder / "zero" / name_like(plain, "lora_A") / "exp_avg.pt")
     refused(r"exp_avg\.pt: ", folder, plain.model)
     shutil.copy(folder / "zero" / "optimizer_state.pt", tmp_path / "optimizer.pt")
-    refused("asks for deepspeed", tmp_path / "optimizer.pt", plain.model)
+    refused("requests deepspeed", tmp_path / "optimizer.pt", plain.model)
 
 
 # DeepSpeed itself

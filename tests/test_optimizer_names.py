@@ -221,29 +221,29 @@ def test_sidecars_that_do_not_fit(backwards, tmp_path: Path) -> None:
         return good | {"groups": [good["groups"][0] | group, good["groups"][1]]}
 
     fewer = {"names": names[1:], "shapes": good["groups"][0]["shapes"][1:]}
-    refused("names groups of 6 and 10 parameters, the state has 7 and 10", changed(**fewer))
-    refused("names groups of 2 parameters", ["a", "b"])
+    refused("has groups of 6 and 10 parameters, the state has 7 and 10", changed(**fewer))
+    refused("has groups of 2 parameters", ["a", "b"])
     swapped = [names[-1], *names[1:-1], names[0]]
     assert good["groups"][0]["shapes"][0] != good["groups"][0]["shapes"][-1]
     message = refused(r"has shape .*, the adapter's", changed(names=swapped))
     assert names[0] in message or names[-1] in message
     shapes = [[9, 9], *good["groups"][0]["shapes"][1:]]
-    message = refused(r"has shape \(9, 9\), position 0 of the state", changed(shapes=shapes))
+    message = refused(r"shape \(9, 9\), position 0 of the state", changed(shapes=shapes))
     assert names[0] in message
-    refused("has no shape for each name", changed(shapes=shapes[1:]))
+    refused("does not have one shape for each name", changed(shapes=shapes[1:]))
     other = copy.deepcopy(optimizer.state_dict())
     other["state"][0]["exp_avg"] = None  # exp_avg_sq has the shape, too
-    refused(r"has shape \(9, 9\), position 0 of the state", changed(shapes=shapes), other)
-    refused("names .* twice", changed(names=[names[1], *names[1:]]))
-    refused("of version 2, expected 1", good | {"version": 2})
+    refused(r"shape \(9, 9\), position 0 of the state", changed(shapes=shapes), other)
+    refused("lists .* twice", changed(names=[names[1], *names[1:]]))
+    refused("has version 2, expected 1", good | {"version": 2})
     refused("max_grad_norm is 'x', expected float", good | {"max_grad_norm": "x"})
     refused("max_grad_norm is -1", good | {"max_grad_norm": -1})
     refused("cannot be read as JSON", good | {"max_grad_norm": float("nan")})
     refused("max_grad_norm is 1000", good | {"max_grad_norm": 10**400})
     refused("max_grad_norm is True", good | {"max_grad_norm": True})
-    refused("has no lists of names", {"something": "else"})
-    refused("has no lists of names", [1, 2])
-    refused("has no lists of names", [])
+    refused("contains no lists of names", {"something": "else"})
+    refused("contains no lists of names", [1, 2])
+    refused("contains no lists of names", [])
     refused("trainable parameters are not among", changed(names=["x", *names[1:]]))
     for text in ("{", "\x00"):
         path = write(tmp_path, optimizer.state_dict())
@@ -263,7 +263,7 @@ def test_a_flat_list_is_cut_into_the_states_groups_and_no_more(backwards, tmp_pa
     assert_attached(adam, model, optimizer)
     for wrong in (names[1:], [*names, "one.more"]):
         path = write(tmp_path, optimizer.state_dict(), wrong)
-        with pytest.raises(InputError, match=f"names groups of {len(wrong)} parameters"):
+        with pytest.raises(InputError, match=f"has groups of {len(wrong)} parameters"):
             read_adam_state(path, model, registry(model))
 
 
@@ -350,8 +350,12 @@ def test_live_state_of_another_model(backwards) -> None:
         ((0.0, 0.0), (8e-3, 0.0), (8e-3, 0.0)),
         ((4e-3, 0.0), (8e-3, 1e-3), (4e-3, 0.0)),
         ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0)),
-        ((0.0, 0.0), (0.0, 1e-3), "the first group of the optimizer has lr 0 and another has not"),
-        ((0.0, 1e-3), (8e-3, 1e-3), "put a group that moves first"),
+        (
+            (0.0, 0.0),
+            (0.0, 1e-3),
+            "the first group of the optimizer has learning rate 0 and another does not",
+        ),
+        ((0.0, 1e-3), (8e-3, 1e-3), "place a group with a learning rate above 0 first"),
         ((0.0, 0.0), (8e-3, None), "all with lr 0 and without initial_lr"),
     ],
 )

@@ -114,8 +114,8 @@ def test_templates_that_do_not_fit(tmp_path, template, message):
         ([{"question": "a"}, {"answer": "b"}], "row 2 of .*no column 'question'"),
         ([{"question": ""}], "row 1 of .* an empty string, expected text"),
         ([{"question": " \n"}], "an empty string, expected text"),
-        ([{"question": [{"role": "user", "content": "a"}]}], "holds list, expected text"),
-        ([{"question": None}], "holds NoneType, expected text"),
+        ([{"question": [{"role": "user", "content": "a"}]}], "contains list, expected text"),
+        ([{"question": None}], "contains NoneType, expected text"),
         ([], "has no rows"),
     ],
 )
@@ -166,7 +166,7 @@ def test_options_that_contradict_each_other(tmp_path):
     with pytest.raises(InputError, match="limit is 0"):
         load_prompts(path, prompt_column="question", limit=0)
     for without in (None, tokenizer(chat_template=None)):
-        with pytest.raises(InputError, match="no tokenizer with a chat template"):
+        with pytest.raises(InputError, match="needs a tokenizer with a chat template"):
             load_prompts(path, prompt_column="question", chat=True, tokenizer=without)
 
 
@@ -240,14 +240,14 @@ def test_encodings_that_cannot_be_used():
         encode_prompts(two, tokenizer(), chat=False, max_prompt_tokens=2)
     with pytest.raises(InputError, match="prompt 1 has no tokens"):
         encode_prompts([Prompt(" ", {})], tokenizer(), chat=True)
-    with pytest.raises(InputError, match="ends prompt 1 with '</s>'"):
+    with pytest.raises(InputError, match="appends '</s>' to prompt 1"):
         encode_prompts(two, tokenizer(template="<s> $A </s>"), chat=False)
 
 
 def test_the_vocabulary_must_fit():
     check_vocabulary(tokenizer(), len(WORDS))
     check_vocabulary(tokenizer(), 128)
-    with pytest.raises(InputError, match="'brief' has id 10 and the model has 10 rows"):
+    with pytest.raises(InputError, match="'brief' has id 10, but the model has 10 rows"):
         check_vocabulary(tokenizer(), len(WORDS) - 1)
     added = tokenizer()
     added.add_special_tokens({"pad_token": "<pad>"})
@@ -268,7 +268,7 @@ def test_draws(count, population, seed):
         assert len(set(distinct)) == count
         assert set(distinct) <= set(range(population))
     else:
-        with pytest.raises(InputError, match="ask for fewer"):
+        with pytest.raises(InputError, match="request fewer"):
             draw_distinct(count, population, seed)
     assert torch.equal(torch.random.get_rng_state(), state)
 

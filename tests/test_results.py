@@ -67,9 +67,9 @@ def test_the_second_derivative_ends_the_linear_range():
     """3 eta and 6 eta^2 / 2: a tenth at eta = 0.1, whatever the measured changes look like."""
     etas = (0.01, 0.02, 0.05, 0.099, 0.101, 0.2)
     for eta_high, bend in (
-        (0.099, sweep.Bend(6.0, Error(1.0, 5), None)),
-        (0.099, sweep.Bend(-6.0, Error(1.0, 5), 1e-3)),
-        (0.2, sweep.Bend(0.1, Error(1.0, 5), None)),
+        (0.099, sweep.Curvature(6.0, Error(1.0, 5), None)),
+        (0.099, sweep.Curvature(-6.0, Error(1.0, 5), 1e-3)),
+        (0.2, sweep.Curvature(0.1, Error(1.0, 5), None)),
         (0.2, None),
     ):
         found = fits(etas, lambda eta: 3 * eta, noise=1e-18, bend=bend)
@@ -83,7 +83,7 @@ def test_rounding_of_a_symmetric_difference_is_its_spread():
     noise, eta = 1e-9, 1e-3
     changes = noise * np.random.default_rng(0).standard_normal((4000, 2))
     spread = np.std([funcprobe.second_difference(*map(float, pair), eta) for pair in changes])
-    found = sweep.Sweep((), noise, sweep.Bend(6.0, Error(1.0, 5), eta))
+    found = sweep.Sweep((), noise, sweep.Curvature(6.0, Error(1.0, 5), eta))
     document = sweep_results.second_order(SimpleNamespace(derivative=3.0), found, "nats per token")
     assert document["rounding"]["value"] == pytest.approx(float(spread), rel=0.05)
 

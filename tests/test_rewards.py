@@ -305,7 +305,7 @@ def test_a_function_of_verls_on_other_data(tmp_path):
             "response 0 has no column 'data_source', its columns are: a",
         ),
         ({"answer": "1", "data_source": "a"}, "h", "no column 'router'"),
-        ({"answer": "1", "data_source": "", "extra_info": "{}"}, "f", "'extra_info' holds str, verl's"),
+        ({"answer": "1", "data_source": "", "extra_info": "{}"}, "f", "'extra_info' contains str"),
     ],
 )
 def test_rows_that_a_function_of_verls_cannot_use(tmp_path, row, name, said):
@@ -343,7 +343,7 @@ def test_the_users_exception_is_the_cause(tmp_path):
 
 def test_a_column_with_the_name_of_an_argument(tmp_path):
     reward = load_reward(users_file(tmp_path, "def f(completions): return [1.0]"))
-    with pytest.raises(InputError, match="column 'completions' has an argument's name"):
+    with pytest.raises(InputError, match="column 'completions' has the name of an argument"):
         reward(["p"], ["c"], [[1]], [{"completions": "mine"}])
 
 
@@ -353,7 +353,7 @@ def test_a_column_with_the_name_of_an_argument(tmp_path):
         ("numerics", "unknown reward 'numerics': expected one of numeric, math"),
         (":f", "unknown reward"),
         ("module:", "unknown reward"),
-        ("no_such_module_9:f", "ModuleNotFoundError.*named by its path"),
+        ("no_such_module_9:f", "ModuleNotFoundError.*give a file by its path"),
         ("no/such/file.py:f", "file not found: no/such/file.py"),
     ],
 )
@@ -363,5 +363,5 @@ def test_specs_that_name_nothing(spec, message):
 
 
 def test_lists_of_different_lengths():
-    with pytest.raises(InputError, match="one entry a response"):
+    with pytest.raises(InputError, match="one entry per response"):
         load_reward("numeric")(["p"], ["1", "2"], [[1]], [{"answer": "1"}])

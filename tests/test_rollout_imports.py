@@ -29,7 +29,7 @@ from funcprobe.adapters.rollouts.imports import Guesses, import_columns, layout_
 from funcprobe.adapters.rollouts.provenance import TrainingRun, training_run
 from funcprobe.adapters.sampling.advantages import update_advantages
 from funcprobe.adapters.sampling.rewards import load_reward
-from funcprobe.adapters.sampling.supplied import bring_update, open_update
+from funcprobe.adapters.sampling.supplied import load_supplied_update, open_update
 from funcprobe.adapters.stages.batches import sample
 from funcprobe.adapters.stages.plan import load
 from funcprobe.adapters.store import Stages
@@ -200,7 +200,7 @@ def test_trl_completions_are_what_was_sampled(trained) -> None:
     assert len(lines) == 1
     for said in (
         f"warning: U is TRL completions ({trained.file}), which is text",
-        f"EOS (1) is put behind the {sum(ends)} of 12 responses shorter than",
+        f"EOS (1) is appended to the {sum(ends)} of 12 responses shorter than",
         "sampling.max_new_tokens = 12",
         "sampling.temperature = 1;",
     ):
@@ -232,7 +232,7 @@ def test_trl_rewards_of_several_functions_are_summed_with_a_warning(with_two) ->
     columns = read_columns(with_two.file).values
     assert found.reward == [a + b for a, b in zip(columns["length"], columns["first_one"], strict=True)]
     assert len(lines) == 2
-    assert "the sum of length, first_one, right if all are rewards" in lines[1]
+    assert "the sum of length, first_one, correct if all are rewards" in lines[1]
     assert update_advantages(found, "mean_std")[1] == []  # TRL's weights were 1
     # With weights 1 and 0.2 TRL would have logged the same rewards and other advantages.
     weighted = [a + 0.2 * b for a, b in zip(columns["length"], columns["first_one"], strict=True)]
@@ -275,7 +275,7 @@ def test_trl_chats(chatted) -> None:
     assert found.prompt_ids == [tokenizer(text)["input_ids"] for text in found.prompt]
     assert found.response == [c[0]["content"] for c in chatted.call["completions"]]
     columns = read_columns(chatted.file)
-    assert "prompt of messages, and the tokenizer has no chat template" in refusal(columns)
+    assert "prompt of messages, but the tokenizer has no chat template" in refusal(columns)
     more = [[*c, {"role": "tool", "content": "5"}] for c in columns.values["completion"]]
     assert "completion of 2 messages" in refusal(changed(columns, completion=more), tokenizer=tokenizer)
     called = [[c[0] | {"tool_calls": ["f"]}] for c in columns.values["completion"]]
@@ -295,7 +295,7 @@ def test_trl_groups(trained) -> None:
     twice = changed(columns, prompt=[text[0]] * 6 + [text[6]] * 3 + [text[0]] * 3)
     assert imported(twice)[0].prompt_index == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     cut = changed(columns, prompt=text[:11])
-    assert "equal prompts stand in runs of 2 to 3 rows" in refusal(cut)
+    assert "equal prompts occur in runs of 2 to 3 rows" in refusal(cut)
     mixed = changed(columns, prompt=text[::3] * 3)
     assert "runs of 1 to 1 rows" in refusal(mixed)
 
@@ -303,7 +303,7 @@ def test_trl_groups(trained) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"step": [5] * 6 + [6] * 6}, "holds steps 5 and 6, two policies"),
+        ({"step": [5] * 6 + [6] * 6}, "contains steps 5 and 6, two policies"),
         ({"step": []}, "has no rows"),
         ({"completion": [None] * 12}, "row 0 has None in completion, Unicode text is expected"),
         (
@@ -311,12 +311,12 @@ def test_trl_groups(trained) -> None:
             "row 11 has a response of 13 tokens, sampl",
         ),
         ({"prompt": ["\ud800"] * 12}, "row 0 has '\\ud800' in prompt, Unicode text is expected"),
-        ({"step": [0] * 12}, "is of step 0, and checkpoint has taken 0 steps"),
+        ({"step": [0] * 12}, "is of step 0, but checkpoint has taken 0 steps"),
         ({"prompt": [4] * 12}, "row 0 has 4 in prompt, Unicode text is expected"),
         ({"length": ["a"] * 12}, "row 0 has no reward (reward columns: none):"),
         (
             {"length": [True] * 12},
-            "(reward columns: none; left out, as TRL's rewards are floats: length): set objective",
+            "(reward columns: none; excluded, as TRL's rewards are floats: length): set objective",
         ),
         ({"length": [1.0] * 11 + [float("nan")]}, "row 11 has no reward (reward columns: length)"),
         ({"length": [1.0] * 11 + [float("inf")]}, "row 11 has reward inf"),
@@ -337,16 +337,16 @@ def test_trl_files_that_cannot_be_used(trained, values, said) -> None:
         (
             1,
             {},
-            "is of step 1, and checkpoint has taken 1 steps, so that its next step is made of the "
+            "is of step 1, but checkpoint has taken 1 steps, so that its next step uses the "
             "rollouts of step 2: give completions_00002.parquet, or the checkpoint that has taken 0",
         ),
         (
             0,
             {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
-            "holds a generation of 4 micro-batches (steps_per_generation), and a step of this run",
+            "contains a generation of 4 micro-batches (steps_per_generation), but a step of this run",
         ),
         (None, {"num_iterations": 3}, "this run used num_iterations = 3 times"),
-        (0, {"generation_batch_size": 24}, "has 12 rows, and the run generated 24 a step"),
+        (0, {"generation_batch_size": 24}, "has 12 rows, but the run generated 24 per step"),
     ],
 )
 def test_a_log_is_of_the_step_after_the_checkpoint(trained, steps, loss, said) -> None:
@@ -356,10 +356,10 @@ def test_a_log_is_of_the_step_after_the_checkpoint(trained, steps, loss, said) -
         assert said in refusal(columns, run=run)
         return
     _, lines = imported(columns, run=run)
-    assert "an evaluation at that step would have put its rows into the file" in lines[0]
+    assert "an evaluation at that step would have added its rows" in lines[0]
     assert len(lines) == 1 + (steps is None)
     if steps is None:
-        assert lines[1].startswith("warning: U's file is of step 1, and nothing in checkpoint says how")
+        assert lines[1].startswith("warning: U's file is of step 1, but checkpoint does not record")
         assert lines[1].endswith("only if these are 0")
 
 
@@ -398,8 +398,10 @@ def test_columns_that_are_no_rewards_of_trls_are_named(trained) -> None:
     texts = ["a"] * 12
     found, lines = imported(changed(columns, short=whole, right=[x > 0 for x in whole], texts=texts))
     assert found.reward == columns.values["length"]
-    assert "the sum of length, right if all" in lines[1]
-    assert "all weights are 1; left out, as TRL's rewards are floats: short, right; if" in lines[1]
+    assert "the sum of length, correct if all" in lines[1]
+    assert (
+        "all weights are 1; excluded, as TRL's rewards are floats: short, right; otherwise" in lines[1]
+    )
     assert len(imported(changed(columns, texts=texts))[1]) == 1
 
 
@@ -461,7 +463,7 @@ def test_verl_dumps(tmp_path) -> None:
     assert found.advantage is None
     assert found.temperature == 0.5
     assert len(lines) == 1
-    assert "EOS (1) is put behind the 3 of 4 responses shorter than" in lines[0]
+    assert "EOS (1) is appended to the 3 of 4 responses shorter than" in lines[0]
     lost, lines = imported(path, prompts={"3+4=": A})
     assert lost.prompt_ids == [A, B[1:], A, B[1:]]
     assert "2 of U's 4 prompts are not in prompts.source" in lines[1]
@@ -469,9 +471,8 @@ def test_verl_dumps(tmp_path) -> None:
     assert lost.prompt_ids == [A[1:], B[1:]] * 2
     assert "4 of U's 4 prompts (prompts.source is not set) and were" in lines[1]
     assert "an evaluation" not in lines[0]
-    assert (
-        "taken 6 steps, so that its next step is made of the rollouts of step 7: give 7.js"
-        in refusal(read_columns(path), run=run_before(7))
+    assert "taken 6 steps, so that its next step uses the rollouts of step 7: give 7.js" in refusal(
+        read_columns(path), run=run_before(7)
     )
     assert "give 6.jsonl" not in refusal(read_columns(path), run=run_before(5))  # of one too late, too
     # Settings of TRL's are none of verl's.
@@ -493,7 +494,7 @@ def test_verl_groups_by_uid_where_there_is_one(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"step": [5, 5, 6, 6]}, "holds steps 5 and 6"),
+        ({"step": [5, 5, 6, 6]}, "contains steps 5 and 6"),
         ({"step": [[5], [5], [5], [6]]}, "line 1 has [5] in step, an integer is expected"),
         ({"step": [6, 6, True, 6]}, "line 3 has True in step, an integer is expected"),
         ({"output": ["1", "1", "\ud800", "1"]}, "line 3 has '\\ud800' in output, Unicode text is"),
@@ -508,7 +509,7 @@ def test_verl_groups_by_uid_where_there_is_one(tmp_path) -> None:
 def test_verl_files_that_cannot_be_used(tmp_path, values, said) -> None:
     path = dumped(tmp_path / "6.jsonl", SAMPLED, [1.0, 0.0, 0.25, 1.0])
     assert said in refusal(changed(read_columns(path), **values))
-    assert "which holds no advantages" in refusal(read_columns(path), advantages=True)
+    assert "which contains no advantages" in refusal(read_columns(path), advantages=True)
 
 
 def test_the_end_of_sequence_is_the_tokenizers_where_the_policy_has_it(tmp_path) -> None:
@@ -579,7 +580,7 @@ class Policy(NamedTuple):
 def brought(config: Config, prompt_ids=(), step: int = 1) -> tuple[Rollouts, list[str]]:
     policy: Any = Policy(character_tokenizer(), (EOS,))
     mode = config.objective.advantage or "mean_std"
-    found, lines = bring_update(
+    found, lines = load_supplied_update(
         open_update(config),
         config,
         policy,
@@ -629,9 +630,12 @@ def test_a_run_on_what_trl_logged(command, checkpoint, trained) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollouts.eval": "TRL"}, "is TRL completions: text, without the tokens that were sampled"),
-        ({"rollouts.eval": "VERL"}, "is a verl rollout dump: text, without the tokens"),
-        ({"rollouts.update": "VERL", "objective.advantage": "rollouts"}, "which holds no advantages"),
+        ({"rollouts.eval": "TRL"}, "is TRL completions: text, without the sampled tokens"),
+        ({"rollouts.eval": "VERL"}, "is a verl rollout dump: text, without the sampled tokens"),
+        (
+            {"rollouts.update": "VERL", "objective.advantage": "rollouts"},
+            "which contains no advantages",
+        ),
         ({"rollouts.update": "OTHER"}, "its columns are: prompt, text"),
         (
             {"objective.advantage": "rollouts"},
@@ -639,12 +643,12 @@ def test_a_run_on_what_trl_logged(command, checkpoint, trained) -> None:
         ),
         (
             {"rollouts.update": "TRL", "objective.preset": "dr_grpo"},
-            "set objective.constant to what the",
+            "set objective.constant to the",
         ),
         ({"reward.conversational": True}, "set prompts.chat = true as well"),
         (
             {"reward.conversational": True, "reward.function": "numeric", "prompts.chat": True},
-            "reads text",
+            "takes text",
         ),
     ],
 )
@@ -673,7 +677,7 @@ def test_a_log_of_verls_finds_its_prompts_also_where_nothing_is_sampled(
     outcome = command("run", "c.toml", "--dry-run", *sets(given))
     assert outcome.status == 0, outcome.err
     assert "prompts.source" not in outcome.err.replace("set prompts.source and", "")
-    assert "nothing in" in outcome.err  # says of which step the checkpoint is
+    assert "does not record" in outcome.err  # says of which step the checkpoint is
     assert "longest prompt" not in outcome.out
     gone = given | {"prompts.source": "/gone.jsonl"}
     assert "file not found: /gone.jsonl" in command("run", "c.toml", "--dry-run", *sets(gone)).err
@@ -779,10 +783,12 @@ def test_u_with_advantages_alone(checkpoint, trained, tmp_path, monkeypatch) -> 
         "normalisation": "sequence",
         "constant": 6.0,
     }
-    assert "U is brought: its advantages are its own" in narrator.lines
-    assert "1 groups of advantage 0" in narrator.lines[-1]
+    assert "U is supplied: its advantages are the supplied ones" in narrator.lines
+    assert "1 of 4 groups have advantage 0" in narrator.lines[-1]
     save_rollouts(found._replace(reward=None, advantage=[0.0] * 12), Path("u.jsonl"))
-    with pytest.raises(InputError, match=r"all 4 groups of U have advantage 0.*: bring rollouts with"):
+    with pytest.raises(
+        InputError, match=r"all 4 groups of U have advantage 0.*: supply other rollouts"
+    ):
         load(read_config(Path("c.toml"), sets(settings)[1::2]), narrator)
 
 
@@ -799,7 +805,7 @@ def test_advantages_that_are_not_those_of_the_rewards_are_a_warning(
     narrator = Narrator()
     plan = load(read_config(Path("c.toml"), sets(given)[1::2]), narrator)
     sample(plan, Stages(None), narrator)
-    (warning,) = (line for line in narrator.lines if "own advantages" in line)
+    (warning,) = (line for line in narrator.lines if "supplied advantages" in line)
     assert 'objective.advantage = "rollouts"' in warning
     rows = slice(0, 11)  # the last of a group is gone
     cut = {k: v[rows] for k, v in found._asdict().items() if isinstance(v, list)}

@@ -187,16 +187,16 @@ def test_the_batch_keeps_rows_and_units_apart() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"response_ids": None}, "has no column response_ids: needed are prompt_index"),
+        ({"response_ids": None}, "has no column response_ids: prompt_index"),
         ({"response_ids": None}, "its columns are: prompt_index, prompt, response, prompt_ids, finish"),
         ({"reward": None}, "has no column reward"),
         (
             {"prompt_index": None, "group": [4, 4, 1]},
-            "no column prompt_index and a column group: rename",
+            "no column prompt_index but a column group: rename",
         ),
-        ({"response_ids": None, "completion_ids": [[5], [8], [9]]}, "and a column completion_ids: ren"),
-        ({"sampler_logp": None, "logprobs": [[0], [0], [0]]}, "and a column logprobs: rename it, or"),
-        ({"advantage": None, "advantages": [1.0, 0.0, 0.0]}, "and a column advantages: rename it"),
+        ({"response_ids": None, "completion_ids": [[5], [8], [9]]}, "but a column completion_ids: ren"),
+        ({"sampler_logp": None, "logprobs": [[0], [0], [0]]}, "but a column logprobs: rename it, or"),
+        ({"advantage": None, "advantages": [1.0, 0.0, 0.0]}, "but a column advantages: rename it"),
         ({"response_ids": [[5, 6, 7], [], [9, 0]]}, "@1 has a response of zero tokens"),
         ({"response_ids": [[5, 6, 7], None, [9, 0]]}, "@1 has no response_ids"),
         ({"prompt_ids": [[1, 2], [1, 2], [10]]}, "@2 has a token id outside the model's 10"),
@@ -249,15 +249,15 @@ def test_what_cannot_be_probed(tmp_path, ending, changes, said) -> None:
         ({"reward": [1.0, NAN, 0.0]}, "row 1 has reward nan, a finite number"),
         ({"reward": [1.0, 0.0, INF]}, "row 2 has reward inf"),
         ({"advantage": [1.0, 0.0, -INF]}, "row 2 has advantage -inf"),
-        ({"sampler_logp": [[-0.1, NAN, -1.0], [0.0], [-3.5, -3.0]]}, "no log-probability"),
-        ({"sampler_logp": [[-0.1, -INF, -1.0], [0.0], [-3.5, -3.0]]}, "no log-probability"),
+        ({"sampler_logp": [[-0.1, NAN, -1.0], [0.0], [-3.5, -3.0]]}, "not a log-probability"),
+        ({"sampler_logp": [[-0.1, -INF, -1.0], [0.0], [-3.5, -3.0]]}, "not a log-probability"),
     ],
 )
 def test_what_is_no_number(tmp_path, changes, said) -> None:
     write(tmp_path / "r.parquet", columns(**changes))
     assert said in refusal(tmp_path / "r.parquet")
     write(tmp_path / "r.jsonl", columns(**changes))
-    assert "is no JSON number" in refusal(tmp_path / "r.jsonl")
+    assert "is not a JSON number" in refusal(tmp_path / "r.jsonl")
 
 
 def test_rewards_and_advantages_are_asked_for_only_where_they_are_needed(tmp_path) -> None:
@@ -285,8 +285,12 @@ def test_rewards_and_advantages_are_asked_for_only_where_they_are_needed(tmp_pat
         ({}, (0, 7, 99), None),
         ({}, (), None),
         ({"finish_reason": None}, (3,), None),
-        ({}, (0,), "row 0 has finish_reason stop and no end-of-sequence token at its end (0): append"),
-        ({}, (7, 8), "row 1 has finish_reason length and ends in an end-of-sequence token: drop it if"),
+        ({}, (0,), "row 0 has finish_reason stop but no end-of-sequence token at its end (0): append"),
+        (
+            {},
+            (7, 8),
+            "row 1 has finish_reason length but ends in an end-of-sequence token: remove it if",
+        ),
         ({}, (7, 9), "row 2 has tokens after its first end-of-sequence token (padding?)"),
         ({"finish_reason": None}, (6,), "row 0 has tokens after its first"),
     ],
@@ -303,7 +307,7 @@ def test_the_end_is_what_finish_reason_says(tmp_path, changes, eos_ids, said) ->
 def test_files_that_are_no_rollouts(tmp_path) -> None:
     assert "no such file" in refusal(tmp_path / "absent.parquet")
     (tmp_path / "folder.parquet").mkdir()
-    assert "is a folder: name the file in it" in refusal(tmp_path / "folder.parquet")
+    assert "is a folder: give the file in it" in refusal(tmp_path / "folder.parquet")
     (tmp_path / "r.csv").write_text("prompt_index\n1\n")
     assert "expected a file that ends in .parquet, .jsonl, .json" in refusal(tmp_path / "r.csv")
     (tmp_path / "text.parquet").write_text("prompt_index\n1\n")
@@ -320,10 +324,10 @@ def test_files_that_are_no_rollouts(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (rb'{"\ud800": 1}', "line 2 cannot be read (key '\\ud800' is no Unicode text)"),
-        (b"[1]", "line 2 is list, one JSON object a line is expected"),
+        (rb'{"\ud800": 1}', "line 2 cannot be read (key '\\ud800' is not Unicode text)"),
+        (b"[1]", "line 2 is list, one JSON object per line is expected"),
         (b"{'prompt_index': 1}", "line 2 cannot be read (Expecting property name"),
-        (b'{"reward": 1, "reward": 2}', "line 2 cannot be read (key reward stands twice)"),
+        (b'{"reward": 1, "reward": 2}', "line 2 cannot be read (key reward occurs twice)"),
         (b'{"reward": ' + b"9" * 5000 + b"}", "line 2 cannot be read (Exceeds the limit"),
         (b"[" * 100_000, "line 2 cannot be read (maximum recursion"),
         (b'{"prompt": "\xff"}', "expected UTF-8 text"),
@@ -360,7 +364,7 @@ def test_a_file_that_was_cut_anywhere(tmp_path, ending) -> None:
 
 
 def test_a_number_that_json_lacks_is_not_written(tmp_path) -> None:
-    with pytest.raises(InputError, match="row 1 holds a number that is not finite"):
+    with pytest.raises(InputError, match="row 1 contains a number that is not finite"):
         save_rollouts(FULL._replace(reward=[0.0, INF, 0.0]), tmp_path / "r.jsonl")
     assert not (tmp_path / "r.jsonl").exists()
 
@@ -397,7 +401,7 @@ def test_advantages_are_made_of_rewards_unless_told() -> None:
 
 @pytest.mark.parametrize("mode", ["mean", "mean_std", "leave_one_out"])
 def test_rewards_whose_squares_overflow_are_not_called_equal(mode) -> None:
-    with pytest.raises(InputError, match="a reward of U is 1e\\+200 in size, at most 1e\\+150"):
+    with pytest.raises(InputError, match="a reward of U has magnitude 1e\\+200, at most 1e\\+150"):
         update_advantages(update([-1e200, NAN, 0.5, 0.0, 1.0, 2.0]), mode)
     advantage_N, _ = update_advantages(update([1e150, 0.0, -1e150, 0.0, 1.0, 2.0]), mode)
     assert bool(advantage_N.isfinite().all())

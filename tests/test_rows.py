@@ -342,7 +342,7 @@ def test_a_model_that_cannot_pack_says_why(architecture, says):
     assert forward.layout == "plain"
     (note,) = forward.notes
     assert says in note
-    assert note.startswith("a sequence a row, prompts are not shared: ")
+    assert note.startswith("one sequence per row, prompts not shared: ")
     # Asked for nothing, nothing is missed.
     assert not frozen_forward(model, params, layout="plain").notes
     # The same sequences one at a time: none sees another.
@@ -375,7 +375,7 @@ def test_a_model_that_mixes_tokens_outside_of_attention_is_found_out(dtype):
     forward = frozen_forward(model, params)
     assert forward.layout == "plain"
     (note,) = forward.notes
-    assert "its tokens see more than attention shows them, by " in note
+    assert "a token depends on tokens it cannot attend to, by " in note
     if dtype == torch.float64:
         stats = funcprobe.token_stats(params, BATCH, forward, 200)
         with torch.no_grad(), precision.StayFloat64():
@@ -401,7 +401,7 @@ def test_a_model_that_makes_its_own_masks_is_found_out():
     forward = frozen_forward(model, funcprobe.trainable_params(model))
     assert forward.layout == "plain"
     (note,) = forward.notes
-    assert note.endswith("its attention makes masks of its own")
+    assert note.endswith("its attention builds its own masks")
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -450,7 +450,7 @@ def test_attention_that_is_called_otherwise_is_not_packed(call):
     batch = collate([[1, 2], [3]], [[1, 2], [4, 5]], [0, 1])
     rows = packed_rows(batch, torch.arange(2))
     x = torch.zeros(1, 1, rows.tokens, 2).double()
-    with PackedAttention(rows.packing), pytest.raises(NotPackedError, match="masks of its own"):
+    with PackedAttention(rows.packing), pytest.raises(NotPackedError, match="builds its own masks"):
         scaled_dot_product_attention(x, x, x, **call)
 
 

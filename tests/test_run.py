@@ -425,20 +425,20 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
         ),
         (
             {"rollouts.update": "one_prompt.parquet", "sampling.temperature": 0.5},
-            "U has responses to one prompt only, a standard error needs at least two: bring a file",
+            "U has responses to one prompt only, a standard error needs at least two: supply a file",
         ),
         (
             {"rollouts.eval": "one_prompt.parquet", "sampling.temperature": 0.5},
-            "E has responses to one prompt only, a standard error needs at least two: bring a file",
+            "E has responses to one prompt only, a standard error needs at least two: supply a file",
         ),
         (
             {"rollouts.update": "equal.parquet", "sampling.temperature": 0.5},
-            "all 4 groups of U have equal rewards, so every advantage is 0 and v has no gradient part: "
-            "bring",
+            "all 4 groups of U have equal rewards, so that every advantage is 0 and v has no gradient "
+            "part: supply",
         ),
         (
             {"rollouts.update": "huge.parquet", "sampling.temperature": 0.5},
-            "a reward of U is 1e+200 in size",
+            "a reward of U has magnitude 1e+200",
         ),
         ({"rollouts.update": "runs/one/rollouts/eval.parquet"}, "row 0 has no reward"),
         (
@@ -524,7 +524,7 @@ def test_low_coverage_is_refused_or_makes_the_raw_gradient_the_direction(
     assert document["conventions"]["step"]["rule"] == "sgd"
     assert first["bars_dot"]["value"] == first["bars_dot_identity"]["value"]
     assert first["from_momentum"]["value"] == first["from_weight_decay"]["value"] == 0
-    assert "on_low_coverage is identity" in Path("runs/one/run.log").read_text()
+    assert 'on_low_coverage = "identity"' in Path("runs/one/run.log").read_text()
 
 
 # Whether E is a sample of the policy

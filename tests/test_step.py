@@ -45,7 +45,7 @@ def test_positions_that_cannot_be_verified_are_refused(policy, checkpoint) -> No
         lines(policy, checkpoint)
     _, said = lines(policy, checkpoint, optimizer=ACCEPT)
     assert ", not verifiable, 12 of 12 share their shape with another" in said
-    assert "warning: the run's max_grad_norm is not known, 1 (the Trainer's default) is used" in said
+    assert "warning: the run's max_grad_norm is unknown, 1 (the Trainer's default) is used" in said
 
 
 def test_clipping_is_the_runs_own_where_it_is_known(policy, damaged) -> None:
@@ -66,7 +66,7 @@ def test_clipping_of_other_runs(policy, damaged, saved, used) -> None:
     with_sidecar(damaged, max_grad_norm=saved)
     step, said = lines(policy, damaged)
     assert step.max_grad_norm == used
-    assert ("max_grad_norm is not known" in said) == (saved is None)
+    assert ("max_grad_norm is unknown" in said) == (saved is None)
     assert lines(policy, damaged, optimizer={"max_grad_norm": 0.0})[0].max_grad_norm is None
 
 
@@ -82,7 +82,7 @@ def test_other_settings_than_the_runs_are_told(policy, damaged) -> None:
 @pytest.mark.parametrize(
     ("sampling", "said"),
     [
-        ({"top_p": 0.9}, "sampling had top_p = 0.9, and U is sampled without it here"),
+        ({"top_p": 0.9}, "sampling had top_p = 0.9, but U is sampled without it here"),
         ({"top_k": 10}, "top_k = 10"),
         ({"min_p": 0.1}, "min_p = 0.1"),
         ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1"),
@@ -104,11 +104,11 @@ def test_states_of_other_checkpoints_are_told(policy, damaged) -> None:
         with_sidecar(damaged, global_step=trained)
         (damaged.adapter / "trainer_state.json").write_text('{"global_step": 2}')
         _, said = lines(policy, damaged, **same)
-        assert (f"optimizer_param_names.json says {trained}" in said) == warned
+        assert (f"optimizer_param_names.json records {trained}" in said) == warned
         with_sidecar(damaged)
         (damaged.adapter / "trainer_state.json").write_text(f'{{"global_step": {trained}}}')
         _, said = lines(policy, damaged, **same)
-        assert (f"trainer_state.json says {trained}" in said) == warned
+        assert (f"trainer_state.json records {trained}" in said) == warned
     for text in ("{}", '{"global_step": Infinity}', "[" * 100_000, '{"global_step": "x"}'):
         (damaged.adapter / "trainer_state.json").write_text(text)
         with pytest.raises(InputError, match="has no global_step"):
@@ -123,7 +123,7 @@ def test_a_state_beside_several_adapters_needs_names(policy, damaged) -> None:
         (root / name / "adapter_config.json").write_text((root / "adapter_config.json").read_text())
     (root / "adapter_config.json").unlink()
     sections = {"policy": {"checkpoint": str(root), "adapter": "ref"}, "optimizer": ACCEPT}
-    with pytest.raises(InputError, match="lies beside the adapters policy, ref"):
+    with pytest.raises(InputError, match="is beside the adapters policy, ref"):
         load_step(Config.model_validate(sections), policy)
 
 
@@ -136,7 +136,7 @@ def test_cap_of_the_scale(policy, checkpoint, max_scale) -> None:
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        ({"loss_type": "cispo"}, "loss_type was cispo, of which no objective"),
+        ({"loss_type": "cispo"}, "loss_type was cispo, whose gradient is not that of any objective"),
         ({"loss_type": "bnpo"}, "loss_type was bnpo, a token mean of each micro-batch"),
         ({"beta": 0.04}, "beta was 0.04"),
         ({"entropy_coef": 0.1}, "entropy_coef was 0.1"),
@@ -151,7 +151,7 @@ def test_cap_of_the_scale(policy, checkpoint, max_scale) -> None:
         ),
         (
             {"scale_rewards": "batch"},
-            "scale_rewards was batch, objective.advantage is mean_std: only rollouts",
+            "scale_rewards was batch, objective.advantage is mean_std: only the run's own rollouts",
         ),
         ({"scale_rewards": "group"}, ""),
         ({"loss_type": ["dapo"]}, ""),
@@ -189,5 +189,5 @@ def test_a_state_of_another_adapter_is_not_taken(policy, checkpoint) -> None:
     config = Config.model_validate(
         {"policy": {"checkpoint": str(checkpoint.adapter), "adapter": "ref"}, "optimizer": ACCEPT}
     )
-    with pytest.raises(InputError, match="is of the adapter that lies there, not of ref/"):
+    with pytest.raises(InputError, match="belongs to the adapter in that folder, not to ref/"):
         load_step(config, policy)

@@ -177,7 +177,7 @@ def test_the_older_run_folder_comes_back_where_the_new_cannot_take_its_place(
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path) -> None:
     (tmp_path / "one").mkdir()
-    with pytest.raises(InputError, match="is no run folder"), run_folder(tmp_path / "one"):
+    with pytest.raises(InputError, match="is not a run folder"), run_folder(tmp_path / "one"):
         pass
     with pytest.raises(InputError, match="File name too long"):
         store.require_writable(tmp_path / ("x" * 300))

@@ -77,7 +77,7 @@ def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
     document, outcome = ran(policy__dtype="bfloat16")
     assert document["second_order"] is None
     assert (
-        "second order is left out: in torch.bfloat16 (policy.dtype, policy.precision) it is"
+        "second order is omitted: in torch.bfloat16 (policy.dtype, policy.precision) it is"
         in outcome.err
     )
     assert "2nd order" not in outcome.out

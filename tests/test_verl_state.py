@@ -44,7 +44,7 @@ from funcprobe.types import InputError, Params
 
 OPTIM, MODEL = "optim_world_size_1_rank_0.pt", "model_world_size_1_rank_0.pt"
 CPU, CUDA = b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0"  # as pickle writes a device
-CUT = "cannot be read|.*torch checkpoint|.*cut short"
+CUT = "cannot be read|.*torch checkpoint|.*truncated"
 KINDS = ("flat", "original", "fsdp2")
 LAYOUTS = [*KINDS, *(f"{k} tied" for k in KINDS), *(f"{k} norm" for k in KINDS), "flat 8-bit"]
 
@@ -312,7 +312,7 @@ def test_flat_without_its_model(actor: Any) -> None:
     (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:-3000])
     refused(f"{MODEL} beside it: ({CUT})", folder, model)
     torch.save([1, 2], folder / MODEL)
-    refused(f"{MODEL} beside it is no model's state", folder, model)
+    refused(f"{MODEL} beside it is not a model's state", folder, model)
     (folder / MODEL).unlink()
     refused(f"12 flat tensors.*there is no {MODEL} beside it", folder, model)
 
@@ -343,9 +343,9 @@ def test_missing_and_truncated(layout: str, actor: Any) -> None:
             del state["state"][key]["exp_avg_sq"]
 
     edit(folder / OPTIM, drop)
-    refused(f"exp_avg_sq 10, .*without: {order[0]}, {order[1]};", folder, model)
+    refused(f"exp_avg_sq 10, .*missing: {order[0]}, {order[1]};", folder, model)
     edit(folder / OPTIM, lambda state: [state["state"].pop(k) for k in list(state["state"])[:2]])
-    match = "10 flat tensors.*has 12" if layout == "flat" else f"without: {order[0]}, {order[1]};"
+    match = "10 flat tensors.*has 12" if layout == "flat" else f"missing: {order[0]}, {order[1]};"
     refused(match, folder, model)
     path = folder / OPTIM
     path.write_bytes(path.read_bytes()[:-3000])
@@ -355,7 +355,7 @@ def test_missing_and_truncated(layout: str, actor: Any) -> None:
 def test_another_adapter_and_another_optimizer(actor: Any, tmp_path: Path) -> None:
     folder, model = actor("original"), make_model()
     other = get_peft_model(model.unload(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    refused("state for what the adapter does not train: .*down_proj", folder, other)
+    refused("state for parameters that are not trainable: .*down_proj", folder, other)
     state = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"params": [0]}]}
     torch.save(state, folder / OPTIM)
     refused("state of SGD with momentum; expected AdamW", folder, make_model())
@@ -366,7 +366,7 @@ def test_another_adapter_and_another_optimizer(actor: Any, tmp_path: Path) -> No
 def test_under_the_trainers_file_name(actor: Any) -> None:
     """Then it is read by position, like any of torch's; flat, its positions are not the model's."""
     model = make_model()
-    for layout, match in (("original", "not verifiable"), ("flat", "holds 15 tensors")):
+    for layout, match in (("original", "not verifiable"), ("flat", "contains 15 tensors")):
         folder = actor(layout)
         refused(match, (folder / OPTIM).rename(folder / "optimizer.pt"), model)
 
@@ -380,7 +380,7 @@ def test_what_verl_does_not_write_under_its_file_name(actor: Any, runs: dict[str
         state["param_groups"] = [group | {"params": group["params"][:20]}, second]
 
     edit(folder / OPTIM, split)  # one group's numbers may not stand for both
-    refused("holds 39 tensors in groups of 20 and 19", folder, model)
+    refused("contains 39 tensors in groups of 20 and 19", folder, model)
     torch.save(runs["original"].gathered, folder / OPTIM)
     adam, _ = read_adam_state(folder, model, registry(model))
     assert_gathered(adam, runs["original"].gathered)
