@@ -91,6 +91,32 @@ def ran(checkpoint, command) -> Callable[..., tuple[dict[str, Any], Outcome]]:
     return call
 
 
+@pytest.fixture
+def probe(checkpoint, tmp_path, monkeypatch):
+    """Runs with the fixture's settings and changes to them, in tmp_path; gives results.json."""
+    from funcprobe.adapters import run
+    from funcprobe.adapters.config.file import read_config
+    from funcprobe.adapters.console import Narrator
+    from funcprobe.adapters.results import load
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(
+        name: str, *, fresh: bool = False, of: Checkpoint = checkpoint, **changes: Any
+    ) -> dict[str, Any]:
+        given = of.settings() | {"run.name": name}
+        given |= {key.replace("__", "."): value for key, value in changes.items()}
+        Path("c.toml").touch()
+        config = read_config(Path("c.toml"), sets(given)[1::2])
+        results, folder = run.run(config, Narrator(), fresh=fresh)
+        written: dict[str, Any] = json.loads((folder / "results.json").read_text())
+        assert written == results.model_dump(mode="json")
+        assert load(folder) == results
+        return written
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def run_one(checkpoint, tmp_path_factory) -> Path:
     """The folder of one run; not to be changed."""

@@ -15,32 +15,9 @@ from transformers import AutoModelForCausalLM
 import funcprobe
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.config.file import read_config
-from funcprobe.adapters.console import Narrator
-from funcprobe.adapters.results import load
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
 from funcprobe.adapters.stages import batches, plan
-from support.checkpoints import Checkpoint, edit_json, sets
-
-
-@pytest.fixture
-def probe(checkpoint, tmp_path, monkeypatch):
-    """Runs with the fixture's settings and changes to them, in tmp_path; gives results.json."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(
-        name: str, *, fresh: bool = False, of: Checkpoint = checkpoint, **changes: Any
-    ) -> dict[str, Any]:
-        given = of.settings() | {"run.name": name}
-        given |= {key.replace("__", "."): value for key, value in changes.items()}
-        Path("c.toml").touch()
-        config = read_config(Path("c.toml"), sets(given)[1::2])
-        results, folder = run_module.run(config, Narrator(), fresh=fresh)
-        written: dict[str, Any] = json.loads((folder / "results.json").read_text())
-        assert written == results.model_dump(mode="json")
-        assert load(folder) == results
-        return written
-
-    return call
+from support.checkpoints import edit_json, sets
 
 
 def without_cost(document: dict[str, Any]) -> dict[str, Any]:
@@ -476,92 +453,6 @@ def test_brought_rollouts_are_not_longer_than_a_microbatch(probe, command, check
         outcome = command("run", "c.toml", "--dry-run", *sets(settings))
         assert outcome.status == status, outcome.err
     assert f"may have {longest} tokens, a microbatch {longest - 1}" in outcome.err
-
-
-# What the configuration says of the step
-
-
-def test_the_constant_of_the_objective_divides(probe) -> None:
-    norms = [
-        probe("one", objective__preset="dr_grpo", **constant)["norms"]["Y"]["value"]
-        for constant in ({}, {"objective__constant": 24.0})
-    ]
-    assert norms[0] / norms[1] == pytest.approx(24 / 6, rel=1e-12)  # max_new_tokens is 6
-
-
-def test_the_next_lr_is_the_configurations_where_it_has_one(probe) -> None:
-    document = probe("one", optimizer__lr=3e-4)
-    assert document["next_lr"]["value"] == 3e-4
-    assert [row["eta"] for row in document["sweep"] if row["is_next_lr"]] == [3e-4]
-
-
-def test_the_next_lr_is_of_the_first_group_that_has_parameters(probe, damaged) -> None:
-    file = damaged.adapter / "optimizer.pt"
-    state = torch.load(file, weights_only=True)
-    full, empty = state["param_groups"]
-    state["param_groups"] = [empty | {"lr": 7e-9}, full]
-    torch.save(state, file)
-    base = AutoModelForCausalLM.from_pretrained(damaged.base)
-    model = PeftModel.from_pretrained(base, damaged.adapter, is_trainable=True)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    sidecar = {"param_name_groups": [[], names]}
-    (damaged.adapter / "optimizer_param_names.json").write_text(json.dumps(sidecar))
-    assert probe("one", of=damaged)["next_lr"]["value"] == 1e-3
-
-
-def test_low_coverage_is_refused_or_makes_the_raw_gradient_the_direction(
-    probe, command, damaged
-) -> None:
-    Path("c.toml").touch()
-    file = damaged.adapter / "optimizer.pt"
-    state = torch.load(file, weights_only=True)
-    for key in range(5):
-        del state["state"][key]
-    torch.save(state, file)
-    outcome = command("run", "c.toml", "--dry-run", *sets(damaged.settings()))
-    assert outcome.status == 2
-    assert "7 of 12" in outcome.err
-    document = probe("one", of=damaged, optimizer__on_low_coverage="identity")
-    first = document["first_order"]
-    assert document["conventions"]["step"]["rule"] == "sgd"
-    assert first["bars_dot"]["value"] == first["bars_dot_identity"]["value"]
-    assert first["from_momentum"]["value"] == first["from_weight_decay"]["value"] == 0
-    assert 'on_low_coverage = "identity"' in Path("runs/one/run.log").read_text()
-
-
-# Whether E is a sample of the policy
-
-
-def test_e_at_another_temperature_is_suspect(probe) -> None:
-    """Brought as if at 1; the check sees all of E, and its own log-probabilities take its place."""
-    few: dict[str, Any] = {"measure__etas": [1e-5], "measure__next_lr": False}
-    probe("one", sampling__temperature=0.4, sampling__B_E=80, **few)
-    drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
-    save_rollouts(drawn._replace(temperature=1.0), Path("e.parquet"))
-
-    def last(document: dict[str, Any]) -> dict[str, Any]:
-        (found,) = [c for c in document["checks"] if c["name"].startswith("E")]
-        return found
-
-    found = last(probe("two", rollouts__eval="e.parquet", **few))
-    assert (found["passed"], found["advisory"]) == (False, True)
-    assert "temperature" in found["failure_means"]
-    assert last(probe("three", sampling__B_E=80, **few))["passed"]
-    logp = [[-1.0] * len(y) for y in drawn.response_ids]
-    save_rollouts(drawn._replace(temperature=1.0, sampler_logp=logp), Path("e.parquet"))
-    found = last(probe("four", rollouts__eval="e.parquet", **few))
-    assert found["name"] == "E's sampler is near the policy"
-    assert "of 80 at eta = 0" in found["saw"]
-
-
-def test_without_optimizer_state_the_gradient_is_the_direction(probe, damaged) -> None:
-    (damaged.adapter / "optimizer.pt").unlink()
-    document = probe("one", of=damaged, optimizer__rule="sgd", optimizer__max_grad_norm=0.0)
-    first = document["first_order"]
-    assert first["bars_dot"]["value"] == first["bars_dot_identity"]["value"]
-    assert first["from_momentum"]["value"] == first["from_weight_decay"]["value"] == 0
-    assert document["norms"]["v"]["value"] == document["norms"]["Y"]["value"]
-    assert not any(row["is_next_lr"] for row in document["sweep"])
 
 
 class ReducedProducts(TorchDispatchMode):

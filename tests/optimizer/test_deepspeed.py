@@ -245,7 +245,7 @@ def test_several_groups_need_the_models_file(damage: str, write, plain, tmp_path
         content = torch.load(file, weights_only=True)
         lost, _ = content["param_shapes"][0].popitem()
         torch.save(content, file)
-        said = f"has state for {lost}, which no group"
+        said = f"has state for {lost}, not in any group"
     refused(said, folder, plain.model)
 
 

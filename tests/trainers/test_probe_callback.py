@@ -235,7 +235,7 @@ def test_half_precision_is_told_once_and_nothing_measured_is_logged(what, checkp
         warnings.simplefilter("always")
         probed = outcome(trainer).probed
     said = [str(w.message) for w in said if str(w.message).startswith("funcprobe:")]
-    assert "weights in torch.bfloat16, where rounding exceeds most measured changes" in said[0]
+    assert "computes in torch.bfloat16, where rounding exceeds most measured changes" in said[0]
     assert len(said) == (2 if what == "all" else 1)
     if what == "all":
         assert "28 trainable tensors are in half precision" in said[1]
