@@ -214,8 +214,8 @@ def _is_half(dtype: torch.dtype) -> bool:
 def _warn_of_rounding(params: Params, coarsest: torch.dtype) -> None:
     if _is_half(coarsest):
         warnings.warn(
-            f"funcprobe: the model computes in {coarsest}, where measured differences drown in "
-            "rounding: funcprobe/measured and funcprobe/ratio are left out",
+            f"funcprobe: the model has products or weights in {coarsest}, where measured differences "
+            "drown in rounding: funcprobe/measured and funcprobe/ratio are left out",
             stacklevel=2,
         )
     if rounded := [n for n, t in params.items() if _is_half(t.dtype)]:
