@@ -150,7 +150,7 @@ def test_check_writes_nothing_and_fails_by_its_status(command, checkpoint, monke
     outcome = command("check", "c.toml", *sets(checkpoint.settings()))
     assert outcome.status == 0
     assert [path.name for path in Path.cwd().iterdir()] == ["c.toml"]
-    # What is advised on depends on the draw of E; each such check has a line in the table and one below.
+    # What is advised on follows the draw of E: a row of the table, and a line below it.
     advised = outcome.out.count("suspect") // 2
     assert f"sanity checks: {11 - advised} of 11 passed" in outcome.out
     assert outcome.out.count("pass") == 11 - advised + 1
