@@ -65,7 +65,7 @@ def test_the_run_folder_holds_what_was_run(probe, checkpoint) -> None:
     assert document["counts"]["E_tokens"] == sum(map(len, evaluated.response_ids))
     assert document["counts"]["U_tokens"] == sum(map(len, update.response_ids))
     assert document["mean_reward"]["value"] == pytest.approx(sum(update.reward) / 12)
-    assert all(check["passed"] for check in document["checks"])
+    assert all(check["passed"] or check["advisory"] for check in document["checks"])
 
 
 def every_number(value: Any, path: str = "") -> dict[str, float]:
@@ -374,7 +374,7 @@ def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> No
     save_rollouts(drawn._replace(sampler_logp=skewed), Path("skewed.parquet"))
     other = probe("five", rollouts__eval="skewed.parquet")
     assert abs(derivative(other) / derivative(sampled) - 1) > 1e-3
-    assert all(check["passed"] for check in other["checks"])
+    assert all(check["passed"] or check["advisory"] for check in other["checks"])
 
 
 def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:

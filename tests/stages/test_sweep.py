@@ -115,7 +115,7 @@ def test_a_run_takes_ridge_where_it_has_a_place(ran) -> None:
             document["conventions"]["entropy"]["baseline"],
             document["first_order"]["derivative"]["value"],
         )
-        assert all(check["passed"] for check in document["checks"])
+        assert all(check["passed"] or check["advisory"] for check in document["checks"])
         ratio = document["sweep"][0]["ratio"]["value"]
         assert ratio == pytest.approx(1, abs=0.02)  # measured and predicted with the same one
     assert found["auto"] == found["ridge"]
