@@ -139,9 +139,15 @@ def fingerprint_path(path: Path) -> dict[str, str]:
     return {file.name: _file_hash(file) for file in files}
 
 
-def fingerprint_sources(folder: Path) -> dict[str, str]:
-    """Path below `folder` -> SHA-256, for every Python source there, subfolders included."""
-    return {str(file.relative_to(folder)): _file_hash(file) for file in sorted(folder.rglob("*.py"))}
+def fingerprint_core(folder: Path) -> dict[str, str]:
+    """Path below `folder` -> SHA-256, for every Python source of the core, subfolders included.
+
+    An installed package has the shell in a folder of the core's, a checkout elsewhere: it is left out.
+    """
+    sources = {file.relative_to(folder): file for file in sorted(folder.rglob("*.py"))}
+    return {
+        str(place): _file_hash(file) for place, file in sources.items() if place.parts[0] != "adapters"
+    }
 
 
 def require_finite(value: Any, where: str) -> None:

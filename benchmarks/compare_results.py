@@ -2,19 +2,26 @@
 
     python benchmarks/compare_results.py OLD NEW
 
-OLD and NEW are folders: a run folder, or a folder of run folders, compared by name. What only one of
-them has, and every text that differs, is listed; a number that differs, or an entry that is missing in
-NEW, makes the exit status 1. Entries that only NEW has are allowed: results.json may grow.
+OLD and NEW are folders: a run folder, or a folder of run folders, compared by name. Exit status 1 for
+a number that differs, alone or within a text, for a choice that differs (a verdict, a method, a name),
+for another length of a list, and for an entry that is missing in NEW. Sentences (WORDING) may be
+phrased differently, and NEW may have entries that OLD has not; both are listed.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 NOT_COMPARED = {"cost"}  # seconds, memory, and which stages an earlier run had stored
+WORDING = {  # entries that are sentences: their numbers are compared, their words are not
+    *("what", "unit", "normalised_by", "reason", "verdict_reason", "healthy"),
+    *("sign", "se", "interval", "names", "saw", "bound", "failure_means"),
+}
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
 
 
 class Leaf(NamedTuple):
@@ -25,12 +32,13 @@ class Leaf(NamedTuple):
 
 
 def leaves(value: Any, place: str = "") -> Iterator[Leaf]:
-    """Every leaf with its place, as in sweep[2].measured.value; an empty container is one."""
+    """Every leaf with its place, as in sweep[2].measured.value, and the length of every list."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             if place or key not in NOT_COMPARED:
                 yield from leaves(item, f"{place}.{key}" if place else key)
-    elif isinstance(value, list) and value:
+    elif isinstance(value, list):
+        yield Leaf(f"length of {place}", len(value))
         for number, item in enumerate(value):
             yield from leaves(item, f"{place}[{number}]")
     else:
@@ -41,24 +49,27 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], int, bool]:
-    """(lines about what differs, numbers that are equal, whether all that OLD has is in NEW and equal).
+def only_words_differ(place: str, old: Any, new: Any) -> bool:
+    """Whether both are sentences of one entry with the same numbers in the same order."""
+    sentences = isinstance(old, str) and isinstance(new, str) and place.rsplit(".", 1)[-1] in WORDING
+    return sentences and NUMBER.findall(old) == NUMBER.findall(new)
 
-    Numbers are compared exactly; texts may change their wording.
-    """
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], int, bool]:
+    """(lines about differences, equal numbers, whether all that OLD has is in NEW and equal)."""
     before, after = dict(leaves(old)), dict(leaves(new))
     lines, equal, same = [], 0, True
     for place, value in before.items():
         if place not in after:
             lines.append(f"missing: {place} was {value!r}")
             same = False
-        elif is_number(value) and value == after[place] and is_number(after[place]):
+            continue
+        found = after[place]
+        if is_number(value) and is_number(found) and value == found:
             equal += 1
-        elif value != after[place]:
-            wording = isinstance(value, str) and isinstance(after[place], str)
-            lines.append(
-                f"{'wording' if wording else 'differs'}: {place}: {value!r} -> {after[place]!r}"
-            )
+        elif type(value) is not type(found) or value != found:
+            wording = only_words_differ(place, value, found)
+            lines.append(f"{'wording' if wording else 'differs'}: {place}: {value!r} -> {found!r}")
             same &= wording
     lines += [f"new: {place} is {after[place]!r}" for place in after if place not in before]
     return lines, equal, same

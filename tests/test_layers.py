@@ -1,8 +1,10 @@
 """Folders import only what lies below them: import-linter's contracts in pyproject.toml."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,10 +63,17 @@ def test_a_planted_import_is_seen(copy, file, line, broken):
     assert "Contracts: 0 kept, 1 broken." in done.stdout
 
 
+def test_the_core_is_forbidden_every_library_but_three():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (pure,) = [c for c in settings["tool"]["importlinter"]["contracts"] if c["id"] == "pure"]
+    needed = [re.match(r"[\w-]+", line)[0] for line in settings["project"]["dependencies"]]
+    libraries = {name.replace("-", "_") for name in needed} - {"torch", "optree", "jaxtyping"}
+    assert len(libraries) > 10
+    assert libraries <= set(pure["forbidden_modules"])
+
+
 def test_every_folder_of_python_files_is_installed():
     """The package list of pyproject.toml is explicit, since adapters/ lies beside funcprobe/."""
-    import tomllib
-
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     there = {
         ".".join(("funcprobe", *([room] if room == "adapters" else []), *path.parent.parts))

@@ -1,6 +1,7 @@
 """A user's terminal shows our own lines and nothing that a library says beside them."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,25 @@ def run(settings: dict[str, Any], **changes: Any) -> list[str]:
     return ["run", "c.toml", *sets(settings | {k.replace("__", "."): v for k, v in changes.items()})]
 
 
-def test_import_says_nothing() -> None:
-    script = "import funcprobe"
+@pytest.mark.parametrize("module", ["funcprobe", "funcprobe.adapters.trainers"])
+def test_import_says_nothing(module) -> None:
+    script = f"import {module}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_filters_drop_one_line_and_let_others_through() -> None:
+    """On any processor: bitsandbytes warns of its missing kernel only where AVX512-BF16 is there."""
+    import funcprobe.adapters  # noqa: F401
+
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def passes(text: str) -> bool:
+        record = logging.LogRecord(logger.name, logging.WARNING, "", 0, text, (), None)
+        return bool(logger.filter(record))
+
+    assert not passes("Failed to load CPU gemm_4bit_forward from kernels-community: no module")
+    assert passes("4-bit weights are damaged")
 
 
 def ended(
@@ -82,7 +98,7 @@ def ended(
 
 def test_commands_say_nothing_but_what_is_ours(checkpoint, tmp_path) -> None:
     """A run in 4 bits is a run, too, and has bitsandbytes at work."""
-    found = ended(["init", "inspect", "qlora"], checkpoint, tmp_path)
+    found = ended(["init", "inspect", "check", "run", "qlora"], checkpoint, tmp_path)
     assert found == dict.fromkeys(found, Outcome(0, "", ""))
     assert (tmp_path / "new.toml").is_file()
     assert json.loads((tmp_path / "runs/two/results.json").read_text())

@@ -64,6 +64,7 @@ def test_the_notebook_block_gives_the_quickstarts_numbers(command, tmp_path, mon
     first, measured = (line.split() for line in capsys.readouterr().out.splitlines())
     # Microbatches of other sizes sum in another order.
     assert float(first[0]) == pytest.approx(results.first_order.derivative.value, rel=1e-9)
+    assert float(first[1]) == pytest.approx(results.first_order.se_total.value, rel=1e-9)
     (row,) = [row for row in results.sweep if row.eta == 1e-5]
     assert float(measured[0]) == pytest.approx(row.measured.value, rel=1e-6, abs=0)
 

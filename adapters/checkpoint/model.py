@@ -27,6 +27,15 @@ from .base import UNLOADABLE, is_local, load_base, load_tokenizer, short
 from .quantised import freeze_quantised
 from .vocabulary import check_vocabulary
 
+# Beginnings of peft's advice on adapters that are to be merged or saved.
+_ADVICE = (
+    "Setting `save_embedding_layers`",
+    "Model has `tie_word_embeddings=True`",
+    "Careful, disabling adapter layers with bias",
+    "`lora_bias=True` was passed but",
+    "fan_in_fan_out is set to",
+)
+
 
 class Policy(NamedTuple):
     """A loaded policy, with its description for the log."""
@@ -138,8 +147,9 @@ def _attach_adapter(
     with warnings.catch_warnings():
         # peft 0.21 advises on merging and saving, which are not done here, and uses a deprecated
         # attribute of transformers 5.23.
-        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-        warnings.simplefilter("ignore", FutureWarning)
+        for advice in _ADVICE:
+            warnings.filterwarnings("ignore", advice, UserWarning)
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
         try:
             with random_state_kept():  # initial LoRA weights are drawn, replaced below
                 adapter_config.base_model_name_or_path = base_id  # peft warns if it has to change it

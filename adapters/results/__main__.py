@@ -8,6 +8,8 @@ from .manifest import Manifest
 from .quantity import Section
 from .schema import Results
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
 
 def schemas() -> dict[str, str]:
     """File name -> JSON schema (draft 2020-12), as text."""
@@ -16,7 +18,8 @@ def schemas() -> dict[str, str]:
         "manifest.schema.json": Manifest,
     }
     return {
-        name: json.dumps(model.model_json_schema(mode="serialization"), indent=2) + "\n"
+        name: json.dumps({"$schema": DIALECT} | model.model_json_schema(mode="serialization"), indent=2)
+        + "\n"
         for name, model in models.items()
     }
 
@@ -26,6 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m funcprobe.adapters.results", description=__doc__)
     parser.add_argument("folder", type=Path, help="where to write, as docs")
     folder = parser.parse_args().folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is not a folder: give one that exists")
     for name, text in schemas().items():
         (folder / name).write_text(text, encoding="utf-8")
         print(f"wrote {folder / name}")

@@ -10,8 +10,8 @@ from .quantity import Section
 GIB = 2**30
 
 
-class TotalCost(Section):
-    """What the stages took together: sums, and the highest peaks."""
+class Entries(Section):
+    """What a stage took, or the stages together."""
 
     seconds: float
     """s, wall clock"""
@@ -36,26 +36,20 @@ class TotalCost(Section):
     """"the stage", or "the process since its start" where the system cannot reset the peak"""
     device_peak_bytes: int | None
     """Bytes, peak memory of tensors on the GPU during the stage; null on a CPU"""
-    highest_peak: str
-    """The stage with the highest peak"""
 
 
-class StageCost(Section):
-    """What one stage took; units and meanings: `cost.units`."""
+class StageCost(Entries):
+    """What one stage took."""
 
     stage: str
     """Name of the stage, as it is shown while it runs."""
-    seconds: float
-    passes: dict[str, float]
-    tokens: int
-    padding_share: float | None
-    generation_tokens: int
-    generation_padding_share: float | None
-    results_computed: int
-    results_reused: int
-    process_peak_bytes: int
-    process_peak_of: str
-    device_peak_bytes: int | None
+
+
+class TotalCost(Entries):
+    """What the stages took together: sums, and the highest peaks."""
+
+    highest_peak: str
+    """The stage with the highest peak"""
 
 
 class CostSection(Section):
@@ -66,6 +60,7 @@ class CostSection(Section):
     stages: tuple[StageCost, ...]
     """In the order in which they began."""
     total: TotalCost
+    """Sums over the stages, and the highest peaks."""
 
 
 def cost_section(costs: Iterable[Cost], sizes: Mapping[str, int]) -> CostSection:

@@ -46,7 +46,7 @@ class Inputs(Section):
     """SHA-256 of what the numbers depend on; files over 256 MiB by size and modification time."""
 
     policy: dict[str, Any]
-    """Base, adapter, their settings, package versions and funcprobe's own sources."""
+    """Base, adapter, their settings, package versions and the sources of funcprobe's core."""
     checkpoint: dict[str, str] | str
     """File name -> hash; a text where the checkpoint is a hub id."""
     optimizer: dict[str, str]
@@ -81,6 +81,7 @@ class Manifest(Section):
     optimizer: OptimizerState | None
     """null: the rule reads no optimizer state."""
     inputs: Inputs
+    """Hashes of what the numbers depend on."""
 
 
 def manifest(plan: "Plan") -> Manifest:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from funcprobe.types import InputError
 
+from ..store import require_finite
 from . import manifest, schema
 from .manifest import Manifest
 from .quantity import Section
@@ -33,7 +34,9 @@ def load_manifest(run_folder: Path | str) -> Manifest:
 def _read(folder: Path, name: str, model: type[Document], newest: int) -> Document:
     path = folder.expanduser() / name
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        document = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_no_number, object_pairs_hook=_distinct
+        )
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): give a run folder, as runs/quickstart"
@@ -41,17 +44,21 @@ def _read(folder: Path, name: str, model: type[Document], newest: int) -> Docume
     except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of its depth
         raise InputError(f"{path} is not JSON ({error}): repeat the run") from error
     if not isinstance(document, dict):
-        raise InputError(f"{path} holds a {type(document).__name__}, an object is expected")
-    version = document.get("schema_version", 1)
-    if version != newest:
+        found = type(document).__name__
+        raise InputError(f"{path} contains a {found}, an object is expected: give a run folder")
+    version = document.setdefault("schema_version", 1)
+    if type(version) is not int or version != newest:
         raise InputError(
-            f"{path} has schema_version {version!r}, this funcprobe reads {newest}: read it with the "
+            f"{path} has schema_version {version!r:.60}, this funcprobe reads {newest}: use the "
             "funcprobe that wrote it (its version is in manifest.json), or repeat the run"
         )
+    require_finite(document, str(path))
     try:
-        return model.model_validate({"schema_version": newest, **document})
+        # From JSON text, where strict means that "1.0" and true are no numbers, and a list is a tuple.
+        return model.model_validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
-        raise InputError(f"{path} is not as funcprobe writes it: {_first(error)}") from error
+        reason = " ".join(_first(error).split())
+        raise InputError(f"{path} differs from what a run writes: {reason}; repeat the run") from error
 
 
 def _first(error: ValidationError) -> str:
@@ -60,6 +67,14 @@ def _first(error: ValidationError) -> str:
     place = ".".join(str(part) for part in found[0]["loc"])
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{place}: {found[0]['msg']}{more}"
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r:.60} occurs twice")
+    return entries
 
 
 def _no_number(name: str) -> float:

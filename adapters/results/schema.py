@@ -19,16 +19,21 @@ class Results(Section):
     schema_version: Literal[1]
     """Version of this structure; raised when a key changes its meaning or disappears."""
     conventions: Conventions
+    """Signs, normalisation and settings that every number rests on."""
     counts: Counts
+    """Sizes of E, U and the adapter."""
     entropy: Quantity
     """H(theta) on E, of the next-token distribution at the sampling temperature."""
     entropy_interval: StudentInterval
+    """Of the entropy, over the draws of E."""
     mean_reward: Quantity | None
     """null: no response of U has a reward."""
     first_order: FirstOrder
+    """d/d eta of the entropy along v at eta = 0."""
     second_order: SecondOrder | None
     """null: measure.second_order = "none", or half precision, which cannot resolve it."""
     norms: Norms
+    """Euclidean norms of X, Y and v."""
     clip_coefficient: float
     """Factor by which clipping scales Y; 1: not clipped."""
     second_moments: SecondMoments | None
@@ -38,8 +43,11 @@ class Results(Section):
     sweep: tuple[SweepRow, ...]
     """By ascending learning rate."""
     fit: Fits
+    """Fits over the sweep, and the numerical floor."""
     checks: tuple[CheckResult, ...]
+    """The sanity checks."""
     cost: CostSection
+    """What the run took."""
 
     def to_dataframe(self) -> "pd.DataFrame":
         """The sweep, a row a learning rate; `attrs["unit"]` is the unit of every change.

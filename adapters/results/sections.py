@@ -46,8 +46,11 @@ class Conventions(Section):
     sign: str
     """Sign of changes and directions."""
     entropy: EntropySettings
+    """The entropy estimator."""
     step: StepSettings
+    """The rule of the optimizer step."""
     objective: ObjectiveSettings
+    """The objective J of U."""
     temperature: float
     """Sampling temperature of E and U; logits are divided by it."""
     dtype: str
@@ -109,8 +112,11 @@ class FirstOrder(Section):
     se_total: Quantity
     """Root of the sum of the squares of se_given_U and se_over_U."""
     interval_given_U: StudentInterval
+    """Of the derivative, over the draws of E, v held fixed."""
     interval_over_U: StudentInterval
+    """Of the derivative, over the prompts of U, P held fixed."""
     interval_total: StudentInterval
+    """Of the derivative, over the draws of E and the prompts of U."""
 
 
 class Norms(Section):

@@ -26,21 +26,28 @@ class SecondOrder(Section):
     difference_eta: float | None
     """Step of the symmetric difference, a learning rate; null: exact, by Taylor mode."""
     second_derivative: Quantity
+    """Over E, per squared unit of learning rate."""
     se_given_U: Quantity
+    """Over the draws of E, v held fixed."""
     interval_given_U: StudentInterval
+    """Of the second derivative, over the draws of E, v held fixed."""
     rounding: Quantity | None
     """Standard deviation of rounding in the symmetric difference; null: exact."""
     eta_star: Quantity | None
     """2 |first / second derivative|; null: the second derivative is 0."""
     linear_until: LinearUntil
+    """Where the quadratic term reaches 10 % of the linear one."""
 
 
 class Resampled(Section):
     """Entropy of responses sampled at theta + eta v, minus that of E: no importance weights."""
 
     change: Quantity
+    """Entropy at theta + eta v minus that of E."""
     se: Quantity
+    """Over the draws of E, each with both of its responses."""
     interval: StudentInterval
+    """Of the change."""
     cut_off: int
     """Responses that reached the length limit."""
 
@@ -59,7 +66,9 @@ class SweepRow(Section):
     se_total: Quantity
     """Of the prediction, over the draws of E and the prompts of U."""
     interval_given_U: StudentInterval
+    """Of the prediction, over the draws of E, v held fixed."""
     interval_total: StudentInterval
+    """Of the prediction, over the draws of E and the prompts of U."""
     second_order: Quantity | None
     """Prediction with the quadratic term, eta^2 H''/2; null: second order is off."""
     measured: Quantity
@@ -71,6 +80,7 @@ class SweepRow(Section):
     difference: Quantity
     """measured - predicted, on the same samples."""
     difference_se: Quantity
+    """Of the difference, over the draws of E, v held fixed."""
     difference_interval: StudentInterval | None
     """null: the verdict is "resample"."""
     ratio: Quantity
@@ -105,12 +115,15 @@ class LinearFit(Section):
     slope: float | None
     """The derivative along v, as the measured changes have it."""
     slope_interval: Interval | None
+    """From the scatter of the rows about the line."""
     intercept: float | None
     """0 up to scatter, if nothing is wrong."""
     intercept_interval: Interval | None
+    """From the scatter of the rows about the line."""
     r2: float | None
     """Squared weighted correlation of measured and eta."""
     r2_interval: Interval | None
+    """By Fisher's z."""
     points: int
     """Rows in the linear range."""
     eta_low: float | None
@@ -138,6 +151,7 @@ class Fits(Section):
     """Fits over the sweep, and the numerical floor."""
 
     linear: LinearFit
+    """Measured change on eta."""
     measured_against_eta: LogLogFit | None
     """log |measured| on log eta; slope 1: linear."""
     deviation_against_eta: LogLogFit | None

@@ -49,9 +49,9 @@ def in_words(results: Results) -> list[str]:
     step = "The next step" if rule == "adamw" else f'A step along v of rule "{rule}"'
     lines = []
     for row in (row for row in results.sweep if row.is_next_lr):
-        effect = "lowers the entropy" if row.predicted.value < 0 else "raises the entropy"
+        effect = "lower the entropy" if row.predicted.value < 0 else "raise the entropy"
         if row.interval_total.low <= 0 <= row.interval_total.high:
-            effect = "changes the entropy by an amount that is indistinguishable from 0"
+            effect = "change the entropy by an amount that is indistinguishable from 0"
         measured = f"measured {row.measured.value:+.2e}"
         if row.rounding:
             measured += " (rounding)"
@@ -60,11 +60,12 @@ def in_words(results: Results) -> list[str]:
         else:
             measured += " (not reliable: see its weights)"
         lines.append(
-            f"{step} (lr {row.eta:g}) {effect}: from {entropy.value:.4f} ± "
+            f"{step} (lr {row.eta:g}) is predicted to {effect}: from {entropy.value:.4f} ± "
             f"{_half(results.entropy_interval)} {entropy.unit}, predicted change "
             f"{row.predicted.value:+.2e} ± {_half(row.interval_total)}{_share(row, entropy.value)}, "
             f"{measured}"
         )
+        lines += _doubts(results, row)
     return [
         *lines,
         f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
@@ -73,6 +74,21 @@ def in_words(results: Results) -> list[str]:
         f"Its parts: update {first.from_update.value:+.3e}, momentum {first.from_momentum.value:+.3e}, "
         f"weight decay {first.from_weight_decay.value:+.3e}",
     ]
+
+
+def _doubts(results: Results, row: SweepRow) -> list[str]:
+    """Why the prediction of this row is not to be relied on, if anything speaks against it."""
+    doubts = []
+    if failed := [one.name for one in results.checks if not one.passed and not one.advisory]:
+        doubts.append(f"sanity checks failed ({', '.join(failed)})")
+    until = results.second_order.linear_until.eta if results.second_order else None
+    if until is not None and row.eta > until:
+        doubts.append(f"the learning rate is beyond the range of first order (eta = {until:.2g})")
+    measured = row.measured_interval_given_U
+    distinct = measured is not None and not row.rounding and measured.low * measured.high > 0
+    if distinct and row.measured.value * row.predicted.value < 0:
+        doubts.append("the measured change has the opposite sign")
+    return [f"Do not rely on this prediction: {'; '.join(doubts)}"] if doubts else []
 
 
 def print_checks(checks: Iterable[Checked], console: Console, *, meanings: bool = True) -> None:

@@ -105,7 +105,7 @@ def save_rollouts(rollouts: Rollouts, path: Path) -> None:
 
 
 def load_rollouts(
-    path: Path,
+    path: Path | str,
     vocabulary: int,
     *,
     rewards: bool,
@@ -114,7 +114,7 @@ def load_rollouts(
 ) -> Rollouts:
     """Read SCHEMA from Parquet or JSON lines; see `parse_rollouts`."""
     return parse_rollouts(
-        read_columns(path), vocabulary, rewards=rewards, advantages=advantages, eos_ids=eos_ids
+        read_columns(Path(path)), vocabulary, rewards=rewards, advantages=advantages, eos_ids=eos_ids
     )
 
 

@@ -144,7 +144,9 @@ def _notices(config: Config, objective: Objective, next_lr: float) -> list[str]:
     fast = config.policy.precision == "fast"
     if fast or config.policy.dtype in {"bfloat16", "float16"}:
         what = 'precision "fast"' if fast else config.policy.dtype
-        lines.append(f"warning: in {what} rounding exceeds most measured changes")
+        lines.append(
+            f"warning: in {what} rounding can exceed the measured changes: see the numerical floor"
+        )
     if config.measure.next_lr and not next_lr:
         lines.append(
             "the next step's learning rate is 0 or unknown and not in the table: set optimizer.lr"
@@ -273,7 +275,7 @@ def _inputs(
             "device": str(policy.model.device),
             "versions": versions(),
             # In an editable install the code changes while the version does not.
-            "core": store.fingerprint_sources(Path(funcprobe.__file__).parent),
+            "core": store.fingerprint_core(Path(funcprobe.__file__).parent),
         },
         "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
         "optimizer": store.fingerprint_path(report.path) if report else {},

@@ -16,11 +16,11 @@ from .transforms import in_transform
 
 
 def second_jvp(
-    f: Callable[..., Any], at: Any, direction: Any, curvature: Any = None
+    f: Callable[..., Any], at: Any, direction: Any, acceleration: Any = None
 ) -> tuple[Any, Any, Any]:
-    """(f, df/dt, d2f/dt2) at t = 0 along at + t direction + t^2 curvature / 2.
+    """(f, df/dt, d2f/dt2) at t = 0 along at + t direction + t^2 acceleration / 2.
 
-    `at` (the tuple of f's arguments), `direction` and `curvature` (None: zeros) are trees of tensors
+    `at` (the tuple of f's arguments), `direction` and `acceleration` (None: zeros) are trees of tensors
     of the same structure and shapes; each result has the structure of f's output. Torch functions in
     `taylor_rules` use these rules; any other is differentiated by nested torch.func.jvp, by itself, or
     all of f is if one writes into a tensor. Operations hidden from __torch_function__ (inside f:
@@ -29,20 +29,22 @@ def second_jvp(
     derivative, or a wrong one, and for an argument with a tangent of forward_ad; ValueError if
     structures or shapes differ.
     """
-    given: Any = (at, direction, curvature)
+    given: Any = (at, direction, acceleration)
     if any(map(_dual, optree.tree_leaves(given))):
         raise RuntimeError(
             "an argument has a tangent of forward_ad, which Taylor mode does not propagate: use "
             "torch.func.jvp"
         )
-    for other in (direction, curvature):
+    for other in (direction, acceleration):
         if other is not None and _shapes(other) != _shapes(at):
             found, expected = _shapes(other), _shapes(at)
             raise ValueError(f"a direction has shapes {found}, expected the arguments', {expected}")
-    at, direction, curvature = (optree.tree_map(_ungraphed, t) for t in (at, direction, curvature))
+    at, direction, acceleration = (
+        optree.tree_map(_ungraphed, t) for t in (at, direction, acceleration)
+    )
     values, spec = optree.tree_flatten(at)
     firsts = optree.tree_leaves(direction)
-    seconds = [None] * len(values) if curvature is None else optree.tree_leaves(curvature)
+    seconds = [None] * len(values) if acceleration is None else optree.tree_leaves(acceleration)
     jets = map(_tensor, map(Jet, values, firsts, seconds))
     try:
         # Derivatives of a surrounding torch.func transform are propagated, autograd's are not.
@@ -50,7 +52,7 @@ def second_jvp(
             out = f(*optree.tree_unflatten(spec, jets))
     except _WritesError:
         zeros = optree.tree_map(torch.zeros_like, at)
-        return _whole(f, at, direction, zeros if curvature is None else curvature)
+        return _whole(f, at, direction, zeros if acceleration is None else acceleration)
     return tuple(optree.tree_map(lambda x, n=n: _part(x, n), out) for n in range(3))  # type: ignore[return-value,misc]
 
 
@@ -158,8 +160,8 @@ def _nested(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     return optree.tree_unflatten(out_spec, [_tensor(next(moved)) if moves(x) else x for x in outs])
 
 
-def _whole(f: Callable[..., Any], at: Any, direction: Any, curvature: Any) -> tuple[Any, Any, Any]:
-    """(f, f', f'') by forward over forward mode; `curvature` is the tangent of `direction`."""
+def _whole(f: Callable[..., Any], at: Any, direction: Any, acceleration: Any) -> tuple[Any, Any, Any]:
+    """(f, f', f'') by forward over forward mode; `acceleration` is the tangent of `direction`."""
 
     def fresh(*args: Any) -> Any:
         given: Any = args
@@ -172,5 +174,5 @@ def _whole(f: Callable[..., Any], at: Any, direction: Any, curvature: Any) -> tu
     # Nested forward mode needs grad mode (torch 2.13: "forward AD with aten::silu_backward"), though
     # no gradient is taken here; the fused attention kernels have no forward mode (pytorch #128971).
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Replaced(COMPOSED):
-        (value, first), (_, second) = jvp(along, (at, direction), (direction, curvature))  # type: ignore[misc]
+        (value, first), (_, second) = jvp(along, (at, direction), (direction, acceleration))  # type: ignore[misc]
     return value, first, second

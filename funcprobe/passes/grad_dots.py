@@ -192,6 +192,6 @@ def _require_sum(s_n: Tensor, grads: Params, mu: Params) -> None:
 
 
 def _dot(a: Params, b: Params) -> float:
-    """tree.dot without a copy of either: where the tensors are, and a GPU waits for it once."""
+    """tree.dot on the device of the tensors, for which the host waits once."""
     parts = [(a[name].double() * b[name].double()).sum() for name in sorted(a)]
     return math.fsum(tree.f64(torch.stack(parts)).tolist())
