@@ -177,18 +177,18 @@ def print_tails(title: str, world: World) -> None:
         print(f"  {label(entropy)}: {', '.join(row)}")
 
 
-def print_units(title: str, world: World, exact: bool, brought: bool = False) -> None:
+def print_units(title: str, world: World, exact: bool, supplied: bool = False) -> None:
     """Draws or prompts as units, of the derivative by Rao-Blackwell per token.
 
-    `brought`: 64 prompts drawn with replacement, four responses each, in place of 256 draws.
+    `supplied`: 64 prompts drawn with replacement, four responses each, in place of 256 draws.
     """
     entropy, f = PLAIN[0], statistics(world.eta)["derivative"]
     all_cells = cells(world, torch.arange(len(world.probability_N)), entropy)
     truth = population(world, entropy, exact)["derivative"]
-    for size in [256] if brought else SIZES[1:]:
+    for size in [256] if supplied else SIZES[1:]:
         index_DM = draw(world, DRAWS, size, seed=9)
         unit_DM = world.batch.prompt_N[index_DM]
-        if brought:
+        if supplied:
             index_DM, unit_DM = four_of_each(world, index_DM[:, : size // 4])
         held = dict.fromkeys(("draws", "prompts"), 0)
         for index_dM, unit_dM in zip(index_DM.split(100), unit_DM.split(100), strict=True):
@@ -227,7 +227,7 @@ def main() -> None:
     print("\n| units of E | draws | prompts |\n|---|---|---|")
     print_units("tables, 3 prompts", enumerated, True)
     print_units("toy, 512 prompts", pool.world, False)
-    print_units("toy, 64 prompts x 4", pool.world, False, brought=True)
+    print_units("toy, 64 prompts x 4", pool.world, False, supplied=True)
     print_tails("toy", pool.world)
     print_updates(policy, enumerated, pool)
     done("units and updates")

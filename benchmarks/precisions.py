@@ -94,7 +94,7 @@ def _values(probe: Probe, batch: Batch, v: Params) -> tuple[torch.Tensor, torch.
 
 
 def _floor(probe: Probe, batch: Batch, v: Params) -> float:
-    """10 x the noise of a measured change over the slope, at etas where nothing bends."""
+    """10 x the noise of a measured change over the slope, at etas where the curve is linear."""
     stats, tangent = probe.tangents(probe.params, batch, v)
     at = funcprobe.evaluate(batch, stats, funcprobe.Entropy(baseline="none"))
     rms = float(tangent.logp_NR.square().mean().sqrt())

@@ -43,7 +43,7 @@ class Saved(NamedTuple):
 
 TRAINER, TORCH = "Hugging Face Trainer", "torch.optim"
 
-REMEDY = 'train with torch.optim.AdamW, or set rule = "sgd", which needs no optimizer state'
+REMEDY = 'train with torch.optim.AdamW, or set optimizer.rule = "sgd", which needs no optimizer state'
 
 _OTHERS = {  # a key of an optimizer's state -> which optimizer
     "exp_avg_sq_row": "Adafactor",

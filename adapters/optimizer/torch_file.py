@@ -37,7 +37,9 @@ def load_plain(path: Path | BinaryIO, *, mmap: bool = False) -> Any:
         raise InputError(f"not a plain torch checkpoint: it {why}; {EXPECTED}") from error
     # Raised for damaged bytes by torch's unpickler, its zip reader and its legacy reader (2.13).
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"damaged, or not a torch checkpoint; {EXPECTED}") from error
+        raise InputError(
+            f"damaged, or not a torch checkpoint; {EXPECTED}; copy the file again"
+        ) from error
     except (EOFError, AssertionError, struct.error, OverflowError, MemoryError) as error:
         raise InputError("empty or truncated: copy it again") from error
 

@@ -77,7 +77,7 @@ def require_own_state(checkpoint: Path, adapter: str) -> None:
     if adapter != "default" and (checkpoint / "adapter_config.json").is_file():
         raise InputError(
             f"the optimizer state in {checkpoint} belongs to the adapter in that folder, not to "
-            f'{adapter}/: set optimizer.state to that of {adapter}, or rule = "sgd"'
+            f'{adapter}/: set optimizer.state to that of {adapter}, or optimizer.rule = "sgd"'
         )
 
 

@@ -438,7 +438,7 @@ def step_once(build: Callable[..., torch.optim.Optimizer], **options: Any) -> di
 )
 def test_other_optimizers(build, options, match, plain, tmp_path: Path) -> None:
     message = refused(match, save(step_once(build, **options), tmp_path), plain.model)
-    assert "train with torch.optim.AdamW, or set rule" in message
+    assert "train with torch.optim.AdamW, or set optimizer.rule" in message
 
 
 def test_transformers_adafactor(plain, tmp_path: Path) -> None:
