@@ -1,4 +1,4 @@
-"""Everything worth knowing of a GPU that is lent for a quarter of an hour, in eight minutes at most.
+"""Tests and costs of every pass on a GPU, in eight minutes at most.
 
     python benchmarks/gpu.py --out FOLDER [--device cuda] [--only STEP ...]
     python benchmarks/gpu.py --out FOLDER --tiny --device cpu
@@ -7,10 +7,10 @@ Steps, the most valuable first, each a process with a time limit of its own: the
 what every pass costs at Qwen2.5-0.5B's shape; the quickstart; a profile of one microbatch of gradient
 and of tangents; the passes at 1.5B's shape; an eighth of the published experiment. A step writes
 FOLDER/STEP.json as it goes, and after each FOLDER/GPU.md is written anew, so that whatever ends this
-early loses a step at most; all that steps print is in FOLDER/log.txt. One that fails says so, and the
-rest goes on: the exit status is then 1. The second command runs the same code at tiny shapes.
+early loses a step at most; all that steps print is in FOLDER/log.txt. After a step that fails the rest
+goes on, and the exit status is 1. The second command runs the same code at tiny shapes.
 
-benchmarks/GPU.md says how to run it where nothing can be installed.
+benchmarks/GPU.md states how to run it where nothing can be installed.
 """
 
 import argparse

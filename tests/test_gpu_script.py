@@ -82,7 +82,7 @@ def test_without_time_no_step_is_begun(script, tmp_path):
     assert (tmp_path / "GPU.md").read_text().count("not begun") == 2
 
 
-def test_time_and_files_are_within_what_the_lender_allows(script):
+def test_it_ends_in_eight_minutes_and_leaves_eight_files(script):
     assert script.WHOLE <= 480
     assert len(script.SECONDS) + 2 <= 8  # a file each, GPU.md, log.txt
 
