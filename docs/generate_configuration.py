@@ -1,4 +1,4 @@
-"""docs/configuration.md, from the descriptions in adapters/config/schema.py: run after changing one."""
+"""docs/configuration.md, from the descriptions in adapters/config/: run after changing one."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ $ funcprobe run mine.toml --set sampling.B_E=2048 --set entropy.per=sequence
 `--set KEY=VALUE` overrides a key of the file, and may be repeated. An unknown key is rejected
 with the nearest known one. "unset" is a key without a value: its description says what then holds.
 
-This page is generated from `adapters/config/schema.py`, where every key is documented.
+This page is generated from `adapters/config/`, where every key is documented.
 """
 
 

@@ -1,0 +1,97 @@
+"""Configuration of the objective, the entropy estimator and the measurement."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from funcprobe.types import Baseline, Integrand, Per, Weights
+
+from .section import Section
+
+
+class ObjectiveConfig(Section):
+    """The RL objective J on U: advantages from rewards, and normalisation of the sum over tokens."""
+
+    preset: Literal["grpo", "dapo", "dr_grpo", "rloo"] = Field(
+        "dapo", description="Advantage and normalisation of a method."
+    )
+    advantage: Literal["mean", "mean_std", "leave_one_out", "rollouts"] | None = Field(
+        None,
+        description='"mean", "mean_std" or "leave_one_out"; default: the preset\'s. "rollouts": the '
+        "column advantage of rollouts.update, unchanged.",
+    )
+    normalisation: Literal["sequence", "token_mean", "sequence_mean", "longest", "constant"] | None = (
+        Field(
+            None,
+            description='"sequence", "token_mean", "sequence_mean", "longest" or "constant"; default: '
+            "the preset's.",
+        )
+    )
+    constant: float | None = Field(
+        None,
+        gt=0,
+        description='L of normalisation "constant", tokens; default: max_new_tokens (sampled U only).',
+    )
+
+
+class EntropyConfig(Section):
+    """The estimator of the entropy."""
+
+    per: Per = Field("token", description='"token" (nats per token, as trainers log) or "sequence".')
+    integrand: Integrand = Field(
+        "rao_blackwell", description='Next-token entropy; or "sampled": -log p of the sampled token.'
+    )
+    weights: Weights = Field(
+        "per_decision", description='Importance weight of the prefix; or "sequence": of the response.'
+    )
+    clip: float | None = Field(
+        None, gt=1, description="Upper bound of the importance weights (biased); default: none."
+    )
+    baseline: Baseline = Field(
+        "auto",
+        description='Control variate of the score term: "ridge", "position", "entropy" or "none"; '
+        '"auto": ridge, but none for the sampled integrand, with a clip, for fewer than three prompts '
+        "and for an E with sampler_logp.",
+    )
+
+    @model_validator(mode="after")
+    def _place_for_the_baseline(self) -> "EntropyConfig":
+        if self.baseline not in {"auto", "none"} and (
+            self.integrand == "sampled" or self.clip is not None
+        ):
+            found = 'integrand = "sampled"' if self.integrand == "sampled" else f"clip = {self.clip:g}"
+            raise ValueError(
+                f'baseline = "{self.baseline}" with {found}, whose expectation it would change: remove '
+                'one of the two, or set baseline = "none"'
+            )
+        return self
+
+
+class MeasureConfig(Section):
+    """Measurement of the entropy change at theta + eta v."""
+
+    etas: tuple[float, ...] = Field(
+        (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), description="Learning rates eta of the sweep."
+    )
+    next_lr: bool = Field(True, description="Measure at the learning rate of the next step as well.")
+    second_order: Literal["difference", "exact", "none"] = Field(
+        "difference",
+        description='Second derivative along v: symmetric "difference" of two changes, "exact" (Taylor '
+        'mode, at the cost of about five forwards instead of two), or "none".',
+    )
+    resample: bool = Field(
+        False, description='Where the verdict is "resample", sample responses at theta + eta v.'
+    )
+
+    @field_validator("etas")
+    @classmethod
+    def _positive_and_distinct(cls, etas: tuple[float, ...]) -> tuple[float, ...]:
+        if not etas:
+            raise ValueError("the list is empty, at least one learning rate is expected")
+        for eta in etas:
+            if not (eta > 0 and math.isfinite(eta)):
+                raise ValueError(f"eta is {eta:g}, a positive, finite number is expected")
+        if twice := [eta for i, eta in enumerate(etas) if eta in etas[:i]]:
+            raise ValueError(f"eta {twice[0]:g} occurs twice, distinct values are expected")
+        return etas

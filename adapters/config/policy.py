@@ -1,0 +1,111 @@
+"""Configuration of the run itself, the policy and its optimizer."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from funcprobe.types import Rule
+
+from ..machine.precision import Precision, dtype_of
+from .section import Positive, Section, Text
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RunConfig(Section):
+    """Run folder, seed, device and size of microbatches."""
+
+    name: str = Field(
+        "probe", pattern=r"^\w[\w.-]*$", max_length=100, description="Name of the run's folder."
+    )
+    folder: Text = Field("runs", description="Parent folder of the runs.")
+    seed: int = Field(0, ge=0, description="Seed of prompts and sampling: same seed, same batches.")
+    device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".')
+    max_tokens: Positive | Literal["auto"] = Field(
+        2048,
+        description='Largest number of tokens in a microbatch; more need more memory. "auto": as many '
+        "as fit into half of the free memory, found by a trial.",
+    )
+
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def _size_or_auto(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value != "auto" and not (whole and value >= 1):
+            raise ValueError('a whole number of at least 1, or "auto", is expected')
+        return value
+
+
+class PolicyConfig(Section):
+    """The checkpoint: base model and LoRA adapter."""
+
+    checkpoint: Text = Field(
+        "toy", description='Folder (or hub id) with the adapter; "toy": the built-in policy.'
+    )
+    base: Text | None = Field(None, description="Base model; default: the one saved with the adapter.")
+    adapter: str = Field(
+        "default",
+        pattern=r"^[^.]+$",  # it becomes the name of a torch module
+        description='Name of the adapter; unless "default", it is in the subfolder of that name.',
+    )
+    mode: Literal["lora", "qlora"] = Field(
+        "lora",
+        description='"lora"; or "qlora": base in 4-bit NF4, quantised on loading or saved so.',
+    )
+    precision: Precision | None = Field(
+        None,
+        description='"reference": float64 throughout; "standard": float32; "fast": matrix products of '
+        "bfloat16 operands (TF32 on a GPU), for predictions only. Default: determined by dtype.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="Of the model; in half precision rounding exceeds most measured changes."
+    )
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="Attention kernel; second derivatives use one that supports them."
+    )
+    trust_remote_code: bool = Field(False, description="Execute modelling code from the hub.")
+    max_trainable: Positive = Field(50_000_000, description="More trainable parameters are rejected.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dtype_of_the_precision(cls, table: Any) -> Any:
+        return dtype_of(table) if isinstance(table, dict) else table
+
+
+class OptimizerConfig(Section):
+    """Adam's state, and the rule for the direction v from it and the gradient Y on U."""
+
+    state: Text | None = Field(
+        None, description="File or folder with the optimizer state; default: in the checkpoint."
+    )
+    accept_positional: bool = Field(
+        False,
+        description="Trust the order of a state whose names are not verifiable; see funcprobe inspect.",
+    )
+    rule: Rule = Field(
+        "adamw",
+        description='Direction v. "adamw": the exact next step; "precondition": Y/(sqrt(nu)+eps), nu '
+        'as saved, no momentum; "sgd": Y.',
+    )
+    max_grad_norm: float | None = Field(
+        None,
+        ge=0,
+        description="Gradient clipping, as in training; 0: off; default: the value in "
+        "optimizer_param_names.json, else 1.",
+    )
+    lr: float | None = Field(None, gt=0, description="Learning rate of the step; default: the state's.")
+    betas: tuple[Decay, Decay] | None = Field(None, description="Adam's; default: the state's.")
+    eps: float | None = Field(None, gt=0, description="Adam's; default: the state's.")
+    weight_decay: float | None = Field(None, ge=0, le=1e3, description="Default: the state's.")
+    checkpoint_step: int | None = Field(
+        None, ge=0, description="Steps taken, if the state has none (for bias correction)."
+    )
+    min_coverage: float = Field(
+        0.9, ge=0, le=1, description="Least share of parameters with Adam's moments (coverage)."
+    )
+    on_low_coverage: Literal["stop", "identity"] = Field(
+        "stop", description='Below min_coverage: "stop", or "identity": v = Y, with a warning.'
+    )
+    max_scale: float = Field(
+        1000.0, ge=0, description='Upper bound of 1/(sqrt(nu)+eps), rule "precondition"; 0: off.'
+    )
