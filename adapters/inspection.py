@@ -22,7 +22,7 @@ from .optimizer.saved import located, number, require_adam, shaped
 if TYPE_CHECKING:
     from .checkpoint.skeleton import Skeleton
 
-HEALTHY_SCALE, SUSPECT_SCALE = 100.0, 1000.0  # of 1 / (sqrt(nu_hat) + eps)
+BELOW_EPS = 0.5  # share of entries with sqrt(nu_hat) < eps beyond which a state is suspect
 
 
 def inspect(path: Path, *, base: str | None = None, adapter: str = "default") -> dict[str, Any]:
@@ -68,17 +68,17 @@ def inspect(path: Path, *, base: str | None = None, adapter: str = "default") ->
             require_lr_ratio(saved.groups, names, _shapes(adam_state), unknown)
         except InputError as error:
             missing.append(f"the next step's lr: {error}")
-    info = adam.preconditioner(_shapes(adam_state), adam_state, None)[1]
+    info = adam.preconditioner(_shapes(adam_state), adam_state)[1]
     second = None
     if unknown.eps is None and unknown.beta2 is None:
         second = {key: _plain(value) for key, value in info._asdict().items()}
-        second["verdict"] = _verdict(info)
+        second["verdict"] = _verdict(info, sum(t.numel() for t in adam_state.exp_avg_sq.values()))
     return document | {
         "format": report.format,
         "names": {
             "route": report.route,
             "certainty": report.certainty,
-            "needs_accept_positional": bool(report.twins),
+            "verified_by_gradients": bool(report.twins),
             "base": skeleton.base if skeleton else None,
             "parameters": report.parameters,
             "coverage": report.coverage,
@@ -97,8 +97,8 @@ def show(document: dict[str, Any], console: Console) -> None:
     if names:
         rows["names"] = names["route"]
         rows["certainty"] = names["certainty"]
-        if names["needs_accept_positional"]:
-            rows["certainty"] += "; a run needs optimizer.accept_positional = true"
+        if names["verified_by_gradients"]:
+            rows["certainty"] += "; a run verifies the order by the gradients on U"
         coverage = ", ".join(f"{key} {count}" for key, count in names["coverage"].items())
         rows["coverage"] = f"{coverage} of {names['parameters']} parameters"
     if steps:
@@ -253,19 +253,16 @@ def _sidecar(sidecar: Sidecar | None, missing: list[str]) -> dict[str, Any] | No
     }
 
 
-def _verdict(info: adam.PreconditionerInfo) -> str:
+def _verdict(info: adam.PreconditionerInfo, entries: int) -> str:
     """Statistics outside the range of a normal training run; "healthy" if there are none."""
     findings = []
     if info.identity:
         findings.append(f"{len(info.identity)} tensors without a usable second moment")
     if info.without_step:
         findings.append(f"{len(info.without_step)} without a step, so without bias correction")
-    largest = info.max_scale or 0.0
-    if largest > SUSPECT_SCALE:
+    below = info.zero_second_moments + info.tiny_second_moments
+    if below > BELOW_EPS * entries:
         findings.append(
-            f"largest scale over {SUSPECT_SCALE:g}: suspect, unless gradients are that small "
-            f"(about 1/scale = {1 / largest:.1g})"
+            f"suspect: sqrt(nu) is below eps in {below} of {entries} entries, whose step is g / eps"
         )
-    elif largest > HEALTHY_SCALE:
-        findings.append(f"largest scale between {HEALTHY_SCALE:g} and {SUSPECT_SCALE:g}")
     return "; ".join(findings) or "healthy"

@@ -8,7 +8,7 @@ import funcprobe
 from funcprobe import checks
 from funcprobe.policy.layout import response_mask, select
 from funcprobe.statistics import baselines
-from funcprobe.types import TokenStats
+from funcprobe.types import Params, TokenStats
 
 from . import rollouts, store
 from .config.file import to_toml
@@ -20,6 +20,7 @@ from .results.document import document
 from .results.manifest import manifest
 from .results.schema import Results
 from .stages.batches import Batches, sample
+from .stages.gradient import gradient_on_U, verify_state
 from .stages.plan import Plan, load
 from .stages.sweep import LEAVES, STATS, measure_sweep, state_inputs
 from .store import Stages
@@ -34,12 +35,14 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
         plan, batches = _sampled(plan, stages, narrator)
-        prediction = _predict(plan, batches, stages, narrator)
+        Y = gradient_on_U(plan, batches, stages, narrator)
+        evidence = verify_state(plan, Y, narrator)
+        prediction = _predict(plan, batches, Y, stages, narrator)
         unit_N = _units(plan, batches)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
-        seen = check(plan, batches, prediction, narrator)
+        seen = check(plan, batches, prediction, evidence, narrator)
     seen.append(_untouched(versions, plan.policy.model))
-    results = document(plan, batches, prediction, unit_N, sweep, seen, narrator.costs)
+    results = document(plan, batches, prediction, evidence, unit_N, sweep, seen, narrator.costs)
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()
@@ -70,8 +73,10 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
         plan, batches = _sampled(plan, Stages(None), narrator)
-        prediction = _predict(plan, batches, Stages(None), narrator)
-        seen = check(plan, batches, prediction, narrator)
+        Y = gradient_on_U(plan, batches, Stages(None), narrator)
+        evidence = verify_state(plan, Y, narrator)
+        prediction = _predict(plan, batches, Y, Stages(None), narrator)
+        seen = check(plan, batches, prediction, evidence, narrator)
     return [*seen, _untouched(versions, plan.policy.model)]
 
 
@@ -84,6 +89,7 @@ def check(
     plan: Plan,
     batches: Batches,
     prediction: funcprobe.Prediction,
+    evidence: funcprobe.Evidence | None,
     narrator: Narrator,
 ) -> list[checks.Check]:
     """The sanity checks, on the run's batches (the slow ones on 32 sequences of E)."""
@@ -105,7 +111,7 @@ def check(
             checks.gradients_reach("Y", prediction.Y),
             checks.routes_agree(prediction, plan.forward),
             checks.alpha_cases(params, part, v, forward, max_tokens),
-            checks.identity_against_adam(prediction),
+            *_of_the_state(plan, prediction, evidence),
             checks.eta_zero(
                 params,
                 part,
@@ -119,6 +125,17 @@ def check(
             checks.repeat_is_identical(params, part, stats, forward, max_tokens),
             _sampler(batches, prediction.stats),
         ]
+
+
+def _of_the_state(
+    plan: Plan, prediction: funcprobe.Prediction, evidence: funcprobe.Evidence | None
+) -> list[checks.Check]:
+    """Checks of the optimizer's state against the gradient; none if the rule reads no state."""
+    if evidence is None:
+        return []
+    clip = prediction.direction.clip_coefficient
+    scale = funcprobe.gradient_scale(prediction.Y, plan.adam_state, clip)
+    return [checks.state_fits(evidence), checks.gradient_in_proportion(scale)]
 
 
 def _sampler(batches: Batches, stats: TokenStats) -> checks.Check:
@@ -136,11 +153,13 @@ def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batc
     return plan._replace(entropy=entropy), batches
 
 
-def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> funcprobe.Prediction:
-    with narrator.phase("first order", _twice(batches)) as stage:
+def _predict(
+    plan: Plan, batches: Batches, Y: Params, stages: Stages, narrator: Narrator
+) -> funcprobe.Prediction:
+    with narrator.phase("first order", _sequences(batches)) as stage:
         return funcprobe.summarise(
             plan.policy.params,
-            _passes(plan, batches, stages, stage),
+            _passes(plan, batches, Y, stages, stage),
             batches.eval_batch,
             batches.update,
             plan.adam_state,
@@ -151,9 +170,9 @@ def _predict(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -
         )
 
 
-def _twice(batches: Batches) -> int:
-    """Sequences in the passes of first order: Y and along P X on U, along v and X on E."""
-    return 2 * len(batches.eval_batch.prompt_N) + 2 * len(batches.update.batch.prompt_N)
+def _sequences(batches: Batches) -> int:
+    """Sequences in the passes of first order: along v and X on E, along P X on U."""
+    return 2 * len(batches.eval_batch.prompt_N) + len(batches.update.batch.prompt_N)
 
 
 def _units(plan: Plan, batches: Batches) -> torch.Tensor:
@@ -166,7 +185,7 @@ def _units(plan: Plan, batches: Batches) -> torch.Tensor:
     return torch.arange(len(prompt_N)) if plan.supplied_eval is None else prompt_N
 
 
-def _passes(plan: Plan, batches: Batches, stages: Stages, stage: Stage) -> funcprobe.Passes:
+def _passes(plan: Plan, batches: Batches, Y: Params, stages: Stages, stage: Stage) -> funcprobe.Passes:
     params = plan.policy.params
     leaves = dict.fromkeys(params, LEAVES)
     baseline = None if plan.entropy.baseline == "none" else LEAVES
@@ -193,6 +212,7 @@ def _passes(plan: Plan, batches: Batches, stages: Stages, stage: Stage) -> funcp
             max_tokens=plan.max_tokens,
             sampler_logp_NR=batches.sampler_logp_NR,
             update_forward=counted(plan.forward, stage, "U"),
+            Y=Y,
         )
 
     passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute, stage.found)

@@ -21,6 +21,8 @@ from .statistics.estimators import (
 from .statistics.evaluation import Evaluation, change, derivative, evaluate, second_derivative
 from .statistics.second_order import difference_eta, eta_star, second_difference, second_order
 from .step.adam import fresh_adam_state, precondition, preconditioner, update_direction
+from .step.evidence import Evidence, state_evidence
+from .step.gradient_scale import GradientScale, gradient_scale
 from .step.objective import PRESETS, Objective, advantages, coefficients
 from .types import (
     AdamGroup,
@@ -41,7 +43,9 @@ __all__ = [
     "Batch",
     "Entropy",
     "Evaluation",
+    "Evidence",
     "Forward",
+    "GradientScale",
     "InputError",
     "Objective",
     "Params",
@@ -70,6 +74,7 @@ __all__ = [
     "grad_Y",
     "grad_dots",
     "gradient_coefficients",
+    "gradient_scale",
     "lora_params",
     "measure",
     "measured_change",
@@ -83,6 +88,7 @@ __all__ = [
     "second_tangents",
     "select",
     "seq_logprobs",
+    "state_evidence",
     "sum_se",
     "summarise",
     "tangents",

@@ -17,6 +17,8 @@ from .policy.islands import float32_islands
 from .policy.layout import response_mask, select
 from .probe import Prediction, measure
 from .statistics.estimators import Measured
+from .step.evidence import Evidence
+from .step.gradient_scale import GradientScale
 from .types import Batch, Entropy, InputError, Params, TokenStats
 
 FEW_TOKENS = 16
@@ -109,17 +111,39 @@ def routes_agree(prediction: Prediction, forward: Forward) -> Check:
     )
 
 
-def identity_against_adam(prediction: Prediction) -> Check:
-    """|<X, P Y>| / |<X, Y>|: how much the preconditioner enlarges the effect of the gradient."""
-    ratio = _relative(prediction.from_update, prediction.bars_dot_identity)
+def state_fits(evidence: Evidence) -> Check:
+    """Whether another order of the optimizer's state fits the gradient on U far better."""
+    random, other = evidence.over_random, min(evidence.over.values(), default=math.inf)
+    nearest = f", {_odds(other)} over the nearest of {len(evidence.over)}" if evidence.over else ""
     return Check(
-        "Adam against identity",
-        ratio < 1000,
-        f"<X, P Y> = {prediction.from_update:.3g}, <X, Y> = {prediction.bars_dot_identity:.3g}, "
-        f"ratio {ratio:.3g}",
-        "< 1000",
-        "second moments near 0 amplify the gradient by 1/eps: state of another adapter, or of step 1; "
-        "or <X, Y> is small by chance; or gradients are small (Adam's scale is about 1 / |gradient|)",
+        "the optimizer state fits the gradients",
+        evidence.verdict != "contradicted",
+        f"{evidence.verdict}: {evidence.home} of {evidence.alike} parameters of equal shape fit their "
+        f"own second moments best; odds {_odds(random)} over a random order{nearest}",
+        "no other order has odds over 1000",
+        "moments under the wrong parameters: names of another run, or a state of another adapter",
+        advisory=True,
+    )
+
+
+def gradient_in_proportion(scale: GradientScale) -> Check:
+    """Whether |Y| is within a factor of 30 of sqrt(nu_hat), and few entries beyond 10 of it.
+
+    A U of 1/900 of the training run's batch would exceed the factor by its noise alone.
+    """
+    median = math.nan if scale.median is None else scale.median
+    most, least = (
+        max(scale.ratio.values(), default=math.nan),
+        min(scale.ratio.values(), default=math.nan),
+    )
+    return Check(
+        "gradient on U against Adam's second moments",
+        1 / 30 < median < 30 and scale.beyond_ten < 0.1,
+        f"|Y| / sqrt(nu_hat): median {median:.3g} over parameters, {least:.3g} to {most:.3g}; beyond "
+        f"10 in {scale.beyond_ten:.2g} of the entries",
+        "median 1/30 to 30; beyond 10 in under 0.1",
+        "a U much smaller than the training run's batch; rewards, advantages or a normalisation that "
+        "differ from the run's; a state of another run, or of its first steps",
         advisory=True,
     )
 
@@ -240,6 +264,11 @@ def sampler_near_policy(
 def _one_gradient(params: Params, one: Batch, forward: Forward, max_tokens: int) -> Params:
     p_NR = response_mask(one).double()
     return weighted_grad(params, one, p_NR, torch.zeros_like(p_NR), forward, max_tokens)
+
+
+def _odds(log_odds: float) -> str:
+    """Odds in powers of ten."""
+    return f"1e{log_odds / math.log(10):+.0f}"
 
 
 def _relative(difference: float, size: float) -> float:

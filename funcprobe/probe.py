@@ -77,15 +77,16 @@ def first_order_passes(
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     update_forward: Forward | None = None,
+    Y: Params | None = None,
 ) -> Passes:
     """Four passes: Y on U, statistics with tangents along v on E, X on E, tangents along P X on U.
 
-    `update_forward` (default `forward`) is used for the passes over U, so that a caller can count them.
-    Raises InputError if a gradient is zero everywhere or not finite.
+    `update_forward` (default `forward`) is used for the passes over U, so that a caller can count them;
+    with `Y`, the first pass is omitted. Raises InputError if a gradient is zero everywhere or not
+    finite.
     """
     over_U = forward if update_forward is None else update_forward
-    Y = gradients.grad_Y(params, update, over_U, max_tokens)
-    require_gradients("Y (of the objective on U)", Y)
+    Y = update_gradient(params, update, over_U, max_tokens) if Y is None else Y
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
     stats, tangent, X, baseline_NR = eval_passes(
         params,
@@ -99,6 +100,15 @@ def first_order_passes(
     PX = tree.multiply(direction.scale, X)
     _, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
     return Passes(Y, stats, tangent, X, baseline_NR, along_PX)
+
+
+def update_gradient(
+    params: Params, update: UpdateBatch, forward: Forward, max_tokens: int = MAX_TOKENS
+) -> Params:
+    """Y = grad J on U. InputError if it is zero everywhere or not finite."""
+    Y = gradients.grad_Y(params, update, forward, max_tokens)
+    require_gradients("Y (of the objective on U)", Y)
+    return Y
 
 
 def summarise(

@@ -75,7 +75,7 @@ class Step(NamedTuple):
 
     rule: Rule = "adamw"
     max_grad_norm: float | None = None  # gradient clipping of rule "adamw"; None: off
-    max_scale: float | None = 1000.0  # cap of the entries of P, rule "precondition"; None: off
+    max_update: float | None = None  # bound of the entries of |P Y|, rule "precondition"; None: off
 
 
 class AdamGroup(NamedTuple):

@@ -59,9 +59,9 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
         assert (outcome.status, outcome.out) == (2, "")
         assert outcome.err.endswith("funcprobe: No space left on device; no incomplete file was left\n")
         assert left_in(Path(f"runs{fail_at}")) == []
-    # Two rollouts, first order, one eta, four for the rounding and two for the second derivative:
+    # Two rollouts, Y, first order, one eta, four for the rounding and two for the second derivative:
     # written and renamed; then seven files and the folder.
-    assert fail_at == 10 * 2 + 7 + 1 + 1
+    assert fail_at == 11 * 2 + 7 + 1 + 1
     assert outcome.status == 0
 
 

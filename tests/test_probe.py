@@ -24,8 +24,8 @@ U = UpdateBatch(
 RULES = [
     Step("adamw", max_grad_norm=None),
     Step("adamw", max_grad_norm=0.05),
-    Step("precondition", max_scale=None),
-    Step("precondition", max_scale=0.9),
+    Step("precondition"),
+    Step("precondition", max_update=0.01),
     Step("sgd"),
 ]
 ENTROPIES = [
@@ -422,11 +422,25 @@ def test_check_routes_agree(healthy, probe64):
         assert not checks.routes_agree(off[1], held).passed
 
 
-def test_check_identity_against_adam(healthy):
-    assert checks.identity_against_adam(healthy).passed
-    for found in (2000 * healthy.bars_dot_identity, -2000 * healthy.bars_dot_identity, math.nan):
-        assert not checks.identity_against_adam(healthy._replace(from_update=found)).passed
-    assert not checks.identity_against_adam(healthy._replace(bars_dot_identity=0.0)).passed
+def test_check_gradient_in_proportion():
+    fine = funcprobe.GradientScale({"a": 0.5, "b": 2.0, "c": 1.0}, 1.0, 0.01, 0.0)
+    assert checks.gradient_in_proportion(fine).passed
+    assert "0.5 to 2" in checks.gradient_in_proportion(fine).saw
+    for other in ({"median": 40.0}, {"median": 0.02}, {"median": None}, {"beyond_ten": 0.2}):
+        assert not checks.gradient_in_proportion(fine._replace(**other)).passed
+
+
+def test_check_state_fits():
+    fields = {"alike": 4, "home": 3, "margin": {}, "assigned": {}, "over_random": 23.0}
+    for verdict in ("confirmed", "undecided", "contradicted"):
+        found = funcprobe.Evidence(
+            verdict, **fields, over={"o": 9.2}, over_assigned=1.0, likeliest=None
+        )
+        check = checks.state_fits(found)
+        assert check.passed == (verdict != "contradicted")
+        assert f"{verdict}: 3 of 4 " in check.saw
+        assert "odds 1e+10 over a random order, 1e+4 over the nearest of 1" in check.saw
+        assert check.advisory
 
 
 def test_check_eta_zero(probe64, healthy):

@@ -80,7 +80,7 @@ class OptimizerConfig(Section):
     )
     accept_positional: bool = Field(
         False,
-        description="Trust the order of a state whose names are not verifiable; see funcprobe inspect.",
+        description="Trust the order of a state without names if the gradients on U do not confirm it.",
     )
     rule: Rule = Field(
         "adamw",
@@ -106,6 +106,6 @@ class OptimizerConfig(Section):
     on_low_coverage: Literal["stop", "identity"] = Field(
         "stop", description='Below min_coverage: "stop", or "identity": v = Y, with a warning.'
     )
-    max_scale: float = Field(
-        1000.0, ge=0, description='Upper bound of 1/(sqrt(nu)+eps), rule "precondition"; 0: off.'
+    max_update: float | None = Field(
+        None, gt=0, description='Bound of the entries of |P Y|, rule "precondition"; default: none.'
     )

@@ -148,8 +148,8 @@ def require_verifiable(names: Names, params: Params, accept_positional: bool) ->
         raise InputError(
             f"names are {names.route}, not verifiable: {len(names.twins)} of {len(params)} parameters "
             f"share their shape with another (as {some(names.twins, 2)}), so that nothing in the file "
-            "shows that the order is correct; save names with ParamNamesCallback, or set "
-            "optimizer.accept_positional = true to trust the order"
+            "shows that the order is correct; save names with ParamNamesCallback, or read it with "
+            "accept_positional = True and compare it with a gradient (funcprobe.state_evidence)"
         )
 
 

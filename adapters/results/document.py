@@ -29,6 +29,7 @@ from .sections import (
     Norms,
     ObjectiveSettings,
     SecondMoments,
+    StateEvidence,
     StepSettings,
 )
 from .sweep import Errors, errors_of, fits, second_order, sweep_rows
@@ -38,6 +39,7 @@ def document(
     plan: Plan,
     batches: Batches,
     prediction: funcprobe.Prediction,
+    evidence: funcprobe.Evidence | None,
     unit_N: torch.Tensor,
     sweep: Sweep,
     checks: list[Check],
@@ -63,6 +65,7 @@ def document(
         norms=_norms(prediction, unit),
         clip_coefficient=prediction.direction.clip_coefficient,
         second_moments=_second_moments(plan, prediction),
+        state_evidence=_state_evidence(evidence),
         next_lr=quantity(
             plan.next_lr, "learning rate", "of the next step, by the optimizer state or optimizer.lr"
         ),
@@ -181,11 +184,29 @@ def _first_order(plan: Plan, prediction: funcprobe.Prediction, errors: Errors) -
 def _second_moments(plan: Plan, prediction: funcprobe.Prediction) -> SecondMoments | None:
     if not plan.adam_state.exp_avg_sq:
         return None
-    # The cap belongs to the rule "precondition" alone.
-    cap = plan.step.max_scale if plan.step.rule == "precondition" else None
-    _, info = funcprobe.preconditioner(plan.policy.params, plan.adam_state, cap)
+    _, info = funcprobe.preconditioner(plan.policy.params, plan.adam_state)
+    scale = funcprobe.gradient_scale(
+        prediction.Y, plan.adam_state, prediction.direction.clip_coefficient
+    )
     return SecondMoments(
         **info._asdict(),
         zero_outputs=sum(int((v == 0).sum()) for v in prediction.direction.total.values()),
-        healthy="coverage near 1, max_scale up to 100; over 1000 is suspect",
+        gradient_ratio=scale.median,
+        gradient_beyond_ten=scale.beyond_ten,
+        below_eps=scale.below_eps,
+    )
+
+
+def _state_evidence(evidence: funcprobe.Evidence | None) -> StateEvidence | None:
+    if evidence is None:
+        return None
+    nearest = min(evidence.over, key=evidence.over.__getitem__, default=None)
+    return StateEvidence(
+        verdict=evidence.verdict,
+        parameters=evidence.alike,
+        at_home=evidence.home,
+        log_odds_over_random=evidence.over_random,
+        log_odds_over_nearest=evidence.over[nearest] if nearest else None,
+        nearest_order=nearest,
+        margin=evidence.margin,
     )

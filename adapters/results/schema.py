@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .cost import CostSection
 from .quantity import Quantity, Section, StudentInterval
-from .sections import CheckResult, Conventions, Counts, FirstOrder, Norms, SecondMoments
+from .sections import CheckResult, Conventions, Counts, FirstOrder, Norms, SecondMoments, StateEvidence
 from .sweep_sections import Fits, SecondOrder, SweepRow
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Results(Section):
     clip_coefficient: float
     """Factor by which clipping scales Y; 1: not clipped."""
     second_moments: SecondMoments | None
+    """null: the rule reads no optimizer state."""
+    state_evidence: StateEvidence | None
     """null: the rule reads no optimizer state."""
     next_lr: Quantity
     """Learning rate of the next step, by the optimizer state or the configuration; 0: not known."""

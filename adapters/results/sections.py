@@ -25,8 +25,8 @@ class StepSettings(Section):
     """adamw, precondition or sgd."""
     max_grad_norm: float | None
     """Gradient norm at which the step clips; null: no clipping."""
-    max_scale: float | None
-    """Cap on 1 / (sqrt(nu_hat) + eps) with the rule "precondition"; null: none."""
+    max_update: float | None
+    """Bound of the entries of |P Y| with the rule "precondition"; null: none."""
 
 
 class ObjectiveSettings(Section):
@@ -138,11 +138,9 @@ class SecondMoments(Section):
     identity: tuple[str, ...]
     """Tensors left as the raw gradient: second moment missing, all zero, negative or not finite."""
     max_scale: float | None
-    """Largest entry of P before the cap."""
+    """Largest entry of P."""
     min_denominator: float | None
     """Smallest sqrt(nu_hat) + eps."""
-    capped: int
-    """Entries of P cut at the cap."""
     zero_second_moments: int
     """Entries with nu_hat = 0."""
     tiny_second_moments: int
@@ -151,8 +149,33 @@ class SecondMoments(Section):
     """Tensors used without bias correction, their step being missing or 0."""
     zero_outputs: int
     """Entries of v that are exactly 0."""
-    healthy: str
-    """The range in which these numbers are unremarkable."""
+    gradient_ratio: float | None
+    """Median over tensors of sqrt(mean Y^2 / mean nu_hat), Y clipped: about 1 if U is as large as a
+    batch of the training run; null: no second moments."""
+    gradient_beyond_ten: float
+    """Share of entries with |Y| > 10 sqrt(nu_hat)."""
+    below_eps: float
+    """Share of entries with sqrt(nu_hat) < eps, where eps dominates the denominator."""
+
+
+class StateEvidence(Section):
+    """Whether the gradient on U fits the second moments filed under the same names."""
+
+    verdict: str
+    """confirmed, contradicted or undecided, at odds of 1000."""
+    parameters: int
+    """Tensors that share their shape with another."""
+    at_home: int
+    """Of these, paired with their own second moments in the assignment of the largest likelihood."""
+    log_odds_over_random: float
+    """Logarithm (nats) of the odds of the names over a random order."""
+    log_odds_over_nearest: float | None
+    """The same over the likeliest of the other orders that are considered; null: there is none."""
+    nearest_order: str | None
+    """That order."""
+    margin: dict[str, float]
+    """Tensor -> log-likelihood of its gradient by its own second moments minus that by the best other,
+    nats per entry."""
 
 
 class CheckResult(Section):

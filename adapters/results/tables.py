@@ -168,7 +168,7 @@ def _table(results: Results, width: int) -> Table:
 
 
 def _under_the_table(results: Results) -> list[str]:
-    step, second = results.conventions.step, results.second_moments
+    step = results.conventions.step
     lines = []
     for row in (row for row in results.sweep if row.is_next_lr):
         if row.difference_interval and not row.rounding:
@@ -180,11 +180,6 @@ def _under_the_table(results: Results) -> list[str]:
         lines.append(
             f"gradient norm {results.norms.Y.value:.3g}, clip coefficient "
             f"{results.clip_coefficient:.3g} at max_grad_norm {step.max_grad_norm:g}"
-        )
-    if second and second.capped:
-        lines.append(
-            f"{second.capped} of {results.counts.trainable_parameters} entries of P are capped at "
-            f"{step.max_scale:g}: set optimizer.max_scale = 0 for P Y without a cap"
         )
     return [*lines, *_curve(results), *_weights(results.sweep, results.entropy.unit)]
 

@@ -38,7 +38,7 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
         ),
         min_coverage=chosen.min_coverage,
         allow_low_coverage=chosen.on_low_coverage == "identity",
-        accept_positional=chosen.accept_positional,
+        accept_positional=True,  # the gradients on U decide: `gradient.verify_state`
     )
     if chosen.state is None:
         _require_one_adapter(checkpoint, config.policy.adapter, report)
@@ -99,7 +99,7 @@ def _step(config: Config, sidecar: Sidecar | None) -> Step:
         clip = sidecar.max_grad_norm if sidecar else None
     if clip is None:
         clip = DEFAULT_MAX_GRAD_NORM
-    return Step(chosen.rule, clip or None, chosen.max_scale or None)
+    return Step(chosen.rule, clip or None, chosen.max_update)
 
 
 def step_lines(

@@ -12,14 +12,14 @@ from ..types import AdamGroup, AdamState, InputError, Params, Rule
 class PreconditionerInfo(NamedTuple):
     """Diagnostics of the preconditioner.
 
-    Typical: coverage near 1, `max_scale` up to 100; above 1000 it is suspect.
+    P has the unit of 1 / gradient, so that the size of its entries says nothing about health; see
+    `gradient_scale` for what does.
     """
 
     coverage: float  # share of tensors whose exp_avg_sq was used
     identity: tuple[str, ...]  # with P = 1: nu missing, all zero, negative or non-finite
-    max_scale: float | None  # largest 1 / (sqrt(nu_hat) + eps) before the cap; None: no nu was used
+    max_scale: float | None  # largest 1 / (sqrt(nu_hat) + eps); None: no nu was used
     min_denominator: float | None  # smallest sqrt(nu_hat) + eps
-    capped: int  # entries reduced to the cap
     zero_second_moments: int
     tiny_second_moments: int  # 0 < nu_hat < eps^2: eps dominates the denominator
     without_step: tuple[str, ...]  # nu used without bias correction: step missing or 0
@@ -38,18 +38,16 @@ class UpdateDirection(NamedTuple):
     clip_coefficient: float  # 1 where the gradient is not clipped
 
 
-def preconditioner(
-    params: Params, adam_state: AdamState, max_scale: float | None = 1000.0
-) -> tuple[Params, PreconditionerInfo]:
-    """P = 1 / (sqrt(nu_hat) + eps), nu_hat = exp_avg_sq / (1 - beta2^step), entries capped.
+def preconditioner(params: Params, adam_state: AdamState) -> tuple[Params, PreconditionerInfo]:
+    """P = 1 / (sqrt(nu_hat) + eps), nu_hat = exp_avg_sq / (1 - beta2^step).
 
     A tensor whose second moment is missing, all zero, negative or not finite gets P = 1. Without a
-    step, or at step 0, there is no bias correction. Arithmetic in float64. `max_scale = None` disables
-    the cap. Raises ValueError if a second moment has another shape than its parameter.
+    step, or at step 0, there is no bias correction. Arithmetic in float64. Raises ValueError if a
+    second moment has another shape than its parameter.
     """
     scale: Params = {}
     identity, without_step = [], []
-    largest, smallest, capped, zero, tiny = 0.0, math.inf, 0, 0, 0
+    largest, smallest, zero, tiny = 0.0, math.inf, 0, 0
     group_of = _group_of(adam_state)
     for name, param in params.items():
         nu = adam_state.exp_avg_sq.get(name)
@@ -70,16 +68,12 @@ def preconditioner(
         largest, smallest = max(largest, float(p.max())), min(smallest, float(denominator.min()))
         zero += int((nu_hat == 0).sum())
         tiny += int(((nu_hat > 0) & (nu_hat < group.eps**2)).sum())
-        if max_scale is not None:
-            capped += int((p > max_scale).sum())
-            p = p.clamp(max=max_scale)
         scale[name] = p
     info = PreconditionerInfo(
         coverage=1 - len(identity) / len(params),
         identity=tuple(identity),
         max_scale=largest if len(identity) < len(params) else None,
         min_denominator=smallest if len(identity) < len(params) else None,
-        capped=capped,
         zero_second_moments=zero,
         tiny_second_moments=tiny,
         without_step=tuple(without_step),
@@ -87,10 +81,10 @@ def preconditioner(
     return scale, info
 
 
-def precondition(grads: Params, adam_state: AdamState, max_scale: float | None = 1000.0) -> Params:
-    """P g, in the dtype of g, with P and errors as in `preconditioner`."""
-    scale, _ = preconditioner(grads, adam_state, max_scale)
-    return _times(scale, grads)
+def precondition(grads: Params, adam_state: AdamState, max_update: float | None = None) -> Params:
+    """P g, in the dtype of g, with P and errors as in `preconditioner`, |P g| at most `max_update`."""
+    scale, _ = preconditioner(grads, adam_state)
+    return _times(_bounded(scale, grads, max_update), grads)
 
 
 def update_direction(
@@ -100,16 +94,16 @@ def update_direction(
     *,
     rule: Rule = "adamw",
     max_grad_norm: float | None = None,
-    max_scale: float | None = 1000.0,
+    max_update: float | None = None,
 ) -> UpdateDirection:
     """v with theta_next = theta + lr v, for `grads` = Y = grad J (the direction of ascent).
 
     rule "adamw" is the exact next step of torch.optim.AdamW on the loss -J (Loshchilov and Hutter,
     arXiv:1711.05101; eps outside the root, decay decoupled, bias correction at step t + 1), after
-    torch.nn.utils.clip_grad_norm_ where `max_grad_norm` is given. "precondition" is P Y and "sgd" Y.
-    A group whose lr differs from the first group's is scaled by the ratio. Raises InputError for
-    "adamw" with an incomplete or non-finite state, and if learning rates have no ratio; ValueError if
-    names or shapes differ.
+    torch.nn.utils.clip_grad_norm_ where `max_grad_norm` is given. "precondition" is P Y, every entry at
+    most `max_update` in absolute value if that is given; "sgd" is Y. A group whose lr differs from the
+    first group's is scaled by the ratio. Raises InputError for "adamw" with an incomplete or non-finite
+    state, and if learning rates have no ratio; ValueError if names or shapes differ.
     """
     tree.require_same(params, grads, "grads")
     require_state(params, adam_state, rule)
@@ -123,7 +117,8 @@ def update_direction(
         momentum, decay = zero, zero
         scale = {n: torch.ones(g.shape, dtype=torch.float64) for n, g in grads.items()}
         if rule == "precondition":
-            scale, _ = preconditioner(params, adam_state, max_scale)
+            scale, _ = preconditioner(params, adam_state)
+            scale = _bounded(scale, grads, max_update)
     momentum, decay, scale = (
         {n: ratio[n] * t for n, t in part.items()} for part in (momentum, decay, scale)
     )
@@ -188,6 +183,14 @@ def require_state(params: Params, adam_state: AdamState, rule: Rule) -> None:
                     f"{what} of {name} contains a negative or non-finite number: the optimizer state "
                     'is damaged; use another checkpoint, or rule "sgd"'
                 )
+
+
+def _bounded(scale: Params, grads: Params, max_update: float | None) -> Params:
+    """P reduced to max_update / |g| where |P g| exceeds max_update."""
+    if max_update is None:
+        return scale
+    # At g = 0 the bound is infinite, and P g is 0.
+    return {n: torch.minimum(p, max_update / tree.f64(grads[n]).abs()) for n, p in scale.items()}
 
 
 def _clip_coefficient(grads: Params, max_grad_norm: float | None) -> float:

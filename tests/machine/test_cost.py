@@ -91,8 +91,11 @@ def by_stage(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_a_run_says_what_each_stage_took(ran) -> None:
     document, outcome = ran(measure__etas=[1e-5, 1e-4])
     found, total = by_stage(document), document["cost"]["total"]
-    assert list(found)[-5:] == ["sample U", "rewards of U", "first order", "measure", "sanity checks"]
-    assert found["first order"]["passes"] == {"E": 2, "U": 2}  # along v, X; Y, along P X
+    assert list(found)[-5:] == [
+        *("rewards of U", "gradient on U", "first order", "measure", "sanity checks")
+    ]
+    assert found["gradient on U"]["passes"] == {"U": 1}
+    assert found["first order"]["passes"] == {"E": 2, "U": 1}  # along v, X; along P X
     assert found["measure"]["passes"] == {"E": 2 + 4 + 2}  # etas, rounding, second derivative
     # 32 of the 40 four times (statistics, without adapter, eta = 0, again), and alpha on four:
     # a gradient of each and three contractions.
@@ -133,14 +136,14 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     assert fitted_to.count(40) == 1  # the check of eta = 0 fits that of its 32 sequences
     document, outcome = ran(measure__etas=[1e-5, 1e-4])
     found = by_stage(document)
-    for name in ("sample E", "sample U", "first order"):
+    for name in ("sample E", "sample U", "gradient on U", "first order"):
         row = found[name]
         assert (row["results_computed"], row["results_reused"]) == (0, 1)
         assert (row["passes"], row["tokens"], row["generation_tokens"]) == ({}, 0, 0)
         assert by_stage(first)[name]["results_computed"] == 1
     assert (found["measure"]["results_computed"], found["measure"]["results_reused"]) == (1, 7)
     assert found["measure"]["passes"] == {"E": 1}
-    assert "10 of 11 results from earlier runs" in outcome.out
+    assert "11 of 12 results from earlier runs" in outcome.out
     assert "first order: " in (log := Path("runs/one/run.log").read_text())
     assert "measure: " in log
     assert "(7 of 8 from runs/.stages)" in log
@@ -215,7 +218,7 @@ def test_a_run_goes_on_in_halves_where_memory_runs_out(ran, monkeypatch) -> None
     monkeypatch.setattr(funcprobe, "bind", small_device)
     halved, outcome = ran("--fresh")
     assert "out of memory: microbatches of at most" in outcome.err
-    assert by_stage(halved)["first order"]["passes"] == {"E": 2, "U": 2}
+    assert by_stage(halved)["first order"]["passes"] == {"E": 2, "U": 1}
     for part in ("derivative", "bars_dot", "se_over_U"):
         value = whole["first_order"][part]["value"]
         assert halved["first_order"][part]["value"] == pytest.approx(value, rel=1e-9)

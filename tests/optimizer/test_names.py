@@ -83,7 +83,7 @@ def test_permuted_positions_are_detected_or_need_to_be_accepted(saved, which, wh
         elif which == "twins":
             with pytest.raises(InputError, match=r"by position, .* not verifiable: 12 of 12") as caught:
                 read_adam_state(path, model, params)
-            assert "optimizer.accept_positional = true" in str(caught.value)
+            assert "funcprobe.state_evidence" in str(caught.value)
             _, report = read_adam_state(path, model, params, accept_positional=True)
             assert report.positional
             assert report.certainty == "not verifiable, 12 of 12 share their shape with another"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import funcprobe
 from funcprobe.adapters.results import document as results
@@ -94,14 +95,15 @@ def test_the_mean_reward_is_of_the_responses_that_have_one():
     assert results._mean_reward([nan, nan]) is results._mean_reward(None) is None
 
 
-def test_only_the_rule_precondition_caps_scales(checkpoint, command):
+def test_the_bound_of_an_update_is_of_the_rule_precondition(checkpoint, command):
     Path("c.toml").touch()
+    bound = 1e-3
     for rule in ("adamw", "precondition"):
-        given = {"run.name": rule, "optimizer.rule": rule, "optimizer.max_scale": 5.0}
-        outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
-        second = json.loads(Path(f"runs/{rule}/results.json").read_text())["second_moments"]
-        assert second["max_scale"] > 5  # before a cap
-        assert bool(second["capped"]) == ("capped at 5" in outcome.out) == (rule == "precondition")
+        given = {"run.name": rule, "optimizer.rule": rule, "optimizer.max_update": bound}
+        assert command("run", "c.toml", *sets(checkpoint.settings() | given)).status == 0
+        v = load_file(f"runs/{rule}/direction.safetensors")
+        largest = max(float(t.abs().max()) for t in v.values())
+        assert (largest <= bound * (1 + 1e-6)) == (rule == "precondition")  # stored in float32
 
 
 def test_first_order_is_the_limit_over_four_decades(checkpoint, command):

@@ -36,10 +36,9 @@ def lines(policy, place: Checkpoint, **sections: dict[str, Any]) -> tuple[Any, s
 ACCEPT = {"accept_positional": True}
 
 
-def test_positions_that_cannot_be_verified_are_refused(policy, checkpoint) -> None:
-    with pytest.raises(InputError, match=r"not verifiable: 12 of 12 .*accept_positional = true"):
-        lines(policy, checkpoint)
-    _, said = lines(policy, checkpoint, optimizer=ACCEPT)
+def test_positions_that_the_file_cannot_verify_are_said(policy, checkpoint) -> None:
+    """The gradients on U decide later."""
+    _, said = lines(policy, checkpoint)
     assert ", not verifiable, 12 of 12 share their shape with another" in said
     assert "warning: the run's max_grad_norm is unknown, 1 (the Trainer's default) is used" in said
 
@@ -123,10 +122,10 @@ def test_a_state_beside_several_adapters_needs_names(policy, damaged) -> None:
         load_step(Config.model_validate(sections), policy)
 
 
-@pytest.mark.parametrize("max_scale", [0.0, 5.0])
-def test_cap_of_the_scale(policy, checkpoint, max_scale) -> None:
-    step, _ = lines(policy, checkpoint, optimizer=ACCEPT | {"max_scale": max_scale})
-    assert step.max_scale == (max_scale or None)
+@pytest.mark.parametrize("max_update", [None, 5.0])
+def test_bound_of_the_update(policy, checkpoint, max_update) -> None:
+    step, _ = lines(policy, checkpoint, optimizer=ACCEPT | {"max_update": max_update})
+    assert step.max_update == max_update
 
 
 @pytest.mark.parametrize(
