@@ -174,11 +174,8 @@ def filed(classes: list[Alike], pairing: Pairing) -> list[Alike]:
         column = [0] * len(one.names)
         for j, name in enumerate(one.names):
             column[position[pairing[name]]] = j
-        moved.append(
-            one._replace(
-                per_entry_MM=one.per_entry_MM[:, column], log_p_TMM=one.log_p_TMM[:, :, column]
-            )
-        )
+        per_entry_MM, log_p_TMM = one.per_entry_MM[:, column], one.log_p_TMM[:, :, column]
+        moved.append(Alike(one.names, per_entry_MM, log_p_TMM))
     return moved
 
 
@@ -236,8 +233,12 @@ def rows_of(study: Study, shuffles: int) -> None:
                     unnamed += found.verdict == "contradicted" and found.likeliest != what
             verdicts = []
             for i in range(shuffles):
-                classes = seen[i % len(seen)]
-                verdicts.append(judge(filed(classes, shuffled(classes, rng)), others, total).verdict)
+                moved = filed(seen[i % len(seen)], shuffled(seen[i % len(seen)], rng))
+                # Without other orders to exceed it is confirmed more easily, and several times faster.
+                verdict = judge(moved, {}, total).verdict
+                if verdict == "confirmed":
+                    verdict = judge(moved, others, total).verdict
+                verdicts.append(verdict)
             false = verdicts.count("confirmed")
             print(
                 f"| {study.name} | {how} | {size} | {home[0]} to {home[-1]} of {total} | "

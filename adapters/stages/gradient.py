@@ -68,14 +68,12 @@ def verify_state(plan: Plan, Y: Params, narrator: Narrator) -> funcprobe.Evidenc
 
 
 def _contradiction(evidence: funcprobe.Evidence, report: OptimizerReport) -> str:
-    order = "another order, none of the usual ones,"
-    if evidence.likeliest is not None:
-        order = f"another order ({evidence.likeliest})"
     moved = [(name, other) for name, other in evidence.assigned.items() if name != other]
     name, other = moved[0] if moved else ("", "")
     example = f"; the gradient of {name} fits the state filed under {other}" if moved else ""
     return (
-        f"names are {report.route}, but by the gradients on U {order} is more than 1000 times as "
+        f"names are {report.route}, but by the gradients on U another order "
+        f"({evidence.likeliest}) is more than 1000 times as "
         f"likely: {evidence.home} of {evidence.alike} of equal shape fit their own moments best"
         f"{example}; save names with ParamNamesCallback, or give the state of this adapter"
     )

@@ -5,14 +5,17 @@ Adam's second moment nu says what gradients its parameter had. Among the M param
     L_ij = -(mean log nu_j + log mean(Y_i^2 / nu_j)) / 2        nats per entry, up to a constant,
 
 be the log-likelihood of the n entries of Y_i as independent N(0, c nu_j) at its maximum over the scale
-c. The entries are not independent, and nu averages few steps, so that n L is tempered: the state filed
-under j is that of i with probability
+c. The entries are not independent, and nu averages few steps, so that n L is tempered by an unknown
+factor b: an order, a pairing i -> pi(i), has the probability
 
-    p_b(j | i) = softmax_j(b n L_ij),    0 < b <= 1, log b uniform,
+    p_b(pi) = exp(b n sum_i L_i,pi(i)) / sum over all M! orders of the same  >=  prod_i P_i,pi(i)
 
-where L is centred by columns, so that a nu_j that fits every gradient counts for nothing. The
-evidence of an order, a pairing i -> pi(i), is the mean over b of prod_i p_b(pi(i) | i); that of a
-random order is prod_i 1/M. Orders are compared by the ratio of their evidences, the odds.
+with P the matrix exp(b n L) scaled to rows, and nearly to columns, of sum 1 (Sinkhorn and Knopp 1967,
+Pacific J. Math. 21): scaling cancels in p_b, and the sum over orders, the permanent of P, is at most
+the product of the row sums. The evidence of an order is the mean of the bound over b, uniform in log b;
+the odds of two orders are the ratio of their evidences, and over a random order the ratio to 1/M!. If
+an order is drawn at random, its odds over a random order exceed 1000 with probability at most 1/1000,
+since their expectation is at most 1.
 """
 
 import math
@@ -37,7 +40,8 @@ LEAST_HOME = 0.5
 `other_orders` but agree with the assumed one in most places are not compared with it."""
 
 _FLOOR = 1e-6  # added to nu, relative to its mean: quantised and underflowed entries are 0
-_TEMPERING_T = torch.logspace(-5, 0, 26, dtype=torch.float64)
+_TEMPERING_T = torch.logspace(-5, 0, 16, dtype=torch.float64)
+_SCALINGS = 20  # of rows and columns; the bound holds after any number, and is tightest at the limit
 _CHUNK = 1 << 14  # entries of a parameter that are compared at once, in float64
 
 
@@ -51,7 +55,6 @@ class Evidence(NamedTuple):
     assigned: Pairing  # name -> name under which its state is filed, in that assignment
     over_random: float  # log odds of the assumed order over a random one
     over: dict[str, float]  # log odds of the assumed order over each of `other_orders`
-    over_assigned: float  # over the best assignment, which is one of prod M! orders
     likeliest: str | None  # if contradicted by one of `other_orders`: that one
 
 
@@ -68,10 +71,10 @@ def state_evidence(Y: Params, adam_state: AdamState) -> Evidence:
 
     *Confirmed*: the odds of the assumed order exceed 1000 over a random order and over every one of
     `orders.other_orders`, and at least half of the parameters are paired with themselves.
-    *Contradicted*: one of the other orders has such odds over the assumed and over a random one; or the
-    best assignment has, counted as one of all prod M! orders. Parameters with a shape of their own need
-    no evidence; those whose Y or nu is 0 give none. The order is that of `adam_state.groups`. Raises
-    ValueError for a second moment of another shape than its gradient.
+    *Contradicted*: one of the other orders has such odds over the assumed and over a random one. Else
+    it is undecided. Parameters with a shape of their own need no evidence; those whose Y or nu is 0
+    give none. The order is that of `adam_state.groups`. Raises ValueError for a second moment of
+    another shape than its gradient.
     """
     shapes = {name: tuple(grad.shape) for name, grad in Y.items()}
     others = other_orders([group.names for group in adam_state.groups], shapes)
@@ -88,9 +91,7 @@ def compare(Y: Params, adam_state: AdamState) -> list[Alike]:
             Y_MK = torch.stack([Y[name].flatten() for name in names])
             nu_MK = torch.stack([adam_state.exp_avg_sq[name].flatten() for name in names])
             per_entry_MM = fit_MM(Y_MK, nu_MK)
-            # Centring by rows as well would not change a softmax over j.
-            total_MM = Y_MK.shape[1] * (per_entry_MM - per_entry_MM.mean(0))
-            log_p_TMM = (_TEMPERING_T[:, None, None] * total_MM).log_softmax(-1)
+            log_p_TMM = _scaled(_TEMPERING_T[:, None, None] * Y_MK.shape[1] * per_entry_MM)
             classes.append(Alike(names, per_entry_MM, log_p_TMM))
     return classes
 
@@ -99,16 +100,15 @@ def judge(classes: list[Alike], others: dict[str, Pairing], total: int) -> Evide
     """The verdict on the order in which `classes` were compared; `total` as `Evidence.alike`."""
     names = [name for one in classes for name in one.names]
     evidence = _log_evidence(classes, {name: name for name in names})
-    random = -sum(len(one.names) * math.log(len(one.names)) for one in classes)
+    random = -sum(math.lgamma(len(one.names) + 1) for one in classes)
     against = {what: _log_evidence(classes, pairing) for what, pairing in others.items()}
     over = {what: evidence - other for what, other in against.items()}
     assigned = _assigned(classes)
-    best = _log_evidence(classes, assigned) - sum(math.lgamma(len(one.names) + 1) for one in classes)
     home = sum(assigned[name] == name for name in names)
     likeliest = max(against, key=against.__getitem__, default=None)
     known = likeliest is not None and over[likeliest] < -ODDS and against[likeliest] - random > ODDS
     verdict: Verdict = "undecided"
-    if known or evidence - best < -ODDS:
+    if known:
         verdict = "contradicted"
     elif min([evidence - random, *over.values()]) > ODDS and home >= LEAST_HOME * total:
         verdict = "confirmed"
@@ -120,7 +120,6 @@ def judge(classes: list[Alike], others: dict[str, Pairing], total: int) -> Evide
         assigned=assigned,
         over_random=evidence - random,
         over=over,
-        over_assigned=evidence - best,
         likeliest=likeliest if known else None,
     )
 
@@ -166,6 +165,13 @@ def _log_evidence(classes: list[Alike], pairing: Pairing) -> float:
         # A state that says nothing is that of any parameter.
         total_T -= (len(filed) - len(known)) * math.log(len(filed))
     return float(total_T.logsumexp(0)) - math.log(len(total_T))
+
+
+def _scaled(log_TMM: Tensor) -> Tensor:
+    """Logarithm of a positive matrix scaled to columns, nearly, and rows of sum 1."""
+    for _ in range(_SCALINGS):
+        log_TMM = (log_TMM - log_TMM.logsumexp(-2, keepdim=True)).log_softmax(-1)
+    return log_TMM
 
 
 def _assigned(classes: list[Alike]) -> Pairing:
