@@ -8,6 +8,7 @@ baseline the mean of its target at each position); its population is the pool, a
 without replacement.
 """
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -80,7 +81,7 @@ def of_tables(policy: Tables, world: World, entropy: Entropy, B_E: int, B_U: int
             "mean step": float(X @ mean_v),
             "new step": float(X @ new_v),
         }
-        over = intervals.sum_error(Y_BP @ (P * X_E), torch.arange(B_U))
+        over = equal_shares(Y_BP @ (P * X_E))
         count(found, intervals.delta_error(first.influence_N, unit), over, first.derivative, truths)
     return found
 
@@ -145,8 +146,8 @@ def of_products(s_NM: Tensor, s_N: Tensor, B_E: int, B_U: int) -> Covered:
             "mean step": float(mean_N.mean()),
             "new step": float(new_N.mean()),
         }
-        given = intervals.sum_error(own_N[n] / B_E, torch.arange(B_E))
-        over = intervals.sum_error(s_NM[n][:, m].mean(0) / B_U, torch.arange(B_U))
+        given = equal_shares(own_N[n] / B_E)
+        over = equal_shares(s_NM[n][:, m].mean(0) / B_U)
         count(found, given, over, float(own_N[n].mean()), truths)
     return found
 
@@ -154,16 +155,22 @@ def of_products(s_NM: Tensor, s_N: Tensor, B_E: int, B_U: int) -> Covered:
 def count(found: Covered, given: Error, over: Error, estimate: float, truths: dict[str, float]) -> None:
     """Which interval holds what."""
     both = intervals.total(given, over)
+    twice = intervals.total(given, Error(math.sqrt(2) * over.se, over.dof))
     for name, error, truth in (
         ("given U: along this step", given, "this step"),
         ("over U: of this E, along the mean step", over, "this E"),
         ("given U alone: along the mean step", given, "mean step"),
         ("total: along the mean step", both, "mean step"),
         ("total: along a new U's step", both, "new step"),
-        ("total, over U twice: along a new U's step", intervals.total(both, over), "new step"),
+        ("total, over U twice: along a new U's step", twice, "new step"),
     ):
         low, high = intervals.student(estimate, error)
         found.setdefault(name, []).append(low <= truths[truth] <= high)
+
+
+def equal_shares(t_M: Tensor) -> Error:
+    """Of the sum, where every unit adds equally much to the divisor."""
+    return intervals.update_error(t_M, torch.ones(len(t_M)), torch.arange(len(t_M)))
 
 
 def flat(params: dict[str, Tensor]) -> Tensor:

@@ -102,10 +102,7 @@ def update_rows(shape: str | Shape, prompts: int, G: int, P: int, R: int, seed: 
     batch = rows(shape, prompts, G, P, R, seed)
     reward_N = torch.randn(prompts * G, generator=torch.Generator().manual_seed(seed)).double()
     advantage_N = funcprobe.advantages(reward_N, batch.prompt_N, "mean_std")
-    return UpdateBatch(
-        batch,
-        funcprobe.coefficients(advantage_N, batch.response_length_N, batch.prompt_N, "token_mean"),
-    )
+    return funcprobe.update_batch(batch, advantage_N, "token_mean")
 
 
 def random_like(params: Params, seed: int = 2) -> Params:

@@ -16,14 +16,14 @@ from .statistics.estimators import (
     first_order,
     gradient_coefficients,
     measured_change,
-    sum_se,
+    update_influence,
 )
 from .statistics.evaluation import Evaluation, change, derivative, evaluate, second_derivative
 from .statistics.second_order import difference_eta, eta_star, second_difference, second_order
 from .step.adam import fresh_adam_state, precondition, preconditioner, update_direction
 from .step.evidence import Evidence, state_evidence
 from .step.gradient_scale import GradientScale, gradient_scale
-from .step.objective import PRESETS, Objective, advantages, coefficients
+from .step.objective import PRESETS, Objective, advantages, coefficients, update_batch
 from .types import (
     AdamGroup,
     AdamState,
@@ -89,11 +89,12 @@ __all__ = [
     "select",
     "seq_logprobs",
     "state_evidence",
-    "sum_se",
     "summarise",
     "tangents",
     "token_stats",
     "trainable_params",
+    "update_batch",
     "update_direction",
+    "update_influence",
     "weighted_grad",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -16,19 +17,21 @@ from .passes.second_tangents import second_tangents
 from .passes.tangents import alpha_vjp, require_derivatives, tangents
 from .policy.forward import Forward, frozen_forward, trainable_params
 from .policy.layout import MAX_TOKENS
-from .statistics import estimators, evaluation
+from .statistics import evaluation, intervals
 from .statistics.estimators import FirstOrder, Measured
 from .statistics.evaluation import Evaluation
+from .statistics.intervals import Error
 from .step import adam
 from .step.adam import UpdateDirection
-from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
+from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
 
 
 class Prediction(NamedTuple):
     """First-order entropy change per unit of learning rate, with all quantities that enter it.
 
-    Errors: `first_order.se` given U, over E's sampling units; `se_over_u` over U's prompts at fixed P;
-    `se_total` the root of the sum of their squares. Units: the entropy estimator's, per unit of eta.
+    Errors: `first_order.se` given U, over E's sampling units; `over_u` over U's prompts at fixed P,
+    with its degrees of freedom; `se_total` the root of the sum of their squares. Units: the entropy
+    estimator's, per unit of eta.
     """
 
     derivative: float  # d/d eta of the entropy along v, from tangents
@@ -38,7 +41,7 @@ class Prediction(NamedTuple):
     from_decay: float  # <X, v_decay>
     from_update: float  # <X, P Y>
     entropy: float  # H(theta) on E
-    se_over_u: float
+    over_u: Error
     se_total: float
     first_order: FirstOrder  # with the error given U
     t_N: Float[Tensor, " N"]  # <P X, Y_n> for every sequence of U
@@ -47,6 +50,11 @@ class Prediction(NamedTuple):
     direction: UpdateDirection
     at: Evaluation  # E at theta, its baseline fitted
     tangent: TokenStats  # of E along v
+
+    @property
+    def se_over_u(self) -> float:
+        """Standard error over U's prompts, P held fixed."""
+        return self.over_u.se
 
     @property
     def stats(self) -> TokenStats:
@@ -127,8 +135,10 @@ def summarise(
 
     `unit_N` is the index of the sampling unit of every sequence of E, by default its prompt. If E's
     prompts were drawn with replacement, one response each, the draws are independent: pass
-    torch.arange(N). Raises InputError for fewer than two sampling units in E, or prompts in U.
+    torch.arange(N). Raises InputError for fewer than two sampling units in E, or prompts in U, and for
+    an update without normaliser.
     """
+    normaliser_N = _normaliser(update)
     Y, stats, tangent, X, baseline_NR, along_PX = passes
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
     along = summarise_along(
@@ -141,12 +151,12 @@ def summarise(
         unit_N=unit_N,
     )
     t_N = (update.coef_NR * along_PX.logp_NR).sum(1)
-    se_over_u = estimators.sum_se(t_N, update.batch.prompt_N)
+    over_u = intervals.update_error(t_N, normaliser_N, update.batch.prompt_N)
     return Prediction(
         **along._asdict(),
         bars_dot_identity=tree.dot(X, Y),
-        se_over_u=se_over_u,
-        se_total=math.hypot(along.first_order.se, se_over_u),
+        over_u=over_u,
+        se_total=math.hypot(along.first_order.se, over_u.se),
         t_N=t_N,
         Y=Y,
         direction=direction,
@@ -172,6 +182,7 @@ def predict(
     per unit of eta, with standard errors and its parts. Raises InputError and ValueError where
     `first_order_passes`, `update_direction` and `summarise` do.
     """
+    _normaliser(update)  # before the passes, which take long
     choices: dict[str, Any] = {"entropy": entropy, "step": step, "sampler_logp_NR": sampler_logp_NR}
     passes = first_order_passes(
         params, eval_batch, update, adam_state, forward, max_tokens=max_tokens, **choices
@@ -217,6 +228,25 @@ class Probe(NamedTuple):
     grad_dots: Callable[..., tuple[Float[Tensor, " N"], Params]]
     predict: Callable[..., Prediction]
     measure: Callable[..., Measured]
+
+
+def _normaliser(update: UpdateBatch) -> Float[Tensor, " N"]:
+    """What every sequence of U adds to the divisor of J. InputError unless known and positive."""
+    found = update.normaliser_N
+    if found is None:
+        raise InputError(
+            "the update's normaliser_N is not set, so that the error over U is unknown: make it with "
+            'funcprobe.update_batch(batch, advantage, "token_mean"), or set normaliser_N to what every '
+            "sequence adds to the divisor of J: its tokens, or 1 where that is the number of responses"
+        )
+    positive_N = found.isfinite() & (found > 0)
+    if found.shape != update.batch.prompt_N.shape or not bool(positive_N.all()):
+        raise InputError(
+            f"the update's normaliser_N has shape {tuple(found.shape)} and {int((~positive_N).sum())} "
+            "entries that are not positive numbers: one positive number for each of the "
+            f"{len(update.batch.prompt_N)} sequences of U is expected"
+        )
+    return found.detach().to(device="cpu", dtype=torch.float64)
 
 
 def bind(

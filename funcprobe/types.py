@@ -44,10 +44,16 @@ class Batch(NamedTuple):
 
 
 class UpdateBatch(NamedTuple):
-    """U: sequences and the fixed coefficient c of every response token in J = sum c l."""
+    """U: sequences and the fixed coefficient c of every response token in J = sum c l.
+
+    c is divided by a sum over U's sequences, its tokens or its number of responses, which varies with
+    the prompts drawn: `normaliser_N` is what every sequence adds to it, up to a common factor. The
+    gradient of J does not need it, the error over U does. `objective.update_batch` sets it.
+    """
 
     batch: Batch
     coef_NR: Float[Tensor, "N R"]
+    normaliser_N: Float[Tensor, " N"] | None = None  # None: not known
 
 
 class TokenStats(NamedTuple):

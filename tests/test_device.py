@@ -324,7 +324,7 @@ def test_prediction_and_measured_change(world64, device):
     coef_NR, _ = coefficients(world64.batches["even"])
     state, _, _ = after_one_step(world64, device)
     step = Step(max_grad_norm=0.5)
-    update = UpdateBatch(world64.batches["even"], coef_NR)
+    update = UpdateBatch(world64.batches["even"], coef_NR, torch.ones(len(coef_NR)))
     prediction = probe.predict(probe.params, batch, update, state, step=step)
     v = prediction.direction.total
 
@@ -347,7 +347,7 @@ def test_checks(world, device):
     probe, batch = world.probe, world.batches["shared"]
     coef_NR, _ = coefficients(world.batches["even"])
     state, _, _ = after_one_step(world, device)
-    update = UpdateBatch(world.batches["even"], coef_NR)
+    update = UpdateBatch(world.batches["even"], coef_NR, torch.ones(len(coef_NR)))
     prediction = probe.predict(probe.params, batch, update, state)
     v, stats, given = prediction.direction.total, prediction.stats, (probe.forward, 64)
     seen = [

@@ -190,7 +190,7 @@ def composed(probe: funcprobe.Probe, model: Any, batch: funcprobe.Batch) -> dict
     # As a live optimizer has them, beside the parameters.
     mean, nu = ({n: t.to(params[n]) for n, t in random_like(params, i).items()} for i in (4, 5))
     state = AdamState(mean, tree.multiply(nu, nu), dict.fromkeys(params, 9), (group,))
-    update = UpdateBatch(batch, coefficients(batch))
+    update = UpdateBatch(batch, coefficients(batch), batch.response_length_N.double())
     seen = probe.predict(params, batch, update, state, step=Step(max_grad_norm=0.5))
     v = seen.direction.total
     measured = probe.measure(params, batch, v, 1e-6, seen.stats)

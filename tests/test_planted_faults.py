@@ -130,6 +130,12 @@ FAULTS = {
     "every response weighs as much as every other": Fault(
         "step/objective.py", "return T_N.sum() * ones_N", "return N * T_N * ones_N", OBJECTIVE
     ),
+    "the error over U takes the divisor of J as fixed": Fault(
+        "statistics/estimators.py",
+        "t_N.sum() * normaliser_N / normaliser_N.sum()",
+        "t_N.mean()",
+        ("statistics/test_update_error.py",),
+    ),
     # The model
     "the probability of the token before": Fault(
         "policy/rows.py",

@@ -20,6 +20,7 @@ U = UpdateBatch(
     0.1
     * random_like({"c": torch.zeros(6, 6).double()}, seed=3)["c"]
     * funcprobe.response_mask(U_BATCH),
+    U_BATCH.response_length_N.double(),
 )
 RULES = [
     Step("adamw", max_grad_norm=None),
@@ -104,10 +105,34 @@ def test_shares_of_the_update_are_those_of_its_gradients(probe64, step):
         Y_i = probe64.weighted_grad(probe64.params, U.batch, alone, torch.zeros_like(alone))
         t_N.append(tree.dot(tree.multiply(found.direction.scale, found.X), Y_i))
     torch.testing.assert_close(found.t_N, torch.tensor(t_N, dtype=torch.float64), rtol=1e-9, atol=1e-12)
-    t_M = [t_N[0] + t_N[1], t_N[2] + t_N[3] + t_N[4], t_N[5]]
-    mean = sum(t_M) / 3
-    expected = math.sqrt(3 * sum((t - mean) ** 2 for t in t_M) / 2)
+    # Without a prompt, J is divided by the tokens of the others: 9, 7 and 5 of 21.
+    whole, t_M = sum(t_N), [t_N[0] + t_N[1], t_N[2] + t_N[3] + t_N[4], t_N[5]]
+    left_out = [(whole - t) * 21 / (21 - n) for t, n in zip(t_M, (9, 7, 5), strict=True)]
+    mean = sum(left_out) / 3
+    expected = math.sqrt(2 / 3 * sum((x - mean) ** 2 for x in left_out))
     assert found.se_over_u == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_update_whose_normaliser_is_not_known_has_no_error(probe64):
+    """Before the passes, and never the error of another normaliser."""
+    params, state, ones = probe64.params, adam_state(probe64.params), torch.ones(6)
+    wrong = {
+        "normaliser_N is not set": None,
+        "1 entries that are not positive": ones.index_fill(0, torch.tensor([2]), 0.0),
+        "shape \\(5,\\)": ones[:5],
+        "6 entries that are not": torch.nan * ones,
+    }
+    for match, normaliser_N in wrong.items():
+        update = U._replace(normaliser_N=normaliser_N)
+        with pytest.raises(InputError, match=match):
+            funcprobe.predict(params, E, update, state, no_model, step=RULES[0])
+    passes = funcprobe.first_order_passes(params, E, U, state, probe64.forward)
+    with pytest.raises(InputError, match="update_batch"):
+        funcprobe.summarise(params, passes, E, U._replace(normaliser_N=None), state)
+
+
+def no_model(*_: Any) -> None:
+    raise AssertionError("a pass was made")
 
 
 @pytest.mark.parametrize("entropy", ENTROPIES, ids=name_of)
@@ -174,7 +199,7 @@ def test_a_sampler_of_its_own_is_the_denominator_of_the_weights(probe64):
 
 def permuted_update(order: list[int]) -> UpdateBatch:
     index = torch.tensor(order)
-    return UpdateBatch(funcprobe.select(U.batch, index), U.coef_NR[index])
+    return UpdateBatch(funcprobe.select(U.batch, index), U.coef_NR[index], U.normaliser_N[index])
 
 
 def padded(batch: funcprobe.Batch, columns: int) -> funcprobe.Batch:

@@ -52,7 +52,7 @@ def document(
     """
     _require_change(prediction, sweep)
     unit = entropy_unit(plan)
-    errors = errors_of(prediction, unit_N, batches.update.batch.prompt_N)
+    errors = errors_of(prediction, unit_N)
     results = Results(
         schema_version=SCHEMA_VERSION,
         conventions=_conventions(plan),
@@ -178,6 +178,7 @@ def _first_order(plan: Plan, prediction: funcprobe.Prediction, errors: Errors) -
         interval_given_U=student_interval(prediction.derivative, errors.given_U),
         interval_over_U=student_interval(prediction.derivative, errors.over_U),
         interval_total=student_interval(prediction.derivative, errors.total),
+        interval_next_U=student_interval(prediction.derivative, errors.next_U),
     )
 
 

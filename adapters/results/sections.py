@@ -116,7 +116,9 @@ class FirstOrder(Section):
     interval_over_U: StudentInterval
     """Of the derivative, over the prompts of U, P held fixed."""
     interval_total: StudentInterval
-    """Of the derivative, over the draws of E and the prompts of U."""
+    """Of the derivative along the step of an average U, over the draws of E and the prompts of U."""
+    interval_next_U: StudentInterval
+    """Along the step of another U of this size, as the trainer's next batch: over U counts twice."""
 
 
 class Norms(Section):

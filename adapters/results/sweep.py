@@ -8,7 +8,7 @@ import torch
 from scipy import stats as scipy_stats
 
 import funcprobe
-from funcprobe.statistics.intervals import Error, delta_error, student, sum_error, total
+from funcprobe.statistics.intervals import Error, delta_error, student, total
 from funcprobe.statistics.intervals import Interval as Bounds
 
 from ..stages.fit import CURVED, Fit, linear_fit
@@ -26,6 +26,7 @@ class Errors(NamedTuple):
     given_U: Error
     over_U: Error
     total: Error
+    next_U: Error  # along the step that another U of this size makes
 
 
 class Line(NamedTuple):
@@ -36,11 +37,12 @@ class Line(NamedTuple):
     points: int
 
 
-def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor, prompt_N: torch.Tensor) -> Errors:
-    """`unit_N`: sampling units of E; `prompt_N`: prompts of U."""
+def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Errors:
+    """`unit_N`: sampling units of E."""
     given_U = delta_error(prediction.first_order.influence_N, unit_N)
-    over_U = sum_error(prediction.t_N, prompt_N)
-    return Errors(given_U, over_U, total(given_U, over_U))
+    over_U = prediction.over_u
+    twice = Error(math.sqrt(2) * over_U.se, over_U.dof)
+    return Errors(given_U, over_U, total(given_U, over_U), total(given_U, twice))
 
 
 def sweep_rows(

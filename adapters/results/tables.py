@@ -69,10 +69,12 @@ def in_words(results: Results) -> list[str]:
     return [
         *lines,
         f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
-        f"of learning rate (± {_half(first.interval_given_U)} over E, given U; "
-        f"± {_half(first.interval_over_U)} over U)",
-        f"Its parts: update {first.from_update.value:+.3e}, momentum {first.from_momentum.value:+.3e}, "
-        f"weight decay {first.from_weight_decay.value:+.3e}",
+        f"of learning rate, on an average U (± {_half(first.interval_given_U)} over E, given U; "
+        f"± {_half(first.interval_over_U)} over U); ± {_half(first.interval_next_U)} on the trainer's "
+        "next U",
+        f"Its parts: update {first.from_update.value:+.3e} ± {_half(first.interval_over_U)} over U, "
+        f"momentum {first.from_momentum.value:+.3e}, weight decay "
+        f"{first.from_weight_decay.value:+.3e}",
     ]
 
 

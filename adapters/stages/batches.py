@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from funcprobe.step.objective import coefficients
+from funcprobe.step.objective import update_batch
 from funcprobe.types import Batch, InputError, UpdateBatch
 
 from .. import rollouts
@@ -47,15 +47,13 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     advantage_N, lines = update_advantages(update_rollouts, mode)
     equal = require_gradient(advantage_N, update_rollouts.prompt_index, mode)
     eval_batch = rollouts.to_batch(eval_rollouts)
-    update_batch = rollouts.to_batch(update_rollouts)
-    size_M = update_batch.prompt_N.unique(return_counts=True)[1]
-    coef_NR = coefficients(
+    update = update_batch(
+        rollouts.to_batch(update_rollouts),
         advantage_N,
-        update_batch.response_length_N,
-        update_batch.prompt_N,
         plan.objective.normalisation,
         plan.objective.constant,
     )
+    size_M = update.batch.prompt_N.unique(return_counts=True)[1]
     if len(size_M.unique()) > 1:
         lines.append(
             f"warning: U has {int(size_M.min())} to {int(size_M.max())} responses per prompt, but "
@@ -74,7 +72,7 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
         eval_rollouts=eval_rollouts,
         update_rollouts=update_rollouts._replace(advantage=advantage_N.tolist()),
         eval_batch=eval_batch,
-        update=UpdateBatch(update_batch, coef_NR),
+        update=update,
         sampler_logp_NR=rollouts.sampler_logp(eval_rollouts, eval_batch),
         equal_groups=equal,
     )

@@ -238,13 +238,16 @@ def influence_se(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) ->
     return math.sqrt(M / (M - 1) * float(influence_M.square().sum()))
 
 
-def sum_se(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> float:
-    """Standard error of sum_n t_n for independently drawn units: sqrt(M var(t_m)).
+def update_influence(
+    t_N: Float[Tensor, " N"], normaliser_N: Float[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Influence values of sum_n t_n over U: t_n - (sum_n t_n) d_n / sum_n d_n; they sum to 0.
 
-    For U: t_n = <P X, Y_n>, units are prompts. Raises InputError for fewer than two units.
+    t_n = <P X, Y_n> has the divisor of J in it, so that the sum is a ratio of sums over U's sequences,
+    sum_n t_n = sum_n u_n / sum_n d_n, with d_n = `normaliser_N` up to a common factor: its derivative
+    in a weight of sequence n, in numerator and divisor. With equal d_n it is t_n minus their mean.
     """
-    t_M = by_unit(t_N, unit_N)
-    return math.sqrt(require_two(len(t_M)) * float(t_M.var()))
+    return t_N - t_N.sum() * normaliser_N / normaliser_N.sum()
 
 
 def require_two(units: int) -> int:

@@ -4,7 +4,7 @@ An `Error` is a standard error with its degrees of freedom, from which `student`
 
     given U (derivative, measured change)   delta_error(influence_N, unit_N), the units those of E
     measured - eta * derivative             the same, of the difference of their influence values
-    over U, P held fixed                    sum_error(t_N, prompt_N of U), t_n = <P X, Y_n>
+    over U, P held fixed                    update_error(t_N, normaliser_N, prompt_N), t_n = <P X, Y_n>
     in total                                total(given, over), for the derivative along the mean v
 
 The units are assumed independent and identically distributed, with any dependence inside a unit: the
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..types import InputError
-from .estimators import Cells, influence_se, sum_se
+from .estimators import Cells, influence_se, update_influence
 from .weights import by_unit
 
 Statistic: TypeAlias = Callable[..., Float[Tensor, "..."]]
@@ -55,10 +55,19 @@ def delta_error(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> 
     return Error(influence_se(influence_N, unit_N), variance_dof(by_unit(influence_N, unit_N)))
 
 
-def sum_error(t_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> Error:
-    """`estimators.sum_se`, with `variance_dof`. Raises InputError for fewer than two units."""
-    t_M = by_unit(t_N, unit_N)
-    return Error(sum_se(t_N, unit_N), variance_dof(t_M - t_M.mean()))
+def update_error(
+    t_N: Float[Tensor, " N"], normaliser_N: Float[Tensor, " N"], prompt_N: Int[Tensor, " N"]
+) -> Error:
+    """Of sum_n t_n over the prompts of U, by the delete-one jackknife in closed form.
+
+    Without prompt m the sum, a ratio, differs by -influence_m / (1 - d_m), with `update_influence` and
+    d_m the prompt's share of the divisor of J. With equal d_m the standard error is sqrt(M) times the
+    standard deviation of t_m; where they are unequal the delta method's would be too small, as a prompt
+    with a large share draws the ratio to itself. Raises InputError for fewer than two prompts.
+    """
+    influence_M = by_unit(update_influence(t_N, normaliser_N), prompt_N)
+    share_M = by_unit(normaliser_N, prompt_N) / normaliser_N.sum()
+    return jackknife_error(influence_M / (share_M - 1))
 
 
 def total(*parts: Error) -> Error:

@@ -1,4 +1,4 @@
-"""From rewards to the fixed coefficients c of J = sum c l: advantages, normalisations, presets."""
+"""From rewards to the fixed coefficients c of J = sum c l on U: advantages, normalisations, presets."""
 
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..tree import f64
-from ..types import InputError
+from ..types import Batch, InputError, UpdateBatch
 
 Advantage: TypeAlias = Literal["mean", "mean_std", "leave_one_out"]
 Normalisation: TypeAlias = Literal["sequence", "token_mean", "sequence_mean", "longest", "constant"]
@@ -93,6 +93,24 @@ def equal_reward_groups(reward_N: Float[Tensor, " N"], prompt_N: Int[Tensor, " N
     low_M = _extreme(r_N, group_N, len(size_M), "amin")
     high_M = _extreme(r_N, group_N, len(size_M), "amax")
     return int((low_M == high_M).sum())
+
+
+def update_batch(
+    batch: Batch,
+    advantage_N: Float[Tensor, " N"],
+    normalisation: Normalisation,
+    constant: float | None = None,
+) -> UpdateBatch:
+    """U with the `coefficients` of J and what every sequence adds to their divisor.
+
+    That is T_i tokens for `token_mean`, else 1: N is the number of responses to the prompts drawn. (The
+    factors T_i, L_max and L of the others belong to the sequence, and do not vary with the other
+    prompts.) Raises InputError where `coefficients` does.
+    """
+    T_N, prompt_N = batch.response_length_N, batch.prompt_N
+    coef_NR = coefficients(advantage_N, T_N, prompt_N, normalisation, constant)
+    adds_N = f64(T_N) if normalisation == "token_mean" else torch.ones(len(coef_NR)).double()
+    return UpdateBatch(batch, coef_NR, adds_N)
 
 
 def coefficients(

@@ -122,7 +122,7 @@ def everything(probe):
     params = probe.params
     v = random_like(params)
     p_NR = funcprobe.response_mask(BATCH).double()
-    update = UpdateBatch(BATCH, random_like({"c": p_NR})["c"] * p_NR)
+    update = UpdateBatch(BATCH, random_like({"c": p_NR})["c"] * p_NR, p_NR.sum(1))
     state = funcprobe.fresh_adam_state(params, (AdamGroup(tuple(params), 1e-3, 0.9, 0.99, 1e-8, 0.1),))
     stats = probe.token_stats(params, BATCH)
     return {

@@ -82,7 +82,8 @@ def test_the_parts_are_those_of_the_derivative(run_one):
     results = load(run_one)
     first = results.first_order
     assert in_words(results)[-1] == (
-        f"Its parts: update {first.from_update.value:+.3e}, momentum {first.from_momentum.value:+.3e}, "
+        f"Its parts: update {first.from_update.value:+.3e} ± {first.interval_over_U.half_width:.1e} "
+        f"over U, momentum {first.from_momentum.value:+.3e}, "
         f"weight decay {first.from_weight_decay.value:+.3e}"
     )
     without = results.model_copy(update={"sweep": results.sweep[:1]})

@@ -170,10 +170,14 @@ def test_intervals_are_students(ran) -> None:
     document, _ = ran()
     first, row = document["first_order"], document["sweep"][0]
     most = scipy_stats.t.ppf(0.975, 1)
+    # Of the difference to another U's step, which has an error over U of its own.
+    given_U, over_U = (first[se]["value"] for se in ("se_given_U", "se_over_U"))
+    next_U = {"value": math.sqrt(given_U**2 + 2 * over_U**2)}
     for value, se, interval in (
         (first["derivative"], first["se_given_U"], first["interval_given_U"]),
         (first["derivative"], first["se_over_U"], first["interval_over_U"]),
         (first["derivative"], first["se_total"], first["interval_total"]),
+        (first["derivative"], next_U, first["interval_next_U"]),
         (row["predicted"], row["se_total"], row["interval_total"]),
         (row["measured"], row["measured_se_given_U"], row["measured_interval_given_U"]),
         (row["difference"], row["difference_se"], row["difference_interval"]),

@@ -223,21 +223,11 @@ def test_per_sequence_error_is_the_variance_of_s_n():
     assert float(first.per_sequence_N.sum()) == pytest.approx(first.derivative, rel=1e-10)
 
 
-def test_sum_se_clusters_by_unit():
-    t = torch.tensor([1.0, 2.0, -4.0, 0.5, 3.0], dtype=torch.float64)
-    unit = torch.tensor([2, 0, 2, 1, 0])
-    sums = torch.tensor([5.0, 0.5, -3.0], dtype=torch.float64)
-    expected = math.sqrt(3 * float(((sums - sums.mean()) ** 2).sum()) / 2)
-    assert funcprobe.sum_se(t, unit) == pytest.approx(expected, rel=1e-14)
-
-
 def test_one_unit_has_no_standard_error():
     stats, moved, _, mask = random_statistics(seed=1)
     unit = torch.zeros(4, dtype=torch.long)
     with pytest.raises(funcprobe.InputError, match="at least two prompts"):
         funcprobe.first_order(stats, moved, mask, unit, Entropy())
-    with pytest.raises(funcprobe.InputError, match="at least two prompts"):
-        funcprobe.sum_se(torch.ones(4), unit)
 
 
 @each_estimator

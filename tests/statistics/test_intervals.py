@@ -202,22 +202,29 @@ def test_order_changes_nothing(order):
             cells_of(p), u, difference, torch.Generator().manual_seed(2), 20
         )
         error = intervals.delta_error(first.influence_N, u)
-        over = intervals.sum_error(p[0].logp_NR.sum(1), u)
+        over = intervals.update_error(p[0].logp_NR.sum(1), p[3].sum(1).double(), u)
         jackknife = intervals.jackknife(cells_of(p), u, derivative)
         found.append([*error, *over, *jackknife.tolist(), *resampled.tolist()])
     assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
-def test_sum_error_is_centred():
+def test_error_over_U_of_equal_shares():
     """sqrt(M) times the units' standard deviation, and the kurtosis about their mean."""
     t = torch.tensor([10.0, 9.0, -4.0, 12.0, 8.5, 10.5, 34.0], dtype=torch.float64)
     unit = torch.tensor([0, 1, 0, 2, 3, 4, 5])
     sums = np.array([6.0, 9.0, 12.0, 8.5, 10.5, 34.0])
-    error = intervals.sum_error(t, unit)
+    half, one = 0.5, 1.0
+    shares = torch.tensor([half, one, half, one, one, one, one], dtype=torch.float64)
+    error = intervals.update_error(t, 7 * shares, unit)
     assert error.se == pytest.approx(math.sqrt(6) * sums.std(ddof=1))
     dof = 12 / (scipy.stats.kurtosis(sums, fisher=False) - 3 / 5)
     assert dof < 5
     assert error.dof == pytest.approx(dof)
+
+
+def mean_error(x):
+    """Of the mean of independent values."""
+    return intervals.update_error(x / len(x), torch.ones(len(x)), torch.arange(len(x)))
 
 
 def coverage(draw, batches):
@@ -269,8 +276,8 @@ def test_total_holds_the_value_along_the_mean_step():
     def draw():
         x, y = sample(60), sample(20)
         estimate = float(x.mean() * y.mean())
-        of_E = intervals.sum_error(x * y.mean() / 60, torch.arange(60))
-        of_U = intervals.sum_error(y * x.mean() / 20, torch.arange(20))
+        of_E = mean_error(x * y.mean())
+        of_U = mean_error(y * x.mean())
         new = 2 * float(sample(20).mean())
         held = []
         for error, truth in (
@@ -297,7 +304,7 @@ def test_heavy_tails_get_the_wider_quantile():
     held = []
     for _ in range(400):
         x = torch.tensor(rng.standard_t(2.5, 30) ** 3)
-        error = intervals.sum_error(x / 30, torch.arange(30))
+        error = mean_error(x)
         plain = intervals.student(float(x.mean()), Error(error.se, 29))
         heavy = intervals.student(float(x.mean()), error)
         assert heavy.low <= plain.low
@@ -310,7 +317,7 @@ def test_one_unit_has_no_interval():
     cells, unit = cells_of(population(4)), torch.zeros(4, dtype=torch.long)
     for call in (
         lambda: intervals.delta_error(torch.ones(4), unit),
-        lambda: intervals.sum_error(torch.ones(4), unit),
+        lambda: intervals.update_error(torch.ones(4), torch.ones(4), unit),
         lambda: intervals.bootstrap(cells, unit, derivative, torch.Generator()),
         lambda: intervals.jackknife_error(torch.ones(1)),
     ):
