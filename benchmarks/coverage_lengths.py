@@ -58,7 +58,7 @@ def pool(generator: torch.Generator) -> Pool:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     F_QVP = 0.5 * normal(PROMPTS, OUTCOMES, DIMENSIONS)
-    F_QVP[:, 0] += 0.6  # ending is partly one thing for all prompts
+    F_QVP[:, 0] += 1.2  # ending is much the same thing for all prompts
     logit_QV = normal(PROMPTS, OUTCOMES) + F_QVP @ (0.3 * normal(DIMENSIONS))
     more_Q = ((math.log(20) + SPREAD * normal(PROMPTS)).exp() - 1).clamp(min=0.5)
     logit_QV[:, 0] = logit_QV[:, 1:].logsumexp(1) - more_Q.log()
