@@ -189,7 +189,7 @@ def _passes(plan: Plan, batches: Batches, Y: Params, stages: Stages, stage: Stag
     params = plan.policy.params
     leaves = dict.fromkeys(params, LEAVES)
     baseline = None if plan.entropy.baseline == "none" else LEAVES
-    like = funcprobe.Passes(leaves, STATS, STATS, leaves, baseline, STATS)
+    like = funcprobe.Passes(leaves, STATS, STATS, leaves, baseline, STATS, STATS)
     inputs = {
         **state_inputs(plan, batches),
         "coef": batches.update.coef_NR,
@@ -198,6 +198,7 @@ def _passes(plan: Plan, batches: Batches, Y: Params, stages: Stages, stage: Stag
         "groups": plan.adam_state.groups,
         "step": plan.step,
         "entropy": plan.entropy,
+        "passes": funcprobe.Passes._fields,
     }
 
     def compute() -> funcprobe.Passes:

@@ -8,9 +8,7 @@ so that some prompts have ten times the tokens of others. Batches are drawn with
 of 20,000 groups (U) and one of 20,000 responses (E), whose own values are the population's: nothing is
 estimated but the coverage. Without memory a response is a vector of sums, and a batch is arithmetic.
 
-First table: v = v_0 + P Y, P fixed. Second: v is AdamW's whole step, which depends on Y through the
-second moment and the clip as well; the interval over U holds P fixed (as the library does), or takes
-the derivative of the step, D = dv / dY.
+v = v_0 + P Y with P fixed; coverage_steps.py has AdamW's whole step.
 """
 
 import math
@@ -229,71 +227,6 @@ def momentum(P: Tensor, mean_Y: Tensor, noise: Tensor) -> Tensor:
     return 9 * P * (mean_Y + noise / math.sqrt(19))
 
 
-def print_whole_step(world: Pool, generator: torch.Generator) -> None:
-    """AdamW's own step, token_mean: the error over U with P fixed, and with D, of the mean step."""
-    X = torch.randn(DIMENSIONS, generator=generator, dtype=torch.float64)
-    print("\n| AdamW's step | reward | P fixed, 16 | D | P fixed, 64 | D |\n" + "|---" * 6 + "|")
-    regimes = {
-        "beta2 = 0.999, 1000 steps taken": (1000, 0.999, 0.0),
-        "beta2 = 0.95, 1000 steps": (1000, 0.95, 0.0),
-        "beta2 = 0.999, 10 steps": (10, 0.999, 0.0),
-        "beta2 = 0.999, none": (0, 0.999, 0.0),
-        "beta2 = 0.999, 1000 steps, clipped to half": (1000, 0.999, 0.5),
-    }
-    for title, (taken, beta2, clip) in regimes.items():
-        for name, reward_MG in rewards(world, X, generator).items():
-            if name not in ("slope", "short", "neither"):
-                continue
-            g_MP, share_M = of_prompts(world, reward_MG, "token_mean")
-            row = []
-            for B_U in (16, 64):
-                m_DM = torch.randint(POOL, (DRAWS, B_U), generator=generator)
-                share_DM = share_M[m_DM]
-                each_DMP = g_MP[m_DM] / share_DM.sum(1)[:, None, None]
-                Y_DP = each_DMP.sum(1)
-                most = clip * float(Y_DP.norm(dim=1).mean()) or math.inf
-                scale = clip or 1.0  # moments of gradients that were clipped alike
-                m_P, nu_P = scale * Y_DP.mean(0) / 2, scale**2 * Y_DP.square().mean(0)
-                given = Adam(m_P, nu_P, taken, beta2, most)
-                again_DM = torch.randint(POOL, (4 * DRAWS, B_U), generator=generator)
-                Y = g_MP[again_DM].sum(1) / share_M[again_DM].sum(1, keepdim=True)
-                truth = float((adam_step(Y, given)[0] @ X).mean())
-                Y_DP.requires_grad_()
-                v_DP, P_DP = adam_step(Y_DP, given)
-                (DX_DP,) = torch.autograd.grad((v_DP @ X).sum(), Y_DP)
-                for w_DP in ((P_DP * X).detach(), DX_DP):
-                    t_DM = torch.einsum("dmp,dp->dm", each_DMP, w_DP)
-                    row.append(covered((v_DP @ X).detach(), truth, over_U(t_DM, share_DM)))
-            print(f"| {title} | {name} | {' | '.join(row)} |", flush=True)
-
-
-class Adam(NamedTuple):
-    """Moments of J's gradient as saved, the steps taken, and the norm that gradients are clipped to."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    taken: int
-    beta2: float
-    clip: float
-
-
-def adam_step(Y_DP: Tensor, given: Adam) -> tuple[Tensor, Tensor]:
-    """v without decay, and P, of `step.adam.update_direction`, for a batch of gradients."""
-    beta1, t = 0.9, given.taken + 1
-    clip_D = torch.ones(len(Y_DP), 1).double()
-    if given.clip < math.inf:
-        clip_D = (given.clip / (Y_DP.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
-    g = clip_D * Y_DP
-    # The saved moments are those of `taken` steps, which bias correction divides by.
-    m, nu = (
-        x * (1 - beta**given.taken)
-        for x, beta in ((given.exp_avg, beta1), (given.exp_avg_sq, given.beta2))
-    )
-    nu_hat = (given.beta2 * nu + (1 - given.beta2) * g**2) / (1 - given.beta2**t)
-    per_moment = 1 / ((1 - beta1**t) * (nu_hat.sqrt() + 1e-8))
-    return (beta1 * m + (1 - beta1) * g) * per_moment, (1 - beta1) * clip_D * per_moment
-
-
 def main() -> None:
     torch.set_num_threads(1)
     start, generator = time.process_time(), torch.Generator().manual_seed(0)
@@ -304,7 +237,6 @@ def main() -> None:
         f"draws: two standard errors of 95 % are {200 * math.sqrt(0.95 * 0.05 / DRAWS):.1f} points\n"
     )
     print_fixed_P(world, generator)
-    print_whole_step(world, generator)
     print(f"\n({time.process_time() - start:.0f} s of one thread, torch {torch.__version__})")
 
 

@@ -29,9 +29,9 @@ from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenSta
 class Prediction(NamedTuple):
     """First-order entropy change per unit of learning rate, with all quantities that enter it.
 
-    Errors: `first_order.se` given U, over E's sampling units; `over_u` over U's prompts at fixed P,
-    with its degrees of freedom; `se_total` the root of the sum of their squares. Units: the entropy
-    estimator's, per unit of eta.
+    Errors: `first_order.se` given U, over E's sampling units; `over_u` over U's prompts, the
+    second moment in P held fixed, with its degrees of freedom; `se_total` the root of the sum of their
+    squares. Units: the entropy estimator's, per unit of eta.
     """
 
     derivative: float  # d/d eta of the entropy along v, from tangents
@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
 
     @property
     def se_over_u(self) -> float:
-        """Standard error over U's prompts, P held fixed."""
+        """Standard error over U's prompts, the second moment in P held fixed."""
         return self.over_u.se
 
     @property
@@ -71,6 +71,7 @@ class Passes(NamedTuple):
     X: Params  # grad of the entropy estimator on E
     baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
     along_PX: TokenStats  # tangents of U along P X
+    along_Y: TokenStats  # of U along Y, where the step clips it; else 0
 
 
 def first_order_passes(
@@ -87,7 +88,8 @@ def first_order_passes(
     update_forward: Forward | None = None,
     Y: Params | None = None,
 ) -> Passes:
-    """Four passes: Y on U, statistics with tangents along v on E, X on E, tangents along P X on U.
+    """Four passes: Y on U, statistics with tangents along v on E, X on E, tangents along P X on U; and
+    where Y is clipped a fifth, tangents along Y on U.
 
     `update_forward` (default `forward`) is used for the passes over U, so that a caller can count them;
     with `Y`, the first pass is omitted. Raises InputError if a gradient is zero everywhere or not
@@ -107,7 +109,10 @@ def first_order_passes(
     )
     PX = tree.multiply(direction.scale, X)
     _, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
-    return Passes(Y, stats, tangent, X, baseline_NR, along_PX)
+    along_Y = TokenStats(*(torch.zeros_like(x_NR) for x_NR in along_PX))
+    if direction.clip_coefficient < 1:
+        _, along_Y = tangents(params, update.batch, Y, over_U, max_tokens)
+    return Passes(Y, stats, tangent, X, baseline_NR, along_PX, along_Y)
 
 
 def update_gradient(
@@ -139,7 +144,7 @@ def summarise(
     an update without normaliser.
     """
     normaliser_N = _normaliser(update)
-    Y, stats, tangent, X, baseline_NR, along_PX = passes
+    Y, stats, tangent, X, baseline_NR, along_PX, along_Y = passes
     direction = adam.update_direction(params, Y, adam_state, **step._asdict())
     along = summarise_along(
         EvalPasses(stats, tangent, X, baseline_NR),
@@ -150,8 +155,11 @@ def summarise(
         sampler_logp_NR=sampler_logp_NR,
         unit_N=unit_N,
     )
-    t_N = (update.coef_NR * along_PX.logp_NR).sum(1)
-    over_u = intervals.update_error(t_N, normaliser_N, update.batch.prompt_N)
+    t_N, norm_N = ((update.coef_NR * slope.logp_NR).sum(1) for slope in (along_PX, along_Y))
+    # Clipping divides by |Y| + 1e-6, so that what a prompt adds to |Y| it takes from the others.
+    norm = tree.norm(Y)
+    moves_N = t_N - along.from_update * norm_N / (norm * (norm + adam.CLIP_EPS))
+    over_u = intervals.update_error(moves_N, normaliser_N, update.batch.prompt_N)
     return Prediction(
         **along._asdict(),
         bars_dot_identity=tree.dot(X, Y),

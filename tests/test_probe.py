@@ -10,6 +10,7 @@ import funcprobe
 from funcprobe import AdamGroup, AdamState, Entropy, InputError, Step, UpdateBatch, checks, tree
 from funcprobe.policy.forward import Forward
 from funcprobe.probe import require_gradients
+from funcprobe.statistics import intervals
 from support.policies import random_batch, random_like, tiny_policy
 
 # Prompt 1 is drawn three times into E; lengths, group sizes and coefficients are all unequal.
@@ -111,6 +112,33 @@ def test_shares_of_the_update_are_those_of_its_gradients(probe64, step):
     mean = sum(left_out) / 3
     expected = math.sqrt(2 / 3 * sum((x - mean) ** 2 for x in left_out))
     assert found.se_over_u == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_error_over_U_follows_the_clip(probe64):
+    """<P X, Y> with the clip of Y(w), w the prompts' weights in J and its divisor: central differences.
+
+    Their error is 1e-10 times the third derivative, of the order of the first.
+    """
+    found = predicted(probe64, step=RULES[1])
+    clip, tokens = found.direction.clip_coefficient, torch.tensor([9.0, 7.0, 5.0]).double()
+    assert clip < 0.5
+    zero, parts = torch.zeros_like(U.coef_NR), []
+    for m in range(3):
+        own = torch.where((U.batch.prompt_N == m)[:, None], U.coef_NR, zero)
+        parts.append(probe64.weighted_grad(probe64.params, U.batch, own, zero))
+
+    def update_part(w_M: torch.Tensor) -> float:
+        Y = {n: sum(w * Y_m[n] for w, Y_m in zip(w_M.tolist(), parts, strict=True)) for n in parts[0]}
+        Y = {n: t * 21 / float((w_M * tokens).sum()) for n, t in Y.items()}
+        scale = min(1.0, 0.05 / (tree.norm(Y) + 1e-6)) / clip
+        return scale * tree.dot(tree.multiply(found.direction.scale, found.X), Y)
+
+    unit = 1e-5 * torch.eye(3).double()
+    influence_M = torch.tensor([(update_part(1 + e) - update_part(1 - e)) / 2e-5 for e in unit])
+    expected = intervals.jackknife_error(influence_M.double() / (1 - tokens / 21))
+    assert found.over_u == pytest.approx(expected, rel=1e-5)
+    fixed = intervals.update_error(found.t_N, U.normaliser_N, U.batch.prompt_N)
+    assert found.over_u.se != pytest.approx(fixed.se, rel=0.05)
 
 
 def test_an_update_whose_normaliser_is_not_known_has_no_error(probe64):

@@ -173,7 +173,7 @@ def _first_order(plan: Plan, prediction: funcprobe.Prediction, errors: Errors) -
         from_weight_decay=quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
         se_given_U=quantity(first.se, rate, "sampling units of E, delta method"),
         se_given_U_jackknife=quantity(first.se_jackknife, rate, "sampling units of E, delete-one"),
-        se_over_U=quantity(prediction.se_over_u, rate, "prompts of U, P held fixed"),
+        se_over_U=quantity(prediction.se_over_u, rate, "prompts of U, second moment held fixed"),
         se_total=quantity(prediction.se_total, rate, "root of the sum of squares"),
         interval_given_U=student_interval(prediction.derivative, errors.given_U),
         interval_over_U=student_interval(prediction.derivative, errors.over_U),

@@ -108,13 +108,13 @@ class FirstOrder(Section):
     se_given_U_jackknife: Quantity
     """The same by the delete-one jackknife: a cross-check."""
     se_over_U: Quantity
-    """Standard error over the prompts of U, P held fixed."""
+    """Standard error over the prompts of U, the second moment in P held fixed."""
     se_total: Quantity
     """Root of the sum of the squares of se_given_U and se_over_U."""
     interval_given_U: StudentInterval
     """Of the derivative, over the draws of E, v held fixed."""
     interval_over_U: StudentInterval
-    """Of the derivative, over the prompts of U, P held fixed."""
+    """Of the derivative, over the prompts of U, the second moment in P held fixed."""
     interval_total: StudentInterval
     """Of the derivative along the step of an average U, over the draws of E and the prompts of U."""
     interval_next_U: StudentInterval

@@ -8,6 +8,8 @@ import torch
 from .. import tree
 from ..types import AdamGroup, AdamState, InputError, Params, Rule
 
+CLIP_EPS = 1e-6  # added to the norm by torch.nn.utils.clip_grad_norm_
+
 
 class PreconditionerInfo(NamedTuple):
     """Diagnostics of the preconditioner.
@@ -197,7 +199,7 @@ def _clip_coefficient(grads: Params, max_grad_norm: float | None) -> float:
     """torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6))."""
     if max_grad_norm is None:
         return 1.0
-    return min(1.0, max_grad_norm / (tree.norm(grads) + 1e-6))
+    return min(1.0, max_grad_norm / (tree.norm(grads) + CLIP_EPS))
 
 
 def _lr_ratios(params: Params, adam_state: AdamState) -> dict[str, float]:
