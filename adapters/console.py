@@ -11,6 +11,19 @@ from .machine.cost import Cost, Stage
 from .machine.memory import device_peak, process_peak, reset_peaks
 
 
+def excerpt(text: str, *, beginning: int = 240, end: int = 120) -> str:
+    """Text of a data set or a model on one line of bounded length, in quotes.
+
+    As Python writes it: control characters, line ends, and what changes the direction or is invisible
+    as escapes, so that a terminal obeys none of it.
+    """
+    few = text if len(text) <= beginning + end else text[:beginning] + text[-end:]
+    shown = repr(few)
+    if few == text and len(shown) <= beginning + end:
+        return shown
+    return f"{shown[:beginning]} ... {shown[-end:]}"
+
+
 class Narrator:
     """Prints lines to stderr, shows a progress bar per stage, collects lines and costs for the run."""
 
@@ -22,7 +35,7 @@ class Narrator:
     def say(self, line: str) -> None:
         """Print a line and add it to the log."""
         self.lines.append(line)
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Stage]:

@@ -61,7 +61,7 @@ def test_init_writes_the_defaults_and_overwrites_nothing(command) -> None:
     outcome = command("init", "new.toml")
     assert outcome.status == 0
     assert "wrote new.toml" in outcome.out
-    assert read_config(Path("new.toml")) == Config()
+    assert read_config(Path("new.toml")) == Config()  # run.folder too: "runs", in this folder
     Path("new.toml").write_text("mine")
     outcome = command("init", "new.toml")
     assert outcome == Outcome(2, "", "funcprobe: new.toml exists: give another name, or delete it\n")

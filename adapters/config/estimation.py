@@ -20,18 +20,21 @@ class ObjectiveConfig(Section):
         None,
         description='"mean", "mean_std" or "leave_one_out"; default: the preset\'s. "rollouts": the '
         "column advantage of rollouts.update, unchanged.",
+        examples=["mean_std"],
     )
     normalisation: Literal["sequence", "token_mean", "sequence_mean", "longest", "constant"] | None = (
         Field(
             None,
             description='"sequence", "token_mean", "sequence_mean", "longest" or "constant"; default: '
             "the preset's.",
+            examples=["token_mean"],
         )
     )
     constant: float | None = Field(
         None,
         gt=0,
         description='L of normalisation "constant", tokens; default: max_new_tokens (sampled U only).',
+        examples=[256.0],
     )
 
 
@@ -46,7 +49,10 @@ class EntropyConfig(Section):
         "per_decision", description='Importance weight of the prefix; or "sequence": of the response.'
     )
     clip: float | None = Field(
-        None, gt=1, description="Upper bound of the importance weights (biased); default: none."
+        None,
+        gt=1,
+        description="Upper bound of the importance weights (biased); default: none.",
+        examples=[5.0],
     )
     baseline: Baseline = Field(
         "auto",

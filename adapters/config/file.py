@@ -11,19 +11,24 @@ from pydantic import ValidationError
 
 from funcprobe.types import InputError
 
+from .paths import resolve
 from .schema import Config, Section
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """TOML file and `section.key=value` overrides -> Config; InputError, one line, if invalid."""
+    """TOML file and `section.key=value` overrides -> Config; InputError, one line, if invalid.
+
+    Paths in the file are relative to its folder, those of the overrides to the current directory.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give the path of a TOML file") from error
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not TOML: {error}") from error
+    tables = resolve(tables, path.parent, written_in=str(path))
     for override in overrides:
         _set(tables, override)
     try:
@@ -43,17 +48,25 @@ def commented_config() -> str:
         for key, field in model.model_fields.items():
             table.add(tomlkit.comment(field.description or ""))
             if field.default is None:
-                table.add(tomlkit.comment(f"{key} = "))
+                example = [tomlkit.item(value).as_string() for value in field.examples or ()]
+                table.add(tomlkit.comment(" = ".join([key, *example[:1]])))
             else:
-                value = list(field.default) if isinstance(field.default, tuple) else field.default
-                table.add(key, value)
+                table.add(key, _item(field.default))
         document.add(name, table)
     return tomlkit.dumps(document)
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML; keys that are unset are left out."""
-    return tomlkit.dumps(config.model_dump(exclude_none=True, mode="json"))
+    """The resolved configuration as TOML, valid in any folder; keys that are unset are left out."""
+    tables = config.model_dump(exclude_none=True, mode="json")
+    return tomlkit.dumps(resolve(tables, Path.cwd(), written_in="the configuration"))
+
+
+def _item(default: Any) -> Any:
+    """As tomlkit takes it; a table, always empty by default, stays on its line."""
+    if isinstance(default, dict):
+        return tomlkit.inline_table()
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _set(tables: dict[str, Any], override: str) -> None:

@@ -18,7 +18,11 @@ class RunConfig(Section):
     name: str = Field(
         "probe", pattern=r"^\w[\w.-]*$", max_length=100, description="Name of the run's folder."
     )
-    folder: Text = Field("runs", description="Parent folder of the runs.")
+    folder: Text = Field(
+        "runs",
+        description="Parent folder of the runs. As every path here it is relative to the folder of the "
+        "file in which it is written; with --set, and by default, to the current directory.",
+    )
     seed: int = Field(0, ge=0, description="Seed of prompts and sampling: same seed, same batches.")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".')
     max_tokens: Positive | Literal["auto"] = Field(
@@ -42,7 +46,11 @@ class PolicyConfig(Section):
     checkpoint: Text = Field(
         "toy", description='Folder (or hub id) with the adapter; "toy": the built-in policy.'
     )
-    base: Text | None = Field(None, description="Base model; default: the one saved with the adapter.")
+    base: Text | None = Field(
+        None,
+        description="Base model; default: the one saved with the adapter.",
+        examples=["Qwen/Qwen2.5-0.5B-Instruct"],
+    )
     adapter: str = Field(
         "default",
         pattern=r"^[^.]+$",  # it becomes the name of a torch module
@@ -56,6 +64,7 @@ class PolicyConfig(Section):
         None,
         description='"reference": float64 throughout; "standard": float32; "fast": matrix products of '
         "bfloat16 operands (TF32 on a GPU), for predictions only. Default: determined by dtype.",
+        examples=["standard"],
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="Of the model; in half precision rounding exceeds most measured changes."
@@ -76,7 +85,9 @@ class OptimizerConfig(Section):
     """Adam's state, and the rule for the direction v from it and the gradient Y on U."""
 
     state: Text | None = Field(
-        None, description="File or folder with the optimizer state; default: in the checkpoint."
+        None,
+        description="File or folder with the optimizer state; default: in the checkpoint.",
+        examples=["outputs/checkpoint-500/optimizer.pt"],
     )
     accept_positional: bool = Field(
         False,
@@ -92,13 +103,23 @@ class OptimizerConfig(Section):
         ge=0,
         description="Gradient clipping, as in training; 0: off; default: the value in "
         "optimizer_param_names.json, else 1.",
+        examples=[1.0],
     )
-    lr: float | None = Field(None, gt=0, description="Learning rate of the step; default: the state's.")
-    betas: tuple[Decay, Decay] | None = Field(None, description="Adam's; default: the state's.")
-    eps: float | None = Field(None, gt=0, description="Adam's; default: the state's.")
-    weight_decay: float | None = Field(None, ge=0, le=1e3, description="Default: the state's.")
+    lr: float | None = Field(
+        None, gt=0, description="Learning rate of the step; default: the state's.", examples=[1e-6]
+    )
+    betas: tuple[Decay, Decay] | None = Field(
+        None, description="Adam's; default: the state's.", examples=[[0.9, 0.999]]
+    )
+    eps: float | None = Field(None, gt=0, description="Adam's; default: the state's.", examples=[1e-8])
+    weight_decay: float | None = Field(
+        None, ge=0, le=1e3, description="Default: the state's.", examples=[0.0]
+    )
     checkpoint_step: int | None = Field(
-        None, ge=0, description="Steps taken, if the state has none (for bias correction)."
+        None,
+        ge=0,
+        description="Steps taken, if the state has none (for bias correction).",
+        examples=[500],
     )
     min_coverage: float = Field(
         0.9, ge=0, le=1, description="Least share of parameters with Adam's moments (coverage)."

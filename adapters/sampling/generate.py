@@ -11,6 +11,7 @@ from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig
+from ..console import excerpt
 from ..machine.devices import random_state_kept
 
 
@@ -21,6 +22,23 @@ class Responses(NamedTuple):
     finished: list[bool]
     tokens: int  # that went through the model, of prompts and step by step
     padding: int  # of these: before prompts, and after responses while others continued
+
+
+def ended_by(policy: Policy, eos_ids: Sequence[int] | None) -> tuple[Policy, str]:
+    """The policy whose responses end with one of `eos_ids`, by default its own, and a line with them.
+
+    Its own are those of TRL 1.16's GRPOTrainer: the tokenizer's and the model's generation config's.
+    InputError for an id without a row in the embedding.
+    """
+    rows = len(policy.model.get_input_embeddings().weight)
+    if eos_ids and max(eos_ids) >= rows:
+        raise InputError(
+            f"sampling.eos_ids has {max(eos_ids)}, but the model has {rows} rows: remove it"
+        )
+    chosen = tuple(sorted(set(eos_ids))) if eos_ids else policy.eos_ids
+    names = ", ".join(f"{i} {excerpt(policy.tokenizer.decode([i]))}" for i in chosen)
+    origin = "sampling.eos_ids" if eos_ids else "tokenizer and generation config, as in TRL"
+    return policy._replace(eos_ids=chosen), f"responses end with {names} ({origin})"
 
 
 def sample_responses(

@@ -1,101 +1,120 @@
-"""Prompts: from a file or a dataset to text, to token ids, to the draws of E and U."""
+"""Prompts: from the rows of a data set to text, to token ids, to the draws of E and U."""
 
 import difflib
-import json
 import string
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
 import torch
-from jinja2.exceptions import TemplateError
 
 from funcprobe.types import InputError
+
+from .messages import NO_TEMPLATE, Messages, as_messages, marks, render, with_system
+from .sources import Row, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILE_TYPES = (".jsonl", ".json", ".parquet")
 
-Row = dict[str, object]
+class Example(NamedTuple):
+    """A row of the data set: its prompt as given, text or messages, and the other columns."""
+
+    given: str | Messages
+    row: Row  # the answer, for instance
 
 
 class Prompt(NamedTuple):
-    """The policy's input text, and the other columns of its row (the answer, for instance)."""
+    """The policy's input as text, and what a reward function is given."""
 
     text: str
     row: Row
+    given: str | Messages
+    messages: Messages | None = None  # that were rendered, a system message included
 
 
 def load_prompts(
-    source: str,
+    source: str | Sequence[Row],
     *,
     prompt_column: str,
     split: str = "train",
     template: str | None = None,
-    chat: bool = False,
-    system_prompt: str | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
     limit: int | None = None,
-) -> list[Prompt]:
-    """The prompts of a file or of a dataset, in its order, the first `limit` of them.
+) -> list[Example]:
+    """The prompts of a source (`sources.read_rows`) or of rows, in order, the first `limit` of them.
 
-    `source` is a .jsonl, .json or .parquet file, or a folder or name that `datasets.load_dataset`
-    takes ("openai/gsm8k:main": the configuration after a colon, `split` of it; a file has no
-    splits). `template` is a Python format string over the columns; without one the prompt is the
-    column's own text. With `chat` the tokenizer's chat template renders [system, user] up to the start
-    of the assistant's turn.
-    Raises InputError if source, columns, template or tokenizer cannot be used.
+    `template` is a Python format string over the columns; without one the prompt is the column's own
+    text, or its messages (`messages.as_messages`).
+    Raises InputError if source, columns or template cannot be used, and for text beside messages.
     """
-    if system_prompt is not None and not chat:
-        raise InputError("system_prompt is set but chat is off: set chat = true, or remove it")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1 prompt")
-    rows = _rows(source, split)[:limit]
+    where = source if isinstance(source, str) else "the data set"
+    rows = (read_rows(source, split) if isinstance(source, str) else source)[:limit]
     if not rows:
-        raise InputError(f"{source} has no rows, expected at least one prompt: check file and split")
-    texts = [_text(row, i, source, prompt_column, template) for i, row in enumerate(rows, 1)]
-    if chat:
-        texts = _chat(texts, tokenizer, system_prompt)
+        raise InputError(f"{where} has no rows, expected at least one prompt: check file and split")
+    given = [
+        _given(row, f"row {i} of {where}", prompt_column, template) for i, row in enumerate(rows, 1)
+    ]
+    for i, (one, other) in enumerate(pairwise(given), 2):
+        if isinstance(one, str) != isinstance(other, str):
+            raise InputError(
+                f"row {i} of {where}: column {prompt_column!r} has {_kind(other)}, the row before "
+                f"{_kind(one)}: give one of the two in all rows"
+            )
     # A reward may use any column, but receives the prompt itself as `prompts`, as in TRL.
     rest = (
         {k: v for k, v in row.items() if (k, prompt_column) != ("prompt", "prompt")} for row in rows
     )
-    return [Prompt(text, row) for text, row in zip(texts, rest, strict=True)]
+    return [Example(prompt, row) for prompt, row in zip(given, rest, strict=True)]
 
 
-def encode_prompts(
-    prompts: Sequence[Prompt],
+def render_prompts(
+    examples: Sequence[Example],
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    chat: bool,
-    max_prompt_tokens: int | None = None,
-) -> list[list[int]]:
-    """Token ids of every prompt. A chat template has already written the special tokens (BOS).
+    chat: bool | Literal["auto"] = "auto",
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[Prompt], list[str]]:
+    """The policy's input for every prompt, and lines that state how it was made.
 
-    Raises InputError for an empty encoding, one over `max_prompt_tokens`, and for a tokenizer that
-    appends EOS to the prompt, after which a trained policy gives no response.
+    Messages are rendered by the tokenizer's chat template; so is text, as one user message, with
+    chat = True, or if there is a template, unless it contains `messages.marks`: it is rendered already.
+    Raises InputError for messages without a template or with chat = False, and where some texts only
+    are rendered already.
     """
-    texts = [prompt.text for prompt in prompts]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-    eos, eos_text = tokenizer.eos_token_id, str(tokenizer.eos_token)
-    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
-        if not tokens:
+    arguments = chat_template_kwargs or {}
+    texts = [e.given for e in examples if isinstance(e.given, str)]
+    if texts and not _is_wrapped(texts, tokenizer, chat):
+        if system_prompt is not None:
             raise InputError(
-                f"prompt {number} has no tokens, expected at least one: drop the row ({prompt.text!r})"
+                "prompts.system_prompt is set, but the prompts are text that no chat template renders: "
+                "remove it, or prompts.chat = false, or use a tokenizer with a chat template"
             )
-        if max_prompt_tokens is not None and len(tokens) > max_prompt_tokens:
-            raise InputError(
-                f"prompt {number} has {len(tokens)} tokens, at most {max_prompt_tokens} are "
-                "allowed: raise max_prompt_tokens or drop the row"
-            )
-        if not chat and tokens[-1] == eos and not prompt.text.endswith(eos_text):
-            raise InputError(
-                f"the tokenizer appends {eos_text!r} to prompt {number}: disable this in its settings"
-            )
-    return ids
+        why = "as prompts.chat = false" if chat is False else _why_plain(texts, tokenizer)
+        return [Prompt(str(e.given), e.row, e.given) for e in examples], [f"prompts: text, {why}"]
+    if not texts and chat is False:
+        raise InputError(
+            "prompts.chat is false, but the prompts are messages, which only a chat template renders: "
+            "remove prompts.chat"
+        )
+    if not tokenizer.chat_template:
+        found = "prompts.chat is true" if texts else "the prompts are messages"
+        raise InputError(f"{found}, but {NO_TEMPLATE}")
+    prompts = []
+    for i, (given, row) in enumerate(examples, 1):
+        messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        messages = with_system(messages, system_prompt, f"prompt {i}")
+        text = _unicode(render(messages, tokenizer, arguments, row, f"prompt {i}"), f"prompt {i}")
+        prompts.append(Prompt(text, row, given, messages))
+    lines = _rendered_lines(prompts, arguments, explicit=chat is True)
+    if texts and (marked := _rendered(texts, tokenizer)):
+        lines.append(
+            f"warning: {len(marked)} of {len(texts)} prompts contain marks of the chat template and "
+            "are rendered as user messages all the same, since prompts.chat = true"
+        )
+    return prompts, lines
 
 
 def draw_with_replacement(count: int, population: int, seed: int) -> list[int]:
@@ -139,16 +158,23 @@ class _ByColumn(string.Formatter):
         return row[field_name], field_name
 
 
-def _text(row: Row, number: int, source: str, prompt_column: str, template: str | None) -> str:
-    where = f"row {number} of {source}"
+def _given(row: Row, where: str, prompt_column: str, template: str | None) -> str | Messages:
     if prompt_column not in row:
         raise missing_column(prompt_column, row, where)
     value = row[prompt_column]
+    messages = as_messages(value, f"{where}, column {prompt_column!r},")
+    if messages is not None and template is None:
+        return messages
+    if messages is not None:
+        raise InputError(
+            f"{where}: prompts.template makes text, but column {prompt_column!r} contains messages: "
+            "remove the template, or choose another prompt_column"
+        )
     if not isinstance(value, str) or not value.strip():
         found = "an empty string" if isinstance(value, str) else type(value).__name__
         raise InputError(
-            f"{where}: column {prompt_column!r} contains {found}, expected text: choose another "
-            "prompt_column or drop the row"
+            f"{where}: column {prompt_column!r} contains {found}, expected text or messages: choose "
+            "another prompt_column or drop the row"
         )
     try:
         text = value if template is None else _ByColumn().vformat(template, (), row)
@@ -159,6 +185,10 @@ def _text(row: Row, number: int, source: str, prompt_column: str, template: str 
         ) from error
     if not text.strip():
         raise InputError(f"{where}: template {template!r} gives an empty prompt: add a column")
+    return _unicode(text, where)
+
+
+def _unicode(text: str, where: str) -> str:
     try:
         text.encode()  # JSON can contain half a surrogate pair, which no tokenizer accepts
     except UnicodeEncodeError as error:
@@ -168,96 +198,68 @@ def _text(row: Row, number: int, source: str, prompt_column: str, template: str 
     return text
 
 
-def _chat(
-    texts: list[str], tokenizer: "PreTrainedTokenizerBase | None", system_prompt: str | None
-) -> list[str]:
-    if tokenizer is None or not tokenizer.chat_template:
+def _kind(given: str | Messages) -> str:
+    return "text" if isinstance(given, str) else "messages"
+
+
+def _is_wrapped(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", chat: bool | Literal["auto"]
+) -> bool:
+    """Whether text becomes a user message. InputError if that is not the same for all."""
+    if chat is False or not tokenizer.chat_template:
+        return chat is True
+    rendered = _rendered(texts, tokenizer)
+    if 0 < len(rendered) < len(texts) and chat == "auto":
         raise InputError(
-            "chat = true needs a tokenizer with a chat template: set chat = false, or use the "
-            "tokenizer of an instruction-tuned model"
+            f"{len(rendered)} of {len(texts)} prompts contain marks of a chat template, as "
+            f"{', '.join(marks(tokenizer))}, the others none: set prompts.chat = true to render all of "
+            "them as user messages, or false to take all as they are"
         )
-    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    messages = [[*system, {"role": "user", "content": text}] for text in texts]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:  # some templates reject a system role
-        raise InputError(f"the chat template rejects these messages: {_line(error)}") from error
-    return [str(text) for text in rendered]
+    return len(rendered) < len(texts)
 
 
-def _rows(source: str, split: str) -> list[Row]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix not in FILE_TYPES:
-            raise InputError(f"{source}: expected a file of type {', '.join(FILE_TYPES)}")
-        return _parquet(path) if path.suffix == ".parquet" else _json(path)
-    looks_like_a_path = path.suffix in FILE_TYPES or source.startswith((".", "/", "~"))
-    if looks_like_a_path and not path.is_dir():
-        raise InputError(f"file not found: {source} (from {Path.cwd()}): correct the path")
-    return _dataset(str(path) if path.is_dir() else source, split)
+def _rendered(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    signs = marks(tokenizer)
+    return [text for text in texts if any(mark in text for mark in signs)]
 
 
-def _json(path: Path) -> list[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read, expected UTF-8 text: {error}") from error
-    whole = text.lstrip().startswith("[")
-    rows: list[Row] = []
-    # Not splitlines(), which also splits at U+2028 and similar, allowed inside a JSON string.
-    for number, chunk in [(1, text)] if whole else enumerate(text.split("\n"), 1):
-        if not chunk.strip():
-            continue
-        try:
-            found = json.loads(chunk)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number + error.lineno - 1}: {error.msg}; expected one JSON object "
-                "per line, or one array of objects: correct or drop the line"
-            ) from error
-        except RecursionError as error:
-            raise InputError(
-                f"{path}, line {number}: nested too deeply: correct or drop the line"
-            ) from error
-        rows += found if whole else [found]
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, row {number}: {type(row).__name__}, expected a JSON object")
-    return rows
+def _why_plain(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> str:
+    if not tokenizer.chat_template:
+        return "as it is: the tokenizer has no chat template"
+    found = [mark for mark in marks(tokenizer) if mark in texts[0]]
+    return f"rendered already, as it contains {', '.join(found)}: taken as it is"
 
 
-def _parquet(path: Path) -> list[Row]:
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} cannot be read as Parquet: {_line(error)}") from error
-    return rows
-
-
-def _dataset(source: str, split: str) -> list[Row]:
-    # Imported here, as it takes a second and local files do not need it.
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    datasets.disable_progress_bars()
-    name, _, configuration = source.partition(":")
-    try:
-        found = datasets.load_dataset(name, configuration or None, split=split)
-    # Not found or no network: OSError; unknown configuration or split: ValueError; a dataset that
-    # needs a script: RuntimeError (datasets 4 and later).
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise InputError(
-            f"dataset {name!r} (configuration {configuration or None!r}, split {split!r}) cannot be "
-            f"loaded: {_line(error)}; expected a name on the Hub (openai/gsm8k:main) or a local file"
-        ) from error
-    return [dict(row) for row in found]
+def _rendered_lines(
+    prompts: Sequence[Prompt], arguments: Mapping[str, Any], *, explicit: bool
+) -> list[str]:
+    lines, of_text = [], isinstance(prompts[0].given, str)
+    if of_text:
+        hint = (
+            "" if explicit else ", as it has one; if training had plain text, set prompts.chat = false"
+        )
+        lines.append(
+            f"prompts: text, rendered as a user message by the tokenizer's chat template{hint}"
+        )
+    else:
+        lines.append("prompts: messages, rendered by the tokenizer's chat template")
+    if columns := [c for c in ("tools", "chat_template_kwargs") if any(p.row.get(c) for p in prompts)]:
+        lines.append(
+            f"prompts: the columns {' and '.join(columns)} are passed to the chat template, as TRL's "
+            "apply_chat_template does; its GRPOTrainer (1.16) passes its own arguments instead"
+        )
+    continued = sum(p.messages[-1]["role"] == "assistant" for p in prompts if p.messages)
+    if continued and arguments.get("add_generation_prompt", True):
+        lines.append(
+            f"prompts: {continued} of {len(prompts)} end in an assistant's message: a new one is "
+            "begun, as by the GRPOTrainer of TRL 1.16; to continue it, set "
+            "prompts.chat_template_kwargs = {add_generation_prompt = false, "
+            "continue_final_message = true}"
+        )
+    return lines
 
 
 def _generator(count: int, population: int, seed: int) -> torch.Generator:
     if count < 1 or population < 1:
         raise InputError(f"{count} of {population} prompts are to be drawn, expected at least 1")
     return torch.Generator().manual_seed(seed)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

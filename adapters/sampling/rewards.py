@@ -21,11 +21,12 @@ from torch import Tensor
 from funcprobe.types import InputError
 
 from .answers import math_score, numeric_score, reference_answer
+from .messages import Messages
 from .prompts import missing_column
 
 BUILT_IN = ("numeric", "math")
 
-Text: TypeAlias = str | list[dict[str, str]]  # a chat is a list of messages
+Text: TypeAlias = str | Messages
 Ids: TypeAlias = Sequence[Sequence[int]]
 Rows: TypeAlias = Sequence[dict[str, object]]
 
@@ -41,7 +42,9 @@ class Reward(Protocol):
     ) -> Float64[Tensor, " N"]: ...
 
 
-def load_reward(spec: str, *, answer_column: str = "answer", conversational: bool = False) -> Reward:
+def load_reward(
+    spec: str, *, answer_column: str = "answer", conversational: bool | None = None
+) -> Reward:
     """The reward named by `spec`; the reference answer of the built-in ones is in `answer_column`.
 
     "numeric": 1 if the completion's number equals the reference's as an exact decimal, else 0. The
@@ -54,7 +57,8 @@ def load_reward(spec: str, *, answer_column: str = "answer", conversational: boo
 
     "module:function", "path/to/file.py:function": a user-defined function with TRL's signature, or,
     recognised by the parameters solution_str and ground_truth, with verl's; see `_trl_reward`
-    and `_verl_reward`. `conversational`: prompts and completions are messages, as in TRL for chats.
+    and `_verl_reward`. `conversational`: prompts and completions are messages, for TRL's signature; by
+    default, as in TRL, if the prompts are.
 
     Raises InputError if there is no such reward; the reward itself does for a missing column, an
     unusable reference, an exception in the function, a result of another length or not finite.
@@ -107,7 +111,7 @@ def _function(spec: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool) -> Reward:
+def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool | None) -> Reward:
     """f(prompts, completions, completion_ids, **columns) -> list of float or None, called once.
 
     As by TRL 1.16's GRPOTrainer (`_calculate_rewards`), with the keywords that it accepts; the columns
@@ -122,10 +126,12 @@ def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool
         _require_lengths(prompts, completions, completion_ids, rows)
         columns = sorted(set().union(*rows))
         offered: dict[str, object] = {c: [row.get(c) for row in rows] for c in columns}
+        messages = bool(prompts) and isinstance(prompts[0], list)
+        as_chats = messages if conversational is None else conversational
         chats = [[{"role": "assistant", "content": text}] for text in completions]
         arguments: dict[str, object] = {
             "prompts": list(prompts),
-            "completions": chats if conversational else list(completions),
+            "completions": chats if as_chats else list(completions),
             "completion_ids": [list(ids) for ids in completion_ids],
             "trainer_state": None,
             "log_extra": _no_log,
@@ -173,7 +179,7 @@ def _verl_reward(spec: str, function: Callable[..., Any], *, answer_column: str)
     return reward
 
 
-def _require_text(spec: str, conversational: bool) -> None:
+def _require_text(spec: str, conversational: bool | None) -> None:
     if conversational:
         raise InputError(
             f"reward {spec!r} takes text; reward.conversational = true passes messages, and only to "

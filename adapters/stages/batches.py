@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,15 +11,15 @@ from funcprobe.step.objective import update_batch
 from funcprobe.types import Batch, InputError, UpdateBatch
 
 from .. import rollouts
-from ..config.schema import PromptsConfig
 from ..console import Narrator
 from ..rollouts import Rollouts
 from ..sampling.advantages import require_gradient, require_prompts, update_advantages, zero_means
 from ..sampling.generate import sample_responses
-from ..sampling.prompts import draw_distinct, draw_with_replacement, load_prompts
+from ..sampling.prompts import Prompt, draw_distinct, draw_with_replacement
 from ..sampling.rewards import Text
 from ..store import Stages
 from .plan import Plan, vocabulary
+from .prompts import response_line
 
 
 class Batches(NamedTuple):
@@ -59,6 +58,9 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
             f"warning: U has {int(size_M.min())} to {int(size_M.max())} responses per prompt, but "
             "trainers write groups of equal size: check that the file is complete"
         )
+    drawn = [("E", eval_rollouts)] if plan.supplied_eval is None else []
+    drawn += [("U", update_rollouts)] if plan.supplied_update is None and not drawn else []
+    lines += [response_line(plan.policy, name, of_batch) for name, of_batch in drawn]
     for line in lines:
         narrator.say(line)
     known = [r for r in update_rollouts.reward or [] if not math.isnan(r)]
@@ -92,24 +94,19 @@ def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
     assert plan.reward is not None  # loaded unless U is supplied
     with narrator.phase("rewards of U"):
         rows = [plan.prompts[i].row for i in drawn.prompt_index]
-        prompts: Sequence[Text] = drawn.prompt
-        if plan.config.reward.conversational:
-            chats = _messages(plan.config.prompts)
-            prompts = [chats[i] for i in drawn.prompt_index]
+        conversational = plan.config.reward.conversational
+        prompts = [_for_reward(plan.prompts[i], conversational) for i in drawn.prompt_index]
         reward_N = plan.reward(prompts, drawn.response, drawn.response_ids, rows)
     return drawn._replace(reward=reward_N.tolist())
 
 
-def _messages(config: PromptsConfig) -> list[list[dict[str, str]]]:
-    """The messages that the chat template renders, for every prompt of the source."""
-    users = load_prompts(
-        config.source, prompt_column=config.prompt_column, split=config.split, template=config.template
-    )
-    system = [] if config.system_prompt is None else [("system", config.system_prompt)]
-    return [
-        [{"role": role, "content": text} for role, text in (*system, ("user", user.text))]
-        for user in users
-    ]
+def _for_reward(prompt: Prompt, conversational: bool | None) -> Text:
+    """As TRL passes it, messages or text as in the data set, unless reward.conversational is set."""
+    if conversational is None:
+        conversational = not isinstance(prompt.given, str)
+    if conversational and prompt.messages is not None:
+        return prompt.messages
+    return prompt.given if isinstance(prompt.given, str) else prompt.text
 
 
 def _sampled(

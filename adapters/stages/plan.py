@@ -1,6 +1,7 @@
 """Everything that a run needs before sampling: loaded, checked for consistency, described."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ from ..machine.versions import versions
 from ..optimizer import OptimizerReport
 from ..rollouts import Rollouts
 from ..rollouts.provenance import length_lines, training_run
-from ..sampling.prompts import Prompt, encode_prompts, load_prompts, missing_column
-from ..sampling.rewards import BUILT_IN, Reward, load_reward
+from ..sampling.generate import ended_by
+from ..sampling.prompts import Prompt
+from ..sampling.rewards import Reward, load_reward
+from ..sampling.sources import Row
 from ..sampling.supplied import (
     common_temperature,
     load_supplied_eval,
@@ -31,6 +34,7 @@ from ..sampling.supplied import (
     open_update,
 )
 from .microbatch import longest, report_halving, require_positions, resolve
+from .prompts import encoded, no_prompts, response_line, sampled_from
 from .step import choose_objective, load_step, step_lines
 
 
@@ -75,12 +79,13 @@ def load(config: Config, narrator: Narrator) -> Plan:
     reward = _reward(config) if config.rollouts.update is None else None
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
-        policy = load_policy(config.policy, device)
+        policy, ending = ended_by(load_policy(config.policy, device), config.sampling.eos_ids)
         adam_state, report, step = load_step(config, policy)
         run = training_run(
             Path(config.policy.checkpoint).expanduser(), report.sidecar if report else None
         )
-        prompts, prompt_ids = _prompts(config, policy) if needed else ([], [])
+        made = sampled_from(config, policy) if needed else no_prompts()
+        prompts, prompt_ids = made.prompts, made.ids
         supplied_eval = load_supplied_eval(config, policy, vocabulary(policy))
         supplied_update, guessed = load_supplied_update(
             update_file,
@@ -103,7 +108,18 @@ def load(config: Config, narrator: Narrator) -> Plan:
         forward = rounded(forward, config.policy.precision)
         forward = forward._replace(halved=report_halving(narrator))
     next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
-    lines = (*policy.lines, *step_lines(config, adam_state, report, step), *guessed)
+    lines = (
+        *policy.lines,
+        ending,
+        *made.lines,
+        *step_lines(config, adam_state, report, step),
+        *guessed,
+    )
+    lines += tuple(
+        response_line(policy, name, supplied)
+        for name, supplied in (("E", supplied_eval), ("U", supplied_update))
+        if supplied
+    )
     for line in (*lines, *forward.notes, *_notices(config, objective, next_lr)):
         narrator.say(line)
     config, max_tokens = resolve(config, policy, forward, sequence, vocabulary(policy), narrator)
@@ -168,13 +184,18 @@ class EvalSource(NamedTuple):
     supplied: Rollouts | None
 
 
-def load_eval(config: Config, policy: Policy) -> EvalSource:
-    """E's prompts or rollouts for a policy that is already loaded; InputError as in `load`."""
+def load_eval(
+    config: Config, policy: Policy, rows: Sequence[Row] | None = None
+) -> tuple[EvalSource, list[str]]:
+    """E's prompts or rollouts for a policy that is already loaded, and lines; InputError as in `load`.
+
+    The prompts are those of `rows`, by default of prompts.source.
+    """
     supplied = load_supplied_eval(config, policy, vocabulary(policy))
-    prompt_ids = [] if supplied else _encoded(config, policy)[1]
-    require_positions(config, policy, sum(longest(config, prompt_ids, supplied)))
+    made = no_prompts() if supplied else encoded(config, policy, rows)
+    require_positions(config, policy, sum(longest(config, made.ids, supplied)))
     temperature = supplied.temperature if supplied else config.sampling.temperature
-    return EvalSource(temperature, prompt_ids, supplied)
+    return EvalSource(temperature, made.ids, supplied), made.lines
 
 
 def vocabulary(policy: Policy) -> int:
@@ -201,47 +222,8 @@ def _with_toy(config: Config, narrator: Narrator, *, prompts: bool) -> Config:
     return config.model_copy(update=changes)
 
 
-def _encoded(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
-    chosen = config.prompts
-    prompts = load_prompts(
-        chosen.source,
-        prompt_column=chosen.prompt_column,
-        split=chosen.split,
-        template=chosen.template,
-        chat=chosen.chat,
-        system_prompt=chosen.system_prompt,
-        tokenizer=policy.tokenizer,
-    )
-    ids = encode_prompts(
-        prompts, policy.tokenizer, chat=chosen.chat, max_prompt_tokens=chosen.max_prompt_tokens
-    )
-    return prompts, ids
-
-
-def _prompts(config: Config, policy: Policy) -> tuple[list[Prompt], list[list[int]]]:
-    prompts, ids = _encoded(config, policy)
-    source = config.prompts.source
-    if config.rollouts.update is None and len(prompts) < config.sampling.B_U:
-        raise InputError(
-            f"{source} has {len(prompts)} prompts, sampling.B_U = {config.sampling.B_U} "
-            "distinct ones are needed: lower B_U or give more prompts"
-        )
-    if config.rollouts.eval is None and len(prompts) < 2:
-        raise InputError(
-            f"{source} has {len(prompts)} prompts, but E needs two for a standard error: give more"
-        )
-    builtin = config.rollouts.update is None and config.reward.function in BUILT_IN
-    if builtin and config.reward.answer_column not in prompts[0].row:
-        raise missing_column(config.reward.answer_column, prompts[0].row, source)
-    return prompts, ids
-
-
 def _reward(config: Config) -> Reward:
     chosen = config.reward
-    if chosen.conversational and not config.prompts.chat:
-        raise InputError(
-            "reward.conversational = true needs prompts of messages: set prompts.chat = true as well"
-        )
     return load_reward(
         chosen.function, answer_column=chosen.answer_column, conversational=chosen.conversational
     )

@@ -1,6 +1,7 @@
 """The probe inside training: the effect on the entropy of the step that is about to be taken."""
 
 # ruff: noqa: ARG002  (the arguments are the trainer's)
+import logging
 import os
 import random
 import time
@@ -27,6 +28,9 @@ from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
 from ..stages.plan import EvalSource, load_eval
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
+from .prompts import own_prompts
+
+logger = logging.getLogger(__name__)
 
 # The step is determined by the trainer, not by the configuration.
 _NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
@@ -51,7 +55,8 @@ class ProbeCallback(TrainerCallback):
     The step is exactly the one that is taken: v is AdamW's, from the accumulated and clipped gradients,
     the live state and the live learning rate; up to the rounding of theta, which is coarse if trainable
     tensors are in half precision (a warning). E is sampled from the policy (by `sampling`, `prompts`,
-    `run.seed` and the step), or supplied (`rollouts.eval`, which then needs sampler_logp). Of the
+    `run.seed` and the step), or supplied (`rollouts.eval`, which then needs sampler_logp); its prompts
+    are those of the trainer's own data set, unless `prompts.source` is set. Of the
     configuration, `run.seed`, `run.max_tokens`, `policy.max_trainable`, `prompts`, `sampling`,
     `rollouts.eval` and `entropy` are read; settings of the step in `optimizer`, clipping and learning
     rate included, are rejected, since the trainer has its own. The policy is the model in the dtypes of
@@ -79,7 +84,10 @@ class ProbeCallback(TrainerCallback):
         self.config = config if isinstance(config, Config) else read_config(Path(config))
         _require_readable(self.config)
         policy = live_policy(trainer, self.config.policy.max_trainable)
-        self.source = load_eval(self.config, policy)
+        prompted, rows = own_prompts(trainer, self.config)
+        self.source, lines = load_eval(prompted, policy, rows)
+        for line in lines:
+            logger.info(line)
         _require_same_policy(self.source, trainer)
         if self.source.supplied is not None and self.source.supplied.sampler_logp is None:
             raise InputError(
@@ -272,10 +280,8 @@ def _require_readable(config: Config) -> None:
         raise InputError('run.max_tokens = "auto" is not supported inside training: give a number')
     if config.rollouts.update is not None:
         raise InputError("rollouts.update is set: inside training U is the trainer's own; remove it")
-    if config.rollouts.eval is None and config.prompts.source == "toy":
-        raise InputError(
-            'prompts.source is "toy", the prompts of the toy policy: set it to your prompts'
-        )
+    if config.sampling.eos_ids is not None:
+        raise InputError("sampling.eos_ids is set: inside training they are the trainer's; remove it")
 
 
 def _require_same_policy(source: EvalSource, trainer: Trainer) -> None:

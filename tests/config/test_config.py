@@ -1,5 +1,6 @@
 """The configuration file: defaults, overrides, the round trip, and every refusal in one line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_an_empty_file_is_the_defaults(tmp_path) -> None:
 
 def test_the_commented_file_is_the_defaults_and_names_every_key(tmp_path) -> None:
     text = commented_config()
-    assert read(tmp_path, text) == Config()
+    found = read(tmp_path, text)
+    assert found.run.folder == str(tmp_path / "runs")  # written in the file, so relative to its folder
+    assert found.model_copy(update={"run": Config().run}) == Config()
     uncommented = {line.removeprefix("# ").split(" =")[0] for line in text.splitlines() if " =" in line}
     for name, field in Config.model_fields.items():
         for key, of_section in field.annotation.model_fields.items():
@@ -94,7 +97,139 @@ def test_what_is_written_reads_back(tmp_path_factory, etas, template, source, se
             "optimizer": {"lr": lr},
         }
     )
-    assert read(tmp_path_factory.mktemp("round"), to_toml(config)) == config
+    found = read(tmp_path_factory.mktemp("round"), to_toml(config))
+    # Whatever looks like a path is that from the current directory, in any folder.
+    assert found.run == config.run.model_copy(update={"folder": str(Path.cwd() / "runs")})
+    assert found.prompts.source in (source, str(Path.cwd() / os.path.expanduser(source)))
+    same = {"run": found.run, "prompts": found.prompts}
+    assert found == config.model_copy(update=same)
+    assert found.prompts.template == template
+
+
+def test_every_example_of_the_commented_file_is_valid(tmp_path) -> None:
+    lines = commented_config().splitlines()
+    section, seen = "", 0
+    for line in lines:
+        section = line.split("]")[0].removeprefix("[") if line.startswith("[") else section
+        key, equals, value = line.removeprefix("# ").partition(" = ")
+        model = Config.model_fields[section].annotation if section else None
+        field = model.model_fields.get(key) if model and line.startswith("# ") and equals else None
+        if field is None:
+            continue
+        seen += 1
+        assert value, f"{section}.{key}"
+        found = getattr(getattr(read(tmp_path, f"[{section}]\n{key} = {value}"), section), key)
+        assert found is not None
+    unset = [f for s in Config.model_fields.values() for f in s.annotation.model_fields.values()]
+    assert seen == sum(field.default is None for field in unset)
+
+
+# Paths: relative to where they are written.
+
+PATHS = """
+[run]
+folder = "out"
+[policy]
+checkpoint = "run/checkpoint-8"
+base = "models/base"
+[optimizer]
+state = "run/optimizer.pt"
+[prompts]
+source = "data.jsonl"
+[reward]
+function = "rewards.py:score"
+[rollouts]
+eval = "e.parquet"
+update = "u.parquet"
+"""
+
+
+def test_paths_are_relative_to_the_file_they_are_written_in(tmp_path, monkeypatch) -> None:
+    place = tmp_path / "configs"
+    (place / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (place / "c.toml").write_text(PATHS)
+    for file in (Path("configs/c.toml"), place / "c.toml"):
+        found, folder = read_config(file), file.parent
+        assert found.run.folder == str(folder / "out")
+        assert found.policy.checkpoint == str(folder / "run/checkpoint-8")
+        assert found.policy.base == str(
+            folder / "models/base"
+        )  # it would be a hub id, were it not there
+        assert found.optimizer.state == str(folder / "run/optimizer.pt")
+        assert found.prompts.source == str(folder / "data.jsonl")
+        assert found.reward.function == f"{folder / 'rewards.py'}:score"
+        assert found.rollouts.eval == str(folder / "e.parquet")
+        assert found.rollouts.update == str(folder / "u.parquet")
+    # What a run writes is the same from anywhere.
+    monkeypatch.chdir(place)
+    written = to_toml(read_config(Path("c.toml")))
+    (tmp_path / "elsewhere").mkdir()
+    again = read(tmp_path / "elsewhere", written)
+    absolute = read_config(place / "c.toml")
+    assert again == absolute
+
+
+def test_what_is_set_or_is_the_default_is_relative_to_the_current_directory(tmp_path) -> None:
+    found = read(tmp_path, "[prompts]\nsource = 'a.jsonl'", "prompts.source=b.jsonl")
+    assert (found.prompts.source, found.run.folder) == ("b.jsonl", "runs")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("prompts", "source", "toy"),
+        ("prompts", "source", "openai/gsm8k:main"),
+        ("prompts", "source", "imdb"),
+        ("policy", "checkpoint", "toy"),
+        ("policy", "base", "Qwen/Qwen2.5-0.5B"),
+        ("policy", "base", "gpt2"),
+        ("reward", "function", "numeric"),
+        ("reward", "function", "package.module:score"),
+    ],
+)
+def test_what_is_no_path_stays_as_it_is(tmp_path, section, key, value) -> None:
+    found = read(tmp_path, f"[{section}]\n{key} = '{value}'")
+    assert getattr(getattr(found, section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "there"),
+    [
+        ("prompts", "source", "data/p.jsonl", "data/p.jsonl"),
+        ("prompts", "source", "data", "data"),
+        ("policy", "checkpoint", "data", "data"),
+        ("reward", "function", "data/r.py:f", "data/r.py"),
+        ("optimizer", "state", "data/p.jsonl", "data/p.jsonl"),
+    ],
+)
+def test_a_path_from_the_current_directory_is_pointed_out(
+    tmp_path, monkeypatch, section, key, value, there
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "p.jsonl").touch()
+    (tmp_path / "data" / "r.py").touch()
+    (tmp_path / "configs").mkdir()
+    said = refusal(tmp_path / "configs", f"[{section}]\n{key} = '{value}'")
+    assert f"{section}.{key} = {there}: a path in a configuration is relative to its folder" in said
+    assert f'set it to "../{there}"' in said
+    corrected = value.replace(there, f"../{there}")
+    read(tmp_path / "configs", f"[{section}]\n{key} = '{corrected}'")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = read(tmp_path, PATHS.replace(' = "', ' = "~/'))
+    home = str(tmp_path / "home")
+    assert found.run.folder == f"{home}/out"
+    assert found.policy.base == f"{home}/models/base"
+    assert found.reward.function == f"{home}/rewards.py:score"
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf[run]\nseed = 4\n")
+    assert read_config(tmp_path / "c.toml").run.seed == 4
 
 
 @pytest.mark.parametrize(

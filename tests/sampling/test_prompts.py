@@ -15,12 +15,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from funcprobe.adapters.checkpoint.vocabulary import check_vocabulary
+from funcprobe.adapters.sampling.encoding import encode_prompts
 from funcprobe.adapters.sampling.prompts import (
+    Example,
     Prompt,
     draw_distinct,
     draw_with_replacement,
-    encode_prompts,
     load_prompts,
+    render_prompts,
 )
 from funcprobe.types import InputError
 
@@ -68,8 +70,8 @@ def write_text(tmp_path, text, name="x.jsonl"):
 def test_files_of_every_kind(tmp_path, name):
     prompts = load_prompts(write(tmp_path, name), prompt_column="question")
     assert prompts == [
-        Prompt("How many?", {"question": "How many?", "answer": "#### 3", "level": 1}),
-        Prompt("Wo\u2028hin, 道?", {"question": "Wo\u2028hin, 道?", "answer": "#### 4", "level": 2}),
+        Example("How many?", {"question": "How many?", "answer": "#### 3", "level": 1}),
+        Example("Wo\u2028hin, 道?", {"question": "Wo\u2028hin, 道?", "answer": "#### 4", "level": 2}),
     ]
     assert len(load_prompts(write(tmp_path, name), prompt_column="question", limit=1)) == 1
 
@@ -78,7 +80,7 @@ def test_json_lines_with_a_mark_blank_lines_and_carriage_returns(tmp_path):
     text = b'\xef\xbb\xbf{"q": "a"}\r\n\r\n  {"q": "b"}'
     for name in ("x.jsonl", "x.json"):
         prompts = load_prompts(write_text(tmp_path, text, name), prompt_column="q")
-        assert [p.text for p in prompts] == ["a", "b"]
+        assert [p.given for p in prompts] == ["a", "b"]
 
 
 def test_a_template_over_the_columns(tmp_path):
@@ -88,7 +90,7 @@ def test_a_template_over_the_columns(tmp_path):
         prompt_column="the.q",
         template="Q: {the.q} ({n[0]:03d}) \\boxed{{}}\nA:",
     )
-    assert prompts[0].text == "Q: How many? (007) \\boxed{}\nA:"
+    assert prompts[0].given == "Q: How many? (007) \\boxed{}\nA:"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +116,17 @@ def test_templates_that_do_not_fit(tmp_path, template, message):
         ([{"question": "a"}, {"answer": "b"}], "row 2 of .*no column 'question'"),
         ([{"question": ""}], "row 1 of .* an empty string, expected text"),
         ([{"question": " \n"}], "an empty string, expected text"),
-        ([{"question": [{"role": "user", "content": "a"}]}], "contains list, expected text"),
         ([{"question": None}], "contains NoneType, expected text"),
+        ([{"question": {"role": "user", "content": "a"}}], "contains dict, expected text or messages"),
+        ([{"question": []}], "row 1 of .* is an empty list"),
+        ([{"question": ["a"]}], "message 1 of row 1 .* found str, expected role and content"),
+        ([{"question": [{"from": "human", "value": "a"}]}], "found from, value, expected role"),
+        ([{"question": [{"role": "user", "content": None}]}], "content is NoneType, expected text"),
+        ([{"question": [{"role": "user", "content": [{"type": "image"}]}]}], "content of type image"),
+        (
+            [{"question": "a"}, {"question": [{"role": "user", "content": "a"}]}],
+            "row 2 .* has messages",
+        ),
         ([], "has no rows"),
     ],
 )
@@ -144,7 +155,8 @@ def test_a_null_in_the_template(tmp_path):
         ('{"q": "a"}\n{"q": "\\ud800"}', "x.jsonl", "row 2 of .*not Unicode text"),
         ("[" * 100_000, "x.jsonl", "line 1: nested too deeply"),
         ("not parquet", "x.parquet", "cannot be read as Parquet"),
-        ("q\na\n", "x.csv", "expected a file of type .jsonl, .json, .parquet"),
+        ("q\na\n", "x.tsv", "expected a file of type .jsonl, .json, .parquet, .csv"),
+        ('q,r\n"a', "x.csv", "x.csv cannot be read as CSV"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, text, name, message):
@@ -161,13 +173,14 @@ def test_a_path_that_does_not_exist(source):
 
 def test_options_that_contradict_each_other(tmp_path):
     path = write(tmp_path, "a.jsonl")
-    with pytest.raises(InputError, match="chat is off"):
-        load_prompts(path, prompt_column="question", system_prompt="Be brief.")
     with pytest.raises(InputError, match="limit is 0"):
         load_prompts(path, prompt_column="question", limit=0)
-    for without in (None, tokenizer(chat_template=None)):
-        with pytest.raises(InputError, match="needs a tokenizer with a chat template"):
-            load_prompts(path, prompt_column="question", chat=True, tokenizer=without)
+    texts, without = load_prompts(path, prompt_column="question"), tokenizer(chat_template=None)
+    for chat, tok in ((False, tokenizer()), ("auto", without)):
+        with pytest.raises(InputError, match="system_prompt is set, but the prompts are text"):
+            render_prompts(texts, tok, chat=chat, system_prompt="be brief")
+    with pytest.raises(InputError, match="chat is true, but the tokenizer has no chat template"):
+        render_prompts(texts, without, chat=True)
 
 
 class Calls(list):
@@ -185,7 +198,7 @@ def test_a_dataset_by_name(monkeypatch):
     prompts = load_prompts("openai/gsm8k:main", prompt_column="question", split="test")
     load_prompts("imdb", prompt_column="question")
     row = {"question": "How many?", "answer": "#### 3", "level": 1}
-    assert prompts[0] == Prompt("How many?", row)
+    assert prompts[0] == Example("How many?", row)
     assert calls == [
         (("openai/gsm8k", "main"), {"split": "test"}),
         (("imdb", None), {"split": "train"}),
@@ -218,30 +231,29 @@ def test_a_folder_goes_to_datasets(tmp_path, monkeypatch):
 def test_chat_renders_and_encodes_with_one_bos(tmp_path):
     path = write(tmp_path, "a.jsonl", [{"q": "how many"}])
     tok = tokenizer()
-    chat = load_prompts(path, prompt_column="q", chat=True, system_prompt="be brief", tokenizer=tok)
+    texts = load_prompts(path, prompt_column="q")
+    chat, _ = render_prompts(texts, tok, chat=True, system_prompt="be brief")
     assert chat[0].text == "<s> system : be brief user : how many assistant :"
-    assert encode_prompts(chat, tok, chat=True) == [[0, 4, 6, 9, 10, 3, 6, 7, 8, 5, 6]]
-    plain = load_prompts(path, prompt_column="q")
-    assert encode_prompts(plain, tok, chat=False) == [[0, 7, 8]]
+    assert encode_prompts(chat, tok) == ([[0, 4, 6, 9, 10, 3, 6, 7, 8, 5, 6]], [])
+    plain, _ = render_prompts(texts, tok, chat=False)
+    assert encode_prompts(plain, tok) == ([[0, 7, 8]], [])
 
 
 def test_a_chat_template_that_refuses(tmp_path):
     refusing = tokenizer(chat_template="{{ raise_exception('System role not supported') }}")
     with pytest.raises(InputError, match="System role not supported"):
-        load_prompts(
-            write(tmp_path, "a.jsonl"), prompt_column="question", chat=True, tokenizer=refusing
-        )
+        render_prompts([Example("how", {})], refusing, chat=True)
 
 
 def test_encodings_that_cannot_be_used():
-    two = [Prompt("how", {}), Prompt("how many", {})]
-    assert encode_prompts(two, tokenizer(), chat=False, max_prompt_tokens=3) == [[0, 7], [0, 7, 8]]
+    two = [Prompt("how", {}, "how"), Prompt("how many", {}, "how many")]
+    assert encode_prompts(two, tokenizer(), max_prompt_tokens=3) == ([[0, 7], [0, 7, 8]], [])
     with pytest.raises(InputError, match="prompt 2 has 3 tokens, at most 2"):
-        encode_prompts(two, tokenizer(), chat=False, max_prompt_tokens=2)
+        encode_prompts(two, tokenizer(), max_prompt_tokens=2)
     with pytest.raises(InputError, match="prompt 1 has no tokens"):
-        encode_prompts([Prompt(" ", {})], tokenizer(), chat=True)
+        encode_prompts([Prompt(" ", {}, " ")], tokenizer(), add_special_tokens=False)
     with pytest.raises(InputError, match="appends '</s>' to prompt 1"):
-        encode_prompts(two, tokenizer(template="<s> $A </s>"), chat=False)
+        encode_prompts(two, tokenizer(template="<s> $A </s>"))
 
 
 def test_the_vocabulary_must_fit():

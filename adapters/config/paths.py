@@ -1,0 +1,70 @@
+"""Paths in a configuration: relative to the place where they are written.
+
+Those in a file are relative to its folder, so that a configuration runs from any directory; those of
+`--set`, and the defaults, are relative to the current directory.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from funcprobe.types import InputError
+
+FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # of prompts
+
+_FILES = ("optimizer.state", "rollouts.eval", "rollouts.update")
+_FILES_OR_HUB = ("policy.checkpoint", "policy.base", "prompts.source")
+_FUNCTION, _OUTPUT = "reward.function", "run.folder"
+KEYS = (*_FILES, *_FILES_OR_HUB, _FUNCTION, _OUTPUT)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is no hub id: those have at most one slash, and no checkpoint-N."""
+    named_so = name.startswith((".", "/", "~")) or re.search(r"checkpoint-\d+/?$", name) is not None
+    return named_so or name.count("/") > 1
+
+
+def resolve(tables: dict[str, Any], folder: Path, *, written_in: str) -> dict[str, Any]:
+    """The tables with every relative path joined to `folder`, and ~ replaced; hub ids are unchanged.
+
+    InputError for an input that does not exist there, but in the current directory; `written_in` is
+    the file, for the message.
+    """
+    found = dict(tables)
+    for key in KEYS:
+        section, _, name = key.partition(".")
+        table = found.get(section)
+        if isinstance(table, dict) and isinstance(table.get(name), str):
+            value = _resolved(key, table[name], folder, written_in)
+            found[section] = {**table, name: value}
+    return found
+
+
+def _resolved(key: str, value: str, folder: Path, written_in: str) -> str:
+    if key == _FUNCTION:
+        module, _, function = value.rpartition(":")
+        if Path(module).suffix != ".py":
+            return value
+        return f"{_joined(key, module, folder, written_in)}:{function}"
+    if key in _FILES_OR_HUB:
+        if value == "toy":  # the built-in policy, its prompts
+            return value
+        local = looks_local(value) or Path(value).suffix in FILE_TYPES or (folder / value).exists()
+        if not (local or Path(value).exists()):
+            return value
+    return _joined(key, value, folder, written_in)
+
+
+def _joined(key: str, value: str, folder: Path, written_in: str) -> str:
+    if not value:
+        return value  # rejected by the model, with the key
+    path = Path(os.path.expanduser(value))  # Path's own raises for an unknown user
+    there = folder / path
+    if key != _OUTPUT and not path.is_absolute() and not there.exists() and path.exists():
+        raise InputError(
+            f"{written_in}: {key} = {value}: a path in a configuration is relative to its folder, and "
+            f"{there} does not exist; {value} in the current directory does: set it to "
+            f'"{os.path.relpath(path, folder)}"'
+        )
+    return str(there)

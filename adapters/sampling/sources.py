@@ -1,0 +1,143 @@
+"""Rows of a data set: from a file, from a folder, from the Hub."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from funcprobe.types import InputError
+
+from ..config.paths import FILE_TYPES
+
+Row = dict[str, object]
+
+# What `save_to_disk` of datasets (4.0) leaves in the folder of a split, and in that of several.
+_SAVED, _SPLITS = ("dataset_info.json", "state.json"), "dataset_dict.json"
+
+
+def read_rows(source: str, split: str) -> list[Row]:
+    """Every row of a .jsonl, .json, .parquet or .csv file, or of `split` of a data set.
+
+    A data set is a folder written by `save_to_disk`, or a folder or name that `datasets.load_dataset`
+    takes ("openai/gsm8k:main": the configuration after a colon). A file has no splits, nor has a folder
+    saved from one. InputError, one line, if it cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            raise InputError(f"{source}: expected a file of type {', '.join(FILE_TYPES)}")
+        readers = {".parquet": _parquet, ".csv": _csv}
+        return readers.get(path.suffix, _json)(path)
+    if path.is_dir():
+        saved = (path / _SPLITS).is_file() or all((path / name).is_file() for name in _SAVED)
+        return _saved(path, split) if saved else _dataset(str(path), split)
+    if path.suffix in FILE_TYPES or source.startswith((".", "/", "~")):
+        raise InputError(f"file not found: {source} (from {Path.cwd()}): correct the path")
+    return _dataset(source, split)
+
+
+def _json(path: Path) -> list[Row]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read, expected UTF-8 text: {error}") from error
+    whole = text.lstrip().startswith("[")
+    rows: list[Row] = []
+    # Not splitlines(), which also splits at U+2028 and similar, allowed inside a JSON string.
+    for number, chunk in [(1, text)] if whole else enumerate(text.split("\n"), 1):
+        if not chunk.strip():
+            continue
+        try:
+            found = json.loads(chunk)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number + error.lineno - 1}: {error.msg}; expected one JSON object "
+                "per line, or one array of objects: correct or drop the line"
+            ) from error
+        except RecursionError as error:
+            raise InputError(
+                f"{path}, line {number}: nested too deeply: correct or drop the line"
+            ) from error
+        rows += found if whole else [found]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, row {number}: {type(row).__name__}, expected a JSON object")
+    return rows
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as Parquet: {_line(error)}") from error
+    return rows
+
+
+def _csv(path: Path) -> list[Row]:
+    """As `datasets` reads it, for the types of a trainer's columns; nothing is left in its cache."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    _quiet()
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            found = Dataset.from_csv(
+                str(path), cache_dir=cache, keep_in_memory=True, encoding="utf-8-sig"
+            )
+            return _plain(found)
+    except (OSError, ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as CSV: {_line(error.__cause__ or error)}") from error
+
+
+def _saved(path: Path, split: str) -> list[Row]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"{path} is a saved data set that cannot be read ({_line(error)}): save it again"
+        ) from error
+    if not isinstance(found, DatasetDict):
+        return _plain(found)
+    if split not in found:
+        raise InputError(
+            f"{path} has no split {split!r}, its splits are: {', '.join(found)}; set prompts.split"
+        )
+    return _plain(found[split])
+
+
+def _dataset(source: str, split: str) -> list[Row]:
+    # Imported here, as it takes a second and local files do not need it.
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    _quiet()
+    name, _, configuration = source.partition(":")
+    try:
+        found = datasets.load_dataset(name, configuration or None, split=split)
+    # Not found or no network: OSError; unknown configuration or split: ValueError; a dataset that
+    # needs a script: RuntimeError (datasets 4 and later).
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise InputError(
+            f"dataset {name!r} (configuration {configuration or None!r}, split {split!r}) cannot be "
+            f"loaded: {_line(error)}; expected a name on the Hub (openai/gsm8k:main) or a local file"
+        ) from error
+    return _plain(found)
+
+
+def _plain(found: Any) -> list[Row]:
+    return [dict(row) for row in found]
+
+
+def _quiet() -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
