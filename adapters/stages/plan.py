@@ -182,12 +182,11 @@ class EvalSource(NamedTuple):
     temperature: float
     prompt_ids: list[list[int]]  # none if E is supplied
     supplied: Rollouts | None
+    lines: list[str]  # on how the prompts were made
 
 
-def load_eval(
-    config: Config, policy: Policy, rows: Sequence[Row] | None = None
-) -> tuple[EvalSource, list[str]]:
-    """E's prompts or rollouts for a policy that is already loaded, and lines; InputError as in `load`.
+def load_eval(config: Config, policy: Policy, rows: Sequence[Row] | None = None) -> EvalSource:
+    """E's prompts or rollouts for a policy that is already loaded; InputError as in `load`.
 
     The prompts are those of `rows`, by default of prompts.source.
     """
@@ -195,7 +194,7 @@ def load_eval(
     made = no_prompts() if supplied else encoded(config, policy, rows)
     require_positions(config, policy, sum(longest(config, made.ids, supplied)))
     temperature = supplied.temperature if supplied else config.sampling.temperature
-    return EvalSource(temperature, made.ids, supplied), made.lines
+    return EvalSource(temperature, made.ids, supplied, made.lines)
 
 
 def vocabulary(policy: Policy) -> int:

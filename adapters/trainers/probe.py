@@ -85,8 +85,8 @@ class ProbeCallback(TrainerCallback):
         _require_readable(self.config)
         policy = live_policy(trainer, self.config.policy.max_trainable)
         prompted, rows = own_prompts(trainer, self.config)
-        self.source, lines = load_eval(prompted, policy, rows)
-        for line in lines:
+        self.source = load_eval(prompted, policy, rows)
+        for line in self.source.lines:
             logger.info(line)
         _require_same_policy(self.source, trainer)
         if self.source.supplied is not None and self.source.supplied.sampler_logp is None:

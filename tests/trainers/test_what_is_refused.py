@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from funcprobe import InputError
+from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.trainers import ParamNamesCallback, ProbeCallback, live
 from support.checkpoints import PIECES
 from support.policies import tiny_policy
@@ -60,8 +61,12 @@ def test_a_sharded_parameter_is_refused_by_name(one_process, checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"prompts": {"source": "toy"}}, 'prompts.source is "toy"'),
+        (
+            {"prompts": {"source": "toy", "prompt_column": "promt"}},
+            "no column 'promt' .*answer, prompt",
+        ),
         ({"prompts": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"sampling": {"eos_ids": [1]}}, r"sampling\.eos_ids is set"),
         ({"sampling": {"temperature": 0.5}}, "temperature 1 but E is at 0.5"),
         ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr is set"),
         ({"optimizer": {"max_grad_norm": 1.0}}, r"optimizer\.max_grad_norm is set.*the trainer's own"),
@@ -81,6 +86,11 @@ def test_configurations_that_are_refused_before_training(sections, said, checkpo
 
 def test_other_arguments_that_are_refused(checkpoint, tmp_path):
     trainer = plain_trainer(checkpoint, tmp_path)
+    with pytest.raises(InputError, match=r"no column 'prompt' .*input_ids, labels.*set prompts.s"):
+        ProbeCallback(trainer, every=1, config=Config())
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(InputError, match="data set is IterableDataset, from which prompts cannot"):
+        ProbeCallback(trainer, every=1, config=Config())
     for every in (0, -1, True, 2.0, "2", None):
         with pytest.raises(InputError, match=f"every = {every!r}: a whole number"):
             ProbeCallback(trainer, every=every, config=probe_config(checkpoint))
