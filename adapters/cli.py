@@ -103,12 +103,40 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("funcprobe.toml"),
+    checkpoint: Annotated[
+        Path | None, typer.Option("--from", help="Checkpoint folder to write a configuration for.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="With --from: file or data set with the run's prompts.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompts.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="The run's reward, as path/to/file.py:function.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write, as PATH.")] = None,
 ) -> None:
-    """Write a configuration file with every key, its default and its description."""
+    """Write a configuration file with every key, its default and its description.
+
+    With --from and --prompts, one that runs as it is: with the settings of that checkpoint's run, as
+    far as they are recorded, and a comment on each.
+    """
+    path = out or path
     if path.exists():
         raise InputError(f"{path} exists: give another name, or delete it")
-    path.write_text(commented_config(), encoding="utf-8")
-    typer.echo(f"wrote {path}: edit it, then run: funcprobe run {path}")
+    if (checkpoint is None) != (prompts is None):
+        raise InputError("--from CHECKPOINT and --prompts SOURCE are given together, or neither is")
+    if checkpoint is None or prompts is None:
+        text, then = commented_config(), "edit it"
+    else:
+        from .proposal import propose
+
+        text = propose(
+            checkpoint.expanduser(), prompts, split=split, prompt_column=prompt_column, reward=reward
+        )
+        then = "read its comments"
+    path.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {path}: {then}, then run: funcprobe run {path}")
 
 
 @app.command()

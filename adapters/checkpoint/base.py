@@ -1,6 +1,5 @@
 """Folder or hub id -> base model and tokenizer, complete, or an InputError."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from funcprobe.types import InputError
 
+from ..config.paths import looks_local
 from ..config.schema import PolicyConfig
 from .quantised import quantisation
 
@@ -117,8 +117,7 @@ def load_tokenizer(places: Sequence[str], *, trust_remote_code: bool) -> Any:
 
 def is_local(name: str) -> bool:
     """A folder, or a name that is no hub id: those have at most one slash and no checkpoint-N."""
-    named_so = name.startswith((".", "/", "~")) or re.search(r"checkpoint-\d+/?$", name) is not None
-    return Path(name).expanduser().exists() or named_so or name.count("/") > 1
+    return Path(name).expanduser().exists() or looks_local(name)
 
 
 def short(error: Exception) -> str:

@@ -11,16 +11,26 @@ ANSWER_MARK = "####"  # precedes the final answer in GSM8K
 
 
 def reference_answer(row: dict[str, object], i: int, column: str) -> str:
-    """The text after the last "####" of the column, or all of it. InputError if not text or number."""
-    if column not in row:
+    """The text after the last "####" of the column, or all of it. InputError if not text or number.
+
+    The ground truth of verl's column reward_model has precedence.
+    """
+    value = ground_truth_of_verl(row)
+    if value is None and column not in row:
         raise missing_column(column, row, f"the row of response {i}")
-    value = row[column]
+    value = row[column] if value is None else value
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise InputError(
             f"response {i}: column {column!r} contains {type(value).__name__}, expected text or a "
             "number: choose another answer_column"
         )
     return str(value).rpartition(ANSWER_MARK)[2].strip()
+
+
+def ground_truth_of_verl(row: dict[str, object]) -> object:
+    """That of the column reward_model; None if there is none."""
+    model = row.get("reward_model")
+    return model.get("ground_truth") if isinstance(model, dict) else None
 
 
 # A comma separates thousands only in groups of the right size (1,234,567 or Indian 12,34,567), so

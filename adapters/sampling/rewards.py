@@ -20,7 +20,7 @@ from torch import Tensor
 
 from funcprobe.types import InputError
 
-from .answers import math_score, numeric_score, reference_answer
+from .answers import ground_truth_of_verl, math_score, numeric_score, reference_answer
 from .messages import Messages
 from .prompts import missing_column
 
@@ -233,8 +233,7 @@ def _call(
 
 
 def _ground_truth(row: dict[str, object], i: int, answer_column: str) -> object:
-    model = row.get("reward_model")
-    found = model.get("ground_truth") if isinstance(model, dict) else None
+    found = ground_truth_of_verl(row)
     found = row.get(answer_column) if found is None else found
     if found is None:
         raise InputError(

@@ -9,7 +9,7 @@ from ..config.schema import Config
 from ..optimizer import Sidecar
 
 # TRL's scale_rewards -> our advantage.
-_ADVANTAGE = {"group": "mean_std", "True": "mean_std", "none": "mean", "False": "mean"}
+ADVANTAGES = {"group": "mean_std", "True": "mean_std", "none": "mean", "False": "mean"}
 # Settings of TRL that change the distribution of U's responses, with the values at which they do not.
 _CUTS = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
 # Settings of TRL (1.16), each with the value at which it has no effect. The first change the loss:
@@ -80,7 +80,7 @@ def _objective(config: Config, sidecar: Sidecar) -> list[str]:
     if kind in PRESETS and kind != objective.preset and objective.normalisation is None:
         lines.append(f"loss_type was {kind}, objective.preset is {objective.preset}")
     advantage = objective.advantage or PRESETS[objective.preset].advantage
-    ran = _ADVANTAGE.get(str(scale))
+    ran = ADVANTAGES.get(str(scale))
     if scale is not None and advantage not in ("rollouts", ran):
         remedy = f'set it to "{ran}"' if ran else "only the run's own rollouts have these advantages"
         lines.append(f"scale_rewards was {scale}, objective.advantage is {advantage}: {remedy}")

@@ -9,6 +9,7 @@ from ..checkpoint.model import Policy
 from ..config.schema import Config
 from ..console import excerpt
 from ..rollouts import Rollouts
+from ..sampling.answers import ground_truth_of_verl
 from ..sampling.encoding import encode_prompts
 from ..sampling.prompts import Prompt, load_prompts, missing_column, render_prompts
 from ..sampling.rewards import BUILT_IN
@@ -69,9 +70,9 @@ def sampled_from(config: Config, policy: Policy) -> Prompts:
         raise InputError(
             f"{source} has {len(prompts)} prompts, but E needs two for a standard error: give more"
         )
-    builtin = samples_update and config.reward.function in BUILT_IN
-    if builtin and config.reward.answer_column not in prompts[0].row:
-        raise missing_column(config.reward.answer_column, prompts[0].row, source)
+    builtin, row = samples_update and config.reward.function in BUILT_IN, prompts[0].row
+    if builtin and config.reward.answer_column not in row and ground_truth_of_verl(row) is None:
+        raise missing_column(config.reward.answer_column, row, source)
     if samples_update and config.reward.conversational and prompts[0].messages is None:
         raise InputError(
             "reward.conversational = true needs prompts of messages: set prompts.chat = true as well"

@@ -51,6 +51,7 @@ SAMPLING = (
     "num_generations",
     "max_completion_length",
     "generation_kwargs",
+    "chat_template_kwargs",
     "use_vllm",
     "vllm_importance_sampling_correction",
 )

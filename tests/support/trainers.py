@@ -34,6 +34,7 @@ def grpo_trainer(
     dropout: float = 0.0,
     lora: Any = None,
     rewards: Any = reward,
+    train_dataset: Any = None,
     **settings: Any,
 ) -> GRPOTrainer:
     base = AutoModelForCausalLM.from_pretrained(checkpoint.base)
@@ -66,7 +67,7 @@ def grpo_trainer(
         model=base,
         reward_funcs=[rewards],
         args=GRPOConfig(**settings),
-        train_dataset=Dataset.from_list(prompts),
+        train_dataset=train_dataset or Dataset.from_list(prompts),
         processing_class=AutoTokenizer.from_pretrained(checkpoint.base),
         peft_config=lora,
     )
