@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import textwrap
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,22 +274,23 @@ def _text(choices: Sequence[Choice], head: Sequence[str]) -> str:
     tables = resolve(tables, Path.cwd(), written_in="the proposal")
     Config.model_validate(tables)
     document = tomlkit.document()
-    for line in head:
-        document.add(_comment(line))
+    for line in chain.from_iterable(map(_lines, head)):
+        document.add(tomlkit.comment(line))
     for section in (name for name in Config.model_fields if name in tables):
         table = tomlkit.table()
         for choice in choices:
             if choice.key.startswith(f"{section}."):
                 name = choice.key.partition(".")[2]
                 value = tables[section][name]
-                table.add(_comment(choice.why))
+                for line in _lines(choice.why):
+                    table.add(tomlkit.comment(line))
                 table.add(name, tomlkit.item(value) if not isinstance(value, dict) else _inline(value))
         document.add(section, table)
     return tomlkit.dumps(document)
 
 
-def _comment(line: str) -> Any:
-    return tomlkit.comment("".join(c if c.isprintable() else " " for c in line))
+def _lines(comment: str) -> list[str]:
+    return textwrap.wrap("".join(c if c.isprintable() else " " for c in comment), 100)
 
 
 def _inline(table: dict[str, Any]) -> Any:

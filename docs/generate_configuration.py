@@ -20,6 +20,11 @@ $ funcprobe run mine.toml --set sampling.B_E=2048 --set entropy.per=sequence
 `--set KEY=VALUE` overrides a key of the file, and may be repeated. An unknown key is rejected
 with the nearest known one. "unset" is a key without a value: its description says what then holds.
 
+A path in a file is relative to the folder of that file, `~` is the home folder; a path given with
+`--set`, and the default of `run.folder`, are relative to the current directory. The configuration
+that a run writes has absolute paths. `funcprobe init --from CHECKPOINT --prompts SOURCE` writes a
+configuration for a checkpoint, with the settings of its run where they are recorded.
+
 This page is generated from `adapters/config/`, where every key is documented.
 """
 

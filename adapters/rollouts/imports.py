@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, NamedTuple
 
 from funcprobe.types import InputError
@@ -36,6 +36,7 @@ class Guesses(NamedTuple):
     # Ids of prompts.source by their text without special tokens; None if it is not set.
     prompts: Mapping[str, Sequence[int]] | None
     run: TrainingRun
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
 
 
 def layout_of(file: Columns) -> Layout | None:
@@ -100,8 +101,8 @@ def _trl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, A
     prompts, lines = file.values["prompt"], []
     found: dict[str, Any] = {
         "prompt_index": _even_groups(file, prompts),
-        "prompt": [_prompt_text(file, i, x, guesses.tokenizer) for i, x in enumerate(prompts)],
-        "prompt_ids": [_prompt_ids(x, guesses.tokenizer) for x in prompts],
+        "prompt": [_prompt_text(file, i, x, guesses) for i, x in enumerate(prompts)],
+        "prompt_ids": [_prompt_ids(x, guesses) for x in prompts],
         "response": [_completion(file, i, x) for i, x in enumerate(file.values["completion"])],
         "advantage": file.values["advantage"],
     }
@@ -186,26 +187,26 @@ def _even_groups(file: Columns, prompts: Sequence[Any]) -> list[int]:
     return [i // size for i in range(len(prompts))]
 
 
-def _prompt_text(file: Columns, i: int, prompt: Any, tokenizer: Any) -> str:
+def _prompt_text(file: Columns, i: int, prompt: Any, guesses: Guesses) -> str:
     if not isinstance(prompt, list):
         return _text(file, i, "prompt", prompt)
-    if not tokenizer.chat_template:
+    if not guesses.tokenizer.chat_template:
         raise InputError(
             f"{file.path}: {file.place[i]} has a prompt of messages, but the tokenizer has no chat "
             "template: use the tokenizer of the training run"
         )
     for message in prompt:
         _content(file, i, message)
-    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+    given = {"add_generation_prompt": True, **guesses.chat_template_kwargs}
+    return str(guesses.tokenizer.apply_chat_template(prompt, tokenize=False, **given))
 
 
-def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
+def _prompt_ids(prompt: Any, guesses: Guesses) -> list[int]:
     """As TRL 1.16 does (`_tokenize_prompts`)."""
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+        return list(guesses.tokenizer(prompt)["input_ids"])
+    given = {"add_generation_prompt": True, **guesses.chat_template_kwargs}
+    rendered = guesses.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **given)
     return list(rendered["input_ids"])
 
 

@@ -88,6 +88,7 @@ def load_supplied_update(
             max_new_tokens=config.sampling.max_new_tokens,
             prompts=known,
             run=run,
+            chat_template_kwargs=config.prompts.chat_template_kwargs,
         )
         columns, lines = import_columns(columns, file.layout, guesses, advantages=advantages)
     found = parse_rollouts(
