@@ -109,6 +109,11 @@ def render_prompts(
         text = _unicode(render(messages, tokenizer, arguments, row, f"prompt {i}"), f"prompt {i}")
         prompts.append(Prompt(text, row, given, messages))
     lines = _rendered_lines(prompts, arguments, explicit=chat is True)
+    if "strftime_now" in str(tokenizer.chat_template) and "date_string" not in arguments:
+        lines.append(
+            "warning: the chat template writes today's date, in training it wrote that day's: set "
+            "prompts.chat_template_kwargs = { date_string = ... }, which templates as Llama's read"
+        )
     if texts and (marked := _rendered(texts, tokenizer)):
         lines.append(
             f"warning: {len(marked)} of {len(texts)} prompts contain marks of the chat template and "

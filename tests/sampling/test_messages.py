@@ -1,12 +1,16 @@
 """Prompts as messages, and rendered text: the tokens are those of TRL, whatever the file."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import trl
 from datasets import Dataset, DatasetDict
+from jinja2.exceptions import TemplateError
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -46,9 +50,9 @@ TALKS = [
 ]
 
 
-def tokenizer(template=CHAT, processor="<s> $A"):
+def tokenizer(template=CHAT, processor="<s> $A", special=SPECIAL):
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
-    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *characters])}
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*special, *characters]))}
     made = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     made.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     made.decoder = Fuse()
@@ -61,7 +65,7 @@ def tokenizer(template=CHAT, processor="<s> $A"):
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens=SPECIAL[3:],
+        extra_special_tokens=list(dict.fromkeys(special[3:])),
         chat_template=template,
     )
 
@@ -121,6 +125,41 @@ def test_messages_of_every_kind_of_file_have_trls_tokens(tmp_path, kind):
     assert ids == by_trl(TALKS, tok)
     assert ids[0].count(0) == 1
     assert lines[0] == "prompts: messages, rendered by the tokenizer's chat template"
+
+
+TEMPLATES = sorted(
+    path
+    for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
+    if not path.stem.endswith("_training")  # the same, with marks of the assistant's tokens
+)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_published_templates_have_trls_tokens(path):
+    """Also where a template rejects a system message, or calls of tools."""
+    template = path.read_text(encoding="utf-8")
+    found = re.findall(r"<\|?[a-zA-Z_/]+\|?>|\[/?[A-Z_]+\]", template)
+    tok = tokenizer(template, special=[*SPECIAL, *(x for x in found if "think" not in x)])
+    for talk in TALKS:
+        try:
+            expected = by_trl([talk], tok)
+        except TemplateError:
+            with pytest.raises(InputError, match="the chat template rejects the messages of prompt 1"):
+                ours(examples([talk]), tok)
+        else:
+            assert ours(examples([talk]), tok)[0] == expected
+    rendered = tok.apply_chat_template(TALKS[0], tokenize=False, add_generation_prompt=True)
+    assert "rendered already" in ours(examples([rendered]), tok)[1][0]
+    assert "as a user message" in ours(examples(["1 <b>2</b> [3] | <think>"]), tok)[1][0]
+
+
+def test_a_template_with_a_date_is_pointed_out():
+    tok = tokenizer(CHAT + "{% if not date_string %}{{ strftime_now('%d %b %Y') }}{% endif %}")
+    assert "warning: the chat template writes today's date" in ours(examples(TALKS), tok)[1][-1]
+    given = {"date_string": "26 Jul 2024"}
+    ids, lines = ours(examples(TALKS), tok, chat_template_kwargs=given)
+    assert ids == by_trl(TALKS, tok, **given)
+    assert not any("date" in line for line in lines)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
