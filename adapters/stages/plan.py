@@ -99,6 +99,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         if sampled or lossy:
             guessed += length_lines(run, config.sampling.max_new_tokens)
         inputs = _inputs(config, policy, report, prompts, prompt_ids)
+        config = _with_base(config, policy)
         if not sampled:
             prompts, prompt_ids = [], []
         temperature = common_temperature(config, supplied_eval, supplied_update)
@@ -219,6 +220,15 @@ def _with_toy(config: Config, narrator: Narrator, *, prompts: bool) -> Config:
     if prompts:
         changes["prompts"] = config.prompts.model_copy(update={"source": str(toy.prompts)})
     return config.model_copy(update=changes)
+
+
+def _with_base(config: Config, policy: Policy) -> Config:
+    """With the base's folder if the adapter names it relative to the current directory."""
+    base = Path(policy.base)
+    if config.policy.base is not None or base.is_absolute() or not base.is_dir():
+        return config
+    chosen = config.policy.model_copy(update={"base": str(base.absolute())})
+    return config.model_copy(update={"policy": chosen})
 
 
 def _reward(config: Config) -> Reward:

@@ -143,7 +143,7 @@ def test_published_templates_have_trls_tokens(path):
     for talk in TALKS:
         try:
             expected = by_trl([talk], tok)
-        except TemplateError:
+        except (TemplateError, TypeError):  # the second: arguments of a call as an object
             with pytest.raises(InputError, match="the chat template rejects the messages of prompt 1"):
                 ours(examples([talk]), tok)
         else:
