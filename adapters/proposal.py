@@ -233,13 +233,13 @@ def _objective(sidecar: Sidecar | None) -> list[Choice]:
 def _optimizer(document: dict[str, Any], sidecar: Sidecar | None) -> list[Choice]:
     saved = sidecar.max_grad_norm if sidecar else None
     chosen = [_of_run("optimizer.max_grad_norm", saved, "max_grad_norm", DEFAULT_MAX_GRAD_NORM)]
-    if (document["names"] or {}).get("needs_accept_positional"):
+    if (document["names"] or {}).get("verified_by_gradients"):
         chosen.append(
             Choice(
                 "optimizer.accept_positional",
                 True,
-                "the state has no names: the trainer's order is replayed, which the file cannot "
-                "confirm (ParamNamesCallback saves names)",
+                "the state has no names: a run compares the trainer's order with the gradients on U, "
+                "and trusts it, with a warning, if they leave it open (ParamNamesCallback saves names)",
             )
         )
     return chosen

@@ -128,5 +128,8 @@ class OptimizerConfig(Section):
         "stop", description='Below min_coverage: "stop", or "identity": v = Y, with a warning.'
     )
     max_update: float | None = Field(
-        None, gt=0, description='Bound of the entries of |P Y|, rule "precondition"; default: none.'
+        None,
+        gt=0,
+        description='Bound of the entries of |P Y|, rule "precondition"; default: none.',
+        examples=[1.0],
     )
