@@ -65,6 +65,12 @@ def _sampling(config: Config, sidecar: Sidecar) -> list[str]:
     lines = []
     if ran.get("temperature") not in (None, here):
         lines.append(f"sampling had temperature {ran['temperature']}, sampling.temperature is {here:g}")
+    rendered, chosen = ran.get("chat_template_kwargs"), config.prompts.chat_template_kwargs
+    if rendered and rendered != chosen and None in (config.rollouts.eval, config.rollouts.update):
+        lines.append(
+            f"chat_template_kwargs were {rendered!r}, prompts.chat_template_kwargs are {chosen!r}: the "
+            "prompts may differ"
+        )
     if config.rollouts.update is None:
         lines += [
             f"sampling had {key} = {ran[key]}, but U is sampled without it here"

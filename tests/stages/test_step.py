@@ -93,6 +93,18 @@ def test_samplings_that_are_not_the_probes_are_told(policy, damaged, sampling, s
     assert "warning" not in found
 
 
+def test_other_arguments_of_the_chat_template(policy, damaged) -> None:
+    ran = {"enable_thinking": False}
+    with_sidecar(damaged, loss={}, sampling={"chat_template_kwargs": ran})
+    _, found = lines(policy, damaged)
+    assert "the run's chat_template_kwargs were {'enable_thinking': False}, prompts." in found
+    for same in (
+        {"prompts": {"chat_template_kwargs": ran}},
+        {"rollouts": {"eval": "e.parquet", "update": "u.parquet"}},
+    ):
+        assert "chat_template_kwargs" not in lines(policy, damaged, **same)[1]
+
+
 def test_states_of_other_checkpoints_are_told(policy, damaged) -> None:
     same = {"sampling": {"temperature": 0.9}, "objective": {"preset": "grpo"}}
     for trained, warned in ((2, False), (1, True), (7, True)):
