@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.rollouts import load_rollouts
-from support.checkpoints import PIECES, sets
+from support.checkpoints import PIECES, edit_json, sets
 
 PLUS = PIECES.index("+")
 SEEN = """
@@ -87,3 +88,12 @@ def test_a_reward_is_given_what_trl_gives_it(command, damaged, settings, prompt)
     assert set(map(json.dumps, seen_prompts)) <= {wanted.replace("3+4", text) for text in texts}
     kinds = {type(p) for p in seen_prompts}, {type(c) for c in seen_completions}
     assert kinds == ({type(prompt)}, {type(prompt)})
+
+
+def test_the_written_configuration_names_a_base_that_was_found_from_here(command, damaged, tmp_path):
+    base = damaged.base.relative_to(tmp_path)
+    edit_json(damaged.adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    Path("c.toml").touch()
+    outcome = command("run", "c.toml", *sets(damaged.settings() | {"sampling.B_E": 4}))
+    assert outcome.status == 0, outcome.err
+    assert read_config(Path("runs/probe/config.toml")).policy.base == str(damaged.base)
