@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import funcprobe
-from funcprobe import checks
+from funcprobe import checks, tree
 from funcprobe.policy.layout import response_mask, select
 from funcprobe.statistics import baselines
 from funcprobe.types import Params, TokenStats
@@ -20,7 +20,7 @@ from .results.document import document
 from .results.manifest import manifest
 from .results.schema import Results
 from .stages.batches import Batches, sample
-from .stages.gradient import gradient_on_U, verify_state
+from .stages.gradient import gradients_on_U, verify_state
 from .stages.plan import Plan, load
 from .stages.sweep import LEAVES, STATS, measure_sweep, state_inputs
 from .store import Stages
@@ -35,8 +35,8 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
         plan, batches = _sampled(plan, stages, narrator)
-        Y = gradient_on_U(plan, batches, stages, narrator)
-        evidence = verify_state(plan, Y, narrator)
+        Y = gradients_on_U(plan, batches, stages, narrator)
+        evidence = verify_state(plan, tree.mean(Y), narrator)
         prediction = _predict(plan, batches, Y, stages, narrator)
         unit_N = _units(plan, batches)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
@@ -73,8 +73,8 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
         plan, batches = _sampled(plan, Stages(None), narrator)
-        Y = gradient_on_U(plan, batches, Stages(None), narrator)
-        evidence = verify_state(plan, Y, narrator)
+        Y = gradients_on_U(plan, batches, Stages(None), narrator)
+        evidence = verify_state(plan, tree.mean(Y), narrator)
         prediction = _predict(plan, batches, Y, Stages(None), narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
     return [*seen, _untouched(versions, plan.policy.model)]
@@ -100,6 +100,9 @@ def check(
     if few_logp_NR is not None:
         few_logp_NR = few_logp_NR[:, : response_mask(part).shape[1]]
     v = prediction.direction.total
+    moves = _moves(batches)
+    if not moves:
+        narrator.say("every advantage is 0: the checks of the gradient Y are left out")
     with narrator.phase("sanity checks") as stage:
         forward = counted(plan.forward, stage, "E")
         stats = funcprobe.token_stats(params, part, forward, max_tokens)
@@ -108,10 +111,10 @@ def check(
             *([checks.float64_throughout(plan.policy.model, part)] if plain64 else []),
             checks.adapter_changes_logits(params, part, stats, forward, max_tokens),
             checks.gradients_reach("X", prediction.X),
-            checks.gradients_reach("Y", prediction.Y),
+            *([checks.gradients_reach("Y", prediction.Y)] if moves else []),
             checks.routes_agree(prediction, plan.forward),
             checks.alpha_cases(params, part, v, forward, max_tokens),
-            *_of_the_state(plan, prediction, evidence),
+            *(_of_the_state(plan, prediction, evidence) if moves else []),
             checks.eta_zero(
                 params,
                 part,
@@ -154,7 +157,7 @@ def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batc
 
 
 def _predict(
-    plan: Plan, batches: Batches, Y: Params, stages: Stages, narrator: Narrator
+    plan: Plan, batches: Batches, Y: tuple[Params, ...], stages: Stages, narrator: Narrator
 ) -> funcprobe.Prediction:
     with narrator.phase("first order", _sequences(batches)) as stage:
         return funcprobe.summarise(
@@ -171,8 +174,14 @@ def _predict(
 
 
 def _sequences(batches: Batches) -> int:
-    """Sequences in the passes of first order: along v and X on E, along P X on U."""
-    return 2 * len(batches.eval_batch.prompt_N) + len(batches.update.batch.prompt_N)
+    """Sequences in the passes of first order: along v and X on E, along P X on U if Y is not 0."""
+    over_U = len(batches.update.batch.prompt_N) if _moves(batches) else 0
+    return 2 * len(batches.eval_batch.prompt_N) + over_U
+
+
+def _moves(batches: Batches) -> bool:
+    """Whether some advantage of U is not 0."""
+    return bool(batches.update.coef_NR.any())
 
 
 def _units(plan: Plan, batches: Batches) -> torch.Tensor:
@@ -185,11 +194,13 @@ def _units(plan: Plan, batches: Batches) -> torch.Tensor:
     return torch.arange(len(prompt_N)) if plan.supplied_eval is None else prompt_N
 
 
-def _passes(plan: Plan, batches: Batches, Y: Params, stages: Stages, stage: Stage) -> funcprobe.Passes:
+def _passes(
+    plan: Plan, batches: Batches, Y: tuple[Params, ...], stages: Stages, stage: Stage
+) -> funcprobe.Passes:
     params = plan.policy.params
     leaves = dict.fromkeys(params, LEAVES)
     baseline = None if plan.entropy.baseline == "none" else LEAVES
-    like = funcprobe.Passes(leaves, STATS, STATS, leaves, baseline, STATS, STATS)
+    like = funcprobe.Passes((leaves,) * len(Y), STATS, STATS, leaves, baseline, STATS, STATS)
     inputs = {
         **state_inputs(plan, batches),
         "coef": batches.update.coef_NR,
@@ -197,6 +208,7 @@ def _passes(plan: Plan, batches: Batches, Y: Params, stages: Stages, stage: Stag
         "optimizer": [plan.adam_state.exp_avg, plan.adam_state.exp_avg_sq, plan.adam_state.step],
         "groups": plan.adam_state.groups,
         "step": plan.step,
+        "masks": [len(plan.masks), plan.config.run.seed] if plan.masks else 0,
         "entropy": plan.entropy,
         "passes": funcprobe.Passes._fields,
     }

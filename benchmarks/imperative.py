@@ -31,13 +31,13 @@ def of_passes(
     passes: Passes, params: Params, batch: Batch, update: UpdateBatch, state: AdamState
 ) -> FirstOrder:
     """The same from `funcprobe.first_order_passes`, by arithmetic alone."""
-    v = update_direction(params, passes.Y, state).total
+    v = update_direction(params, passes.Y[0], state).total
     p_NR, q_NR = evaluation.gradient_coefficients(evaluation.evaluate(batch, passes.stats))
     s_N = (p_NR * passes.tangent.logp_NR + q_NR * passes.tangent.entropy_NR).sum(1)
     t_N = (update.coef_NR * passes.along_PX.logp_NR).sum(1)
     prompt_N = update.batch.prompt_N
     t_M = torch.zeros(int(prompt_N.max()) + 1, dtype=torch.float64).index_add(0, prompt_N, t_N)
-    return FirstOrder(passes.X, passes.Y, tree.dot(passes.X, v), s_N, t_M)
+    return FirstOrder(passes.X, passes.Y[0], tree.dot(passes.X, v), s_N, t_M)
 
 
 def first_order(model: PeftModel, batch: Batch, update: UpdateBatch, state: AdamState) -> FirstOrder:

@@ -113,7 +113,7 @@ def run(cell: Cell) -> Cost:
         start = _now(cell.device)
         fixed = {"forward": probe.forward, "max_tokens": cell.max_tokens}
         passes = funcprobe.first_order_passes(probe.params, batch, update, state, **fixed)
-        v = funcprobe.update_direction(probe.params, passes.Y, state).total
+        v = funcprobe.update_direction(probe.params, passes.Y[0], state).total
         middle = _now(cell.device)
         for eta in ETAS[:etas]:
             funcprobe.measure(probe.params, batch, v, eta, passes.stats, **fixed)

@@ -8,6 +8,7 @@ from .passes.gradients import grad_X, grad_Y, weighted_grad
 from .passes.logprobs import seq_logprobs, token_stats
 from .passes.second_tangents import second_tangents
 from .passes.tangents import alpha_vjp, tangents
+from .policy.dropout import masked_forwards
 from .policy.forward import Forward, frozen_forward, lora_params, trainable_params
 from .policy.layout import collate, response_mask, select
 from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
@@ -76,6 +77,7 @@ __all__ = [
     "gradient_coefficients",
     "gradient_scale",
     "lora_params",
+    "masked_forwards",
     "measure",
     "measured_change",
     "precondition",

@@ -14,7 +14,7 @@ from .statistics import evaluation
 from .statistics.estimators import FirstOrder
 from .statistics.evaluation import Evaluation
 from .step.adam import UpdateDirection
-from .types import Batch, Entropy, InputError, Params, TokenStats
+from .types import Batch, Entropy, InputError, Params, Step, TokenStats
 
 
 class Along(NamedTuple):
@@ -100,6 +100,21 @@ def summarise_along(
         X=X,
         at=at,
         tangent=tangent,
+    )
+
+
+def require_step(direction: UpdateDirection, step: Step) -> None:
+    """InputError if a gradient Y = 0 leaves nothing of the step: no momentum, no weight decay."""
+    if any(bool(v.any()) for v in direction.total.values()):
+        return
+    why = (
+        "Adam's first moments and weight decay are 0 too"
+        if step.rule == "adamw"
+        else (f'rule "{step.rule}" has no momentum and no weight decay')
+    )
+    raise InputError(
+        f"every coefficient of J is 0, so that Y = 0, and {why}: v = 0, there is no step to predict; "
+        "use other prompts or rewards"
     )
 
 

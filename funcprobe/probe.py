@@ -1,8 +1,9 @@
 """The composed probe: predict the entropy change of the next step, measure it, bind a model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import tree
-from .along import EvalPasses, eval_passes, require_gradients, summarise_along
+from .along import EvalPasses, eval_passes, require_gradients, require_step, summarise_along
 from .passes import gradients, logprobs
 from .passes.grad_dots import grad_dots
 from .passes.second_tangents import second_tangents
@@ -21,8 +22,9 @@ from .statistics import evaluation, intervals
 from .statistics.estimators import FirstOrder, Measured
 from .statistics.evaluation import Evaluation
 from .statistics.intervals import Error
-from .step import adam
+from .step import adam, masked
 from .step.adam import UpdateDirection
+from .step.masked import OverMasks
 from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
 
 
@@ -30,8 +32,9 @@ class Prediction(NamedTuple):
     """First-order entropy change per unit of learning rate, with all quantities that enter it.
 
     Errors: `first_order.se` given U, over E's sampling units; `over_u` over U's prompts, the
-    second moment in P held fixed, with its degrees of freedom; `se_total` the root of the sum of their
-    squares. Units: the entropy estimator's, per unit of eta.
+    second moment in P held fixed, with its degrees of freedom; `masks.se` over the dropout masks of one
+    step; `se_total` the root of the sum of their squares. Units: the entropy estimator's, per unit of
+    eta. With masks, Y, v and P are means over them.
     """
 
     derivative: float  # d/d eta of the entropy along v, from tangents
@@ -50,6 +53,7 @@ class Prediction(NamedTuple):
     direction: UpdateDirection
     at: Evaluation  # E at theta, its baseline fitted
     tangent: TokenStats  # of E along v
+    masks: OverMasks | None = None  # None: Y without dropout
 
     @property
     def se_over_u(self) -> float:
@@ -65,7 +69,7 @@ class Prediction(NamedTuple):
 class Passes(NamedTuple):
     """Results of all passes through the model, tensors only; the rest follows by arithmetic."""
 
-    Y: Params  # grad of J on U
+    Y: tuple[Params, ...]  # grad of J on U: one, or with masks that of each
     stats: TokenStats  # of E at theta
     tangent: TokenStats  # of E along v
     X: Params  # grad of the entropy estimator on E
@@ -86,18 +90,24 @@ def first_order_passes(
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     update_forward: Forward | None = None,
-    Y: Params | None = None,
+    Y: Sequence[Params] | None = None,
+    masks: Sequence[Forward] = (),
 ) -> Passes:
     """Four passes: Y on U, statistics with tangents along v on E, X on E, tangents along P X on U; and
     where Y is clipped a fifth, tangents along Y on U.
 
     `update_forward` (default `forward`) is used for the passes over U, so that a caller can count them;
-    with `Y`, the first pass is omitted. Raises InputError if a gradient is zero everywhere or not
-    finite.
+    with `Y`, from `update_gradients`, the first pass is omitted. If Y is of several dropout masks, v is
+    the mean of their steps; the tangents along P X are without masks. If every coefficient is 0, so is
+    Y, without a pass over U. Raises InputError as `update_gradients`, and if no step is left then.
     """
     over_U = forward if update_forward is None else update_forward
-    Y = update_gradient(params, update, over_U, max_tokens) if Y is None else Y
-    direction = adam.update_direction(params, Y, adam_state, **step._asdict())
+    if Y is None:
+        Y = update_gradients(params, update, over_U, max_tokens, masks)
+    direction = masked.mean_direction(params, Y, adam_state, step)
+    moves = bool(update.coef_NR.any())
+    if not moves:
+        require_step(direction, step)
     stats, tangent, X, baseline_NR = eval_passes(
         params,
         eval_batch,
@@ -107,20 +117,35 @@ def first_order_passes(
         max_tokens=max_tokens,
         sampler_logp_NR=sampler_logp_NR,
     )
-    PX = tree.multiply(direction.scale, X)
-    _, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
-    along_Y = TokenStats(*(torch.zeros_like(x_NR) for x_NR in along_PX))
-    if direction.clip_coefficient < 1:
-        _, along_Y = tangents(params, update.batch, Y, over_U, max_tokens)
-    return Passes(Y, stats, tangent, X, baseline_NR, along_PX, along_Y)
+    along_PX, along_Y = (
+        TokenStats(*(torch.zeros_like(update.coef_NR) for _ in TokenStats._fields)) for _ in range(2)
+    )
+    if moves:
+        PX = tree.multiply(direction.scale, X)
+        _, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
+    if moves and direction.clip_coefficient < 1:
+        _, along_Y = tangents(params, update.batch, tree.mean(Y), over_U, max_tokens)
+    return Passes(tuple(Y), stats, tangent, X, baseline_NR, along_PX, along_Y)
 
 
-def update_gradient(
-    params: Params, update: UpdateBatch, forward: Forward, max_tokens: int = MAX_TOKENS
-) -> Params:
-    """Y = grad J on U. InputError if it is zero everywhere or not finite."""
-    Y = gradients.grad_Y(params, update, forward, max_tokens)
-    require_gradients("Y (of the objective on U)", Y)
+def update_gradients(
+    params: Params,
+    update: UpdateBatch,
+    forward: Forward,
+    max_tokens: int = MAX_TOKENS,
+    masks: Sequence[Forward] = (),
+) -> tuple[Params, ...]:
+    """Y = grad J on U, or one for each of `masks` (from `masked_forwards`).
+
+    If every coefficient of J is 0, one Y = 0 without a pass. InputError if a gradient is not finite, or
+    zero everywhere with coefficients that are not.
+    """
+    moves = bool(update.coef_NR.any())
+    each = masks if moves and masks else (forward,)
+    Y = tuple(gradients.grad_Y(params, update, one, max_tokens) for one in each)
+    if moves:
+        for gradient in Y:
+            require_gradients("Y (of the objective on U)", gradient)
     return Y
 
 
@@ -144,8 +169,9 @@ def summarise(
     an update without normaliser.
     """
     normaliser_N = _normaliser(update)
-    Y, stats, tangent, X, baseline_NR, along_PX, along_Y = passes
-    direction = adam.update_direction(params, Y, adam_state, **step._asdict())
+    Y_masks, stats, tangent, X, baseline_NR, along_PX, along_Y = passes
+    Y = tree.mean(Y_masks)
+    direction = masked.mean_direction(params, Y_masks, adam_state, step)
     along = summarise_along(
         EvalPasses(stats, tangent, X, baseline_NR),
         Y,
@@ -155,19 +181,25 @@ def summarise(
         sampler_logp_NR=sampler_logp_NR,
         unit_N=unit_N,
     )
+    masks = None
+    if len(Y_masks) > 1:
+        masks = masked.over_masks(X, params, Y_masks, adam_state, step)
+        along = along._replace(from_update=fmean(masks.from_update))
     t_N, norm_N = ((update.coef_NR * slope.logp_NR).sum(1) for slope in (along_PX, along_Y))
-    # Clipping divides by |Y| + 1e-6, so that what a prompt adds to |Y| it takes from the others.
-    norm = tree.norm(Y)
-    moves_N = t_N - along.from_update * norm_N / (norm * (norm + adam.CLIP_EPS))
+    moves_N = t_N
+    if norm := tree.norm(Y):
+        # Clipping divides by |Y| + 1e-6, so that what a prompt adds to |Y| it takes from the others.
+        moves_N = t_N - along.from_update * norm_N / (norm * (norm + adam.CLIP_EPS))
     over_u = intervals.update_error(moves_N, normaliser_N, update.batch.prompt_N)
     return Prediction(
         **along._asdict(),
         bars_dot_identity=tree.dot(X, Y),
         over_u=over_u,
-        se_total=math.hypot(along.first_order.se, over_u.se),
+        se_total=math.hypot(along.first_order.se, over_u.se, masks.se if masks else 0.0),
         t_N=t_N,
         Y=Y,
         direction=direction,
+        masks=masks,
     )
 
 
@@ -183,6 +215,7 @@ def predict(
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     unit_N: Int[Tensor, " N"] | None = None,
+    masks: Sequence[Forward] = (),
 ) -> Prediction:
     """d/d eta of the entropy estimator at theta + eta v, eta = 0: the predicted change per unit of eta.
 
@@ -193,7 +226,7 @@ def predict(
     _normaliser(update)  # before the passes, which take long
     choices: dict[str, Any] = {"entropy": entropy, "step": step, "sampler_logp_NR": sampler_logp_NR}
     passes = first_order_passes(
-        params, eval_batch, update, adam_state, forward, max_tokens=max_tokens, **choices
+        params, eval_batch, update, adam_state, forward, max_tokens=max_tokens, masks=masks, **choices
     )
     return summarise(params, passes, eval_batch, update, adam_state, unit_N=unit_N, **choices)
 

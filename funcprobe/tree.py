@@ -1,7 +1,7 @@
 """Algebra on Params by name; ValueError for a missing name, an unexpected name or another shape."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import optree
@@ -68,6 +68,17 @@ def scale(alpha: float, x: Params) -> Params:
 def add(a: Params, b: Params) -> Params:
     """a + b."""
     return tree_map(torch.add, a, b)
+
+
+def mean(parts: Sequence[Params]) -> Params:
+    """The mean of one or more, accumulated in float64, in the dtype of the first; one is itself."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def one(*tensors: Tensor) -> Tensor:
+        return torch.stack([f64(t) for t in tensors]).mean(0).to(tensors[0].dtype)
+
+    return tree_map(one, *parts)
 
 
 def multiply(a: Params, b: Params) -> Params:

@@ -411,9 +411,13 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
             "E has responses to one prompt only, a standard error needs at least two: supply a file",
         ),
         (
-            {"rollouts.update": "equal.parquet", "sampling.temperature": 0.5},
-            "all 4 groups of U have equal rewards, so that every advantage is 0 and v has no gradient "
-            "part: supply",
+            {
+                "rollouts.update": "equal.parquet",
+                "sampling.temperature": 0.5,
+                "optimizer.rule": "sgd",
+            },
+            "all 4 groups of U have equal rewards, so that every advantage is 0, and so is v by rule "
+            '"sgd": supply',
         ),
         (
             {"rollouts.update": "huge.parquet", "sampling.temperature": 0.5},

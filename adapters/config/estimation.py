@@ -38,6 +38,25 @@ class ObjectiveConfig(Section):
     )
 
 
+class StepConfig(Section):
+    """What of the step is random beside U."""
+
+    masks: int = Field(
+        0,
+        ge=0,
+        description="Dropout masks (at least 2; 0: none) for a run that trains with dropout, such as "
+        "lora_dropout: Y and v are means over them, by as many gradients of U instead of one, and the "
+        "spread over masks enters the interval.",
+    )
+
+    @field_validator("masks")
+    @classmethod
+    def _enough_for_a_spread(cls, masks: int) -> int:
+        if masks == 1:
+            raise ValueError("1 mask has no spread: at least 2 are expected, or 0 for none")
+        return masks
+
+
 class EntropyConfig(Section):
     """The estimator of the entropy."""
 

@@ -6,7 +6,7 @@
 from pydantic import model_validator
 
 from .batches import PromptsConfig, RewardConfig, RolloutsConfig, SamplingConfig
-from .estimation import EntropyConfig, MeasureConfig, ObjectiveConfig
+from .estimation import EntropyConfig, MeasureConfig, ObjectiveConfig, StepConfig
 from .policy import OptimizerConfig, PolicyConfig, RunConfig
 from .section import Section
 
@@ -23,6 +23,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "Section",
+    "StepConfig",
 ]
 
 
@@ -37,6 +38,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    step: StepConfig = StepConfig()
     entropy: EntropyConfig = EntropyConfig()
     measure: MeasureConfig = MeasureConfig()
 

@@ -10,6 +10,7 @@ from funcprobe import tree
 from funcprobe.checks import Check
 from funcprobe.statistics.estimators import entropy_influence
 from funcprobe.statistics.intervals import Error, delta_error
+from funcprobe.statistics.intervals import total as combined
 from funcprobe.types import InputError
 
 from .. import store
@@ -26,6 +27,7 @@ from .sections import (
     Counts,
     EntropySettings,
     FirstOrder,
+    Masks,
     Norms,
     ObjectiveSettings,
     SecondMoments,
@@ -164,6 +166,9 @@ def _counts(plan: Plan, batches: Batches) -> Counts:
 def _first_order(plan: Plan, prediction: funcprobe.Prediction, errors: Errors) -> FirstOrder:
     rate = f"{entropy_unit(plan)} per unit of learning rate"
     over, first = f"per {plan.entropy.per}, over E", prediction.first_order
+    over_U = "prompts of U, second moment held fixed"
+    if not bool(prediction.t_N.any()):
+        over_U += "; 0, as no group of this U has a gradient: unknown for another U"
     return FirstOrder(
         derivative=quantity(prediction.derivative, rate, over),
         bars_dot=quantity(prediction.bars_dot, rate, f"{over}, <X, v>"),
@@ -173,12 +178,28 @@ def _first_order(plan: Plan, prediction: funcprobe.Prediction, errors: Errors) -
         from_weight_decay=quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
         se_given_U=quantity(first.se, rate, "sampling units of E, delta method"),
         se_given_U_jackknife=quantity(first.se_jackknife, rate, "sampling units of E, delete-one"),
-        se_over_U=quantity(prediction.se_over_u, rate, "prompts of U, second moment held fixed"),
+        se_over_U=quantity(prediction.se_over_u, rate, over_U),
         se_total=quantity(prediction.se_total, rate, "root of the sum of squares"),
         interval_given_U=student_interval(prediction.derivative, errors.given_U),
         interval_over_U=student_interval(prediction.derivative, errors.over_U),
         interval_total=student_interval(prediction.derivative, errors.total),
         interval_next_U=student_interval(prediction.derivative, errors.next_U),
+        masks=_masks(prediction, errors, rate),
+    )
+
+
+def _masks(prediction: funcprobe.Prediction, errors: Errors, rate: str) -> Masks | None:
+    if prediction.masks is None or errors.masks is None:
+        return None
+    count = len(prediction.masks.derivative)
+    return Masks(
+        count=count,
+        spread=quantity(prediction.masks.spread, rate, f"standard deviation over {count} masks"),
+        se_one_step=quantity(errors.masks.se, rate, "one mask about the mean of these"),
+        interval_one_step=student_interval(prediction.derivative, errors.masks),
+        interval_given_U=student_interval(
+            prediction.derivative, combined(errors.given_U, errors.masks)
+        ),
     )
 
 

@@ -88,6 +88,21 @@ class Counts(Section):
     """Entries of all trainable tensors."""
 
 
+class Masks(Section):
+    """<X, v_k>, the derivative along the step by the gradient of dropout mask k, over the masks."""
+
+    count: int
+    """Masks, step.masks; Y, v and P are means over them."""
+    spread: Quantity
+    """Standard deviation of <X, v_k> over the masks, U given."""
+    se_one_step: Quantity
+    """Of the derivative along the step that is taken, with one mask: spread sqrt(1 + 1 / count)."""
+    interval_one_step: StudentInterval
+    """Of that derivative, over masks alone: E and U given."""
+    interval_given_U: StudentInterval
+    """Of that derivative, over masks and the draws of E: for a U that is the trainer's own."""
+
+
 class FirstOrder(Section):
     """d/d eta of the entropy along v at eta = 0, per unit of learning rate."""
 
@@ -110,15 +125,18 @@ class FirstOrder(Section):
     se_over_U: Quantity
     """Standard error over the prompts of U, the second moment in P held fixed."""
     se_total: Quantity
-    """Root of the sum of the squares of se_given_U and se_over_U."""
+    """Root of the sum of the squares of se_given_U, se_over_U and, with masks, se_one_step."""
     interval_given_U: StudentInterval
     """Of the derivative, over the draws of E, v held fixed."""
     interval_over_U: StudentInterval
     """Of the derivative, over the prompts of U, the second moment in P held fixed."""
     interval_total: StudentInterval
-    """Of the derivative along the step of an average U, over the draws of E and the prompts of U."""
+    """Of the derivative along the step of an average U, over the draws of E, the prompts of U and, with
+    masks, those of one step."""
     interval_next_U: StudentInterval
     """Along the step of another U of this size, as the trainer's next batch: over U counts twice."""
+    masks: Masks | None
+    """null: the gradient Y is without dropout."""
 
 
 class Norms(Section):

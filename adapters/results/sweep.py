@@ -25,6 +25,7 @@ class Errors(NamedTuple):
 
     given_U: Error
     over_U: Error
+    masks: Error | None  # of one dropout mask about the mean; None: no masks
     total: Error
     next_U: Error  # along the step that another U of this size makes
 
@@ -42,7 +43,13 @@ def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Errors:
     given_U = delta_error(prediction.first_order.influence_N, unit_N)
     over_U = prediction.over_u
     twice = Error(math.sqrt(2) * over_U.se, over_U.dof)
-    return Errors(given_U, over_U, total(given_U, over_U), total(given_U, twice))
+    masks = None
+    if found := prediction.masks:
+        masks = Error(found.se, len(found.derivative) - 1)
+    of_step = [masks] if masks else []
+    return Errors(
+        given_U, over_U, masks, total(given_U, over_U, *of_step), total(given_U, twice, *of_step)
+    )
 
 
 def sweep_rows(
@@ -70,7 +77,11 @@ def sweep_rows(
             is_next_lr=eta == next_lr,
             predicted=quantity(predicted, unit, "over E"),
             se_given_U=quantity(predicted_given_U.se, unit, "sampling units of E"),
-            se_total=quantity(predicted_total.se, unit, "sampling units of E and prompts of U"),
+            se_total=quantity(
+                predicted_total.se,
+                unit,
+                "sampling units of E and prompts of U" + (", dropout masks" if errors.masks else ""),
+            ),
             interval_given_U=student_interval(predicted, predicted_given_U),
             interval_total=student_interval(predicted, predicted_total),
             second_order=None

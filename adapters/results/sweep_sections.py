@@ -64,11 +64,11 @@ class SweepRow(Section):
     se_given_U: Quantity
     """Of the prediction, over the draws of E, v held fixed."""
     se_total: Quantity
-    """Of the prediction, over the draws of E and the prompts of U."""
+    """Of the prediction, over the draws of E, the prompts of U and, with step.masks, dropout masks."""
     interval_given_U: StudentInterval
     """Of the prediction, over the draws of E, v held fixed."""
     interval_total: StudentInterval
-    """Of the prediction, over the draws of E and the prompts of U."""
+    """Of the prediction, over the draws of E, the prompts of U and, with step.masks, dropout masks."""
     second_order: Quantity | None
     """Prediction with the quadratic term, eta^2 H''/2; null: second order is off."""
     measured: Quantity

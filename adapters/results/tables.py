@@ -66,15 +66,31 @@ def in_words(results: Results) -> list[str]:
             f"{measured}"
         )
         lines += _doubts(results, row)
+    counts = results.counts
+    if counts.U_groups_without_gradient == counts.U_prompts:
+        over_U = "no gradient in U, so no error over it: another U may have one"
+        lines.append("Every advantage of U is 0: the step is by momentum and weight decay alone")
+        next_U = update = ""
+    else:
+        over_U = f"± {_half(first.interval_over_U)} over U"
+        next_U = f"; ± {_half(first.interval_next_U)} on the trainer's next U"
+        update = f" ± {_half(first.interval_over_U)} over U"
+    masks = []
+    if first.masks:
+        over_U += f"; ± {_half(first.masks.interval_one_step)} over the dropout mask of one step"
+        masks.append(
+            f"Dropout: v is the mean over {first.masks.count} masks, over which the derivative has "
+            f"standard deviation {first.masks.spread.value:.1e}; a step has one mask"
+        )
     return [
         *lines,
         f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
         f"of learning rate, on an average U (± {_half(first.interval_given_U)} over E, given U; "
-        f"± {_half(first.interval_over_U)} over U); ± {_half(first.interval_next_U)} on the trainer's "
-        "next U",
-        f"Its parts: update {first.from_update.value:+.3e} ± {_half(first.interval_over_U)} over U, "
+        f"{over_U}){next_U}",
+        f"Its parts: update {first.from_update.value:+.3e}{update}, "
         f"momentum {first.from_momentum.value:+.3e}, weight decay "
         f"{first.from_weight_decay.value:+.3e}",
+        *masks,
     ]
 
 
@@ -145,8 +161,9 @@ def _half(interval: Interval | None) -> str:
 def _table(results: Results, width: int) -> Table:
     """The sweep, a row a learning rate."""
     unit = results.entropy.unit
+    over = "E, U and masks" if results.first_order.masks else "E and U"
     table = Table(
-        title=f"Entropy change, {unit} (±: 95 %; predicted over E and U, measured over E)",
+        title=f"Entropy change, {unit} (±: 95 %; predicted over {over}, measured over E)",
         title_justify="left",
     )
     quadratic = results.second_order is not None and width >= WIDE

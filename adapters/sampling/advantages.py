@@ -1,4 +1,4 @@
-"""Advantages of U's responses, supplied or computed from rewards; whether they give a gradient."""
+"""Advantages of U's responses, supplied or computed from rewards; whether they give a step."""
 
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcprobe.step.objective import Advantage, advantages
-from funcprobe.types import InputError
+from funcprobe.types import InputError, Rule
 
 from ..rollouts import Rollouts
 
@@ -88,17 +88,31 @@ def require_prompts(
     )
 
 
-def require_gradient(
-    advantage_N: Float[Tensor, " N"], prompt_index: Sequence[int], mode: Mode, *, supplied: bool = False
-) -> int:
-    """`groups_of_zero`; InputError if these are all groups."""
+def require_step(
+    advantage_N: Float[Tensor, " N"],
+    prompt_index: Sequence[int],
+    mode: Mode,
+    rule: Rule,
+    *,
+    supplied: bool = False,
+) -> list[str]:
+    """A line if no group of U has a gradient: trainers step all the same, by momentum and decay.
+
+    InputError if v is then 0, by a rule without these two.
+    """
     equal = groups_of_zero(advantage_N, torch.tensor(prompt_index))
     if equal < len(set(prompt_index)):
-        return equal
+        return []
+    found = f"all {equal} groups of U have {zero_means(mode)}, so that every advantage is 0"
+    if rule == "adamw":
+        return [
+            f"{found}: Y = 0, and AdamW's step is by momentum and weight decay alone, as in training; "
+            "the error over U is 0 for this U, and says nothing of the gradient of another"
+        ]
     remedy = (
         "supply other rollouts" if supplied else "use other prompts or rewards, or raise sampling.G"
     )
     raise InputError(
-        f"all {equal} groups of U have {zero_means(mode)}, so that every advantage is 0 and v has no "
-        f"gradient part: {remedy}"
+        f'{found}, and so is v by rule "{rule}": {remedy}, or set optimizer.rule = "adamw", whose step '
+        "has momentum and weight decay as well"
     )

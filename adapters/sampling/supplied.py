@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from funcprobe.types import InputError
+from funcprobe.types import InputError, Rule
 
 from ..checkpoint.model import Policy
 from ..config.schema import Config
@@ -13,7 +13,7 @@ from ..rollouts import Rollouts, parse_rollouts
 from ..rollouts.files import Columns, read_columns
 from ..rollouts.imports import Guesses, import_columns, layout_of, refused_as_e
 from ..rollouts.provenance import Layout, TrainingRun
-from .advantages import Mode, require_gradient, require_prompts, update_advantages
+from .advantages import Mode, require_prompts, require_step, update_advantages
 
 
 class UpdateFile(NamedTuple):
@@ -63,14 +63,16 @@ def load_supplied_update(
     vocabulary: int,
     *,
     mode: Mode,
+    rule: Rule,
     prompt_ids: Sequence[Sequence[int]] | None,
     run: TrainingRun,
 ) -> tuple[Rollouts | None, list[str]]:
     """U, if there is a file, and a line for each assumption that was needed.
 
     `prompt_ids` are those of prompts.source, in which the prompts of verl's log are looked up; None if
-    it is not set. InputError also for a U with a single prompt or without gradient (`mode` states where
-    its advantages come from), and for a log of another step than the next.
+    it is not set. `mode` states where U's advantages come from. InputError also for a U with a single
+    prompt, for one without gradient unless `rule` is "adamw", and for a log of another step than the
+    next.
     """
     if file is None:
         return None, []
@@ -95,7 +97,8 @@ def load_supplied_update(
         columns, vocabulary, rewards=not advantages, advantages=advantages, eos_ids=policy.eos_ids
     )
     require_prompts("U", found.prompt_index, supplied=True)
-    require_gradient(update_advantages(found, mode)[0], found.prompt_index, mode, supplied=True)
+    advantage_N, _ = update_advantages(found, mode)
+    lines += require_step(advantage_N, found.prompt_index, mode, rule, supplied=True)
     return found, lines
 
 

@@ -13,7 +13,13 @@ from funcprobe.types import Batch, InputError, UpdateBatch
 from .. import rollouts
 from ..console import Narrator
 from ..rollouts import Rollouts
-from ..sampling.advantages import require_gradient, require_prompts, update_advantages, zero_means
+from ..sampling.advantages import (
+    groups_of_zero,
+    require_prompts,
+    require_step,
+    update_advantages,
+    zero_means,
+)
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import Prompt, draw_distinct, draw_with_replacement
 from ..sampling.rewards import Text
@@ -44,7 +50,11 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     require_prompts("U", update_rollouts.prompt_index)
     mode = plan.objective.advantage
     advantage_N, lines = update_advantages(update_rollouts, mode)
-    equal = require_gradient(advantage_N, update_rollouts.prompt_index, mode)
+    prompt_index = update_rollouts.prompt_index
+    without = require_step(advantage_N, prompt_index, mode, plan.step.rule)
+    if plan.supplied_update is None:  # else said when it was read
+        lines += without
+    equal = groups_of_zero(advantage_N, torch.tensor(prompt_index))
     eval_batch = rollouts.to_batch(eval_rollouts)
     update = update_batch(
         rollouts.to_batch(update_rollouts),

@@ -3,7 +3,7 @@
 import torch
 
 import funcprobe
-from funcprobe.probe import update_gradient
+from funcprobe.probe import update_gradients
 from funcprobe.types import InputError, Params
 
 from ..console import Narrator
@@ -16,8 +16,10 @@ from .plan import Plan
 _LEAF = torch.zeros(0)
 
 
-def gradient_on_U(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> Params:
-    """Y, computed or from an earlier run. InputError if it is zero everywhere or not finite."""
+def gradients_on_U(
+    plan: Plan, batches: Batches, stages: Stages, narrator: Narrator
+) -> tuple[Params, ...]:
+    """`funcprobe.probe.update_gradients`, computed or from an earlier run; InputError as there."""
     params, update = plan.policy.params, batches.update
     inputs = {
         "policy": plan.inputs["policy"],
@@ -25,14 +27,19 @@ def gradient_on_U(plan: Plan, batches: Batches, stages: Stages, narrator: Narrat
         "temperature": plan.temperature,
         "coef": update.coef_NR,
         "update": update.batch,
+        "masks": [len(plan.masks), plan.config.run.seed] if plan.masks else 0,
     }
-    with narrator.phase("gradient on U", len(update.batch.prompt_N)) as stage:
+    moves = bool(update.coef_NR.any())
+    count = (len(plan.masks) or 1) if moves else 1
+    sequences = count * len(update.batch.prompt_N) if moves else 0
+    with narrator.phase("gradient on U", sequences) as stage:
 
-        def compute() -> Params:
-            return update_gradient(params, update, counted(plan.forward, stage, "U"), plan.max_tokens)
+        def compute() -> tuple[Params, ...]:
+            forward, *masks = (counted(f, stage, "U") for f in (plan.forward, *plan.masks))
+            return update_gradients(params, update, forward, plan.max_tokens, masks)
 
-        like = dict.fromkeys(params, _LEAF)
-        Y: Params = stages.tensors("gradient", inputs, like, compute, stage.found)
+        like = (dict.fromkeys(params, _LEAF),) * count
+        Y: tuple[Params, ...] = stages.tensors("gradient", inputs, like, compute, stage.found)
         return Y
 
 
@@ -51,6 +58,8 @@ def verify_state(plan: Plan, Y: Params, narrator: Narrator) -> funcprobe.Evidenc
     if evidence.verdict == "contradicted":
         raise InputError(f"{report.path}: {_contradiction(evidence, report)}")
     found = f"{evidence.home} of {evidence.alike} parameters of equal shape fit their own moments best"
+    if Y and not any(bool(grad.any()) for grad in Y.values()):
+        found = "every advantage is 0, and so is Y"
     if evidence.verdict == "confirmed":
         narrator.say(f"optimizer state confirmed by the gradients: {found}")
     elif plan.config.optimizer.accept_positional:

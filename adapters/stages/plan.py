@@ -33,6 +33,7 @@ from ..sampling.supplied import (
     load_supplied_update,
     open_update,
 )
+from .dropout import dropout_masks
 from .microbatch import longest, report_halving, require_positions, resolve
 from .prompts import encoded, no_prompts, response_line, sampled_from
 from .step import choose_objective, load_step, step_lines
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     policy: Policy
     max_tokens: int  # run.max_tokens, or the number found for "auto"
     forward: Forward  # at the temperature of E and U
+    masks: list[Forward]  # the same with dropout masks, for Y; none unless step.masks is set
     temperature: float
     adam_state: AdamState
     optimizer: OptimizerReport | None
@@ -81,9 +83,8 @@ def load(config: Config, narrator: Narrator) -> Plan:
     with narrator.phase("load"):
         policy, ending = ended_by(load_policy(config.policy, device), config.sampling.eos_ids)
         adam_state, report, step = load_step(config, policy)
-        run = training_run(
-            Path(config.policy.checkpoint).expanduser(), report.sidecar if report else None
-        )
+        sidecar = report.sidecar if report else None
+        run = training_run(Path(config.policy.checkpoint).expanduser(), sidecar)
         made = sampled_from(config, policy) if needed else no_prompts()
         prompts, prompt_ids = made.prompts, made.ids
         supplied_eval = load_supplied_eval(config, policy, vocabulary(policy))
@@ -93,6 +94,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
             policy,
             vocabulary(policy),
             mode=objective.advantage,
+            rule=step.rule,
             prompt_ids=prompt_ids if needed else None,
             run=run,
         )
@@ -108,12 +110,14 @@ def load(config: Config, narrator: Narrator) -> Plan:
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
         forward = rounded(forward, config.policy.precision)
         forward = forward._replace(halved=report_halving(narrator))
+        masks, random = dropout_masks(config, policy, forward, sidecar)
     next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
     lines = (
         *policy.lines,
         ending,
         *made.lines,
         *step_lines(config, adam_state, report, step),
+        *random,
         *guessed,
     )
     lines += tuple(
@@ -129,6 +133,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         policy=policy,
         max_tokens=max_tokens,
         forward=forward,
+        masks=masks,
         temperature=temperature,
         adam_state=adam_state,
         optimizer=report,

@@ -27,6 +27,7 @@ from ..config.schema import Config
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
 from ..stages.plan import EvalSource, load_eval
+from .dropout import warn_of_dropout
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
 
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 # The step is determined by the trainer, not by the configuration.
 _NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
+_MASKS = (
+    "each predicted step is by the trainer's own gradient, masks included, which no probe of its "
+    "checkpoint can repeat; the entropy is that of the policy without dropout"
+)
 
 
 class StepProbe(NamedTuple):
@@ -60,9 +65,9 @@ class ProbeCallback(TrainerCallback):
     configuration, `run.seed`, `run.max_tokens`, `policy.max_trainable`, `prompts`, `sampling`,
     `rollouts.eval` and `entropy` are read; settings of the step in `optimizer`, clipping and learning
     rate included, are rejected, since the trainer has its own. The policy is the model in the dtypes of
-    its parameters, without dropout and autocast, as TRL samples from it. If some are in half precision,
-    rounding exceeds most measured changes: `measured` and `ratio` are omitted, with a warning. A 4-bit
-    model needs `quantised.freeze_quantised(model)` before it is passed to the trainer.
+    its parameters, without autocast and without dropout, with which TRL 1.16 samples. If some are in
+    half precision, rounding exceeds most measured changes: `measured` and `ratio` are omitted, with a
+    warning. A 4-bit model needs `quantised.freeze_quantised(model)` before it is passed to the trainer.
 
     The results are in the trainer's log as funcprobe/*, at their step. Weights, gradients, modes, hooks
     and random states are restored, so that training continues bit for bit. Raises InputError, one line,
@@ -107,6 +112,7 @@ class ProbeCallback(TrainerCallback):
             with at_rest(policy.model):  # raises for an architecture that cannot be probed
                 forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
             _warn_of_rounding(policy.params, forward.coarsest)
+            warn_of_dropout(policy.model, _MASKS)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -278,6 +284,11 @@ def _require_readable(config: Config) -> None:
         )
     if config.run.max_tokens == "auto":
         raise InputError('run.max_tokens = "auto" is not supported inside training: give a number')
+    if config.step.masks:
+        raise InputError(
+            "step.masks is set: inside training the gradient is the trainer's own, with its own masks; "
+            "remove it"
+        )
     if config.rollouts.update is not None:
         raise InputError("rollouts.update is set: inside training U is the trainer's own; remove it")
     if config.sampling.eos_ids is not None:

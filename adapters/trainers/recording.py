@@ -12,6 +12,7 @@ from funcprobe.types import InputError
 from ..rollouts import Rollouts, save_rollouts
 from ..stages.differences import LOSSES, SEQUENCES, terms
 from ..store import write_whole
+from .dropout import warn_of_dropout
 from .live import tokenizer_of
 
 # Private methods of TRL (1.16), and the tensors that the first returns for the sequences.
@@ -35,9 +36,15 @@ def record_rollouts(trainer: Any, folder: str | Path) -> None:
     would predict another: a loss other than dapo, grpo, dr_grpo and bnpo (this one with a single
     micro-batch), a KL term, an entropy bonus, a mask over tokens or sequences, vLLM's importance
     sampling correction, a router's auxiliary loss. At the first generation: for tokens that the policy
-    did not generate (tools), images, or other output.
+    did not generate (tools), images, or other output. Warns where the model has dropout, since
+    the masks of the step are not recorded.
     """
     _require_recordable(trainer)
+    warn_of_dropout(
+        trainer.model,
+        "the step has random masks, which rollouts do not contain, so that no run on them can repeat "
+        "it: train without dropout, or set step.masks in the run, for the mean and spread over masks",
+    )
     folder, tokenizer = Path(folder), tokenizer_of(trainer)
     generate, reward = getattr(trainer, _GENERATE), getattr(trainer, _REWARD)
     rewards: list[Tensor] = []

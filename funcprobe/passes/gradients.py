@@ -68,8 +68,10 @@ def grad_Y(
 ) -> Params:
     """Y = d/d theta of J = sum_mk c_mk l_mk on U: the policy gradient, the direction of ascent.
 
-    Raises InputError where `weighted_grad` does.
+    Without a pass if every coefficient is 0. Raises InputError where `weighted_grad` does.
     """
+    if not bool(update.coef_NR.any()):
+        return on_cpu(zero_gradient(params))
     zero_NR = torch.zeros_like(update.coef_NR)
     return weighted_grad(params, update.batch, update.coef_NR, zero_NR, forward, max_tokens)
 

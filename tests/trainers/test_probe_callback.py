@@ -25,6 +25,9 @@ from support.trainers import (
     trainable,
 )
 
+# Most of these trainers have dropout; test_dropout_in_training.py has the warning.
+pytestmark = pytest.mark.filterwarnings("ignore:funcprobe. dropout in training:UserWarning")
+
 
 def test_eval_batches_are_independent_draws_of_the_plain_policy(checkpoint, tmp_path):
     """Another for each step and seed, the same again, and without the model's own sampling options."""
@@ -98,6 +101,12 @@ OPTIMIZERS = [
 ]
 
 
+def of_the_probe(said: list[warnings.WarningMessage]) -> list[str]:
+    """Its warnings, without that of dropout."""
+    found = [str(w.message) for w in said if str(w.message).startswith("funcprobe:")]
+    return [one for one in found if "dropout in training" not in one]
+
+
 def probed_steps(trainer, checkpoint, monkeypatch):
     """Parameters before each step, and what was found of it; and all the warnings of the probe."""
     seen = []
@@ -113,7 +122,7 @@ def probed_steps(trainer, checkpoint, monkeypatch):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         probed = outcome(trainer).probed
-    return seen, probed, [str(w.message) for w in said if "funcprobe" in str(w.message)]
+    return seen, probed, of_the_probe(said)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
@@ -234,7 +243,7 @@ def test_half_precision_is_told_once_and_nothing_measured_is_logged(what, checkp
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         probed = outcome(trainer).probed
-    said = [str(w.message) for w in said if str(w.message).startswith("funcprobe:")]
+    said = of_the_probe(said)
     assert "computes in torch.bfloat16, where rounding exceeds most measured changes" in said[0]
     assert len(said) == (2 if what == "all" else 1)
     if what == "all":

@@ -16,6 +16,9 @@ from funcprobe.adapters.trainers import ParamNamesCallback, ProbeCallback, live
 from support.policies import tiny_policy
 from support.trainers import TRAINERS, outcome, plain_trainer, probe_config, require_same
 
+# Most of these trainers have dropout; test_dropout_in_training.py has the warning.
+pytestmark = pytest.mark.filterwarnings("ignore:funcprobe. dropout in training:UserWarning")
+
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", TRAINERS)

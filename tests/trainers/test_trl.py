@@ -180,6 +180,36 @@ def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_pa
     assert f"({run.lr:g})" in outcome.out or f"lr {run.lr:g})" in outcome.out
 
 
+def test_a_step_without_gradient_is_the_one_trl_takes(checkpoint, command, tmp_path):
+    """Equal rewards in the last step alone: TRL steps all the same, by momentum and weight decay."""
+    batches = []
+
+    def equal_at_last(completions, **_):
+        batches.append(len(completions))
+        return [0.5] * len(completions) if len(batches) == STEPS else reward(completions)
+
+    run = train(checkpoint, tmp_path / "training", rewards=equal_at_last)
+    assert all(t.any() for t in run.taken.values())
+    (tmp_path / "probe.toml").write_text("")
+    settings = {
+        "policy.checkpoint": str(run.before),
+        "rollouts.update": str(run.rollouts),
+        "prompts.source": str(checkpoint.prompts),
+        "sampling.B_E": 16,
+        "sampling.max_new_tokens": 6,
+        "run.device": "cpu",
+    }
+    outcome = command("run", tmp_path / "probe.toml", *sets(settings))
+    assert outcome.status == 0, outcome.err
+    require_equal(load_file(tmp_path / "runs" / "probe" / "direction.safetensors"), run.taken)
+    # Of the moments as saved, which this step's gradient of 0 lets decay, it would be another.
+    policy = load_policy(PolicyConfig(checkpoint=str(run.before)), torch.device("cpu"))
+    state, _ = read_adam_state(run.before / "optimizer.pt", policy.model, policy.params)
+    as_saved = tree.scale(-1.0, funcprobe.precondition(state.exp_avg, state))
+    with pytest.raises(AssertionError):
+        require_equal(as_saved, run.taken)
+
+
 @pytest.mark.slow
 def test_next_step_of_the_toy_is_the_one_trl_takes(tmp_path, tmp_path_factory):
     """The built-in policy: adapters on all linears, real sums as rewards."""

@@ -71,6 +71,7 @@ def test_a_sharded_parameter_is_refused_by_name(one_process, checkpoint, tmp_pat
         ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr is set"),
         ({"optimizer": {"max_grad_norm": 1.0}}, r"optimizer\.max_grad_norm is set.*the trainer's own"),
         ({"optimizer": {"rule": "sgd"}}, r"optimizer\.rule is set"),
+        ({"step": {"masks": 2}}, r"step\.masks is set.*with its own masks"),
         ({"rollouts": {"update": "u.parquet"}}, r"rollouts\.update is set"),
         ({"rollouts": {"eval": "nowhere.parquet"}}, r"nowhere\.parquet"),
         ({"policy": {"max_trainable": 10}}, r"more than policy\.max_trainable = 10"),

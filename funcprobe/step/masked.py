@@ -1,0 +1,67 @@
+"""The next step where dropout makes Y random: the mean of v over masks, and its spread."""
+
+import math
+from collections.abc import Sequence
+from statistics import stdev
+from typing import NamedTuple
+
+from .. import tree
+from ..types import AdamState, Params, Step
+from . import adam
+from .adam import UpdateDirection
+
+
+class OverMasks(NamedTuple):
+    """<X, v_k> of the step by each mask's gradient Y_k, v_k AdamW's own step from it.
+
+    `spread` is the standard deviation over masks. A step has one mask: about the mean of the K here its
+    derivative has the standard error `se` = spread sqrt(1 + 1/K), with K - 1 degrees of freedom.
+    """
+
+    derivative: tuple[float, ...]  # <X, v_k>
+    from_update: tuple[float, ...]  # <X, P_k Y_k>
+    spread: float
+    se: float
+
+
+def mean_direction(
+    params: Params, Y_masks: Sequence[Params], adam_state: AdamState, step: Step
+) -> UpdateDirection:
+    """The mean of v_k, of its parts, of P_k and of the clip coefficient over the masks' gradients Y_k.
+
+    v is not linear in Y, by the second moment and the clip: this is not v of the mean of Y_k, and the
+    mean of P_k Y_k is not the product of the two means. Of one gradient it is `update_direction`.
+    """
+    first, *others = Y_masks
+    mean = adam.update_direction(params, first, adam_state, **step._asdict())
+    for count, Y in enumerate(others, start=2):  # one direction at a time: each is four adapters large
+        share = 1 / count
+        one = adam.update_direction(params, Y, adam_state, **step._asdict())
+        mean = UpdateDirection(
+            total=_towards(mean.total, one.total, share),
+            momentum=_towards(mean.momentum, one.momentum, share),
+            decay=_towards(mean.decay, one.decay, share),
+            scale=_towards(mean.scale, one.scale, share),
+            clip_coefficient=(1 - share) * mean.clip_coefficient + share * one.clip_coefficient,
+        )
+    return mean._replace(total={n: t.to(first[n].dtype) for n, t in mean.total.items()})
+
+
+def over_masks(
+    X: Params, params: Params, Y_masks: Sequence[Params], adam_state: AdamState, step: Step
+) -> OverMasks:
+    """The derivative along v_k for every mask's gradient Y_k, at least two."""
+    derivative, from_update = [], []
+    for Y in Y_masks:
+        one = adam.update_direction(params, Y, adam_state, **step._asdict())
+        derivative.append(tree.dot(X, one.total))
+        from_update.append(tree.dot(tree.multiply(one.scale, X), Y))
+    spread = stdev(derivative)
+    return OverMasks(
+        tuple(derivative), tuple(from_update), spread, spread * math.sqrt(1 + 1 / len(Y_masks))
+    )
+
+
+def _towards(a: Params, b: Params, share: float) -> Params:
+    """a + share (b - a), in float64."""
+    return {n: tree.f64(t).lerp(tree.f64(b[n]), share) for n, t in a.items()}
