@@ -65,7 +65,7 @@ def test_masks_give_a_mean_and_a_spread(command, probe, dropped) -> None:
     assert parts == pytest.approx(first["derivative"]["value"], rel=1e-8)
     passes = {stage["stage"]: stage["passes"] for stage in found["cost"]["stages"]}
     assert passes["gradient on U"] == {"U": 4.0}
-    assert passes["first order"] == {"E": 2.0, "U": 1.0}
+    assert passes["first order"] == {"E": 2.0, "U": 2.0}  # along P X, and along Y, which is clipped
     assert all(one["passed"] or one["advisory"] for one in found["checks"])
     # The measured change is along the same mean.
     assert found["sweep"][0]["ratio"]["value"] == pytest.approx(1, abs=1e-2)
