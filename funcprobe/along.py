@@ -1,7 +1,9 @@
 """First-order change along a given direction, estimated from E alone."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .statistics import evaluation
 from .statistics.estimators import FirstOrder
 from .statistics.evaluation import Evaluation
 from .step.adam import UpdateDirection
-from .types import Batch, Entropy, InputError, Params, Step, TokenStats
+from .types import Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
 
 
 class Along(NamedTuple):
@@ -101,6 +103,46 @@ def summarise_along(
         at=at,
         tangent=tangent,
     )
+
+
+def update_gradients(
+    params: Params,
+    update: UpdateBatch,
+    forward: Forward,
+    max_tokens: int = MAX_TOKENS,
+    masks: Sequence[Forward] = (),
+) -> tuple[Params, ...]:
+    """Y = grad J on U, or one for each of `masks` (from `masked_forwards`).
+
+    If every coefficient of J is 0, one Y = 0 without a pass. InputError if a gradient is not finite, or
+    zero everywhere with coefficients that are not.
+    """
+    moves = bool(update.coef_NR.any())
+    each = masks if moves and masks else (forward,)
+    Y = tuple(gradients.grad_Y(params, update, one, max_tokens) for one in each)
+    if moves:
+        for gradient in Y:
+            require_gradients("Y (of the objective on U)", gradient)
+    return Y
+
+
+def require_normaliser(update: UpdateBatch) -> Float[Tensor, " N"]:
+    """What every sequence of U adds to the divisor of J. InputError unless known and positive."""
+    found = update.normaliser_N
+    if found is None:
+        raise InputError(
+            "the update's normaliser_N is not set, so that the error over U is unknown: make it with "
+            'funcprobe.update_batch(batch, advantage, "token_mean"), or set normaliser_N to what every '
+            "sequence adds to the divisor of J: its tokens, or 1 where that is the number of responses"
+        )
+    positive_N = found.isfinite() & (found > 0)
+    if found.shape != update.batch.prompt_N.shape or not bool(positive_N.all()):
+        raise InputError(
+            f"the update's normaliser_N has shape {tuple(found.shape)} and {int((~positive_N).sum())} "
+            "entries that are not positive numbers: one positive number for each of the "
+            f"{len(update.batch.prompt_N)} sequences of U is expected"
+        )
+    return found.detach().to(device="cpu", dtype=torch.float64)
 
 
 def require_step(direction: UpdateDirection, step: Step) -> None:

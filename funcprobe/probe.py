@@ -11,7 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import tree
-from .along import EvalPasses, eval_passes, require_gradients, require_step, summarise_along
+from .along import (
+    EvalPasses,
+    eval_passes,
+    require_normaliser,
+    require_step,
+    summarise_along,
+    update_gradients,
+)
 from .passes import gradients, logprobs
 from .passes.grad_dots import grad_dots
 from .passes.second_tangents import second_tangents
@@ -25,7 +32,7 @@ from .statistics.intervals import Error
 from .step import adam, masked
 from .step.adam import UpdateDirection
 from .step.masked import OverMasks
-from .types import AdamState, Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
+from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
 
 
 class Prediction(NamedTuple):
@@ -128,27 +135,6 @@ def first_order_passes(
     return Passes(tuple(Y), stats, tangent, X, baseline_NR, along_PX, along_Y)
 
 
-def update_gradients(
-    params: Params,
-    update: UpdateBatch,
-    forward: Forward,
-    max_tokens: int = MAX_TOKENS,
-    masks: Sequence[Forward] = (),
-) -> tuple[Params, ...]:
-    """Y = grad J on U, or one for each of `masks` (from `masked_forwards`).
-
-    If every coefficient of J is 0, one Y = 0 without a pass. InputError if a gradient is not finite, or
-    zero everywhere with coefficients that are not.
-    """
-    moves = bool(update.coef_NR.any())
-    each = masks if moves and masks else (forward,)
-    Y = tuple(gradients.grad_Y(params, update, one, max_tokens) for one in each)
-    if moves:
-        for gradient in Y:
-            require_gradients("Y (of the objective on U)", gradient)
-    return Y
-
-
 def summarise(
     params: Params,
     passes: Passes,
@@ -168,7 +154,7 @@ def summarise(
     torch.arange(N). Raises InputError for fewer than two sampling units in E, or prompts in U, and for
     an update without normaliser.
     """
-    normaliser_N = _normaliser(update)
+    normaliser_N = require_normaliser(update)
     Y_masks, stats, tangent, X, baseline_NR, along_PX, along_Y = passes
     Y = tree.mean(Y_masks)
     direction = masked.mean_direction(params, Y_masks, adam_state, step)
@@ -223,7 +209,7 @@ def predict(
     per unit of eta, with standard errors and its parts. Raises InputError and ValueError where
     `first_order_passes`, `update_direction` and `summarise` do.
     """
-    _normaliser(update)  # before the passes, which take long
+    require_normaliser(update)  # before the passes, which take long
     choices: dict[str, Any] = {"entropy": entropy, "step": step, "sampler_logp_NR": sampler_logp_NR}
     passes = first_order_passes(
         params, eval_batch, update, adam_state, forward, max_tokens=max_tokens, masks=masks, **choices
@@ -269,25 +255,6 @@ class Probe(NamedTuple):
     grad_dots: Callable[..., tuple[Float[Tensor, " N"], Params]]
     predict: Callable[..., Prediction]
     measure: Callable[..., Measured]
-
-
-def _normaliser(update: UpdateBatch) -> Float[Tensor, " N"]:
-    """What every sequence of U adds to the divisor of J. InputError unless known and positive."""
-    found = update.normaliser_N
-    if found is None:
-        raise InputError(
-            "the update's normaliser_N is not set, so that the error over U is unknown: make it with "
-            'funcprobe.update_batch(batch, advantage, "token_mean"), or set normaliser_N to what every '
-            "sequence adds to the divisor of J: its tokens, or 1 where that is the number of responses"
-        )
-    positive_N = found.isfinite() & (found > 0)
-    if found.shape != update.batch.prompt_N.shape or not bool(positive_N.all()):
-        raise InputError(
-            f"the update's normaliser_N has shape {tuple(found.shape)} and {int((~positive_N).sum())} "
-            "entries that are not positive numbers: one positive number for each of the "
-            f"{len(update.batch.prompt_N)} sequences of U is expected"
-        )
-    return found.detach().to(device="cpu", dtype=torch.float64)
 
 
 def bind(

@@ -3,7 +3,7 @@
 import torch
 
 import funcprobe
-from funcprobe.probe import update_gradients
+from funcprobe.along import update_gradients
 from funcprobe.types import InputError, Params
 
 from ..console import Narrator

@@ -27,7 +27,7 @@ from ..config.schema import Config
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
 from ..stages.plan import EvalSource, load_eval
-from .dropout import warn_of_dropout
+from .dropout import OF_STEP, warn_of_dropout
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
 
@@ -35,10 +35,6 @@ logger = logging.getLogger(__name__)
 
 # The step is determined by the trainer, not by the configuration.
 _NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
-_MASKS = (
-    "each predicted step is by the trainer's own gradient, masks included, which no probe of its "
-    "checkpoint can repeat; the entropy is that of the policy without dropout"
-)
 
 
 class StepProbe(NamedTuple):
@@ -112,7 +108,7 @@ class ProbeCallback(TrainerCallback):
             with at_rest(policy.model):  # raises for an architecture that cannot be probed
                 forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
             _warn_of_rounding(policy.params, forward.coarsest)
-            warn_of_dropout(policy.model, _MASKS)
+            warn_of_dropout(policy.model, OF_STEP)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
