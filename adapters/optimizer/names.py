@@ -9,6 +9,7 @@ import torch
 
 from funcprobe.types import InputError, Params
 
+from .groupings import Grouping, groupings
 from .saved import TORCH, TRAINER, Saved, joined, number, shaped, some
 from .sidecar import FORMAT, VERSION, Sidecar, named_by
 
@@ -29,9 +30,8 @@ class Names(NamedTuple):
 def name_keys(saved: Saved, model: torch.nn.Module, params: Params, sidecar: Sidecar | None) -> Names:
     """Names from the state itself, else from its sidecar, else by replaying the order of trainers.
 
-    The replays, tried in this order, are distinguished by the sizes of the groups: the Trainer's
-    [decay, no decay]; one group of the trainable parameters; LoRA+'s four groups; one group of all
-    parameters; all parameters in [decay, no decay]. Raises InputError if none matches.
+    The replays (`groupings.py`) are distinguished by the sizes of the groups, by where weight decay is
+    0, and by the shapes of the moments. Raises InputError if none matches, or several.
     """
     saved_names = _saved_names(saved)
     if saved_names is not None and sidecar is not None:
@@ -71,34 +71,52 @@ def _require_same_names(named: list[list[str]], sidecar: Sidecar) -> None:
 
 
 def _replayed(saved: Saved, model: torch.nn.Module, params: Params) -> Names:
-    sizes = [len(group["params"]) for group in saved.groups]
-    everything = [name for name, _ in model.named_parameters()]
-    order = [name for name in everything if name in params]
-    decay = _decay_names(model)
-
-    def split(names: list[str]) -> list[list[str]]:
-        return [[n for n in names if n in decay], [n for n in names if n not in decay]]
-
-    trainer = split(order)
-    trainer_format = TRAINER if saved.format == TORCH else saved.format
-    candidates = [  # format, description, names, index of the group saved with weight decay 0
-        (trainer_format, "the Trainer's [decay, no-decay] grouping replayed", trainer, 1),
-        (saved.format, "one group in named_parameters() order", [order], None),
-        (saved.format, "peft's LoRA+ groups replayed", _lora_plus(order, model), 3),
-        (saved.format, "one group of all in named_parameters() order", [everything], None),
-        (saved.format, "all parameters in [decay, no-decay] groups", split(everything), 1),
-    ]
-    for format_, what, groups, zero in candidates:
-        if [len(names) for names in groups] != sizes:
-            continue
-        if zero is None or not number(saved.groups[zero].get("weight_decay", 0.0), "weight_decay"):
-            no_decay = _without_decay(groups, params, decay)
-            return Names(groups, format_, f"by position, {what}", True, _twins(params), no_decay)
+    sizes, decay = [len(group["params"]) for group in saved.groups], _decay_names(model)
+    known = groupings(model, params, decay)
+    fitting = [one for one in known if _fits(saved, one, sizes)]
+    # Where sizes leave a choice, shapes decide; where they contradict all, the first states how.
+    by_shape = [one for one in fitting if _has_shapes(saved, one, params)]
+    if len({str(one.groups) for one in by_shape}) > 1:
+        ways = joined(one.what for one in by_shape)
+        raise InputError(
+            f"groups of {joined(sizes)} tensors fit {ways}, which order them differently: save names "
+            "(ParamNamesCallback, or an optimizer built from named_parameters())"
+        )
+    for one in by_shape or fitting:
+        theirs = saved.format == TORCH and one is known[0]
+        no_decay = _without_decay(one.groups, params, decay)
+        format_ = TRAINER if theirs else saved.format
+        route = f"by position, {one.what}"
+        return Names(one.groups, format_, route, True, _twins(params), no_decay)
+    order = sum(name in params for name, _ in model.named_parameters())
+    owner = "adapter" if any("lora_" in name for name in params) else "policy"
+    why = FOREIGN
+    if sum(sizes) == order:
+        why = "no trainer that is known here groups them so"
     raise InputError(
-        f"contains {sum(sizes)} tensors in groups of {joined(sizes)}, the adapter has {len(order)} "
-        f"trainable ones ({joined(map(len, trainer))} in the Trainer's groups) of the model's "
-        f"{len(everything)}: {FOREIGN}; give the adapter's own state, or save names "
+        f"contains {sum(sizes)} tensors in groups of {joined(sizes)}, the {owner} has {order} "
+        f"trainable ones ({joined(map(len, known[0].groups))} in the Trainer's groups) of the model's "
+        f"{len(list(model.parameters()))}: {why}; give the {owner}'s own state, or save names "
         "(ParamNamesCallback, or an optimizer built from named_parameters())"
+    )
+
+
+def _fits(saved: Saved, grouping: Grouping, sizes: list[int]) -> bool:
+    """Whether the groups have these sizes, and no decay where the grouping has none."""
+    if [len(names) for names in grouping.groups] != sizes:
+        return False
+    return not any(
+        number(saved.groups[i].get("weight_decay", 0.0), "weight_decay") for i in grouping.undecayed
+    )
+
+
+def _has_shapes(saved: Saved, grouping: Grouping, params: Params) -> bool:
+    """Whether every moment has the shape of the parameter at its position."""
+    flat = [name for names in grouping.groups for name in names]
+    moments = (shaped(saved.state.get(key, {})) for key in saved.keys)
+    return all(
+        moment is None or (name in params and params[name].shape == moment.shape)
+        for name, moment in zip(flat, moments, strict=True)
     )
 
 
@@ -165,28 +183,6 @@ def another_order(saved: Saved, names: Names, params: Params) -> bool:
 def _twins(params: Params) -> tuple[str, ...]:
     shapes = Counter(tuple(t.shape) for t in params.values())
     return tuple(name for name, t in params.items() if shapes[tuple(t.shape)] > 1)
-
-
-def _lora_plus(order: list[str], model: torch.nn.Module) -> list[list[str]]:
-    """[A, embeddings, B, B without decay], as peft.optimizers.create_loraplus_optimizer orders.
-
-    Weight decay does not follow the Trainer's rule: its name patterns are not used.
-    """
-    from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    decay = {n for n in get_parameter_names(model, ALL_LAYERNORM_LAYERS) if "bias" not in n}
-    groups: dict[str, list[str]] = {"A": [], "embedding": [], "B": [], "B without decay": []}
-    rank = {name: p.ndim for name, p in model.named_parameters()}
-    for name in order:
-        if "lora_embedding" in name:
-            kind = "embedding"
-        elif "lora_B" in name or rank[name] == 1:
-            kind = "B" if name in decay else "B without decay"
-        else:
-            kind = "A"
-        groups[kind].append(name)
-    return list(groups.values())
 
 
 def _decay_names(model: torch.nn.Module) -> set[str]:

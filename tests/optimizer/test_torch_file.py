@@ -352,10 +352,17 @@ def test_another_adapters_state(state, tmp_path: Path) -> None:
     assert "another adapter, or has another order" in message
 
 
-def test_groups_of_the_right_sizes_with_decay_in_the_second(state, plain, tmp_path: Path) -> None:
-    group = state["param_groups"][0]
-    state["param_groups"].append({**group, "params": [], "weight_decay": 0.1})
-    refused("groups of 12 and 0", save(state, tmp_path), plain.model)
+def test_groups_of_the_right_sizes_with_decay_in_the_second(tmp_path: Path) -> None:
+    model = make_model("bias")
+    named = trainable(model)
+    biases = [p for p in named.values() if p.ndim == 1]
+    groups = [{"params": [p for p in named.values() if p.ndim == 2]}, {"params": biases}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    take_steps(model, optimizer)
+    refused("groups of 12 and 6", save(optimizer.state_dict(), tmp_path), model)
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    adam, _ = read(save(optimizer.state_dict(), tmp_path), model, registry(model))
+    assert_attached(adam, model, optimizer)
 
 
 def test_unnamed_groups(state, plain, tmp_path: Path) -> None:
