@@ -184,13 +184,14 @@ def _named(
 def _skeleton(
     checkpoint: Path, base: str | None, adapter: str, missing: list[str]
 ) -> "Skeleton | None":
-    from .checkpoint.adapter import find_adapter  # imports transformers and peft
+    from .checkpoint.adapter import find_adapter, has_full_model  # imports transformers and peft
     from .checkpoint.skeleton import skeleton
     from .stages.step import require_own_state
 
     try:
         require_own_state(checkpoint, adapter)
-        find_adapter(str(checkpoint), None if adapter == "default" else adapter)
+        if not has_full_model(checkpoint):
+            find_adapter(str(checkpoint), None if adapter == "default" else adapter)
         return skeleton(checkpoint, base, adapter)
     except InputError as error:
         if base is not None:

@@ -109,7 +109,11 @@ def check(
         plain64 = forward.coarsest == torch.float64 and plan.config.policy.mode == "lora"
         return [
             *([checks.float64_throughout(plan.policy.model, part)] if plain64 else []),
-            checks.adapter_changes_logits(params, part, stats, forward, max_tokens),
+            *(
+                [checks.adapter_changes_logits(params, part, stats, forward, max_tokens)]
+                if any(checks.LAST_FACTOR.search(name) for name in params)  # else no adapter
+                else []
+            ),
             checks.gradients_reach("X", prediction.X),
             *([checks.gradients_reach("Y", prediction.Y)] if moves else []),
             checks.routes_agree(prediction, plan.forward),

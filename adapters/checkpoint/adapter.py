@@ -1,12 +1,20 @@
 """A LoRA adapter on disk: its location in a trainer's checkpoint, and its configuration."""
 
+import dataclasses
+import json
+import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from peft import LoraConfig, PeftConfig, PeftType
+from huggingface_hub import ResolvedRevision, hf_hub_download
+from peft import LoraConfig, PeftType
+from transformers.utils.hub import resolve_revision
 
 from funcprobe.types import InputError
 
 from ..config.schema import PolicyConfig
+from ..machine.pointers import pointer
+from .adapter_fields import NESTED, check_fields
 from .base import UNLOADABLE, is_local, short
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -16,6 +24,50 @@ VERL_FOLDERS = ("lora_adapter", "actor/lora_adapter")
 # reproducibly, whenever it loads such an adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 REPEATABLE_INITS = ("pissa", "olora")
+
+
+class BaseName(NamedTuple):
+    """Which base model the adapter is put on, as far as it is known before loading."""
+
+    id: str  # folder or hub id
+    revision: str | None  # branch, tag or commit of a hub id, as asked for; None: its default branch
+    version: str | None  # the same, resolved to a commit if that is possible; None for a folder
+    lines: tuple[str, ...]
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that is loaded, where it is known. (transformers 5 no longer keeps it.)"""
+        return self.version.resolved if isinstance(self.version, ResolvedRevision) else None
+
+
+def full_model(config: PolicyConfig) -> str | None:
+    """The folder of policy.checkpoint if it has a whole model instead of an adapter; else None.
+
+    InputError for settings that an adapter alone has.
+    """
+    place = Path(config.checkpoint).expanduser()
+    if not has_full_model(place):
+        return None
+    what = f"{place} has a whole model (config.json without adapter_config.json)"
+    if config.mode == "qlora":
+        raise InputError(
+            f'{what}, and policy.mode = "qlora" would quantise the weights that were trained, which '
+            'then have no gradient: set policy.mode = "lora"'
+        )
+    for key, value in (("base", config.base), ("revision", config.revision)):
+        if value is not None:
+            raise InputError(f"{what}, all of which was trained: remove policy.{key} = {value}")
+    if config.adapter != "default":
+        raise InputError(f"{what}: remove policy.adapter = {config.adapter}")
+    return str(place)
+
+
+def has_full_model(place: Path) -> bool:
+    """Whether a folder has a model's configuration and weights, and no adapter in it or below."""
+    patterns = ("model*.safetensors*", "pytorch_model*.bin*")
+    weights = any(path.is_file() for pattern in patterns for path in place.glob(pattern))
+    adapters = any(place.glob("**/adapter_config.json"))
+    return weights and (place / "config.json").is_file() and not adapters
 
 
 def find_adapter(checkpoint: str, subfolder: str | None) -> tuple[str, str | None]:
@@ -54,22 +106,30 @@ def find_adapter(checkpoint: str, subfolder: str | None) -> tuple[str, str | Non
 
 
 def read_adapter_config(checkpoint: str, subfolder: str | None) -> LoraConfig:
-    """The adapter's configuration, as trainable. InputError unless it is that of a LoRA adapter."""
+    """The adapter's configuration, as trainable.
+
+    InputError unless it is that of a LoRA adapter, all of whose settings can be applied.
+    """
     source, subfolder = find_adapter(checkpoint, subfolder)
     try:
-        adapter_config = PeftConfig.from_pretrained(source, subfolder=subfolder)
+        found = _read_fields(source, subfolder)
     except UNLOADABLE as error:
-        raise InputError(
-            f"the adapter's configuration cannot be loaded from {source} ({short(error)}): "
-            "expected a checkpoint folder, or a hub id that this machine can reach"
-        ) from error
+        raise pointer(Path(source), "adapter_config.json") or _unreadable(source, error) from error
     # AdaLoRA's configuration is a LoraConfig as well, but its forward differs.
-    if not isinstance(adapter_config, LoraConfig) or adapter_config.peft_type is not PeftType.LORA:
-        kind = getattr(adapter_config.peft_type, "value", adapter_config.peft_type)
+    if (kind := found.get("peft_type")) != PeftType.LORA:
         raise InputError(
             f"{source} has no LoRA parameters: its adapter_config.json has peft_type = {kind}; "
             "give a checkpoint with a LoRA adapter"
         )
+    check_fields(found, source)
+    fields = {field.name for field in dataclasses.fields(LoraConfig)} - NESTED
+    try:
+        with warnings.catch_warnings():
+            # peft's advice on settings; every one of them is decided in adapter_fields.py.
+            warnings.simplefilter("ignore", UserWarning)
+            adapter_config = LoraConfig(**{key: found[key] for key in fields & found.keys()})
+    except UNLOADABLE as error:
+        raise _unreadable(source, error) from error
     adapter_config.inference_mode = False  # trainers save true; the registry needs gradients
     return adapter_config
 
@@ -81,12 +141,6 @@ def check_adapter_config(adapter_config: LoraConfig, config: PolicyConfig) -> No
             f"{config.checkpoint}: adapter_config.json has lora_alpha = 0, which would disable the "
             "adapter (verl's merger writes 0 if the value is unknown; it may be in "
             "lora_train_meta.json): set it to the training run's lora_alpha"
-        )
-    if adapter_config.target_parameters:
-        raise InputError(
-            f"{config.checkpoint}: the adapter has target_parameters, as "
-            f"{adapter_config.target_parameters[0]}, through which torch.func cannot differentiate: "
-            "only target_modules are supported"
         )
     init = adapter_config.init_lora_weights
     if init in PLAIN_INITS:
@@ -103,6 +157,58 @@ def check_adapter_config(adapter_config: LoraConfig, config: PolicyConfig) -> No
             "base, which peft supports for unquantised weights of at most float32: set policy.dtype = "
             '"float32" and policy.mode = "lora"'
         )
+
+
+def base_name(adapter_config: LoraConfig, config: PolicyConfig) -> BaseName:
+    """The base of the configuration, else the adapter's, with the revision that belongs to it.
+
+    The revision in adapter_config.json is one of the adapter's own base. InputError if no base is
+    known, and for policy.revision of a folder, which has no revisions.
+    """
+    named = adapter_config.base_model_name_or_path
+    if not (config.base or named):
+        raise InputError(f"{config.checkpoint} does not record its base model: set policy.base")
+    base_id, own = str(Path(str(config.base or named)).expanduser()), adapter_config.revision
+    lines = []
+    if named and base_id != str(named):
+        at = f" at revision {own}" if own else ""
+        lines.append(f"note: the adapter was saved with another base, {named}{at}")
+        own = None
+    if is_local(base_id):
+        if config.revision:
+            raise InputError(
+                f"policy.revision = {config.revision}, but the base is the folder {base_id}, which has "
+                "no revisions: remove it, or set policy.base to a hub id"
+            )
+        if own:
+            lines.append(
+                f"note: revision {own} in adapter_config.json is ignored: the base is the folder "
+                f"{base_id}, which has no revisions"
+            )
+        return BaseName(base_id, None, None, tuple(lines))
+    if config.revision and own and config.revision != own:
+        lines.append(f"note: the adapter was saved with revision {own} of its base")
+    revision = config.revision or own
+    return BaseName(base_id, revision, resolve_revision(base_id, revision), tuple(lines))
+
+
+def _read_fields(source: str, subfolder: str | None) -> dict[str, Any]:
+    """adapter_config.json as it is written, with the keys that peft would drop."""
+    if is_local(source):
+        file = Path(source) / (subfolder or "") / "adapter_config.json"
+    else:
+        file = Path(hf_hub_download(source, "adapter_config.json", subfolder=subfolder))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise TypeError(f"a JSON object is expected, {type(found).__name__} was found")
+    return found
+
+
+def _unreadable(source: str, error: Exception) -> InputError:
+    return InputError(
+        f"the adapter's configuration cannot be loaded from {source} ({short(error)}): "
+        "expected a checkpoint folder, or a hub id that this machine can reach"
+    )
 
 
 def _has_adapter(folder: Path) -> bool:

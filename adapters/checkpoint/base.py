@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from funcprobe.types import InputError
 
 from ..config.paths import looks_local
 from ..config.schema import PolicyConfig
+from ..machine.pointers import pointer
 from .quantised import quantisation
 
 # Raised by transformers 5.23, huggingface_hub and safetensors for files that are missing, damaged, or
@@ -32,8 +41,12 @@ UNLOADABLE = (
 )
 
 
-def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple[Any, list[str]]:
+def load_base(
+    base_id: str, config: PolicyConfig, device: torch.device, *, version: str | None, remedy: str
+) -> tuple[Any, list[str]]:
     """The base model, and a line if its files contain weights that the model does not use.
+
+    `version` is the revision of a hub id. `remedy` says what to change if the model cannot be loaded.
 
     With mode "qlora" it is on `device`, with bitsandbytes' linear layers, and in float32 instead of
     float64, for the caller to widen. Raises InputError, one line, if it cannot be loaded, if its
@@ -41,15 +54,24 @@ def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple
     configuration.
     """
     remote: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    remedy = "set policy.base to a model folder or hub id"
-    if is_local(base_id) and not Path(base_id).is_dir():
+    remote |= {"revision": version} if version else {}
+    place, at = Path(base_id), f"{base_id} at revision {version}" if version else base_id
+    if is_local(base_id) and not place.is_dir():
         raise InputError(f"base model {base_id}: no such folder; {remedy}")
     try:
-        base_config = AutoConfig.from_pretrained(base_id, **remote)
+        # transformers 5.23 would load such an adapter's base, and put both adapters on it.
+        adapter = find_adapter_config_file(base_id, revision=version)
+        base_config = None if adapter else AutoConfig.from_pretrained(base_id, **remote)
     except UNLOADABLE as error:
-        raise InputError(
-            f"the base model's configuration cannot be loaded from {base_id} ({short(error)}): {remedy}"
+        raise pointer(place, "config.json") or InputError(
+            f"the base model's configuration cannot be loaded from {at} ({short(error)}): {remedy}"
         ) from error
+    if base_config is None:
+        raise InputError(
+            f"base {at} is itself an adapter (it has adapter_config.json): merge that adapter into its "
+            "own base (merge_and_unload) and set policy.base to the merged model; if its weights are "
+            "merged already, delete its adapter_config.json"
+        )
     dtype = getattr(torch, config.dtype)
     saved = getattr(base_config, "quantization_config", None)
     quantise = quantisation(saved, base_id, config.mode, dtype)
@@ -60,7 +82,7 @@ def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple
     loaded: Any
     try:
         with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = auto_class(base_config).from_pretrained(
                 base_id,
                 config=base_config,
                 dtype=dtype,
@@ -70,8 +92,9 @@ def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple
                 **remote,
             )
     except UNLOADABLE as error:
-        raise InputError(
-            f"the base model cannot be loaded from {base_id} ({short(error)}): {remedy}"
+        weights = "*.safetensors*" if any(place.glob("*.safetensors*")) else "*.bin*"
+        raise pointer(place, weights) or InputError(
+            f"the base model cannot be loaded from {at} ({short(error)}): {remedy}"
         ) from error
     base, info = loaded
     # transformers initialises missing tensors at random, and continues.
@@ -92,27 +115,38 @@ def load_base(base_id: str, config: PolicyConfig, device: torch.device) -> tuple
     return base, [f"base {base_id}: {len(unused)} tensors in its files are not used, as {unused[0]}"]
 
 
-def load_tokenizer(places: Sequence[str], *, trust_remote_code: bool) -> Any:
+def load_tokenizer(places: Sequence[str], *, version: str | None, trust_remote_code: bool) -> Any:
     """The tokenizer of the first folder that has one, else of the last entry, which may be a hub id.
+
+    `version` is the revision of that hub id.
 
     InputError if it is damaged.
     """
     found = (place for place in places if (Path(place) / "tokenizer_config.json").is_file())
     source = next(found, places[-1])
+    remote = {"revision": version} if version and source == places[-1] else {}
     remedy = "put the base's tokenizer files there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **remote)
     except Exception as error:
         # tokenizers 0.22 raises a bare Exception for a damaged file.
         if type(error) is not Exception and not isinstance(error, UNLOADABLE):
             raise
-        raise InputError(
+        raise pointer(Path(source), "*token*", "*vocab*", "merges.txt") or InputError(
             f"the tokenizer cannot be loaded from {source} ({short(error)}): {remedy}"
         ) from error
     # Without files transformers 5.23 silently creates one with special tokens alone.
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
         raise InputError(f"the tokenizer in {source} has special tokens only: {remedy}")
     return tokenizer
+
+
+def auto_class(base_config: Any) -> Any:
+    """A model that also reads images, where there is no class for its text alone."""
+    kind = type(base_config)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def is_local(name: str) -> bool:

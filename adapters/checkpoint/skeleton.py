@@ -3,17 +3,19 @@
 import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
 
 from funcprobe.policy.forward import trainable_params
 from funcprobe.types import InputError, Params
 
-from .adapter import read_adapter_config
-from .base import UNLOADABLE, short
+from ..config.schema import PolicyConfig
+from .adapter import base_name, full_model, read_adapter_config
+from .base import UNLOADABLE, auto_class, short
+from .text_part import train_text
 
 # Also raised by transformers and peft, for configurations with numbers, patterns or packages that they
 # cannot use.
@@ -23,32 +25,40 @@ _UNBUILDABLE = (RuntimeError, AssertionError, ImportError, IndexError, re.error)
 class Skeleton(NamedTuple):
     """A model on the meta device, and its registry as zeros that take no memory."""
 
-    model: PeftModel
+    model: torch.nn.Module
     params: Params
     base: str
 
 
 def skeleton(checkpoint: Path, base: str | None, adapter: str) -> Skeleton:
-    """The adapter of a checkpoint's folder on its base's configuration.
+    """The adapter of a checkpoint's folder on its base's configuration, or the whole model in it.
 
     Raises InputError, one line, if the configuration of the adapter or of the base is missing.
     """
-    config = read_adapter_config(str(checkpoint), None if adapter == "default" else adapter)
-    config.init_lora_weights = False  # a decomposition of the base would need its weights
-    base_id = base or config.base_model_name_or_path
-    if not base_id:
-        raise InputError(f"{checkpoint} does not record its base model: give it with --base")
+    given = PolicyConfig(checkpoint=str(checkpoint), base=base, adapter=adapter)
+    folder = full_model(given)
+    lora: LoraConfig | None = None
+    base_id, version = folder or "", None
+    if folder is None:
+        lora = read_adapter_config(str(checkpoint), None if adapter == "default" else adapter)
+        lora.init_lora_weights = False  # a decomposition of the base would need its weights
+        base_id, _, version, _ = base_name(lora, given)
+    remote = {"revision": version} if version else {}
+    model: Any
     try:
-        base_config = AutoConfig.from_pretrained(str(Path(base_id).expanduser()))
+        base_config = AutoConfig.from_pretrained(base_id, **remote)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about initial values, which a skeleton does not have
-            empty = AutoModelForCausalLM.from_config(base_config)
-            model = get_peft_model(empty, config, adapter_name=adapter)
+            model = auto_class(base_config).from_config(base_config)
+            if lora is not None:
+                model = get_peft_model(model, lora, adapter_name=adapter)
     except (*UNLOADABLE, *_UNBUILDABLE) as error:
         raise InputError(
             f"the model cannot be built from the configuration of base {base_id} ({short(error)}): "
             "give the base's folder or hub id with --base"
         ) from error
+    if lora is None:
+        train_text(model)
     zero = torch.zeros(())
     params = {name: zero.expand(p.shape) for name, p in trainable_params(model).items()}
-    return Skeleton(model, params, str(base_id))
+    return Skeleton(model, params, base_id)

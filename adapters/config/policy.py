@@ -51,6 +51,12 @@ class PolicyConfig(Section):
         description="Base model; default: the one saved with the adapter.",
         examples=["Qwen/Qwen2.5-0.5B-Instruct"],
     )
+    revision: Text | None = Field(
+        None,
+        description="Branch, tag or commit of the base on the hub; default: the one saved with the "
+        "adapter, if the base is the adapter's own.",
+        examples=["main"],
+    )
     adapter: str = Field(
         "default",
         pattern=r"^[^.]+$",  # it becomes the name of a torch module

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from funcprobe.types import InputError
+
+from ..machine.pointers import pointer
 from . import dcp, deepspeed, eight_bit, fsdp, verl
 from .saved import TORCH, TRAINER, Saved, located
 from .torch_file import well_formed
@@ -19,12 +22,21 @@ _NONE = (
 
 def open_state(path: Path) -> Saved:
     """The state in a file or folder, as saved. InputError if no importer can read it."""
+    try:
+        return _opened(path)
+    except InputError as error:
+        if missing := pointer(path, "**/*optim*", "**/*.distcp", "zero/**/*"):
+            raise missing from error
+        raise
+
+
+def _opened(path: Path) -> Saved:
     if path.is_dir():
         if dcp.recognises(path):
             return dcp.read(path)
         if deepspeed.recognises(path):
             return deepspeed.read(path)
-        return open_state(find_state(path))
+        return _opened(find_state(path))
     if verl.recognises(path):
         return verl.read(path)
     if path.name.endswith("_optim_states.pt"):  # one partition of a ZeRO folder

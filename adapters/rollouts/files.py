@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from funcprobe.types import InputError
 
+from ..machine.pointers import pointer
+
 ENDINGS = (".parquet", ".jsonl", ".json")
 
 
@@ -34,6 +36,8 @@ def read_columns(path: Path) -> Columns:
         raise InputError(f"{path}: no such file; give rollouts as Parquet or JSON lines")
     if path.suffix not in ENDINGS:
         raise InputError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}: rename it")
+    if missing := pointer(path):
+        raise missing
     return _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
 
 

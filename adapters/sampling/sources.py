@@ -11,6 +11,7 @@ import pyarrow.parquet
 from funcprobe.types import InputError
 
 from ..config.paths import FILE_TYPES
+from ..machine.pointers import pointer
 
 Row = dict[str, object]
 
@@ -29,6 +30,8 @@ def read_rows(source: str, split: str) -> list[Row]:
     if path.is_file():
         if path.suffix not in FILE_TYPES:
             raise InputError(f"{source}: expected a file of type {', '.join(FILE_TYPES)}")
+        if missing := pointer(path):
+            raise missing
         readers = {".parquet": _parquet, ".csv": _csv}
         return readers.get(path.suffix, _json)(path)
     if path.is_dir():

@@ -39,8 +39,9 @@ def require_positions(config: Config, policy: Policy, tokens: int) -> None:
             f"{config.run.max_tokens}: raise run.max_tokens, lower sampling.max_new_tokens, or drop "
             "long prompts"
         )
-    most = getattr(policy.model.config, "max_position_embeddings", None)
-    rotary = getattr(policy.model.config, "rope_parameters", None) is not None
+    model_config = policy.model.config.get_text_config()  # of a model that also reads images
+    most = getattr(model_config, "max_position_embeddings", None)
+    rotary = getattr(model_config, "rope_parameters", None) is not None
     if most is not None and not rotary and tokens > most:
         raise InputError(
             f"the longest prompt and response may have {tokens} tokens, the model has {most} "

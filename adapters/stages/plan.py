@@ -243,11 +243,6 @@ def _reward(config: Config) -> Reward:
     )
 
 
-def _stable(value: Any) -> str:
-    """Text that does not depend on the order of a set (peft stores target_modules as one)."""
-    return str(sorted(map(str, value)) if isinstance(value, set) else value)
-
-
 def _inputs(
     config: Config,
     policy: Policy,
@@ -256,13 +251,13 @@ def _inputs(
     prompt_ids: list[list[int]],
 ) -> dict[str, Any]:
     base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
-    lora = policy.model.peft_config[config.policy.adapter].to_dict()
     return {
         # What determines the policy's distribution, except the temperature.
         "policy": {
             "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
+            "revision": policy.revision,
             "adapter": store.fingerprint(policy.params),
-            "adapter_config": store.fingerprint({key: _stable(lora[key]) for key in sorted(lora)}),
+            **policy.settings,
             "end_and_padding": [*policy.eos_ids, policy.pad_id],
             "mode": config.policy.mode,
             "dtype": config.policy.dtype,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
+from ..checkpoint.vocabulary import require_rows
 from ..config.schema import Config
 from ..console import excerpt
 from ..rollouts import Rollouts
@@ -51,6 +52,7 @@ def encoded(config: Config, policy: Policy, rows: Sequence[Row] | None = None) -
         add_special_tokens=chosen.add_special_tokens,
         max_prompt_tokens=chosen.max_prompt_tokens,
     )
+    require_rows(ids, policy.tokenizer, policy.model.get_input_embeddings().weight.shape[0])
     return Prompts(prompts, ids, [*made, *special])
 
 

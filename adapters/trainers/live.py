@@ -11,14 +11,15 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import is_compiled_module
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from funcprobe import tree
 from funcprobe.policy.forward import trainable_params
-from funcprobe.policy.suitability import require_causal_lm
+from funcprobe.policy.suitability import causal_lm, require_causal_lm
 from funcprobe.types import AdamState, InputError, Params
 
 from ..checkpoint.model import Policy, check_registry, eos_ids_of
@@ -60,18 +61,25 @@ def tokenizer_of(trainer: Any) -> Any:
 def live_policy(trainer: Any, max_trainable: int) -> Policy:
     """The trained policy as a `Policy`; nothing is copied.
 
-    InputError, one line, for a model that is not a causal language model with a LoRA adapter of peft.
+    InputError, one line, for a model that is neither a causal language model with a LoRA adapter of
+    peft nor one that is trained itself.
     """
     model, tokenizer = policy_of(trainer.model), tokenizer_of(trainer)
-    if not isinstance(model, PeftModel):  # a base taken out of one keeps its peft_config
+    full = not isinstance(model, PeftModel)
+    if full and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputError(
-            f"the trainer's model is {type(model).__name__}, not a LoRA policy of peft: give a "
-            "peft_config, or the model returned by get_peft_model()"
+            f"the trainer's model is {type(model).__name__} with layers of an adapter, but not a LoRA "
+            "policy of peft: give a peft_config, or the model returned by get_peft_model()"
+        )
+    if full and not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"the trainer's model is {type(model).__name__}: a causal language model of transformers, "
+            "or the model returned by get_peft_model(), is expected"
         )
     require_causal_lm(model)
     params = trainable_params(model)
-    check_registry(params, max_trainable)
-    base: Any = model.get_base_model()
+    check_registry(params, max_trainable, full=full)
+    base: Any = causal_lm(model)
     eos_ids = tuple(getattr(trainer, "eos_token_ids", None) or eos_ids_of(tokenizer, base))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     attention = str(base.config._attn_implementation)
@@ -162,7 +170,7 @@ def at_rest(model: Any) -> Iterator[None]:
     exception, all of it is restored, object by object, and so are the random states of Python, numpy
     and torch.
     """
-    base = model.get_base_model()
+    base = causal_lm(model)
     device = next(model.parameters()).device.type
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
@@ -187,8 +195,9 @@ def at_rest(model: Any) -> Iterator[None]:
         # generate() takes every unset option from here.
         stack.enter_context(_swapped(base, "generation_config", GenerationConfig()))
         # peft's generate() leaves an attribute of this name behind (0.21).
-        prepare = model.base_model.prepare_inputs_for_generation
-        stack.enter_context(_swapped(model.base_model, "prepare_inputs_for_generation", prepare))
+        if isinstance(model, PeftModel):
+            prepare = model.base_model.prepare_inputs_for_generation
+            stack.enter_context(_swapped(model.base_model, "prepare_inputs_for_generation", prepare))
         # accelerate's mixed precision replaces the outermost forward and stores the original.
         if "_original_forward" in vars(model):
             stack.enter_context(_swapped(model, "forward", model._original_forward))

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from funcprobe.adapters.checkpoint.vocabulary import check_vocabulary
+from funcprobe.adapters.checkpoint.vocabulary import require_rows, tokens_without_row
 from funcprobe.adapters.sampling.encoding import encode_prompts
 from funcprobe.adapters.sampling.prompts import (
     Example,
@@ -256,15 +256,23 @@ def test_encodings_that_cannot_be_used():
         encode_prompts(two, tokenizer(template="<s> $A </s>"))
 
 
-def test_the_vocabulary_must_fit():
-    check_vocabulary(tokenizer(), len(WORDS))
-    check_vocabulary(tokenizer(), 128)
-    with pytest.raises(InputError, match="'brief' has id 10, but the model has 10 rows"):
-        check_vocabulary(tokenizer(), len(WORDS) - 1)
+def test_tokens_without_a_row():
+    assert tokens_without_row(tokenizer(), len(WORDS), [0]) == []
+    assert tokens_without_row(tokenizer(), 128, [0]) == []
+    (line,) = tokens_without_row(tokenizer(), len(WORDS) - 1, [0])
+    assert "1 of the tokenizer's tokens have no row in the model, as 'brief' (id 10, 10 rows)" in line
+    with pytest.raises(InputError, match=r"the end-of-sequence token 'brief' has id 10, .* 10 rows"):
+        tokens_without_row(tokenizer(), len(WORDS) - 1, [0, 10])
     added = tokenizer()
     added.add_special_tokens({"pad_token": "<pad>"})
-    with pytest.raises(InputError, match="'<pad>' has id 11"):
-        check_vocabulary(added, len(WORDS))
+    with pytest.raises(InputError, match="the padding token '<pad>' has id 11, but the model has 11"):
+        tokens_without_row(added, len(WORDS), [0])
+
+
+def test_prompts_must_have_rows():
+    require_rows([[0], [10, 3]], tokenizer(), len(WORDS))
+    with pytest.raises(InputError, match=r"prompt 2: .* 'brief' has id 10, but the model has 10 rows"):
+        require_rows([[0], [10, 3]], tokenizer(), len(WORDS) - 1)
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 2**63 - 1))

@@ -105,7 +105,7 @@ def test_other_arguments_that_are_refused(checkpoint, tmp_path):
         ProbeCallback(trainer, every=1, config=probe_config(checkpoint))
     trainer = plain_trainer(checkpoint, tmp_path)
     trainer.model = trainer.model.get_base_model()
-    with pytest.raises(InputError, match="Qwen2ForCausalLM, not a LoRA policy"):
+    with pytest.raises(InputError, match="Qwen2ForCausalLM with layers of an adapter"):
         ProbeCallback(trainer, every=1, config=probe_config(checkpoint))
     small = {"vocab_size": len(PIECES), "hidden_size": 16, "intermediate_size": 24}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -1,0 +1,115 @@
+"""An adapter's weights on their base: read, compared with what the base expects, and attached."""
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import load_peft_weights
+
+from funcprobe.types import InputError
+
+from ..machine.devices import random_state_kept
+from ..machine.pointers import pointer
+from .adapter import ADAPTER_FILES
+from .base import UNLOADABLE, is_local, short
+
+# Beginnings of peft's advice on adapters that are to be merged or saved.
+_ADVICE = (
+    "Setting `save_embedding_layers`",
+    "Model has `tie_word_embeddings=True`",
+    "Careful, disabling adapter layers with bias",
+    "`lora_bias=True` was passed but",
+    "fan_in_fan_out is set to",
+)
+
+
+def read_weights(source: str, subfolder: str | None) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter's file. InputError if there is none, or it cannot be read."""
+    files = [Path(source) / (subfolder or "") / file for file in ADAPTER_FILES]
+    if is_local(source) and not any(file.is_file() for file in files):
+        raise InputError(f"{source} has neither {' nor '.join(ADAPTER_FILES)}: copy it again")
+    try:
+        found: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", subfolder=subfolder)
+    except (*UNLOADABLE, pickle.UnpicklingError, RuntimeError, EOFError) as error:  # .bin is a pickle
+        raise pointer(Path(source), *ADAPTER_FILES) or InputError(
+            f"the adapter's weights cannot be loaded from {source} ({short(error)}): copy it again"
+        ) from error
+    return found
+
+
+def attach_adapter(
+    base: Any,
+    adapter_config: LoraConfig,
+    name: str,
+    base_id: str,
+    source: str,
+    weights: dict[str, torch.Tensor],
+    embeddings: dict[str, torch.nn.Parameter],
+) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """The policy, and the frozen embeddings that were copied from the adapter's file.
+
+    InputError unless the file has exactly the tensors that the base and the configuration imply, apart
+    from `embeddings`, which it may have.
+    """
+    with warnings.catch_warnings():
+        # peft 0.21 advises on merging and saving, which are not done here, and uses a deprecated
+        # attribute of transformers 5.23.
+        for advice in _ADVICE:
+            warnings.filterwarnings("ignore", advice, UserWarning)
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+        try:
+            with random_state_kept():  # initial LoRA weights are drawn, replaced below
+                adapter_config.base_model_name_or_path = base_id  # peft warns if it has to change it
+                model = get_peft_model(base, adapter_config, adapter_name=name)
+                _replicate_types(base, adapter_config)
+        except (ValueError, TypeError, AttributeError) as error:  # the last two: damaged file
+            raise InputError(
+                f"the adapter in {source} does not match base {base_id} ({short(error)}): "
+                "set policy.base to the model it was trained on"
+            ) from error
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    frozen = {key: p for key, p in embeddings.items() if key not in expected}
+    _require_same_tensors(expected | frozen, weights, source, base_id)
+    copied = {key: weights.pop(key) for key in frozen}
+    for key, parameter in frozen.items():
+        parameter.data.copy_(copied[key])
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    return model, copied
+
+
+def _replicate_types(base: Any, adapter_config: LoraConfig) -> None:
+    """Give replicated layers their kind of attention, which peft 0.21 leaves out."""
+    kinds = getattr(base.config, "layer_types", None)
+    if adapter_config.layer_replication and kinds:
+        spans = adapter_config.layer_replication
+        base.config.layer_types = [kinds[i] for start, end in spans for i in range(start, end)]
+
+
+def _require_same_tensors(
+    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], source: str, base_id: str
+) -> None:
+    remedy = f"base {base_id} is not the model this adapter was trained on: set policy.base"
+    if differ := sorted(expected.keys() ^ found.keys()):
+        side = "the base has no such parameter" if differ[0] in found else "the file lacks it"
+        raise InputError(
+            f"adapter {source}: {len(differ)} tensors do not match, as {differ[0]} ({side}); {remedy}"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise InputError(
+                f"adapter {source}: {name} has shape {tuple(found[name].shape)}, the base expects "
+                f"{tuple(tensor.shape)}; {remedy}"
+            )
+        if not bool(found[name].isfinite().all()):
+            raise InputError(
+                f"adapter {source}: {name} contains a non-finite number: the file is damaged"
+            )
