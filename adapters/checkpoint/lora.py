@@ -21,6 +21,7 @@ from ..machine.devices import random_state_kept
 from ..machine.pointers import pointer
 from .adapter import ADAPTER_FILES
 from .base import UNLOADABLE, is_local, short
+from .embeddings import SavedEmbeddings
 
 # Beginnings of peft's advice on adapters that are to be merged or saved.
 _ADVICE = (
@@ -53,7 +54,7 @@ def attach_adapter(
     base_id: str,
     source: str,
     weights: dict[str, torch.Tensor],
-    embeddings: dict[str, torch.nn.Parameter],
+    embeddings: SavedEmbeddings,
 ) -> tuple[PeftModel, dict[str, torch.Tensor]]:
     """The policy, and the frozen embeddings that were copied from the adapter's file.
 
@@ -77,7 +78,8 @@ def attach_adapter(
                 "set policy.base to the model it was trained on"
             ) from error
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    frozen = {key: p for key, p in embeddings.items() if key not in expected}
+    frozen = embeddings.frozen
+    weights = {key: t for key, t in weights.items() if key not in embeddings.copies.keys() - expected}
     _require_same_tensors(expected | frozen, weights, source, base_id)
     copied = {key: weights.pop(key) for key in frozen}
     for key, parameter in frozen.items():

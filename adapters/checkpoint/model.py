@@ -126,7 +126,7 @@ def _load_adapter(config: PolicyConfig, device: torch.device) -> _Loaded:
     places = _tokenizer_places(config.checkpoint, source, name.id)
     tokenizer = load_tokenizer(places, version=name.version, trust_remote_code=config.trust_remote_code)
     weights = read_weights(source, subfolder)
-    embeddings, resized = fit_vocabulary(base, weights, adapter_config, source)
+    embeddings = fit_vocabulary(base, weights, adapter_config, source)
     model, copied = attach_adapter(
         base, adapter_config, config.adapter, name.id, source, weights, embeddings
     )
@@ -136,7 +136,9 @@ def _load_adapter(config: PolicyConfig, device: torch.device) -> _Loaded:
         "adapter_config": store.fingerprint({key: _stable(fields[key]) for key in sorted(fields)}),
         "embeddings": store.fingerprint(copied),
     }
-    return _Loaded(model, name, source, tokenizer, size, settings, (*ignored, *resized, *name.lines))
+    return _Loaded(
+        model, name, source, tokenizer, size, settings, (*ignored, *embeddings.lines, *name.lines)
+    )
 
 
 def _load_full(folder: str, config: PolicyConfig, device: torch.device) -> _Loaded:

@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from funcprobe.policy.forward import trainable_params
 from funcprobe.types import InputError, Params
 
 from ..config.schema import PolicyConfig
-from .adapter import base_name, full_model, read_adapter_config
+from .adapter import base_name, find_adapter, full_model, read_adapter_config
 from .base import UNLOADABLE, auto_class, short
+from .embeddings import fit_vocabulary
 from .text_part import train_text
 
 # Also raised by transformers and peft, for configurations with numbers, patterns or packages that they
@@ -51,7 +53,10 @@ def skeleton(checkpoint: Path, base: str | None, adapter: str) -> Skeleton:
             warnings.simplefilter("ignore")  # about initial values, which a skeleton does not have
             model = auto_class(base_config).from_config(base_config)
             if lora is not None:
+                fit_vocabulary(model, _shapes(checkpoint, adapter), lora, str(checkpoint))
                 model = get_peft_model(model, lora, adapter_name=adapter)
+    except InputError:  # a ValueError, and about the adapter
+        raise
     except (*UNLOADABLE, *_UNBUILDABLE) as error:
         raise InputError(
             f"the model cannot be built from the configuration of base {base_id} ({short(error)}): "
@@ -62,3 +67,14 @@ def skeleton(checkpoint: Path, base: str | None, adapter: str) -> Skeleton:
     zero = torch.zeros(())
     params = {name: zero.expand(p.shape) for name, p in trainable_params(model).items()}
     return Skeleton(model, params, base_id)
+
+
+def _shapes(checkpoint: Path, adapter: str) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter's file, without their values; none where they cannot be known."""
+    source, _ = find_adapter(str(checkpoint), None if adapter == "default" else adapter)
+    path = Path(source) / "adapter_model.safetensors"
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
