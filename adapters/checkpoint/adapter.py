@@ -100,8 +100,9 @@ def find_adapter(checkpoint: str, subfolder: str | None) -> tuple[str, str | Non
             "policy.checkpoint to the lora_adapter/ that it writes"
         )
     raise InputError(
-        f"{place} has no adapter_config.json: a LoRA checkpoint as peft or a trainer writes "
-        "it is expected (adapter_config.json and adapter_model.safetensors)"
+        f"{place} has neither adapter_config.json nor a whole model: a checkpoint as peft or a trainer "
+        "writes it is expected (adapter_config.json and adapter_model.safetensors, or config.json and "
+        "model.safetensors)"
     )
 
 

@@ -1,5 +1,6 @@
 """Folder or hub id -> base model and tokenizer, complete, or an InputError."""
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.types import InputError
 
 from ..config.paths import looks_local
@@ -39,6 +41,8 @@ UNLOADABLE = (
     StrictDataclassError,
     SafetensorError,
 )
+# Raised by torch.load for a .bin file, a pickle in a zip archive, that is damaged.
+UNPICKLED = (pickle.UnpicklingError, EOFError, RuntimeError)
 
 
 def load_base(
@@ -91,7 +95,9 @@ def load_base(
                 ignore_mismatched_sizes=True,  # rejected below, with their names
                 **remote,
             )
-    except UNLOADABLE as error:
+    except (*UNLOADABLE, *UNPICKLED) as error:
+        if out_of_memory(error):
+            raise
         weights = "*.safetensors*" if any(place.glob("*.safetensors*")) else "*.bin*"
         raise pointer(place, weights) or InputError(
             f"the base model cannot be loaded from {at} ({short(error)}): {remedy}"

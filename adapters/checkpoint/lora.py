@@ -1,6 +1,5 @@
 """An adapter's weights on their base: read, compared with what the base expects, and attached."""
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from funcprobe.types import InputError
 from ..machine.devices import random_state_kept
 from ..machine.pointers import pointer
 from .adapter import ADAPTER_FILES
-from .base import UNLOADABLE, is_local, short
+from .base import UNLOADABLE, UNPICKLED, is_local, short
 from .embeddings import SavedEmbeddings
 
 # Beginnings of peft's advice on adapters that are to be merged or saved.
@@ -40,7 +39,7 @@ def read_weights(source: str, subfolder: str | None) -> dict[str, torch.Tensor]:
         raise InputError(f"{source} has neither {' nor '.join(ADAPTER_FILES)}: copy it again")
     try:
         found: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", subfolder=subfolder)
-    except (*UNLOADABLE, pickle.UnpicklingError, RuntimeError, EOFError) as error:  # .bin is a pickle
+    except (*UNLOADABLE, *UNPICKLED) as error:
         raise pointer(Path(source), *ADAPTER_FILES) or InputError(
             f"the adapter's weights cannot be loaded from {source} ({short(error)}): copy it again"
         ) from error

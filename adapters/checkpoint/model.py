@@ -24,6 +24,7 @@ from .adapter import (
 from .base import is_local, load_base, load_tokenizer
 from .embeddings import fit_vocabulary
 from .lora import attach_adapter, read_weights
+from .padding import drop_padding_rows
 from .quantised import freeze_quantised
 from .text_part import require_text_adapter, train_text
 from .vocabulary import tokens_without_row
@@ -45,7 +46,8 @@ class Policy(NamedTuple):
     attention: str
     lines: tuple[str, ...]
     revision: str | None = None  # of a hub id, as asked for
-    settings: dict[str, Any] = {}  # noqa: RUF012  what else determines the policy: never changed
+    settings: dict[str, Any] = {}  # noqa: RUF012  what else determines the policy; never changed
+    padding: dict[torch.nn.Embedding, int] = {}  # noqa: RUF012  the trainer's; never changed
 
 
 def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
@@ -75,6 +77,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
         model = model.double()
     model.config.use_cache = False
     model = _moved(model, device).eval()
+    padding = drop_padding_rows(model)
     params = trainable_params(model)
     _require_finite(model, name.id, config.dtype)
     attention = str(base.config._attn_implementation)
@@ -100,6 +103,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
         lines=lines,
         revision=name.revision,
         settings=loaded.settings,
+        padding=padding,
     )
 
 
@@ -160,8 +164,8 @@ def _registry_lines(config: PolicyConfig, params: Params, loaded: _Loaded) -> li
     held = sum(t.numel() * t.element_size() for t in params.values())
     return [
         f"no adapter: all {count:,} parameters in {len(params)} tensors are trained; Adam's state "
-        f"takes {2 * held / 2**30:.1f} GiB of memory, the gradients, the parts of v and theta + eta v "
-        f"about {FULL_COPIES * held / 2**30:.1f} GiB more"
+        f"takes {2 * held / 2**30:.3g} GiB of memory, the gradients, the parts of v and theta + eta v "
+        f"about {FULL_COPIES * held / 2**30:.3g} GiB more"
     ]
 
 

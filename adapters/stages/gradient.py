@@ -6,6 +6,7 @@ import funcprobe
 from funcprobe.along import update_gradients
 from funcprobe.types import InputError, Params
 
+from ..checkpoint.padding import as_trained
 from ..console import Narrator
 from ..machine.cost import counted
 from ..optimizer import OptimizerReport
@@ -35,7 +36,8 @@ def gradients_on_U(
     with narrator.phase("gradient on U", sequences) as stage:
 
         def compute() -> tuple[Params, ...]:
-            forward, *masks = (counted(f, stage, "U") for f in (plan.forward, *plan.masks))
+            trained = (as_trained(f, plan.policy.padding) for f in (plan.forward, *plan.masks))
+            forward, *masks = (counted(f, stage, "U") for f in trained)
             return update_gradients(params, update, forward, plan.max_tokens, masks)
 
         like = (dict.fromkeys(params, _LEAF),) * count

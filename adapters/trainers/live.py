@@ -182,6 +182,9 @@ def at_rest(model: Any) -> Iterator[None]:
             stack.enter_context(_swapped(module, "training", False))
             if getattr(module, "gradient_checkpointing", False):
                 stack.enter_context(_swapped(module, "gradient_checkpointing", False))
+            # The trainer's gradient lacks the row of a padding token (adapters/checkpoint/padding.py).
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                stack.enter_context(_swapped(module, "padding_idx", None))
             if module._compiled_call_impl is not None:  # Module.compile(); forward is unchanged
                 stack.enter_context(_swapped(module, "_compiled_call_impl", None))
             # Not disable_input_require_grads(), which removes the last hook only: peft, TRL and every
