@@ -26,7 +26,7 @@ from .embeddings import fit_vocabulary
 from .lora import attach_adapter, read_weights
 from .padding import drop_padding_rows
 from .quantised import freeze_quantised
-from .text_part import require_text_adapter, train_text
+from .text_part import require_names_of_parts, require_text_adapter, train_text
 from .vocabulary import tokens_without_row
 
 FULL_COPIES = 7
@@ -130,6 +130,7 @@ def _load_adapter(config: PolicyConfig, device: torch.device) -> _Loaded:
     places = _tokenizer_places(config.checkpoint, source, name.id)
     tokenizer = load_tokenizer(places, version=name.version, trust_remote_code=config.trust_remote_code)
     weights = read_weights(source, subfolder)
+    require_names_of_parts(base, weights, source)
     embeddings = fit_vocabulary(base, weights, adapter_config, source)
     model, copied = attach_adapter(
         base, adapter_config, config.adapter, name.id, source, weights, embeddings

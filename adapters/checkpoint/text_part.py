@@ -1,5 +1,6 @@
 """Models that also read images: which parameters a text passes through."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,19 @@ def train_text(model: nn.Module) -> None:
     unreached = set(outside_text(model))
     for name, p in model.named_parameters():
         p.requires_grad_(name not in unreached)
+
+
+def require_names_of_parts(base: Any, names: Iterable[str], source: str) -> None:
+    """InputError for the adapter of a model that is the text part of this base alone."""
+    if base.config.get_text_config() is base.config:
+        return
+    path = next(name for name, module in base.named_modules() if module is base.get_decoder())
+    if not any(f".{path}." in name or "vision" in name or "visual" in name for name in names):
+        raise InputError(
+            f"adapter {source}: the base also reads images, and the adapter was trained on its text "
+            f"part as a model of its own (no name has {path}): save that part with save_pretrained, "
+            "and set policy.base to it"
+        )
 
 
 def require_text_adapter(model: nn.Module, source: str) -> None:

@@ -41,10 +41,12 @@ class RunConfig(Section):
 
 
 class PolicyConfig(Section):
-    """The checkpoint: base model and LoRA adapter."""
+    """The checkpoint: base model and LoRA adapter, or a whole model."""
 
     checkpoint: Text = Field(
-        "toy", description='Folder (or hub id) with the adapter; "toy": the built-in policy.'
+        "toy",
+        description="Folder (or hub id) with the adapter, or folder with a whole model, if all of it was "
+        'trained; "toy": the built-in policy.',
     )
     base: Text | None = Field(
         None,
