@@ -45,7 +45,7 @@ class PolicyConfig(Section):
 
     checkpoint: Text = Field(
         "toy",
-        description="Folder (or hub id) with the adapter, or folder with a whole model, if all of it was "
+        description="Folder (or hub id) with the adapter, or folder with a whole model, all of it "
         'trained; "toy": the built-in policy.',
     )
     base: Text | None = Field(
