@@ -52,6 +52,7 @@ def full_trainer(checkpoint, folder) -> Trainer:
     )
 
 
+@pytest.mark.filterwarnings("ignore:funcprobe. dropout in training")
 def test_the_step_predicted_is_the_step_taken_and_nothing_else_changes(
     checkpoint, tmp_path, monkeypatch
 ) -> None:
