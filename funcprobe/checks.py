@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from .policy.forward import Forward
 from .policy.islands import float32_islands
 from .policy.layout import response_mask, select
 from .probe import Prediction, measure
+from .statistics import sampler
 from .statistics.estimators import Measured
 from .step.evidence import Evidence
 from .step.gradient_scale import GradientScale
@@ -217,30 +218,73 @@ def float64_throughout(model: nn.Module, batch: Batch) -> Check:
     )
 
 
-def sampled_from_policy(batch: Batch, stats: TokenStats) -> Check:
-    """z-score of sum_ik (l_ik + h_ik), whose mean is 0 if theta sampled E: E[l + h | prefix] = 0.
+def sampled_from_policy(batch: Batch, stats: TokenStats, name: Literal["E", "U"] = "E") -> Check:
+    """z-score of sum_ik (l_ik + h_ik), whose mean is 0 if theta sampled the batch (`entropy_drift`)."""
+    found = sampler.entropy_drift(stats, response_mask(batch))
+    remedy = {
+        "E": "supply its sampler_logp, or sample it here",
+        "U": "supply the rollouts of this checkpoint's next step; nothing is wrong if the trainer "
+        "itself samples so",
+    }
+    return Check(
+        f"{name} is sampled from the policy",
+        abs(found.z) < 4,
+        f"log-probability plus entropy of a response {found.mean:+.3g} nats, standard error "
+        f"{found.se:.2g}, z = {found.z:.2g}",
+        "|z| < 4",
+        f"{name} was sampled at another temperature, with top_p or top_k, or from another policy: "
+        f"{remedy[name]}",
+        advisory=True,
+    )
 
-    z = M / sqrt(V), M the sum, V the variance of the N responses' sums times N. A sample in which none
-    of the rare tokens occurs shows no variance, so that V is bounded below by - sum h log min(h, 1),
-    somewhat less than the variance of l if all tokens but one are rare.
+
+def sampler_logp_is_its_own(
+    batch: Batch, stats: TokenStats, sampler_logp_NR: Float[Tensor, "N R"]
+) -> Check:
+    """z-score of sum_ik (policy's / sampler's probability - 1), of mean 0 (`ratio_drift`).
+
+    A sum within the rounding of sampler_logp to bfloat16 passes: half a unit in the last place, 2^-9 of
+    its size. Where few contexts recur, such errors do not average out.
     """
     mask_NR = response_mask(batch)
-    excess_N = ((stats.logp_NR + stats.entropy_NR).double() * mask_NR).sum(1)
-    h_NR = (stats.entropy_NR.double() * mask_NR).clamp(min=0)
-    rare = -float(torch.xlogy(h_NR, h_NR.clamp(max=1)).sum())
-    count = len(excess_N)
-    se = math.sqrt(max(count * float(excess_N.var()), rare)) / count
-    mean = float(excess_N.mean())
-    z = mean / se if se else math.copysign(math.inf, mean) if mean else 0.0
+    found = sampler.ratio_drift(stats, sampler_logp_NR, mask_NR)
+    rounding = 2**-9 * float((sampler_logp_NR.abs() * mask_NR).sum()) / len(mask_NR)
     return Check(
-        "E is sampled from the policy",
-        abs(z) < 4,
-        f"log-probability plus entropy of a response {mean:+.3g} nats, standard error {se:.2g}, "
-        f"z = {z:.2g}",
-        "|z| < 4",
-        "E was sampled at another temperature, with top_p or top_k, or from another policy: supply its "
-        "sampler_logp, or sample it here",
+        "sampler_logp is the sampler's",
+        abs(found.z) < 4 or abs(found.mean) < rounding,
+        f"probability ratio to the sampler minus 1, summed over a response, {found.mean:+.3g}, "
+        f"standard error {found.se:.2g}, z = {found.z:.2g}",
+        f"|z| < 4, or a sum below {rounding:.2g} (rounding to bfloat16)",
+        "sampler_logp is not of the distribution that E was drawn from: taken before the temperature, "
+        "or of another model; or top_p or top_k kept the sampler from tokens that the policy samples",
         advisory=True,
+    )
+
+
+def explained_by_temperature(
+    found: Check,
+    batch: Batch,
+    stats: TokenStats,
+    untempered: TokenStats,
+    sampler_logp_NR: Float[Tensor, "N R"],
+) -> Check:
+    """A failed `sampler_logp_is_its_own` with its cause, if that is the missing temperature.
+
+    `stats` are those of a few responses at the temperature of sampling, `untempered` at 1. The cause is
+    found where sampler_logp is nearer to the latter by a factor of ten, root mean square over tokens.
+    """
+    mask_NR = response_mask(batch)
+    gap, gap_at_1 = (
+        float((at.logp_NR - sampler_logp_NR)[mask_NR].double().square().mean().sqrt())
+        for at in (stats, untempered)
+    )
+    if found.passed or not gap_at_1 < gap / 10:
+        return found
+    return found._replace(
+        saw=f"{found.saw}; {gap_at_1:.2g} nats from the policy's at temperature 1, {gap:.2g} from "
+        "those at the temperature of sampling",
+        failure_means="these are log-probabilities before the temperature (vLLM's logprobs_mode = "
+        "raw_logprobs): supply processed ones (processed_logprobs), or drop the column",
     )
 
 
@@ -256,7 +300,7 @@ def sampler_near_policy(
         ess >= count / 2,
         f"ESS {ess:.4g} of {count} at eta = 0",
         f">= {count / 2:g}",
-        "E was sampled by an older policy, or sampler_logp is at another temperature or of raw logits",
+        "E was sampled by an older policy, or sampler_logp is not the sampler's",
         advisory=True,
     )
 

@@ -619,6 +619,22 @@ def test_check_sampler_near_policy() -> None:
     assert checks.sampler_near_policy(batch, stats, stats.logp_NR - even_NR).passed
 
 
+def test_check_sampler_logp_is_its_own() -> None:
+    batch, stats = independent_tokens(1.0, 1)
+    assert checks.sampler_logp_is_its_own(batch, stats, stats.logp_NR).passed
+    raw_NR = stats.logp_NR / 0.8  # not even normalised: every ratio is at least 1
+    assert not checks.sampler_logp_is_its_own(batch, stats, raw_NR).passed
+
+
+def test_check_explained_by_temperature() -> None:
+    batch, stats = independent_tokens(1.0, 1)
+    raw_NR = stats.logp_NR / 0.8
+    found = checks.sampler_logp_is_its_own(batch, stats, raw_NR)
+    own = checks.explained_by_temperature(found, batch, stats, stats._replace(logp_NR=raw_NR), raw_NR)
+    assert "raw_logprobs" in own.failure_means
+    assert checks.explained_by_temperature(found, batch, stats, stats, raw_NR) == found
+
+
 def test_every_check_is_tested():
     public = {n for n, f in vars(checks).items() if callable(f) and f.__module__ == checks.__name__}
     public = {n for n in public if not n.startswith("_")} - {"Check"}
