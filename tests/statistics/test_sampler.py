@@ -38,7 +38,7 @@ def test_drifts_have_mean_0_over_all_sequences_and_the_chi_square_where_the_samp
 
 
 def drawn(seed, sampler, stated, count=200, length=20, vocabulary=25, scale=2.0):
-    """Responses of tokens in 50 contexts, drawn by `sampler(logits)`, with log-probabilities `stated`."""
+    """Responses of tokens in 50 contexts, drawn by `sampler`, with log-probabilities `stated`."""
     draw = torch.Generator().manual_seed(seed)
     logits_SV = logits(50, vocabulary, seed=seed, scale=scale)
     drawn_SV = sampler(logits_SV).log_softmax(1)
