@@ -13,7 +13,7 @@ from torch import Tensor
 from funcprobe.policy.layout import collate, response_mask
 from funcprobe.types import Batch, InputError
 
-from .checks import check_ends, check_sampler_logp, check_temperature, check_tokens
+from .checks import check_ends, check_sampler_logp, check_step, check_temperature, check_tokens
 from .files import Columns, is_text, read_columns, write_json, write_parquet
 
 _ABOUT = {
@@ -29,6 +29,8 @@ _ABOUT = {
     "advantage": 'float, optional: required for U with objective.advantage = "rollouts"',
     "sampler_logp": "floats, optional: log-probability of every response token under the program "
     "that sampled it (nats, at this temperature); in E it gives the importance ratios",
+    "step": "int, optional: the optimizer step that these responses make, one more than the steps "
+    "taken by the policy that sampled them; equal in all rows, and checked against the checkpoint",
 }
 _TYPES = {
     "prompt_index": pa.int64(),
@@ -41,6 +43,7 @@ _TYPES = {
     "reward": pa.float64(),
     "advantage": pa.float64(),
     "sampler_logp": pa.list_(pa.float64()),
+    "step": pa.int64(),
 }
 SCHEMA = pa.schema([pa.field(n, t, metadata={"about": _ABOUT[n]}) for n, t in _TYPES.items()])
 """One row per response, in Parquet (.parquet) or as JSON lines (.jsonl, .json); the metadata "about" of
@@ -48,7 +51,7 @@ a field states its meaning, and whether it is optional. In JSON lines null is th
 columns are allowed and ignored."""
 
 REQUIRED = ("prompt_index", "prompt_ids", "response_ids", "temperature")
-_OF_E = (*REQUIRED, "finish_reason", "sampler_logp")  # columns that are read of E
+_OF_E = (*REQUIRED, "finish_reason", "sampler_logp", "step")  # columns that are read of E
 
 # Names of these columns in other programs. Under such a name a column would be ignored silently.
 _ALIASES = {
@@ -75,6 +78,7 @@ class Rollouts(NamedTuple):
     reward: list[float] | None = None  # NaN: not applicable
     advantage: list[float] | None = None
     sampler_logp: list[list[float]] | None = None  # if another program sampled
+    step: int | None = None  # that the responses make, if it is known
 
 
 def to_batch(rollouts: Rollouts) -> Batch:
@@ -96,8 +100,11 @@ def sampler_logp(rollouts: Rollouts, batch: Batch) -> Float[Tensor, "N R"] | Non
 def save_rollouts(rollouts: Rollouts, path: Path) -> None:
     """Write SCHEMA, as JSON lines if the path ends in .jsonl or .json, else as Parquet."""
     count = len(rollouts.response_ids)
-    columns = {k: [None] * count if v is None else v for k, v in rollouts._asdict().items()}
+    columns: dict[str, Any] = {
+        k: [None] * count if v is None else v for k, v in rollouts._asdict().items()
+    }
     columns["temperature"] = [rollouts.temperature] * count
+    columns["step"] = [rollouts.step] * count
     columns["finish_reason"] = [None if x == "unknown" else x for x in rollouts.finish_reason]
     for name in ("reward", "advantage"):
         columns[name] = [None if x is None or math.isnan(x) else x for x in columns[name]]
@@ -130,9 +137,9 @@ def parse_rollouts(
 
     Raises InputError, one line that names the row, for missing, misnamed or ill-typed columns, no
     rows, an index with two prompts, zero tokens, ids outside the vocabulary, several temperatures, a
-    required reward or advantage that is not a finite number, log-probabilities that do not match, and,
-    if `eos_ids` are given, for a response whose end contradicts finish_reason, or with tokens after its
-    first EOS.
+    required reward or advantage that is not a finite number, several steps, log-probabilities that do
+    not match, and, if `eos_ids` are given, for a response whose end contradicts finish_reason, or with
+    tokens after its first EOS.
     """
     if not file.place:
         raise InputError(f"{file.path} has no rows: at least two prompts are needed")
@@ -153,6 +160,7 @@ def parse_rollouts(
     check_ends(file, columns, eos_ids)
     check_temperature(file, columns["temperature"])
     check_sampler_logp(file, columns)
+    check_step(file, columns["step"])
     return Rollouts(
         prompt_index=columns["prompt_index"],
         prompt=[x or "" for x in columns["prompt"]],
@@ -164,6 +172,7 @@ def parse_rollouts(
         reward=_known(columns["reward"]),
         advantage=_known(columns["advantage"]),
         sampler_logp=None if columns["sampler_logp"][0] is None else columns["sampler_logp"],
+        step=columns["step"][0],
     )
 
 
