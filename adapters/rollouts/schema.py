@@ -13,8 +13,9 @@ from torch import Tensor
 from funcprobe.policy.layout import collate, response_mask
 from funcprobe.types import Batch, InputError
 
+from ..strict_json import is_text
 from .checks import check_ends, check_sampler_logp, check_step, check_temperature, check_tokens
-from .files import Columns, is_text, read_columns, write_json, write_parquet
+from .files import Columns, read_columns, write_json, write_parquet
 
 _ABOUT = {
     "prompt_index": "int, required: index of the prompt and so of the group; equal for equal prompts",
@@ -135,6 +136,8 @@ def parse_rollouts(
 ) -> Rollouts:
     """Columns of SCHEMA -> Rollouts; `rewards`, `advantages`: whether these are required (for U).
 
+    Only what is used is checked beyond its type: in E no reward and no advantage, in U no sampler_logp.
+
     Raises InputError, one line that names the row, for missing, misnamed or ill-typed columns, no
     rows, an index with two prompts, zero tokens, ids outside the vocabulary, several temperatures, a
     required reward or advantage that is not a finite number, several steps, log-probabilities that do
@@ -150,16 +153,18 @@ def parse_rollouts(
     columns = {field.name: _typed(file, field) for field in SCHEMA}
     for name in needed:
         _require_whole(file, name, columns[name])
-    for name in ("sampler_logp", *(["advantage"] if rewards else [])):
+    of_E = not (rewards or advantages)
+    for name in ("sampler_logp",) * of_E + ("advantage",) * rewards:
         if any(value is not None for value in columns[name]):
             _require_whole(file, name, columns[name])
-    if rewards or advantages:
-        for name in ("reward", "advantage"):
-            _require_finite(file, name, columns[name])
+    if not of_E:
+        _require_finite(file, "reward", columns["reward"], nan=not rewards)
+        _require_finite(file, "advantage", columns["advantage"])
     check_tokens(file, columns, vocabulary)
     check_ends(file, columns, eos_ids)
     check_temperature(file, columns["temperature"])
-    check_sampler_logp(file, columns)
+    if of_E:
+        check_sampler_logp(file, columns)
     check_step(file, columns["step"])
     return Rollouts(
         prompt_index=columns["prompt_index"],
@@ -171,7 +176,7 @@ def parse_rollouts(
         temperature=columns["temperature"][0],
         reward=_known(columns["reward"]),
         advantage=_known(columns["advantage"]),
-        sampler_logp=None if columns["sampler_logp"][0] is None else columns["sampler_logp"],
+        sampler_logp=None if None in columns["sampler_logp"] else columns["sampler_logp"],
         step=columns["step"][0],
     )
 
@@ -245,7 +250,8 @@ def _require_whole(file: Columns, name: str, values: list[Any]) -> None:
     raise InputError(f"{file.path}: {file.place[values.index(None)]} has no {name}: {remedy}")
 
 
-def _require_finite(file: Columns, name: str, values: list[float | None]) -> None:
+def _require_finite(file: Columns, name: str, values: list[float | None], *, nan: bool = False) -> None:
+    """InputError for a number that is not finite, or if `nan`, infinite; None is missing."""
     for place, value in zip(file.place, values, strict=True):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not (math.isfinite(value) or (nan and math.isnan(value))):
             raise InputError(f"{file.path}: {place} has {name} {value}, a finite number is expected")
