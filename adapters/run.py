@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import funcprobe
-from funcprobe import checks, tree
+from funcprobe import checks, sampler_checks, tree
 from funcprobe.policy.layout import response_mask, select
 from funcprobe.statistics import baselines
 from funcprobe.types import Params, TokenStats
@@ -154,19 +154,21 @@ def _samplers(
     E, stats, logp_NR = batches.eval_batch, prediction.stats, batches.sampler_logp_NR
     seen = []
     if logp_NR is None or few_logp_NR is None:
-        seen = [checks.sampled_from_policy(E, stats)]
+        seen = [sampler_checks.sampled_from_policy(E, stats)]
     else:
-        own = checks.sampler_logp_is_its_own(E, stats, logp_NR)
+        own = sampler_checks.sampler_logp_is_its_own(E, stats, logp_NR)
         if not own.passed and plan.temperature != 1:
             part, width = select(E, torch.arange(len(few_logp_NR))), few_logp_NR.shape[1]
             params = plan.policy.params
             at_1 = funcprobe.frozen_forward(plan.policy.model, params, 1.0, "packed")
             raw = funcprobe.token_stats(params, part, at_1, plan.max_tokens)
             few = TokenStats(*(x_NR[: len(few_logp_NR), :width] for x_NR in stats))
-            own = checks.explained_by_temperature(own, part, few, raw, few_logp_NR)
-        seen = [checks.sampler_near_policy(E, stats, logp_NR), own]
-    if plan.supplied_update is not None:
-        seen.append(checks.sampled_from_policy(batches.update.batch, prediction.update_stats, "U"))
+            own = sampler_checks.explained_by_temperature(own, part, few, raw, few_logp_NR)
+        seen = [sampler_checks.sampler_near_policy(E, stats, logp_NR), own]
+    if plan.supplied_update is not None and _moves(batches):  # else U is not passed
+        seen.append(
+            sampler_checks.sampled_from_policy(batches.update.batch, prediction.update_stats, "U")
+        )
     return seen
 
 

@@ -55,7 +55,7 @@ class World:
 
     def adam_state(self, order: Callable[[Params], Params]) -> AdamState:
         steps = dict.fromkeys(order(self.params), 3)
-        group = AdamGroup(tuple(steps), 1e-3, 0.9, 0.99, 1e-8, 0.01)
+        group = AdamGroup(tuple(self.params), 1e-3, 0.9, 0.99, 1e-8, 0.01)
         return AdamState(order(self.v), order(self.nu), steps, (group,))
 
     def step(self, order: Callable[[Params], Params]) -> tuple[Any, ...]:
@@ -95,6 +95,8 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     ),
     "preconditioner": lambda w, a, b: funcprobe.preconditioner(a(w.params), w.adam_state(b)),
     "precondition": lambda w, a, b: funcprobe.precondition(a(w.v), w.adam_state(b)),
+    "state_evidence": lambda w, a, b: funcprobe.state_evidence(a(w.passes.Y), w.adam_state(b)),
+    "gradient_scale": lambda w, a, b: funcprobe.gradient_scale(a(w.passes.Y), w.adam_state(b)),
     "fresh_adam_state": lambda w, a, b: funcprobe.fresh_adam_state(a(w.params), ()).exp_avg,
     "lora_params": lambda w, a, b: funcprobe.lora_params(a(w.params)),
 }

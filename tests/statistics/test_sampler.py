@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from funcprobe import TokenStats, checks
+from funcprobe import TokenStats, sampler_checks
 from funcprobe.statistics.sampler import ratio_drift
 from support.policies import random_batch
 
@@ -99,7 +99,7 @@ def raw(temperature):
 @pytest.mark.parametrize("scale", [2.0, 6.0])  # entropies of 1.9 and 0.5 nats
 def test_no_alarm_where_log_probabilities_are_the_samplers(sampler, stated, scale):
     for seed in range(8):  # P(|z| > 4) = 6e-5 for each
-        found = checks.sampler_logp_is_its_own(*drawn(seed, sampler, stated, scale=scale))
+        found = sampler_checks.sampler_logp_is_its_own(*drawn(seed, sampler, stated, scale=scale))
         assert found.passed, found.saw
 
 
@@ -119,7 +119,7 @@ def test_no_alarm_where_log_probabilities_are_the_samplers(sampler, stated, scal
 def test_alarm_where_they_are_not(sampler, stated, sign):
     for seed in range(4):
         batch, stats, sampler_logp_NR = drawn(seed, sampler, stated)
-        found = checks.sampler_logp_is_its_own(batch, stats, sampler_logp_NR)
+        found = sampler_checks.sampler_logp_is_its_own(batch, stats, sampler_logp_NR)
         assert not found.passed, found.saw
         assert found.advisory
         mask_NR = torch.ones_like(sampler_logp_NR, dtype=torch.bool)
@@ -150,12 +150,14 @@ def test_the_missing_temperature_is_named_only_where_it_is_missing():
     for stated, named in ((raw(0.7), True), (raw(0.85), False), (raw(1.5), False)):
         batch, stats, sampler_logp_NR = drawn(0, policy, stated)
         _, _, untempered_NR = drawn(0, policy, raw(0.7))  # the policy at 0.7 is that at 1, sharpened
-        found = checks.sampler_logp_is_its_own(batch, stats, sampler_logp_NR)
-        explained = checks.explained_by_temperature(
+        found = sampler_checks.sampler_logp_is_its_own(batch, stats, sampler_logp_NR)
+        explained = sampler_checks.explained_by_temperature(
             found, batch, stats, stats._replace(logp_NR=untempered_NR), sampler_logp_NR
         )
         assert ("raw_logprobs" in explained.failure_means) == named
         assert ("at temperature 1" in explained.saw) == named
     passed = found._replace(passed=True)
     same = stats._replace(logp_NR=sampler_logp_NR)
-    assert checks.explained_by_temperature(passed, batch, stats, same, sampler_logp_NR) is passed
+    assert (
+        sampler_checks.explained_by_temperature(passed, batch, stats, same, sampler_logp_NR) is passed
+    )
