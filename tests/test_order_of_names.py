@@ -62,7 +62,7 @@ class World:
         return order(self.params), E, self.update, self.adam_state(order)
 
     def passes_in(self, order: Callable[[Params], Params]) -> Passes:
-        return self.passes._replace(Y=order(self.passes.Y), X=order(self.passes.X))
+        return self.passes._replace(Y=tuple(map(order, self.passes.Y)), X=order(self.passes.X))
 
 
 Order = Callable[[Params], Params]
@@ -95,13 +95,13 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     ),
     "preconditioner": lambda w, a, b: funcprobe.preconditioner(a(w.params), w.adam_state(b)),
     "precondition": lambda w, a, b: funcprobe.precondition(a(w.v), w.adam_state(b)),
-    "state_evidence": lambda w, a, b: funcprobe.state_evidence(a(w.passes.Y), w.adam_state(b)),
-    "gradient_scale": lambda w, a, b: funcprobe.gradient_scale(a(w.passes.Y), w.adam_state(b)),
+    "state_evidence": lambda w, a, b: funcprobe.state_evidence(a(w.passes.Y[0]), w.adam_state(b)),
+    "gradient_scale": lambda w, a, b: funcprobe.gradient_scale(a(w.passes.Y[0]), w.adam_state(b)),
     "fresh_adam_state": lambda w, a, b: funcprobe.fresh_adam_state(a(w.params), ()).exp_avg,
     "lora_params": lambda w, a, b: funcprobe.lora_params(a(w.params)),
 }
-# frozen_forward takes the registry once, and each of the others calls what it returns.
-BINDING = {"frozen_forward"}
+# These take the registry to bind a model, and the others call what they return.
+BINDING = {"frozen_forward", "masked_forwards"}
 
 
 def backwards(params: Params) -> Params:
