@@ -53,9 +53,8 @@ def load_reward(
     first number after the completion's last "####", or its last number if there is none. Currency,
     percent and thousands separators are ignored. For fractions and powers of ten use "math".
 
-    "math": 1 if `math_verify` finds prediction and reference equal, else 0, also if its limit of 5
-    seconds is exceeded, or the completion ends inside its last box. It sets an alarm signal, which
-    needs the main thread.
+    "math": 1 if `math_verify` finds prediction and reference equal within 5 seconds, else 0 (as inside
+    an unclosed last box). It sets an alarm signal, which needs the main thread.
 
     "module:function", "path/to/file.py:function": a user-defined function with TRL's signature, or,
     recognised by the parameters solution_str and ground_truth, with verl's; see `_trl_reward`
