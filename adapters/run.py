@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import funcprobe
-from funcprobe import checks, tree
+from funcprobe import checks, sampler_checks, tree
 from funcprobe.policy.layout import response_mask, select
 from funcprobe.statistics import baselines
 from funcprobe.types import Params, TokenStats
@@ -130,7 +130,7 @@ def check(
                 sampler_logp_NR=few_logp_NR,
             ),
             checks.repeat_is_identical(params, part, stats, forward, max_tokens),
-            _sampler(batches, prediction.stats),
+            *_samplers(plan, batches, prediction, few_logp_NR),
         ]
 
 
@@ -145,11 +145,35 @@ def _of_the_state(
     return [checks.state_fits(evidence), checks.gradient_in_proportion(scale)]
 
 
-def _sampler(batches: Batches, stats: TokenStats) -> checks.Check:
-    """Whether all of E has the distribution that its importance weights assume."""
-    if batches.sampler_logp_NR is None:
-        return checks.sampled_from_policy(batches.eval_batch, stats)
-    return checks.sampler_near_policy(batches.eval_batch, stats, batches.sampler_logp_NR)
+def _samplers(
+    plan: Plan,
+    batches: Batches,
+    prediction: funcprobe.Prediction,
+    few_logp_NR: torch.Tensor | None,
+) -> list[checks.Check]:
+    """Whether all of E, and a supplied U, have the distributions that are assumed of them.
+
+    `few_logp_NR`: the sampler's log-probabilities of E's first responses, if E has them.
+    """
+    E, stats, logp_NR = batches.eval_batch, prediction.stats, batches.sampler_logp_NR
+    seen = []
+    if logp_NR is None or few_logp_NR is None:
+        seen = [sampler_checks.sampled_from_policy(E, stats)]
+    else:
+        own = sampler_checks.sampler_logp_is_its_own(E, stats, logp_NR)
+        if not own.passed and plan.temperature != 1:
+            part, width = select(E, torch.arange(len(few_logp_NR))), few_logp_NR.shape[1]
+            params = plan.policy.params
+            at_1 = funcprobe.frozen_forward(plan.policy.model, params, 1.0, "packed")
+            raw = funcprobe.token_stats(params, part, at_1, plan.max_tokens)
+            few = TokenStats(*(x_NR[: len(few_logp_NR), :width] for x_NR in stats))
+            own = sampler_checks.explained_by_temperature(own, part, few, raw, few_logp_NR)
+        seen = [sampler_checks.sampler_near_policy(E, stats, logp_NR), own]
+    if plan.supplied_update is not None and _moves(batches):  # else U is not passed
+        seen.append(
+            sampler_checks.sampled_from_policy(batches.update.batch, prediction.update_stats, "U")
+        )
+    return seen
 
 
 def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batches]:
@@ -204,7 +228,7 @@ def _passes(
     params = plan.policy.params
     leaves = dict.fromkeys(params, LEAVES)
     baseline = None if plan.entropy.baseline == "none" else LEAVES
-    like = funcprobe.Passes((leaves,) * len(Y), STATS, STATS, leaves, baseline, STATS, STATS)
+    like = funcprobe.Passes((leaves,) * len(Y), STATS, STATS, leaves, baseline, STATS, STATS, STATS)
     inputs = {
         **state_inputs(plan, batches),
         "coef": batches.update.coef_NR,

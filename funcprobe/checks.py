@@ -217,50 +217,6 @@ def float64_throughout(model: nn.Module, batch: Batch) -> Check:
     )
 
 
-def sampled_from_policy(batch: Batch, stats: TokenStats) -> Check:
-    """z-score of sum_ik (l_ik + h_ik), whose mean is 0 if theta sampled E: E[l + h | prefix] = 0.
-
-    z = M / sqrt(V), M the sum, V the variance of the N responses' sums times N. A sample in which none
-    of the rare tokens occurs shows no variance, so that V is bounded below by - sum h log min(h, 1),
-    somewhat less than the variance of l if all tokens but one are rare.
-    """
-    mask_NR = response_mask(batch)
-    excess_N = ((stats.logp_NR + stats.entropy_NR).double() * mask_NR).sum(1)
-    h_NR = (stats.entropy_NR.double() * mask_NR).clamp(min=0)
-    rare = -float(torch.xlogy(h_NR, h_NR.clamp(max=1)).sum())
-    count = len(excess_N)
-    se = math.sqrt(max(count * float(excess_N.var()), rare)) / count
-    mean = float(excess_N.mean())
-    z = mean / se if se else math.copysign(math.inf, mean) if mean else 0.0
-    return Check(
-        "E is sampled from the policy",
-        abs(z) < 4,
-        f"log-probability plus entropy of a response {mean:+.3g} nats, standard error {se:.2g}, "
-        f"z = {z:.2g}",
-        "|z| < 4",
-        "E was sampled at another temperature, with top_p or top_k, or from another policy: supply its "
-        "sampler_logp, or sample it here",
-        advisory=True,
-    )
-
-
-def sampler_near_policy(
-    batch: Batch, stats: TokenStats, sampler_logp_NR: Float[Tensor, "N R"]
-) -> Check:
-    """ESS of the whole-response weights of theta against the sampler, at eta = 0."""
-    log_ratio_N = ((stats.logp_NR - sampler_logp_NR).double() * response_mask(batch)).sum(1)
-    weight_N = (log_ratio_N - log_ratio_N.max()).exp()
-    ess, count = float(weight_N.sum().square() / weight_N.square().sum()), len(weight_N)
-    return Check(
-        "E's sampler is near the policy",
-        ess >= count / 2,
-        f"ESS {ess:.4g} of {count} at eta = 0",
-        f">= {count / 2:g}",
-        "E was sampled by an older policy, or sampler_logp is at another temperature or of raw logits",
-        advisory=True,
-    )
-
-
 def _one_gradient(params: Params, one: Batch, forward: Forward, max_tokens: int) -> Params:
     p_NR = response_mask(one).double()
     return weighted_grad(params, one, p_NR, torch.zeros_like(p_NR), forward, max_tokens)

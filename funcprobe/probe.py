@@ -60,6 +60,7 @@ class Prediction(NamedTuple):
     direction: UpdateDirection
     at: Evaluation  # E at theta, its baseline fitted
     tangent: TokenStats  # of E along v
+    update_stats: TokenStats  # of U at theta; 0 where every advantage is, as U is not passed
     masks: OverMasks | None = None  # None: Y without dropout
 
     @property
@@ -81,6 +82,7 @@ class Passes(NamedTuple):
     tangent: TokenStats  # of E along v
     X: Params  # grad of the entropy estimator on E
     baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
+    update_stats: TokenStats  # of U at theta
     along_PX: TokenStats  # tangents of U along P X
     along_Y: TokenStats  # of U along Y, where the step clips it; else 0
 
@@ -124,15 +126,15 @@ def first_order_passes(
         max_tokens=max_tokens,
         sampler_logp_NR=sampler_logp_NR,
     )
-    along_PX, along_Y = (
-        TokenStats(*(torch.zeros_like(update.coef_NR) for _ in TokenStats._fields)) for _ in range(2)
+    update_stats, along_PX, along_Y = (
+        TokenStats(*(torch.zeros_like(update.coef_NR) for _ in TokenStats._fields)) for _ in range(3)
     )
     if moves:
         PX = tree.multiply(direction.scale, X)
-        _, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
+        update_stats, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
     if moves and direction.clip_coefficient < 1:
         _, along_Y = tangents(params, update.batch, tree.mean(Y), over_U, max_tokens)
-    return Passes(tuple(Y), stats, tangent, X, baseline_NR, along_PX, along_Y)
+    return Passes(tuple(Y), stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y)
 
 
 def summarise(
@@ -155,7 +157,7 @@ def summarise(
     an update without normaliser.
     """
     normaliser_N = require_normaliser(update)
-    Y_masks, stats, tangent, X, baseline_NR, along_PX, along_Y = passes
+    Y_masks, stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y = passes
     Y = tree.mean(Y_masks)
     direction = masked.mean_direction(params, Y_masks, adam_state, step)
     along = summarise_along(
@@ -185,6 +187,7 @@ def summarise(
         t_N=t_N,
         Y=Y,
         direction=direction,
+        update_stats=update_stats,
         masks=masks,
     )
 

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Params: TypeAlias = dict[str, Tensor]
-"""The registry: name -> tensor, keys sorted. Names are those of `named_parameters()`."""
+"""The registry: name -> tensor, returned with keys sorted, accepted in any order. Names are those of
+`named_parameters()`."""
 
 Per: TypeAlias = Literal["token", "sequence"]
 Integrand: TypeAlias = Literal["rao_blackwell", "sampled"]

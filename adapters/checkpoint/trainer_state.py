@@ -1,9 +1,10 @@
 """trainer_state.json, saved by transformers' Trainer in a checkpoint: the number of steps taken."""
 
-import json
 from pathlib import Path
 
 from funcprobe.types import InputError
+
+from .. import strict_json
 
 FILE = "trainer_state.json"
 
@@ -14,8 +15,9 @@ def trained_steps(checkpoint: Path) -> int | None:
     if not file.is_file():
         return None
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        # The Trainer writes a loss or gradient norm of NaN into its log as such.
+        return int(strict_json.parse(file.read_text(encoding="utf-8"), nan=True)["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(
             f"{file} has no global_step ({type(error).__name__}): correct or delete it"
         ) from error

@@ -5,13 +5,13 @@ list for each group, or these under `param_names` or `param_name_groups`, as oth
 are read as well.
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcprobe.types import InputError
 
+from .. import strict_json
 from .saved import Key, Saved, joined, located, number, shaped, some
 
 FILE = "optimizer_param_names.json"
@@ -77,9 +77,9 @@ def _cut(flat: list[Any], sizes: list[int]) -> list[list[Any]]:
 def _read(path: Path) -> Sidecar:
     remedy = "delete it, or write it again with ParamNamesCallback"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot be read as JSON ({type(error).__name__}): {remedy}") from error
+        content = strict_json.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as JSON ({error}): {remedy}") from error
     ours = isinstance(content, dict) and content.get("format") == FORMAT
     if ours and content.get("version") != VERSION:
         raise InputError(f"has version {content.get('version')!r:.20}, expected {VERSION}: {remedy}")
@@ -127,10 +127,6 @@ def _bound(fields: dict[str, Any], remedy: str) -> float | None:
         return None if bound is None else number(bound, "max_grad_norm")
     except InputError as error:
         raise InputError(f"{error} (0 is off): {remedy}") from error
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _typed(fields: dict[str, Any], key: str, kinds: tuple[type, ...], default: Any, remedy: str) -> Any:

@@ -54,7 +54,7 @@ def document(
     """
     _require_change(prediction, sweep)
     unit = entropy_unit(plan)
-    errors = errors_of(prediction, unit_N)
+    errors = errors_of(prediction, unit_N, known_step=plan.known_step)
     results = Results(
         schema_version=SCHEMA_VERSION,
         conventions=_conventions(plan),
@@ -178,8 +178,12 @@ def _first_order(plan: Plan, prediction: funcprobe.Prediction, errors: Errors) -
         from_weight_decay=quantity(prediction.from_decay, rate, f"{over}, <X, v_decay>"),
         se_given_U=quantity(first.se, rate, "sampling units of E, delta method"),
         se_given_U_jackknife=quantity(first.se_jackknife, rate, "sampling units of E, delete-one"),
-        se_over_U=quantity(prediction.se_over_u, rate, over_U),
-        se_total=quantity(prediction.se_total, rate, "root of the sum of squares"),
+        se_over_U=quantity(
+            errors.over_U.se,
+            rate,
+            "0: U is the batch of the next step itself" if plan.known_step else over_U,
+        ),
+        se_total=quantity(errors.total.se, rate, "root of the sum of squares"),
         interval_given_U=student_interval(prediction.derivative, errors.given_U),
         interval_over_U=student_interval(prediction.derivative, errors.over_U),
         interval_total=student_interval(prediction.derivative, errors.total),

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from funcprobe.types import InputError
 
+from .. import strict_json
 from ..store import require_finite
 from . import manifest, schema
 from .manifest import Manifest
@@ -34,14 +35,12 @@ def load_manifest(run_folder: Path | str) -> Manifest:
 def _read(folder: Path, name: str, model: type[Document], newest: int) -> Document:
     path = folder.expanduser() / name
     try:
-        document = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_no_number, object_pairs_hook=_distinct
-        )
+        document = strict_json.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): give a run folder, as runs/quickstart"
         ) from error
-    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of its depth
+    except ValueError as error:  # of JSON, of its encoding
         raise InputError(f"{path} is not JSON ({error}): repeat the run") from error
     if not isinstance(document, dict):
         found = type(document).__name__
@@ -67,15 +66,3 @@ def _first(error: ValidationError) -> str:
     place = ".".join(str(part) for part in found[0]["loc"])
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{place}: {found[0]['msg']}{more}"
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r:.60} occurs twice")
-    return entries
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")

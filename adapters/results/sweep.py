@@ -38,10 +38,10 @@ class Line(NamedTuple):
     points: int
 
 
-def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Errors:
-    """`unit_N`: sampling units of E."""
+def errors_of(prediction: funcprobe.Prediction, unit_N: torch.Tensor, *, known_step: bool) -> Errors:
+    """`unit_N`: sampling units of E. The error over U is 0 if v is the known step's own."""
     given_U = delta_error(prediction.first_order.influence_N, unit_N)
-    over_U = prediction.over_u
+    over_U = Error(0.0, prediction.over_u.dof) if known_step else prediction.over_u
     twice = Error(math.sqrt(2) * over_U.se, over_U.dof)
     masks = None
     if found := prediction.masks:

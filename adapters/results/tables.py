@@ -12,6 +12,7 @@ from .quantity import Interval
 from .schema import Results
 from .sweep_sections import LinearFit, LinearUntil, SweepRow
 
+OWN_BATCH = "U is the step's own batch, so that v has no error over U"
 WIDE = 112  # columns of the whole table; a narrower one leaves out the second order
 
 
@@ -66,11 +67,13 @@ def in_words(results: Results) -> list[str]:
             f"{measured}"
         )
         lines += _doubts(results, row)
-    counts = results.counts
+    counts, average = results.counts, ", on an average U"
     if counts.U_groups_without_gradient == counts.U_prompts:
         over_U = "no gradient in U, so no error over it: another U may have one"
         lines.append("Every advantage of U is 0: the step is by momentum and weight decay alone")
         next_U = update = ""
+    elif not first.se_over_U.value:  # exactly 0 only where U is the batch of the next step itself
+        over_U, next_U, update, average = OWN_BATCH, "", "", ""
     else:
         over_U = f"± {_half(first.interval_over_U)} over U"
         next_U = f"; ± {_half(first.interval_next_U)} on the trainer's next U"
@@ -85,7 +88,7 @@ def in_words(results: Results) -> list[str]:
     return [
         *lines,
         f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
-        f"of learning rate, on an average U (± {_half(first.interval_given_U)} over E, given U; "
+        f"of learning rate{average} (± {_half(first.interval_given_U)} over E, given U; "
         f"{over_U}){next_U}",
         f"Its parts: update {first.from_update.value:+.3e}{update}, "
         f"momentum {first.from_momentum.value:+.3e}, weight decay "
@@ -161,7 +164,8 @@ def _half(interval: Interval | None) -> str:
 def _table(results: Results, width: int) -> Table:
     """The sweep, a row a learning rate."""
     unit = results.entropy.unit
-    over = "E, U and masks" if results.first_order.masks else "E and U"
+    known = not results.first_order.se_over_U.value
+    over = "E, U and masks" if results.first_order.masks else "E" if known else "E and U"
     table = Table(
         title=f"Entropy change, {unit} (±: 95 %; predicted over {over}, measured over E)",
         title_justify="left",

@@ -92,3 +92,13 @@ def check_sampler_logp(file: Columns, columns: dict[str, list[Any]]) -> None:
                 f"{file.path}: {place} has a sampler_logp that is not a log-probability: finite "
                 "numbers, at most 0, are expected (nats)"
             )
+
+
+def check_step(file: Columns, values: list[int | None]) -> None:
+    """InputError unless all rows are of one optimizer step, or none has one."""
+    for place, step in zip(file.place, values, strict=True):
+        if step != values[0] or (step is not None and step < 1):
+            raise InputError(
+                f"{file.path}: {place} has step {step}, the first row {values[0]}: rollouts of one "
+                "optimizer step, counted from 1, are expected; keep the rows of one, or drop the column"
+            )

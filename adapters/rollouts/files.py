@@ -1,16 +1,16 @@
 """Tables of rollouts on disk, Parquet or JSON lines by the file's extension, as columns."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from funcprobe.types import InputError
 
+from .. import strict_json
 from ..machine.pointers import pointer
 
 ENDINGS = (".parquet", ".jsonl", ".json")
@@ -27,8 +27,9 @@ class Columns(NamedTuple):
 def read_columns(path: Path) -> Columns:
     """Every column of a .parquet file, or of a .jsonl or .json file with one object per line.
 
-    JSON numbers keep their type and the precision of a double; NaN and infinities are not JSON. Raises
-    InputError for a file that is missing, of another type or damaged, with the line.
+    JSON numbers keep their type and the precision of a double. NaN and infinities, which Python writes,
+    are read as such, so that one in a column of no concern does no harm. Raises InputError for a file
+    that is missing, of another type or damaged, with the line.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the file in it, of Parquet or JSON lines")
@@ -39,11 +40,6 @@ def read_columns(path: Path) -> Columns:
     if missing := pointer(path):
         raise missing
     return _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
-
-
-def is_text(value: Any) -> bool:
-    """Whether this is Unicode text; JSON can contain half a surrogate pair, other files cannot."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def write_parquet(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
@@ -89,8 +85,8 @@ def _read_json(path: Path) -> Columns:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=_no_number, object_pairs_hook=_distinct)
-        except (ValueError, RecursionError) as error:  # the first also for an integer that is too long
+            row = strict_json.parse(line, nan=True)
+        except ValueError as error:
             raise InputError(
                 f"{path}: line {number} cannot be read ({error}): one JSON object per line is "
                 "expected; check whether the file is truncated"
@@ -103,17 +99,3 @@ def _read_json(path: Path) -> Columns:
     names = dict.fromkeys(name for row in rows.values() for name in row)
     values = {name: [row.get(name) for row in rows.values()] for name in names}
     return Columns(path, list(rows), values)
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if bad := [name for name in row if not is_text(name)]:
-        raise ValueError(f"key {bad[0]!a} is not Unicode text")
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)} occurs twice")
-    return row

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from funcprobe.types import InputError
 
-from .files import Columns, is_text
+from ..strict_json import is_text
+from .files import Columns
 from .provenance import TITLES, Layout, TrainingRun, require_next_step
 
 _MARKS: dict[Layout, tuple[str, ...]] = {

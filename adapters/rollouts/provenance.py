@@ -1,5 +1,6 @@
 """Whether a trainer's log belongs to the next step of the checkpoint, and is complete."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -7,8 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from funcprobe.types import InputError
 
 from ..checkpoint.trainer_state import trained_steps
+from ..config.schema import RolloutsConfig
 from ..optimizer import Sidecar, find_sidecar
 from .files import Columns
+from .schema import Rollouts
 
 Layout: TypeAlias = Literal["trl", "verl"]
 
@@ -65,6 +68,28 @@ def require_next_step(file: Columns, layout: Layout, run: TrainingRun) -> list[s
     return []
 
 
+def require_own(
+    files: RolloutsConfig, E: Rollouts | None, U: Rollouts | None, run: TrainingRun
+) -> list[str]:
+    """Warnings on supplied batches: a step that cannot be checked, the same responses in both.
+
+    InputError for a file of another step than the checkpoint's next.
+    """
+    lines = []
+    for name, path, found in (("E", files.eval, E), ("U", files.update, U)):
+        if found is not None:
+            lines += _require_own_step(name, str(path), found, run)
+    return lines + (_same_responses(E, U) if E and U else [])
+
+
+def is_next_batch(update: Rollouts | None, run: TrainingRun) -> bool:
+    """Whether U is the very batch of the checkpoint's next step: its step, and all its responses."""
+    if update is None or update.step is None or run.steps is None:
+        return False
+    size = run.loss.get("generation_batch_size")
+    return update.step == run.steps + 1 and size in (None, len(update.response_ids))
+
+
 def length_lines(run: TrainingRun, max_new_tokens: int) -> list[str]:
     """A warning if the run cut responses off at another length."""
     longest = run.sampling.get("max_completion_length")
@@ -109,3 +134,44 @@ def _step(file: Columns) -> int:
                 f"{file.path} contains steps {steps[0]} and {step}, two policies: keep the rows of one"
             )
     return int(steps[0])
+
+
+def _require_own_step(name: str, path: str, found: Rollouts, run: TrainingRun) -> list[str]:
+    """A warning where a file has a step and the checkpoint's is unknown.
+
+    InputError unless the file is of the step that the checkpoint takes next, so that the policy sampled
+    it; an E with its sampler's log-probabilities may be of any.
+    """
+    if found.step is None or (name == "E" and found.sampler_logp is not None):
+        return []
+    if run.steps is None:
+        return [
+            f"warning: {name} is of step {found.step}, but {run.checkpoint} does not record the number "
+            f"of steps taken: it is of the next step only if these are {found.step - 1}"
+        ]
+    if found.step != run.steps + 1:
+        drop = (
+            "drop the column step to take that step's batch all the same"
+            if name == "U"
+            else "supply the column sampler_logp"
+        )
+        raise InputError(
+            f"{path} is of step {found.step}, sampled after {found.step - 1} steps, but "
+            f"{run.checkpoint} has taken {run.steps}: give the file of step {run.steps + 1}, or the "
+            f"checkpoint that has taken {found.step - 1} steps; or {drop}"
+        )
+    return []
+
+
+def _same_responses(E: Rollouts, U: Rollouts) -> list[str]:
+    """A warning if the responses of one batch are all among the other's."""
+    of_E, of_U = (
+        Counter(zip(map(tuple, x.prompt_ids), map(tuple, x.response_ids), strict=True)) for x in (E, U)
+    )
+    if not (of_E <= of_U or of_U <= of_E):
+        return []
+    return [
+        "warning: E and U are the same responses: v follows the noise of E, so that the prediction is "
+        "biased, and the errors over E and over U are not independent, so that their total is not the "
+        "error; supply different responses, or one of the two alone"
+    ]

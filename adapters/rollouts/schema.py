@@ -13,8 +13,9 @@ from torch import Tensor
 from funcprobe.policy.layout import collate, response_mask
 from funcprobe.types import Batch, InputError
 
-from .checks import check_ends, check_sampler_logp, check_temperature, check_tokens
-from .files import Columns, is_text, read_columns, write_json, write_parquet
+from ..strict_json import is_text
+from .checks import check_ends, check_sampler_logp, check_step, check_temperature, check_tokens
+from .files import Columns, read_columns, write_json, write_parquet
 
 _ABOUT = {
     "prompt_index": "int, required: index of the prompt and so of the group; equal for equal prompts",
@@ -29,6 +30,8 @@ _ABOUT = {
     "advantage": 'float, optional: required for U with objective.advantage = "rollouts"',
     "sampler_logp": "floats, optional: log-probability of every response token under the program "
     "that sampled it (nats, at this temperature); in E it gives the importance ratios",
+    "step": "int, optional: the optimizer step that these responses make, one more than the steps "
+    "taken by the policy that sampled them; equal in all rows, and checked against the checkpoint",
 }
 _TYPES = {
     "prompt_index": pa.int64(),
@@ -41,6 +44,7 @@ _TYPES = {
     "reward": pa.float64(),
     "advantage": pa.float64(),
     "sampler_logp": pa.list_(pa.float64()),
+    "step": pa.int64(),
 }
 SCHEMA = pa.schema([pa.field(n, t, metadata={"about": _ABOUT[n]}) for n, t in _TYPES.items()])
 """One row per response, in Parquet (.parquet) or as JSON lines (.jsonl, .json); the metadata "about" of
@@ -48,7 +52,7 @@ a field states its meaning, and whether it is optional. In JSON lines null is th
 columns are allowed and ignored."""
 
 REQUIRED = ("prompt_index", "prompt_ids", "response_ids", "temperature")
-_OF_E = (*REQUIRED, "finish_reason", "sampler_logp")  # columns that are read of E
+_OF_E = (*REQUIRED, "finish_reason", "sampler_logp", "step")  # columns that are read of E
 
 # Names of these columns in other programs. Under such a name a column would be ignored silently.
 _ALIASES = {
@@ -75,6 +79,7 @@ class Rollouts(NamedTuple):
     reward: list[float] | None = None  # NaN: not applicable
     advantage: list[float] | None = None
     sampler_logp: list[list[float]] | None = None  # if another program sampled
+    step: int | None = None  # that the responses make, if it is known
 
 
 def to_batch(rollouts: Rollouts) -> Batch:
@@ -96,8 +101,11 @@ def sampler_logp(rollouts: Rollouts, batch: Batch) -> Float[Tensor, "N R"] | Non
 def save_rollouts(rollouts: Rollouts, path: Path) -> None:
     """Write SCHEMA, as JSON lines if the path ends in .jsonl or .json, else as Parquet."""
     count = len(rollouts.response_ids)
-    columns = {k: [None] * count if v is None else v for k, v in rollouts._asdict().items()}
+    columns: dict[str, Any] = {
+        k: [None] * count if v is None else v for k, v in rollouts._asdict().items()
+    }
     columns["temperature"] = [rollouts.temperature] * count
+    columns["step"] = [rollouts.step] * count
     columns["finish_reason"] = [None if x == "unknown" else x for x in rollouts.finish_reason]
     for name in ("reward", "advantage"):
         columns[name] = [None if x is None or math.isnan(x) else x for x in columns[name]]
@@ -128,11 +136,13 @@ def parse_rollouts(
 ) -> Rollouts:
     """Columns of SCHEMA -> Rollouts; `rewards`, `advantages`: whether these are required (for U).
 
+    Only what is used is checked beyond its type: in E no reward and no advantage, in U no sampler_logp.
+
     Raises InputError, one line that names the row, for missing, misnamed or ill-typed columns, no
     rows, an index with two prompts, zero tokens, ids outside the vocabulary, several temperatures, a
-    required reward or advantage that is not a finite number, log-probabilities that do not match, and,
-    if `eos_ids` are given, for a response whose end contradicts finish_reason, or with tokens after its
-    first EOS.
+    required reward or advantage that is not a finite number, several steps, log-probabilities that do
+    not match, and, if `eos_ids` are given, for a response whose end contradicts finish_reason, or with
+    tokens after its first EOS.
     """
     if not file.place:
         raise InputError(f"{file.path} has no rows: at least two prompts are needed")
@@ -143,16 +153,19 @@ def parse_rollouts(
     columns = {field.name: _typed(file, field) for field in SCHEMA}
     for name in needed:
         _require_whole(file, name, columns[name])
-    for name in ("sampler_logp", *(["advantage"] if rewards else [])):
+    of_E = not (rewards or advantages)
+    for name in ("sampler_logp",) * of_E + ("advantage",) * rewards:
         if any(value is not None for value in columns[name]):
             _require_whole(file, name, columns[name])
-    if rewards or advantages:
-        for name in ("reward", "advantage"):
-            _require_finite(file, name, columns[name])
+    if not of_E:
+        _require_finite(file, "reward", columns["reward"], nan=not rewards)
+        _require_finite(file, "advantage", columns["advantage"])
     check_tokens(file, columns, vocabulary)
     check_ends(file, columns, eos_ids)
     check_temperature(file, columns["temperature"])
-    check_sampler_logp(file, columns)
+    if of_E:
+        check_sampler_logp(file, columns)
+    check_step(file, columns["step"])
     return Rollouts(
         prompt_index=columns["prompt_index"],
         prompt=[x or "" for x in columns["prompt"]],
@@ -163,7 +176,8 @@ def parse_rollouts(
         temperature=columns["temperature"][0],
         reward=_known(columns["reward"]),
         advantage=_known(columns["advantage"]),
-        sampler_logp=None if columns["sampler_logp"][0] is None else columns["sampler_logp"],
+        sampler_logp=None if None in columns["sampler_logp"] else columns["sampler_logp"],
+        step=columns["step"][0],
     )
 
 
@@ -236,7 +250,8 @@ def _require_whole(file: Columns, name: str, values: list[Any]) -> None:
     raise InputError(f"{file.path}: {file.place[values.index(None)]} has no {name}: {remedy}")
 
 
-def _require_finite(file: Columns, name: str, values: list[float | None]) -> None:
+def _require_finite(file: Columns, name: str, values: list[float | None], *, nan: bool = False) -> None:
+    """InputError for a number that is not finite, or if `nan`, infinite; None is missing."""
     for place, value in zip(file.place, values, strict=True):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not (math.isfinite(value) or (nan and math.isnan(value))):
             raise InputError(f"{file.path}: {place} has {name} {value}, a finite number is expected")

@@ -1,4 +1,4 @@
-"""Scores of a completion against a reference answer: by exact decimals, or by math_verify."""
+"""A reference answer, and the score of a completion's number against it, as exact decimals."""
 
 import re
 from decimal import Decimal
@@ -8,6 +8,12 @@ from funcprobe.types import InputError
 from .prompts import missing_column
 
 ANSWER_MARK = "####"  # precedes the final answer in GSM8K
+
+MINUS = r"-\u2010-\u2013\u2212\ufe63\uff0d"  # hyphens, en dash, minus sign; of a character class
+CURRENCY = r"$\u00a2-\u00a5\u20a0-\u20cf"  # dollar, cent, pound, yen, euro and others; likewise
+# What separates thousands beside the comma: LaTeX's spaces and {,}, no-break and thin spaces, an
+# apostrophe.
+LATEX_COMMA = r"\{,\}|,\\!|\\[,!;: ]|[\u00a0\u2007\u2009\u202f'\u2019]"
 
 
 def reference_answer(row: dict[str, object], i: int, column: str) -> str:
@@ -34,13 +40,16 @@ def ground_truth_of_verl(row: dict[str, object]) -> object:
 
 
 # A comma separates thousands only in groups of the right size (1,234,567 or Indian 12,34,567), so
-# that "1,2" stays two numbers. A minus after a digit, letter or bracket is a subtraction, and one
-# before a space marks a list item.
+# that "1,2" stays two numbers; LaTeX's {,} is a decimal comma in any other. A minus after a digit,
+# letter or bracket is a subtraction or a range, and one before a space marks a list item.
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]])[-\u2212])?\$?(?P<sign2>(?<=\$)-)?"
-    r"(?P<digits>(?<![0-9])[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])(?:\.[0-9]+)?"
-    r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    rf"(?P<sign>(?<![\w)\]}}])[{MINUS}])?(?:\\?[{CURRENCY}](?:[ \u00a0~]|\\,)?)?"
+    rf"(?P<sign2>(?<=[{CURRENCY}])[{MINUS}])?"
+    rf"(?P<digits>(?<![0-9])[0-9]{{1,3}}(?:(?:,|{LATEX_COMMA})[0-9]{{2,3}})*"
+    rf"(?:,\\!|,|{LATEX_COMMA})[0-9]{{3}}(?![0-9])(?:\.[0-9]+)?"
+    r"|[0-9]+(?:(?:\.|\{,\})[0-9]+)?|\.[0-9]+)"
 )
+_AFTER = re.compile(rf"\s*(?:\\?%|\\?[{CURRENCY}]|\u00b0|\^\{{?\\circ\}}?)?\.?")
 
 
 def numeric_score(completion: str, reference: str, where: str) -> float:
@@ -59,31 +68,18 @@ def numeric_score(completion: str, reference: str, where: str) -> float:
 
 
 def _exact(text: str) -> Decimal | None:
-    match = _NUMBER.fullmatch(text.removesuffix("."))
-    return _decimal(match) if match else None
+    """The number that a text is, without its unit of money, percent or degrees."""
+    match = _NUMBER.match(text.removeprefix("+"))
+    rest = text.removeprefix("+")[match.end() :] if match else ""
+    return _decimal(match) if match and _AFTER.fullmatch(rest) else None
 
 
 def _decimal(match: re.Match[str]) -> Decimal:
-    value = Decimal(match["digits"].replace(",", ""))
+    digits = match["digits"]
+    if re.fullmatch(r"[0-9]+\{,\}[0-9]+", digits) and not re.fullmatch(
+        r"[0-9]{1,3}\{,\}[0-9]{3}", digits
+    ):
+        digits = digits.replace("{,}", ".")
+    value = Decimal(re.sub(r"[^0-9.]", "", digits))
     # copy_negate, as unary minus would round to the context's 28 digits
     return value.copy_negate() if match["sign"] or match["sign2"] else value
-
-
-def math_score(completion: str, reference: str, where: str) -> float:
-    """1 if math_verify finds the completion's answer equal to the reference, else 0."""
-    from math_verify import parse, verify  # imports sympy, so only on demand
-
-    # Outside LaTeX delimiters the parser looks for a plain number and reads 2\sqrt{3} as 2
-    # (math-verify 0.9.0), so that a formula without them gets them; prose does not, as its words would
-    # become products.
-    marked = "$" + reference + "$"
-    has_marks = any(mark in reference for mark in ("$", r"\boxed", r"\(", r"\["))
-    outside_commands = re.sub(r"\\[A-Za-z]+\s*(\{[^{}]*\})?", " ", reference)
-    prose = has_marks or re.search(r"[A-Za-z]{2,}", outside_commands)
-    gold = (parse(reference) or parse(marked)) if prose else (parse(marked) or parse(reference))
-    if not gold:
-        raise InputError(
-            f"{where} ends in {reference[-40:]!r}, which math_verify cannot parse: drop the row or "
-            "choose another answer_column"
-        )
-    return float(verify(gold, parse(completion)))

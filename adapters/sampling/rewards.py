@@ -20,7 +20,8 @@ from torch import Tensor
 
 from funcprobe.types import InputError
 
-from .answers import ground_truth_of_verl, math_score, numeric_score, reference_answer
+from .answers import ground_truth_of_verl, numeric_score, reference_answer
+from .math_answers import math_score
 from .messages import Messages
 from .prompts import missing_column
 
@@ -49,11 +50,11 @@ def load_reward(
 
     "numeric": 1 if the completion's number equals the reference's as an exact decimal, else 0. The
     reference is the text after the last "####" of the column, or all of it; the prediction is the
-    first number after the completion's last "####", or its last number if there is none. "$" and
-    thousands separators are ignored. For fractions and powers of ten use "math".
+    first number after the completion's last "####", or its last number if there is none. Currency,
+    percent and thousands separators are ignored. For fractions and powers of ten use "math".
 
-    "math": 1 if `math_verify` finds prediction and reference equal, else 0, also if its limit of 5
-    seconds is exceeded. It sets an alarm signal, which needs the main thread.
+    "math": 1 if `math_verify` finds prediction and reference equal within 5 seconds, else 0 (as inside
+    an unclosed last box). It sets an alarm signal, which needs the main thread.
 
     "module:function", "path/to/file.py:function": a user-defined function with TRL's signature, or,
     recognised by the parameters solution_str and ground_truth, with verl's; see `_trl_reward`

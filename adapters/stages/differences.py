@@ -50,6 +50,14 @@ def terms(settings: Mapping[str, Any]) -> list[Setting]:
     return found
 
 
+def loss_type(sidecar: Sidecar) -> str | None:
+    """TRL's loss_type; "rloo" for its RLOOTrainer, which has none, if it does not normalise further."""
+    kind = sidecar.loss.get("loss_type")
+    if kind is None and sidecar.loss.get("normalize_advantages") is False:
+        return "rloo"
+    return kind if isinstance(kind, str) else None
+
+
 def differences(config: Config, sidecar: Sidecar | None) -> list[str]:
     """A warning for each setting of the run by which its step differs from the predicted one."""
     if sidecar is None:
@@ -81,7 +89,7 @@ def _sampling(config: Config, sidecar: Sidecar) -> list[str]:
 
 
 def _objective(config: Config, sidecar: Sidecar) -> list[str]:
-    objective, kind, scale = config.objective, _kind(sidecar), sidecar.loss.get("scale_rewards")
+    objective, kind, scale = config.objective, loss_type(sidecar), sidecar.loss.get("scale_rewards")
     lines = []
     if kind in PRESETS and kind != objective.preset and objective.normalisation is None:
         lines.append(f"loss_type was {kind}, objective.preset is {objective.preset}")
@@ -94,7 +102,7 @@ def _objective(config: Config, sidecar: Sidecar) -> list[str]:
 
 
 def _loss(sidecar: Sidecar) -> list[str]:
-    kind, lines = _kind(sidecar), []
+    kind, lines = loss_type(sidecar), []
     if kind == "bnpo":
         lines.append(
             "loss_type was bnpo, a token mean of each micro-batch: this is the preset dapo with one "
@@ -115,8 +123,3 @@ def _switched_on(settings: Mapping[str, Any], table: Mapping[str, Any]) -> list[
         for name, off in table.items()
         if settings.get(name) not in (off, None)
     ]
-
-
-def _kind(sidecar: Sidecar) -> str | None:
-    kind = sidecar.loss.get("loss_type")
-    return kind if isinstance(kind, str) else None

@@ -21,8 +21,7 @@ from ..machine.devices import resolve_device
 from ..machine.precision import rounded
 from ..machine.versions import versions
 from ..optimizer import OptimizerReport
-from ..rollouts import Rollouts
-from ..rollouts.provenance import length_lines, training_run
+from ..rollouts import Rollouts, provenance
 from ..sampling.generate import ended_by
 from ..sampling.prompts import Prompt
 from ..sampling.rewards import Reward, load_reward
@@ -36,6 +35,7 @@ from ..sampling.supplied import (
 from .dropout import dropout_masks
 from .microbatch import longest, report_halving, require_positions, resolve
 from .prompts import encoded, no_prompts, response_line, sampled_from
+from .run_settings import with_run_settings
 from .step import choose_objective, load_step, step_lines
 
 
@@ -58,6 +58,7 @@ class Plan(NamedTuple):
     reward: Reward | None  # None if U is supplied
     supplied_eval: Rollouts | None
     supplied_update: Rollouts | None
+    known_step: bool  # whether U is the batch of the next step itself, so that v has no error over U
     etas: tuple[float, ...]  # ascending, the next step's lr among them
     next_lr: float
     inputs: dict[str, Any]  # hashes of the files the numbers depend on
@@ -70,7 +71,6 @@ def load(config: Config, narrator: Narrator) -> Plan:
     """
     disable_progress_bar()  # transformers', which would appear between the log lines
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_advice_on_masks)
-    objective = choose_objective(config)
     update_file = open_update(config)
     lossy = update_file.layout if update_file else None
     sampled = config.rollouts.eval is None or config.rollouts.update is None
@@ -78,13 +78,16 @@ def load(config: Config, narrator: Narrator) -> Plan:
     named = config.prompts.source != "toy" or config.policy.checkpoint == "toy"
     needed = sampled or (lossy == "verl" and named)
     config = _with_toy(config, narrator, prompts=needed)
+    checkpoint = Path(config.policy.checkpoint).expanduser()
+    config = with_run_settings(config, narrator.say)
+    objective = choose_objective(config)
     reward = _reward(config) if config.rollouts.update is None else None
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
         policy, ending = ended_by(load_policy(config.policy, device), config.sampling.eos_ids)
         adam_state, report, step = load_step(config, policy)
         sidecar = report.sidecar if report else None
-        run = training_run(Path(config.policy.checkpoint).expanduser(), sidecar)
+        run = provenance.training_run(checkpoint, sidecar)
         made = sampled_from(config, policy) if needed else no_prompts()
         prompts, prompt_ids = made.prompts, made.ids
         supplied_eval = load_supplied_eval(config, policy, vocabulary(policy))
@@ -98,8 +101,9 @@ def load(config: Config, narrator: Narrator) -> Plan:
             prompt_ids=prompt_ids if needed else None,
             run=run,
         )
+        guessed += provenance.require_own(config.rollouts, supplied_eval, supplied_update, run)
         if sampled or lossy:
-            guessed += length_lines(run, config.sampling.max_new_tokens)
+            guessed += provenance.length_lines(run, config.sampling.max_new_tokens)
         inputs = _inputs(config, policy, report, prompts, prompt_ids)
         config = _with_base(config, policy)
         if not sampled:
@@ -145,6 +149,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         reward=reward,
         supplied_eval=supplied_eval,
         supplied_update=supplied_update,
+        known_step=provenance.is_next_batch(supplied_update, run),
         etas=_etas(config, next_lr),
         next_lr=next_lr,
         inputs=inputs,

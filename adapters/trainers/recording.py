@@ -57,8 +57,9 @@ def record_rollouts(trainer: Any, folder: str | Path) -> None:
         rewards.clear()
         output = generate(*args, **kwargs)
         if trainer.model.training:
-            found = _rollouts(trainer, tokenizer, output, rewards)
-            name = f"step-{trainer.state.global_step + 1:06d}.parquet"
+            step = trainer.state.global_step + 1
+            found = _rollouts(trainer, tokenizer, output, rewards)._replace(step=step)
+            name = f"step-{step:06d}.parquet"
             write_whole(folder / name, lambda target: save_rollouts(found, target))
         return output
 

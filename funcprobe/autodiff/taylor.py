@@ -39,8 +39,10 @@ def second_jvp(
         if other is not None and _shapes(other) != _shapes(at):
             found, expected = _shapes(other), _shapes(at)
             raise ValueError(f"a direction has shapes {found}, expected the arguments', {expected}")
+    # In the order of `at`: a dict is a dict by name, but torch.func.jvp compares the orders as well.
     at, direction, acceleration = (
-        optree.tree_map(_ungraphed, t) for t in (at, direction, acceleration)
+        other if other is None else optree.tree_map(lambda _, x: _ungraphed(x), at, other)
+        for other in (at, direction, acceleration)
     )
     values, spec = optree.tree_flatten(at)
     firsts = optree.tree_leaves(direction)

@@ -38,7 +38,7 @@ def grad_dots(
     precision, s_n comes from a second pass, `tangents`. Raises ValueError if `mu` does not match
     `params`, RuntimeError if sum_n s_n is not <grad, mu>, which is checked in every microbatch.
     """
-    mu = aligned(mu, params)
+    params, mu = aligned(params, mu, "mu")
     p_NR = response_mask(batch).double() if p_NR is None else p_NR
     q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
     # In half precision, rounding would hide the errors that the check of the sum is for.

@@ -31,7 +31,7 @@ def second_tangents(
     derivatives, in half precision, which cannot resolve the comparison, and inside a transform that
     differentiates; ValueError if `direction` has other names or shapes than `params`.
     """
-    direction = aligned(direction, params)
+    params, direction = aligned(params, direction)
     if torch.finfo(forward.coarsest).eps > 1e-4:
         raise InputError(
             f"second derivatives of a model in {forward.coarsest} would be dominated by rounding: "

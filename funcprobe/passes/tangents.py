@@ -30,7 +30,7 @@ def tangents(
     with the batch. Raises ValueError if `direction` has other names or shapes than `params`, InputError
     inside a transform that differentiates either.
     """
-    direction = aligned(direction, params)
+    params, direction = aligned(params, direction)
 
     def one(rows: Rows) -> tuple[Tensor, ...]:
         hidden_TD, dhidden_TD = _hidden_along(params, rows, direction, forward)
@@ -63,7 +63,7 @@ def alpha_vjp(
     log-probability of the response, in nats. Raises ValueError if `mu` does not match `params`,
     InputError inside a transform that differentiates either.
     """
-    mu = aligned(mu, params)
+    params, mu = aligned(params, mu, "mu")
     p_NR = response_mask(batch).double() if p_NR is None else p_NR
     q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
     alpha_N = torch.ones(len(p_NR)).double() if alpha_N is None else alpha_N
@@ -140,12 +140,14 @@ def _pullback(
     return pull, torch.ones_like(f_T)
 
 
-def aligned(direction: Params, params: Params) -> Params:
-    """The direction in the order, dtypes and devices of the parameters, as jvp and vjp require.
+def aligned(params: Params, direction: Params, what: str = "direction") -> tuple[Params, Params]:
+    """Both with sorted names, and the direction in the dtypes and on the devices of the parameters.
 
-    Raises ValueError for other names or shapes, InputError if a surrounding transform differentiates
-    either.
+    A registry is a dict by name, in any order; torch's jvp and vjp require one order, and `tree`
+    returns the sorted one. Raises ValueError for other names or shapes, InputError if a surrounding
+    transform differentiates either.
     """
-    tree.require_same(params, direction, "direction")
+    tree.require_same(params, direction, what)
     refuse_differentiated(params, direction)
-    return {n: direction[n].to(dtype=t.dtype, device=t.device) for n, t in params.items()}
+    params = dict(sorted(params.items()))
+    return params, {n: direction[n].to(dtype=t.dtype, device=t.device) for n, t in params.items()}

@@ -117,7 +117,7 @@ def test_another_structure_is_refused_in_a_line(run_one, tmp_path, change, messa
         (b"\xff{}", r"is not JSON \('utf-8' codec can't decode"),
         (b'{"entropy": NaN}', r"is not JSON \(NaN is not a JSON number\)"),
         (b'{"entropy": 1e999}', r"results.json, entropy, is inf, a finite number is expected"),
-        (b'{"entropy": 1, "entropy": 2}', r"is not JSON \('entropy' occurs twice\)"),
+        (b'{"entropy": 1, "entropy": 2}', r"is not JSON \(key 'entropy' occurs twice\)"),
         (b"[]", r"contains a list, an object is expected"),
         (b"[" * 10**6, r"is not JSON \(maximum recursion depth"),
     ],

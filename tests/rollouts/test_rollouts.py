@@ -239,7 +239,8 @@ def test_what_cannot_be_probed(tmp_path, ending, changes, said) -> None:
     write(path, columns(**changes))
     # Rows of Parquet count from 0, lines of a file from 1.
     place = {f"@{i}": f"row {i}" if ending == "parquet" else f"line {i + 1}" for i in range(3)}
-    assert said.replace(said[:2], place.get(said[:2], said[:2])) in refusal(path)
+    of_U = "sampler_logp" not in changes  # which is read of E alone
+    assert said.replace(said[:2], place.get(said[:2], said[:2])) in refusal(path, rewards=of_U)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +255,27 @@ def test_what_cannot_be_probed(tmp_path, ending, changes, said) -> None:
     ],
 )
 def test_what_is_no_number(tmp_path, changes, said) -> None:
-    write(tmp_path / "r.parquet", columns(**changes))
-    assert said in refusal(tmp_path / "r.parquet")
-    write(tmp_path / "r.jsonl", columns(**changes))
-    assert "is not a JSON number" in refusal(tmp_path / "r.jsonl")
+    of_U = "sampler_logp" not in changes  # which is read of E alone
+    for ending, place in (("parquet", "row"), ("jsonl", "line")):
+        path = tmp_path / f"r.{ending}"
+        write(path, columns(**changes))
+        if ending == "jsonl":  # whose lines count from 1
+            said = said.replace("row 2", "line 3").replace("row 1", "line 2").replace("row", place)
+        assert said in refusal(path, rewards=of_U)
+        if not of_U:
+            assert load_rollouts(path, 10, rewards=True).reward == FULL.reward
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_nan_in_a_column_that_nobody_reads_does_no_harm(tmp_path, ending) -> None:
+    path = tmp_path / f"r.{ending}"
+    extra = {"acc": [NAN, 1.0, INF], "info": [{"kl": NAN}, {"kl": 1.0}, {"kl": -INF}]}
+    write(path, columns(**extra))
+    assert load_rollouts(path, 10, rewards=True) == FULL
+    assert load_rollouts(path, 10, rewards=False) == FULL
+    write(path, columns(**extra, reward=[NAN, 0.5, NAN]))  # with advantages, the reward is not read
+    assert math.isnan(load_rollouts(path, 10, rewards=False, advantages=True).reward[0])
+    assert "has reward nan" in refusal(path)
 
 
 def test_rewards_and_advantages_are_asked_for_only_where_they_are_needed(tmp_path) -> None:
@@ -327,7 +345,7 @@ def test_files_that_are_no_rollouts(tmp_path) -> None:
         (rb'{"\ud800": 1}', "line 2 cannot be read (key '\\ud800' is not Unicode text)"),
         (b"[1]", "line 2 is list, one JSON object per line is expected"),
         (b"{'prompt_index': 1}", "line 2 cannot be read (Expecting property name"),
-        (b'{"reward": 1, "reward": 2}', "line 2 cannot be read (key reward occurs twice)"),
+        (b'{"reward": 1, "reward": 2}', "line 2 cannot be read (key 'reward' occurs twice)"),
         (b'{"reward": ' + b"9" * 5000 + b"}", "line 2 cannot be read (Exceeds the limit"),
         (b"[" * 100_000, "line 2 cannot be read (maximum recursion"),
         (b'{"prompt": "\xff"}', "expected UTF-8 text"),

@@ -5,6 +5,7 @@ must be (theta_6 - theta_5) / lr, tensor by tensor.
 """
 
 import dataclasses
+import json
 import re
 import types
 from pathlib import Path
@@ -151,9 +152,13 @@ def test_next_step_is_the_one_trl_takes(
 
 
 def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_path):
+    """Loss, temperature, L and clipping are the run's own, from its sidecar."""
     run = train(
         checkpoint,
         tmp_path / "training",
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        temperature=0.7,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=8,
         max_grad_norm=0.05,
@@ -166,7 +171,6 @@ def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_pa
         "objective.advantage": "rollouts",
         "prompts.source": str(checkpoint.prompts),
         "sampling.B_E": 16,
-        "sampling.max_new_tokens": 6,
         "run.device": "cpu",
     }
     outcome = command("run", config, *sets(settings))
@@ -178,6 +182,22 @@ def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_pa
     assert clipped
     assert float(clipped[1]) < 0.9
     assert f"({run.lr:g})" in outcome.out or f"lr {run.lr:g})" in outcome.out
+    # U is the step's own batch: v is known, and the error is that over E alone.
+    first = json.loads((tmp_path / "runs" / "probe" / "results.json").read_text())["first_order"]
+    assert first["se_over_U"]["value"] == 0
+    assert "the next step itself" in first["se_over_U"]["normalised_by"]
+    assert first["se_total"]["value"] == first["se_given_U"]["value"]
+    assert "U is the step's own batch" in outcome.out
+    # Of another step, U and E are rejected; E as well as U of the right one is pointed out.
+    for which in ("rollouts.update", "rollouts.eval"):
+        wrong = settings | {which: str(run.rollouts.with_name("step-000003.parquet"))}
+        outcome = command("run", config, "--dry-run", *sets(wrong))
+        assert (outcome.status, outcome.out) == (2, "")
+        assert "step-000003.parquet is of step 3" in outcome.err.splitlines()[-1]
+    both = settings | {"rollouts.eval": str(run.rollouts)}
+    outcome = command("run", config, "--dry-run", *sets(both))
+    assert outcome.status == 0, outcome.err
+    assert "warning: E and U are the same responses" in outcome.err
 
 
 def test_a_step_without_gradient_is_the_one_trl_takes(checkpoint, command, tmp_path):

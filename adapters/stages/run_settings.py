@@ -1,0 +1,107 @@
+"""Keys that the user's file leaves unset take the training run's values, from its sidecar."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from funcprobe.step.objective import PRESETS
+from funcprobe.types import InputError
+
+from ..config.schema import Config, Section
+from ..optimizer import Sidecar, find_sidecar
+from .differences import ADVANTAGES, loss_type
+
+
+def with_run_settings(config: Config, say: Callable[[str], None]) -> Config:
+    """The configuration with the run's values, which one line names, if there are any.
+
+    A key that is set stays as it is; that it differs is said by `differences`. Of the objective, a
+    preset that is set determines the advantage as well. Raises InputError, naming the key, for a value
+    that the configuration cannot have.
+    """
+    place = Path(config.optimizer.state or config.policy.checkpoint).expanduser()
+    sidecar = find_sidecar(place) if place.exists() else None
+    if sidecar is None:
+        return config
+    taken: dict[str, dict[str, Any]] = {
+        "sampling": _sampling(config, sidecar),
+        "objective": _objective(config, sidecar),
+        "optimizer": {}
+        if config.optimizer.rule != "adamw"
+        else {"max_grad_norm": sidecar.max_grad_norm},
+    }
+    changes, named = {}, []
+    for name, values in taken.items():
+        section = getattr(config, name)
+        unset = {
+            key: value
+            for key, value in values.items()
+            if value is not None and key not in section.model_fields_set
+        }
+        valid = _valid(section, name, unset, sidecar)
+        changes[name] = section.model_copy(update=valid)
+        named += [f"{name}.{key} = {_shown(value)}" for key, value in valid.items()]
+    if named:
+        say(f"from {sidecar.path.name}, as not set here: {', '.join(named)}")
+    return config.model_copy(update=changes)
+
+
+def _sampling(config: Config, sidecar: Sidecar) -> dict[str, Any]:
+    ran = sidecar.sampling
+    found = {
+        "temperature": ran.get("temperature"),
+        "max_new_tokens": ran.get("max_completion_length"),
+    }
+    if config.rollouts.update is None:
+        G = ran.get("num_generations")
+        found |= {"G": G, "B_U": _prompts_of_a_step(sidecar, G)}
+    return found
+
+
+def _prompts_of_a_step(sidecar: Sidecar, G: Any) -> int | None:
+    """Prompts of one optimizer step; None if the file does not determine them, or there is just one."""
+    keys = ("generation_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    counts: list[Any] = [*(sidecar.loss.get(key) for key in keys), G]
+    if any(type(count) is not int or count < 1 for count in counts):
+        return None
+    generated, accumulated, per_generation, G = counts
+    prompts, rest = divmod(generated * accumulated, per_generation * G)
+    return prompts if prompts > 1 and not rest else None
+
+
+def _objective(config: Config, sidecar: Sidecar) -> dict[str, Any]:
+    """The preset, the advantage where it is not the preset's, and L of the normalisation "constant"."""
+    if "preset" in config.objective.model_fields_set:
+        return {}
+    kind = loss_type(sidecar)
+    if kind == "bnpo" and sidecar.loss.get("gradient_accumulation_steps") == 1:
+        kind = "dapo"  # one mean over the tokens of a micro-batch, of which there is one
+    if kind not in PRESETS:
+        return {}
+    found: dict[str, Any] = {"preset": kind}
+    advantage = ADVANTAGES.get(str(sidecar.loss.get("scale_rewards")))
+    if advantage != PRESETS[kind].advantage:
+        found["advantage"] = advantage
+    longest = sidecar.sampling.get("max_completion_length")
+    if PRESETS[kind].normalisation == "constant" and config.objective.normalisation is None:
+        found["constant"] = float(longest) if type(longest) is int else longest
+    return found
+
+
+def _valid(section: Section, name: str, values: dict[str, Any], sidecar: Sidecar) -> dict[str, Any]:
+    """The values as the configuration holds them."""
+    try:
+        found = type(section).model_validate(section.model_dump() | values, strict=True)
+        return {key: getattr(found, key) for key in values}
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in (name, *first["loc"]))
+        raise InputError(
+            f"{sidecar.path} has {first['input']!r:.60} for {key}: {first['msg']}; set {key}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else f"{value:g}"
