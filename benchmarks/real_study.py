@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 import torch
 from real_policy import FOLDER, MAX_NEW_TOKENS, Real, ensure_real
+from real_reward import closeness
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Fresh(NamedTuple):
 
     entropy_N: Tensor  # sum over the response's tokens, nats
     length_N: Tensor  # tokens, the first EOS included
+    reward_N: Tensor
 
     @property
     def per_token(self) -> float:
@@ -92,11 +94,12 @@ def sample(real: Real, step: int, each: int) -> Fresh:
     checkpoint = real.checkpoint(step)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     model = AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    rows = pyarrow.parquet.read_table(real.prompts).column("prompt").to_pylist()
-    entropies, lengths = [], []
+    rows = pyarrow.parquet.read_table(real.prompts).to_pylist()
+    entropies, lengths, rewards = [], [], []
     for at in range(0, len(rows), PROMPTS_AT_ONCE):
+        asked = rows[at : at + PROMPTS_AT_ONCE]
         inputs = tokenizer.apply_chat_template(
-            rows[at : at + PROMPTS_AT_ONCE],
+            [row["prompt"] for row in asked],
             add_generation_prompt=True,
             padding=True,
             return_tensors="pt",
@@ -131,12 +134,15 @@ def sample(real: Real, step: int, each: int) -> Fresh:
         entropy_NR = torch.stack([-(each.exp() * each).sum(-1) for each in logp], dim=1)
         entropies.append((entropy_NR * mask_NR).sum(1))
         lengths.append(mask_NR.sum(1).double())
-    fresh = Fresh(torch.cat(entropies), torch.cat(lengths))
+        texts = tokenizer.batch_decode(response_NR, skip_special_tokens=True)
+        rewards += closeness(texts, [row["answer"] for row in asked for _ in range(each)])
+    fresh = Fresh(torch.cat(entropies), torch.cat(lengths), torch.tensor(rewards, dtype=torch.float64))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    reward, se = fresh.reward_N.mean(), fresh.reward_N.std() / len(fresh.reward_N) ** 0.5
     print(
         f"checkpoint-{step}: {len(fresh.length_N)} fresh responses, {fresh.per_token:.4f} nats per "
-        f"token, {fresh.length_N.mean():.2f} tokens each; {time.perf_counter() - start:.0f} s, "
-        f"peak of the process so far {peak:.1f} GiB",
+        f"token, {fresh.length_N.mean():.2f} tokens each, reward {reward:.3f} +- {se:.3f}; "
+        f"{time.perf_counter() - start:.0f} s, peak of the process so far {peak:.1f} GiB",
         flush=True,
     )
     return fresh

@@ -102,18 +102,27 @@ def test_the_configuration_names_what_the_script_makes(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [True, False], ids=["with names", "as TRL leaves it"])
 @pytest.mark.parametrize("step", [1, 8, 11])
-def test_the_step_that_trl_takes_next(real, step, names):
+def test_the_step_that_trl_takes_next(real, step):
     """Of a pretrained model in float32: 1e-3 of each tensor, a bound for what rounding may leave.
 
     Of the weights it is 1e-5 of a step; of Y, of which Adam divides the small entries by as small
-    ones, up to 1e-4 of a tensor.
+    ones, up to 1e-4 of a tensor. The names come with the checkpoint, or from the trainer's order.
     """
-    checkpoint = real.checkpoint(step, names=names)
-    assert (checkpoint / "optimizer_param_names.json").exists() == names
-    policy = load_policy(PolicyConfig(checkpoint=str(checkpoint)), torch.device("cpu"))
-    state, _ = read_adam_state(checkpoint / "optimizer.pt", policy.model, policy.params)
+    named, plain = (real.checkpoint(step, names=names) for names in (True, False))
+    policy = load_policy(PolicyConfig(checkpoint=str(plain)), torch.device("cpu"))
+    (state, report), (replayed, other) = (
+        read_adam_state(
+            folder / "optimizer.pt", policy.model, policy.params, accept_positional=folder == plain
+        )
+        for folder in (named, plain)
+    )
+    assert report.sidecar is not None
+    assert other.sidecar is None
+    assert state.step == replayed.step == dict.fromkeys(policy.params, step)
+    for found, same in zip(state[:2], replayed[:2], strict=True):
+        assert found.keys() == same.keys() == policy.params.keys()
+        assert all(torch.equal(found[name], same[name]) for name in found)
     U = rollouts.load_rollouts(
         real.rollouts(step + 1),
         policy.model.config.vocab_size,
