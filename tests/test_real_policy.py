@@ -70,6 +70,15 @@ def test_a_part_appears_only_when_whole_and_is_made_once(script, tmp_path, monke
     assert made == ["base", "run", "run"]
 
 
+def test_a_folder_of_something_else_is_refused(script, tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(InputError, match=r"base exists and has no config\.json: remove it, or choose"):
+        script.ensure_real(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file cannot be a folder \(.*\): choose another$"):
+        script.ensure_real(tmp_path / "file")
+
+
 def test_other_weights_are_refused(script, tmp_path, monkeypatch):
     (tmp_path / script.GGUF).write_bytes(b"GGUF")
     monkeypatch.setattr(script, "_find_gguf", lambda _: tmp_path / script.GGUF)
