@@ -2,7 +2,7 @@
 
     python benchmarks/state_evidence.py [--real FOLDER] [--prompts 64] [--shuffles 1000]
 
-States: the toy's and, with --real, that of checkpoint-8 of `real_policy.py`; as saved; with moments and
+States: the toy's or, with --real, that of checkpoint-8 of `real_policy.py`; as saved; with moments and
 gradients rounded to bfloat16; and with moments in 8 bits, quantised as bitsandbytes does (dynamic map,
 blocks of 256). Gradients: sums over groups of 8 responses drawn from the policy; U takes some of the
 groups. "few": of 64 groups only three have rewards that differ. Orders: the true one; twelve kinds of
@@ -258,9 +258,8 @@ def main() -> None:
     args = parser.parse_args()
     print("| policy | stored | U | at home | true order | other kinds | misnamed | shuffles | false |")
     print("|---|---|---|---|---|---|---|---|---|")
-    rows_of(toy(args.prompts), args.shuffles)
-    if args.real is not None:
-        rows_of(real(args.real, args.prompts), args.shuffles)
+    study = toy(args.prompts) if args.real is None else real(args.real, args.prompts)
+    rows_of(study, args.shuffles)
 
 
 if __name__ == "__main__":
