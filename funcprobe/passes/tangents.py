@@ -14,8 +14,16 @@ from .. import tree
 from ..autodiff.forward_mode import ForwardMode
 from ..autodiff.transforms import in_transform, refuse_differentiated
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, collate, gather, in_microbatches, response_mask, scatter
+from ..policy.layout import (
+    MAX_TOKENS,
+    collate,
+    gather,
+    in_microbatches,
+    response_mask,
+    scatter,
+)
 from ..policy.rows import Rows
+from ..policy.trials import attempt
 from ..types import Batch, InputError, Params, TokenStats
 from .head import head_gradient, head_tangents, token_head
 
@@ -95,12 +103,13 @@ def alpha_vjp(
 def require_derivatives(params: Params, forward: Forward) -> None:
     """InputError unless the model has forward-mode and second derivatives, tested on five tokens."""
     batch = collate([[0]], [[0, 0, 0, 0]], [0])
-    try:
+
+    def both() -> None:
         tangents(params, batch, params, forward)
         alpha_vjp(params, batch, params, forward)
-    except RuntimeError as error:  # NotImplementedError is one
-        message = " ".join(str(error).split())[:200]
-        raise InputError(f"torch.func cannot differentiate this architecture: {message}") from error
+
+    if (failed := attempt(both)) is not None:
+        raise InputError(f"torch.func cannot differentiate this architecture: {failed}")
 
 
 def _hidden_along(
