@@ -101,15 +101,28 @@ def alpha_vjp(
 
 
 def require_derivatives(params: Params, forward: Forward) -> None:
-    """InputError unless the model has forward-mode and second derivatives, tested on five tokens."""
+    """InputError unless the model has forward-mode and second derivatives, tested on five tokens.
+
+    And unless reverse and forward mode agree: a forward with torch.no_grad inside has two derivatives.
+    """
     batch = collate([[0]], [[0, 0, 0, 0]], [0])
 
-    def both() -> None:
-        tangents(params, batch, params, forward)
-        alpha_vjp(params, batch, params, forward)
+    def both() -> tuple[float, float, float]:
+        _, along = tangents(params, batch, params, forward)
+        by_reverse = float(alpha_vjp(params, batch, params, forward).sum())
+        return by_reverse, float(along.logp_NR.sum()), float(along.logp_NR.abs().sum())
 
-    if (failed := attempt(both)) is not None:
-        raise InputError(f"torch.func cannot differentiate this architecture: {failed}")
+    found = attempt(both)
+    if isinstance(found, str):
+        raise InputError(f"torch.func cannot differentiate this architecture: {found}")
+    by_reverse, by_forward, size = found
+    # Some hundred roundings and what curvature makes of them; half precision would hide anything.
+    eps = torch.finfo(forward.coarsest).eps
+    if eps < 1e-4 and not abs(by_reverse - by_forward) <= 1e4 * eps * size:
+        raise InputError(
+            f"this architecture's gradient is not that of its logits: along theta {by_reverse:.6g} by "
+            f"reverse mode, {by_forward:.6g} by forward mode (its forward may stop gradients)"
+        )
 
 
 def _hidden_along(

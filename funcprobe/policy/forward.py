@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from .suitability import (
     refuse_unsupported,
     require_causal_lm,
 )
-from .trials import find_readout, refuse_other_logits, unpackable
+from .trials import find_backbone, find_readout, unpackable
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ def frozen_forward(
     require_causal_lm(model)
     refuse_unsupported(model)
     refuse_unsuitable(model, params)
-    backbone, head, limit = Backbone(model), Head(model), longest_position(model)
+    limit = longest_position(model)
     places = _places(model, params)
 
     def call(module: nn.Module, given: Params, *args: Any) -> Tensor:
@@ -104,27 +105,35 @@ def frozen_forward(
             out: Tensor = functional_call(module, swapped, args, tie_weights=False)
         return out
 
-    def hidden(given: Params, rows: Rows) -> Float[Tensor, "T D"]:
+    def hidden_at(path: str, given: Params, rows: Rows) -> Float[Tensor, "T D"]:
         # At every call, as the caller may have left eval mode or entered disable_adapter() since.
         refuse_unsuitable(model, params)
-        if forward.readout is not None and is_hooked(causal_lm(model).get_output_embeddings()):
-            raise InputError("the output embedding has a new hook, which would be skipped: bind again")
         refuse_longer(rows, limit)
         device = next(iter(given.values())).device
         packing = None if rows.packing is None else rows.packing.to(device)
-        hidden_NLD = call(backbone, given, rows.tokens_NL.to(device), packing)
+        hidden_NLD = call(Backbone(model, path), given, rows.tokens_NL.to(device), packing)
         return hidden_NLD[rows.row_T.to(device), rows.position_T.to(device)]
 
-    def logits(given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
-        return call(head, given, hidden_TD) / temperature
+    def logits_at(path: str, given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+        return call(Head(model, path), given, hidden_TD) / temperature
+
+    def both(path: str, rows: Rows) -> Float[Tensor, "T V"]:
+        return logits_at(path, params, hidden_at(path, params, rows))
+
+    path = find_backbone(model, params, both, temperature)
+    logits = partial(logits_at, path)
+
+    def hidden(given: Params, rows: Rows) -> Float[Tensor, "T D"]:
+        if forward.readout is not None and is_hooked(causal_lm(model).get_output_embeddings()):
+            raise InputError("the output embedding has a new hook, which would be skipped: bind again")
+        return hidden_at(path, given, rows)
 
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtypes |= {products_dtype(p.dtype, p.device) for p in params.values()}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     forward = Forward(hidden, logits, coarsest, None, "plain")
-    refuse_other_logits(model, params, hidden, logits, temperature)
-    forward = forward._replace(readout=find_readout(model, params, logits, temperature))
-    why_plain = None if layout == "plain" else unpackable(model, params, hidden)
+    forward = forward._replace(readout=find_readout(model, path, params, logits, temperature))
+    why_plain = None if layout == "plain" else unpackable(model, path, params, hidden)
     notes = [] if why_plain is None else [f"one sequence per row, prompts not shared: {why_plain}"]
     if forward.readout is None:
         notes.append("output embedding trained, or not a plain matrix: derivatives not in closed form")

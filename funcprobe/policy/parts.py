@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..autodiff.grouped import GroupedProducts
 from .attention import OwnHeads, PackedAttention, no_mask
+from .parameter_lora import parameter_lora
 from .rows import Packing
 from .suitability import causal_lm
 
@@ -16,14 +17,15 @@ from .suitability import causal_lm
 class Backbone(nn.Module):
     """tokens_NL -> last hidden state, which the head reads."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, path: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.path = model, path
 
     def forward(self, tokens_NL: Tensor, packing: Packing | None) -> Tensor:
-        own = backbone(self.model)
+        own = causal_lm(self.model).get_submodule(self.path)
         given: dict[str, Any] = {"input_ids": tokens_NL, "use_cache": False}
         with ExitStack() as stack:
+            stack.enter_context(parameter_lora(own))
             if getattr(own.config, "_experts_implementation", None) == "grouped_mm":
                 stack.enter_context(GroupedProducts())
             if packing is not None:
@@ -43,23 +45,36 @@ class Head(nn.Module):
     So its logits have what the model does to them: a scale, a softcap, a layer before the embedding.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, path: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.path = model, path
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return after_backbone(causal_lm(self.model), hidden_TD)
+        return after_backbone(causal_lm(self.model), self.path, hidden_TD)
 
 
-def backbone(model: nn.Module) -> Any:
-    """The module whose last hidden state the model's head reads."""
+def backbones(model: nn.Module) -> list[str]:
+    """Paths at which a causal model may have the module whose hidden state its head reads.
+
+    Its base model; its decoder, where that is less (OPT); the part that has the input embedding, where
+    neither goes by its name (Llama 4).
+    """
     base = causal_lm(model)
-    return getattr(base, base.base_model_prefix)
+    embedding = base.get_input_embeddings()
+    found = [
+        getattr(base, base.base_model_prefix, None),
+        getattr(base, "get_decoder", lambda: None)(),
+        *(part for part in base.children() if any(m is embedding for m in part.modules())),
+    ]
+    paths = [path for own in found for path, module in base.named_modules() if path and module is own]
+    return list(dict.fromkeys(paths))
 
 
-def after_backbone(base: Any, hidden_TD: Tensor, embedding: nn.Module | None = None) -> Tensor:
+def after_backbone(
+    base: Any, path: str, hidden_TD: Tensor, embedding: nn.Module | None = None
+) -> Tensor:
     """Logits [T, V] of a causal model from hidden states, with another output embedding if given."""
-    short = _exchanged(base, base.base_model_prefix, _given(backbone(base), _Hidden([hidden_TD[None]])))
+    short = _exchanged(base, path, _given(base.get_submodule(path), _Hidden([hidden_TD[None]])))
     if embedding is not None:
         own = base.get_output_embeddings()
         short = _exchanged(short, next(n for n, m in base.named_modules() if m is own), embedding)

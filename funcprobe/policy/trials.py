@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autodiff.grouped import GroupedProducts
 from ..types import Batch, InputError, Params
 from .layout import collate, out_of_memory
-from .parts import after_backbone, backbone
+from .parts import after_backbone, backbones
 from .precision import StayFloat64, arithmetic_of, rounding
 from .readout import Readout, values
 from .rows import Rows, packed_rows, plain_rows
@@ -36,27 +36,49 @@ def attempt(compute: Callable[[], T]) -> T | str:
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def refuse_other_logits(
-    model: nn.Module, params: Params, hidden: Hidden, logits: Logits, temperature: float
-) -> None:
-    """InputError unless rows of several sequences give the model's own logits of each sequence alone.
+def find_backbone(
+    model: nn.Module, params: Params, logits_of: Callable[[str, Rows], Tensor], temperature: float
+) -> str:
+    """The path of the backbone, of which rows of several sequences give the model's own logits.
 
-    And unless these depend on no later token.
+    `logits_of(path, rows)` are the logits by the backbone at that path. InputError if there is none, or
+    if the logits depend on later tokens.
     """
     name = type(causal_lm(model)).__name__
     batch = _few(model)
-    every = torch.arange(len(batch.prompt_N))
+    rows = plain_rows(batch, torch.arange(len(batch.prompt_N)))
+    theirs_TV = _own_logits(model, params, batch, rows) / temperature
 
-    def own(tokens_L: Tensor) -> Tensor:
-        logits_LV: Tensor = model(input_ids=tokens_L[None].to(_device(params)), use_cache=False).logits[
-            0
-        ]
-        return logits_LV / temperature
+    def difference(path: str) -> float:
+        with torch.no_grad():
+            return float((logits_of(path, rows) - theirs_TV).abs().max())
 
+    failed = "it has no base model"
+    for path in backbones(model):
+        worst = attempt(partial(difference, path))
+        if isinstance(worst, str):
+            failed = worst
+        elif worst <= rounding(theirs_TV):
+            return path
+        else:
+            failed = f"logits differ by {worst:.3g}"
+    raise InputError(
+        f"{name}: its logits are not those of its head after its backbone, sequences side by side, so "
+        f"that this architecture is not supported: {failed}"
+    )
+
+
+def _own_logits(model: nn.Module, params: Params, batch: Batch, rows: Rows) -> Tensor:
+    """Logits [T, V] by the model's own forward, each sequence alone; InputError if they see ahead."""
+    name = type(causal_lm(model)).__name__
     lengths = (batch.prompt_length_N + batch.response_length_N).tolist()
-    rows = plain_rows(batch, every)
     wide = any(t.dtype == torch.float64 for t in params.values())
     experts = GroupedProducts() if wide else nullcontext()  # whose own product has no float64
+
+    def own(tokens_L: Tensor) -> Tensor:
+        out = model(input_ids=tokens_L[None].to(_device(params)), use_cache=False)
+        logits_LV: Tensor = out.logits[0]
+        return logits_LV
 
     def theirs() -> tuple[list[Tensor], Tensor]:
         with torch.no_grad(), arithmetic_of(params), experts:
@@ -72,27 +94,11 @@ def refuse_other_logits(
             f"{name}: its logits depend on later tokens, so that they are no policy's: a causal model "
             "is expected (for an encoder, is_decoder = true in its config.json)"
         )
-    theirs_TV = torch.stack([alone[n][i] for n, i in zip(rows.row_T, rows.position_T, strict=True)])
-
-    def difference() -> float:
-        with torch.no_grad():
-            return float((logits(params, hidden(params, rows)) - theirs_TV).abs().max())
-
-    worst = attempt(difference)
-    if isinstance(worst, str):
-        raise InputError(
-            f"{name}: cannot be called as a backbone and then a head, as is done here, so that this "
-            f"architecture is not supported: {worst}"
-        )
-    if not worst <= rounding(theirs_TV):
-        raise InputError(
-            f"{name}: its logits are not those of its head after its backbone, sequences side by side "
-            f"(largest difference {worst:.3g}): this architecture is not supported"
-        )
+    return torch.stack([alone[n][i] for n, i in zip(rows.row_T, rows.position_T, strict=True)])
 
 
 def find_readout(
-    model: nn.Module, params: Params, logits: Logits, temperature: float
+    model: nn.Module, path: str, params: Params, logits: Logits, temperature: float
 ) -> Readout | None:
     """The output embedding with what the model does to its product; None if that has no closed form.
 
@@ -105,7 +111,7 @@ def find_readout(
     plain = type(embedding) is nn.Linear and not is_hooked(embedding)
     if not plain or trained & {id(p) for p in embedding.parameters()}:
         return None
-    found = _scores(base, embedding.weight.shape[1], embedding.weight.device)
+    found = _scores(base, path, embedding.weight.shape[1], embedding.weight.device)
     if found is None:
         return None
     bias = None if embedding.bias is None else embedding.bias.detach()
@@ -114,7 +120,7 @@ def find_readout(
     return readout if _reads(params, logits, readout) else None
 
 
-def unpackable(model: nn.Module, params: Params, hidden: Hidden) -> str | None:
+def unpackable(model: nn.Module, path: str, params: Params, hidden: Hidden) -> str | None:
     """Why the model cannot process a packed row, from its configuration and a trial; None if it can."""
     config = causal_lm(model).config
     config = getattr(config, "get_text_config", lambda: config)()  # nested in multimodal models
@@ -126,8 +132,9 @@ def unpackable(model: nn.Module, params: Params, hidden: Hidden) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         return f"the model has layers of type {', '.join(sorted(kinds))}"
-    if "position_ids" not in inspect.signature(backbone(model).forward).parameters:
-        return f"{type(backbone(model)).__name__} takes no position_ids"
+    backbone = causal_lm(model).get_submodule(path)
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return f"{type(backbone).__name__} takes no position_ids"
     batch, every = _few(model), torch.arange(3)
     packed, plain = packed_rows(batch, every, torch.tensor([0, 0, 2])), plain_rows(batch, every)
     with torch.no_grad():
@@ -147,7 +154,7 @@ class _Scores(NamedTuple):
 
 
 class _Fixed(nn.Module):
-    """In place of an output embedding: notes what it is given, and returns what it is told to."""
+    """In place of an output embedding: notes its input, and returns what is given."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
@@ -159,19 +166,19 @@ class _Fixed(nn.Module):
         return self.out
 
 
-def _scores(base: Any, width: int, device: torch.device) -> _Scores | None:
+def _scores(base: Any, path: str, width: int, device: torch.device) -> _Scores | None:
     """What the model does to the hidden state before its output embedding and to the product after it.
 
     With the embedding exchanged for chosen products u, in float64 and without its V rows.
     """
     hidden_1D = torch.linspace(-1, 1, width, dtype=torch.float64, device=device)[None]
-    # Near 0, where any softcap is straight; in its bend; far beyond.
+    # Near 0, where any softcap is straight; where it curves; far beyond.
     u_K = torch.tensor([1e-9, -7.0, -0.3, 0.2, 3.0, 40.0, 1e12], dtype=torch.float64, device=device)
     embedding = _Fixed(u_K[None, None])
 
     def given() -> tuple[Tensor, Tensor]:
         with torch.no_grad(), StayFloat64():
-            (a_K,) = after_backbone(base, hidden_1D, embedding)
+            (a_K,) = after_backbone(base, path, hidden_1D, embedding)
             return embedding.seen[0].double().view(1, width)[0], a_K.double().view(len(u_K))
 
     found = attempt(given)
