@@ -99,10 +99,13 @@ def pads(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> bool:
         together = attempt(lambda: _off(policy, two))
         if not isinstance(together, str) and together <= 1:
             return True
-    alone = max(_off(policy, [ids]) for ids in two)
+    name = type(causal_lm(policy.model)).__name__
+    alone = attempt(lambda: max(_off(policy, [ids]) for ids in two))
+    if isinstance(alone, str):
+        raise InputError(f"{name}: its generate() fails: {alone}")
     if not alone <= 1:
         raise InputError(
-            f"{type(causal_lm(policy.model)).__name__}: generate() gives other logits than the model's "
+            f"{name}: generate() gives other logits than the model's "
             "own forward, so that its responses are no samples of this policy: supply E and U from "
             "files (rollouts.eval, rollouts.update), or take another version of transformers"
         )
@@ -126,8 +129,11 @@ def _off(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> float:
     allowed = 0.1 if torch.finfo(scores_NRV.dtype).eps > 1e-4 else 1e-3
     worst = 0.0
     for ids, row_L, scores_RV in zip(prompt_ids, out.sequences, scores_NRV, strict=True):
-        own_L = row_L[-len(ids) - 3 :][None]
-        plain_RV = policy.model(input_ids=own_L, use_cache=False).logits[0, -4:-1].to(scores_RV)
+        count = len(scores_RV)  # fewer if all of them ended
+        own_1L = row_L[-len(ids) - count :][None]
+        with arithmetic_of(dict(policy.model.named_parameters())):
+            logits_LV = policy.model(input_ids=own_1L, use_cache=False).logits[0]
+        plain_RV = logits_LV[-count - 1 : -1].to(scores_RV)
         error = float((scores_RV - plain_RV).abs().max() / plain_RV.abs().max())
         worst = max(worst, math.inf if math.isnan(error) else error)
     return worst / allowed
