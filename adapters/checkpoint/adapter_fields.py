@@ -25,6 +25,7 @@ APPLIED = frozenset(
         "bias",
         "fan_in_fan_out",
         "target_modules",
+        "target_parameters",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
@@ -72,8 +73,6 @@ REJECTED = {
     "use_qalora": "QA-LoRA is not supported, as it pools its inputs; use plain LoRA",
     "velora_config": "VeLoRA is not supported: its training gradient is not that of the policy; use "
     "plain LoRA",
-    "target_parameters": "torch.func cannot differentiate through peft's wrapper of single parameters: "
-    "only target_modules are supported",
     "megatron_config": "Megatron's parallel layers are not supported: convert the checkpoint to "
     "transformers' layers",
 }

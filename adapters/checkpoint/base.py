@@ -83,6 +83,9 @@ def load_base(
         dtype = torch.float32 if dtype is torch.float64 else dtype  # bitsandbytes has no float64
         # Quantisation on another device may round to another of the sixteen levels.
         remote |= {"quantization_config": quantise, "device_map": {"": str(device)}}
+    if dtype is torch.float64:
+        # Mixtures of experts: transformers 5.23's default, torch's grouped product, has no float64.
+        remote |= {"experts_implementation": "eager"}
     loaded: Any
     try:
         with _quiet():

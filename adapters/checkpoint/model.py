@@ -8,7 +8,9 @@ from transformers import GenerationConfig
 
 from funcprobe.policy.forward import trainable_params
 from funcprobe.policy.layout import out_of_memory
+from funcprobe.policy.precision import arithmetic_of
 from funcprobe.policy.suitability import causal_lm
+from funcprobe.policy.trials import attempt
 from funcprobe.types import InputError, Params
 
 from .. import store
@@ -217,8 +219,15 @@ def _require_finite(model: Any, base_id: str, dtype: str) -> None:
     """One forward, so that damaged weights and overflow are found before sampling."""
     embeddings = model.get_input_embeddings().weight
     few = torch.arange(min(5, len(embeddings)), device=embeddings.device)[None]
-    with torch.no_grad():
-        logits = model(input_ids=few, use_cache=False).logits
+
+    def logits_of() -> torch.Tensor:
+        with torch.no_grad(), arithmetic_of(trainable_params(model)):
+            out: torch.Tensor = model(input_ids=few, use_cache=False).logits
+            return out
+
+    logits = attempt(logits_of)
+    if isinstance(logits, str):
+        raise InputError(f"base {base_id} cannot be run in {dtype}: {logits}")
     if not bool(logits.isfinite().all()):
         raise InputError(
             f"base {base_id} gives logits that are not finite in {dtype}: its weights are damaged, or "

@@ -1,12 +1,16 @@
 """Responses sampled from the current policy; generation takes place here only."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
 
 from funcprobe.policy.layout import out_of_memory
+from funcprobe.policy.precision import arithmetic_of
+from funcprobe.policy.suitability import causal_lm
+from funcprobe.policy.trials import attempt
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
@@ -68,8 +72,9 @@ def sample_responses(
     ids: dict[int, list[int]] = {}
     tokens = 0
     with random_state_kept(), torch.no_grad():
+        padded = pads(policy, prompt_ids)
         torch.manual_seed(seed)
-        for part in _parts(prompt_ids, config.generation_batch, padded=policy.attention != "eager"):
+        for part in _parts(prompt_ids, config.generation_batch, padded=padded):
             found = _generate(policy, [prompt_ids[i] for i in part], generation)
             ids.update(zip(part, found, strict=True))
             # The last token of the longest is sampled, never an input.
@@ -81,12 +86,61 @@ def sample_responses(
     return Responses(cut, finished, tokens, tokens - real)
 
 
-def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> list[list[int]]:
-    """Prompts that are generated together: consecutive ones, or (not `padded`) those of equal length.
+def pads(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> bool:
+    """Whether prompts of several lengths can be generated together, by a trial on two of the prompts.
 
-    With eager attention in float64 a row of padding alone gives NaN (transformers 5.23), so that
-    nothing is padded there.
+    Compared are the logits of generate() and of a forward over what it generated. Padding before a
+    prompt changes them where state-space layers or positions read it. InputError if they differ without
+    padding: responses would be samples of another policy.
     """
+    by_length = {len(ids): ids for ids in prompt_ids}
+    two = [by_length[length] for length in sorted(by_length)[:2]]
+    if len(two) == 2:
+        together = attempt(lambda: _off(policy, two))
+        if not isinstance(together, str) and together <= 1:
+            return True
+    name = type(causal_lm(policy.model)).__name__
+    alone = attempt(lambda: max(_off(policy, [ids]) for ids in two))
+    if isinstance(alone, str):
+        raise InputError(f"{name}: its generate() fails: {alone}")
+    if not alone <= 1:
+        raise InputError(
+            f"{name}: generate() gives other logits than the model's "
+            "own forward, so that its responses are no samples of this policy: supply E and U from "
+            "files (rollouts.eval, rollouts.update), or take another version of transformers"
+        )
+    return len(two) == 1
+
+
+def _off(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> float:
+    """Largest difference between logits of generate() and of a forward, in units of what is allowed."""
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=3,  # the second and third come from a cache
+        pad_token_id=policy.pad_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+        use_cache=True,
+    )
+    out = _generated(policy, prompt_ids, config)
+    scores_NRV = torch.stack(out.logits, 1)
+    # Rounding through all layers, and a cache of the values' own precision; padding that is read, and
+    # positions that are others, change logits by their size.
+    allowed = 0.1 if torch.finfo(scores_NRV.dtype).eps > 1e-4 else 1e-3
+    worst = 0.0
+    for ids, row_L, scores_RV in zip(prompt_ids, out.sequences, scores_NRV, strict=True):
+        count = len(scores_RV)  # fewer if all of them ended
+        own_1L = row_L[-len(ids) - count :][None]
+        with arithmetic_of(dict(policy.model.named_parameters())):
+            logits_LV = policy.model(input_ids=own_1L, use_cache=False).logits[0]
+        plain_RV = logits_LV[-count - 1 : -1].to(scores_RV)
+        error = float((scores_RV - plain_RV).abs().max() / plain_RV.abs().max())
+        worst = max(worst, math.inf if math.isnan(error) else error)
+    return worst / allowed
+
+
+def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> list[list[int]]:
+    """Prompts generated together: consecutive ones, or (not `padded`) those of equal length."""
     if padded:
         groups = [list(range(len(prompt_ids)))]
     else:
@@ -100,19 +154,9 @@ def _parts(prompt_ids: Sequence[Sequence[int]], most: int, *, padded: bool) -> l
 def _generate(
     policy: Policy, prompt_ids: Sequence[Sequence[int]], generation: GenerationConfig
 ) -> list[list[int]]:
-    device = next(policy.model.parameters()).device
     longest = max(len(ids) for ids in prompt_ids)
-    padding = [longest - len(ids) for ids in prompt_ids]
-    tokens_NL = torch.tensor(
-        [[policy.pad_id] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)]
-    )
-    mask_NL = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
     try:
-        out_NL = policy.model.generate(
-            input_ids=tokens_NL.to(device),
-            attention_mask=mask_NL.to(device),
-            generation_config=generation,
-        )
+        out_NL = _generated(policy, prompt_ids, generation)
     except RuntimeError as error:
         if out_of_memory(error):
             raise InputError(
@@ -126,6 +170,26 @@ def _generate(
             'policy.dtype; try "float32"'
         ) from error
     return [row[longest:] for row in out_NL.tolist()]
+
+
+def _generated(
+    policy: Policy, prompt_ids: Sequence[Sequence[int]], generation: GenerationConfig
+) -> Any:
+    """generate() of prompts padded on the left to the longest."""
+    device = next(policy.model.parameters()).device
+    longest = max(len(ids) for ids in prompt_ids)
+    padding = [longest - len(ids) for ids in prompt_ids]
+    tokens_NL = torch.tensor(
+        [[policy.pad_id] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)]
+    )
+    mask_NL = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+    # Else XGLM's mask fails in float64, and padded rows of eager attention are NaN (transformers 5.23).
+    with arithmetic_of(dict(policy.model.named_parameters())):
+        return policy.model.generate(
+            input_ids=tokens_NL.to(device),
+            attention_mask=mask_NL.to(device),
+            generation_config=generation,
+        )
 
 
 def _through_first_eos(response: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from .attention_along import attention_along
@@ -97,7 +98,12 @@ def _attention(
 ) -> Tensor:
     # A trained position bias. A boolean mask created inside a transform also counts as differentiated.
     followed = attn_mask is not None and attn_mask.is_floating_point() and derivatives(attn_mask)
-    if followed or query.dim() != 4 or max(derivatives(x) for x in (query, key, value)) != 1:
+    if followed:  # the fused kernels have no derivative in their mask either
+        with sdpa_kernel(SDPBackend.MATH):
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa
+            )
+    if query.dim() != 4 or max(derivatives(x) for x in (query, key, value)) != 1:
         return scaled_dot_product_attention(
             query,
             key,

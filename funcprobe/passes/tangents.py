@@ -14,8 +14,16 @@ from .. import tree
 from ..autodiff.forward_mode import ForwardMode
 from ..autodiff.transforms import in_transform, refuse_differentiated
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, collate, gather, in_microbatches, response_mask, scatter
+from ..policy.layout import (
+    MAX_TOKENS,
+    collate,
+    gather,
+    in_microbatches,
+    response_mask,
+    scatter,
+)
 from ..policy.rows import Rows
+from ..policy.trials import attempt
 from ..types import Batch, InputError, Params, TokenStats
 from .head import head_gradient, head_tangents, token_head
 
@@ -93,14 +101,28 @@ def alpha_vjp(
 
 
 def require_derivatives(params: Params, forward: Forward) -> None:
-    """InputError unless the model has forward-mode and second derivatives, tested on five tokens."""
+    """InputError unless the model has forward-mode and second derivatives, tested on five tokens.
+
+    And unless reverse and forward mode agree: a forward with torch.no_grad inside has two derivatives.
+    """
     batch = collate([[0]], [[0, 0, 0, 0]], [0])
-    try:
-        tangents(params, batch, params, forward)
-        alpha_vjp(params, batch, params, forward)
-    except RuntimeError as error:  # NotImplementedError is one
-        message = " ".join(str(error).split())[:200]
-        raise InputError(f"torch.func cannot differentiate this architecture: {message}") from error
+
+    def both() -> tuple[float, float, float]:
+        _, along = tangents(params, batch, params, forward)
+        by_reverse = float(alpha_vjp(params, batch, params, forward).sum())
+        return by_reverse, float(along.logp_NR.sum()), float(along.logp_NR.abs().sum())
+
+    found = attempt(both)
+    if isinstance(found, str):
+        raise InputError(f"torch.func cannot differentiate this architecture: {found}")
+    by_reverse, by_forward, size = found
+    # Some hundred roundings and what curvature makes of them; half precision would hide anything.
+    eps = torch.finfo(forward.coarsest).eps
+    if eps < 1e-4 and not abs(by_reverse - by_forward) <= 1e4 * eps * size:
+        raise InputError(
+            f"this architecture's gradient is not that of its logits: along theta {by_reverse:.6g} by "
+            f"reverse mode, {by_forward:.6g} by forward mode (its forward may stop gradients)"
+        )
 
 
 def _hidden_along(

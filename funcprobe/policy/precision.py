@@ -28,6 +28,9 @@ class StayFloat64(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.float:
             return torch.Tensor.double(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.full) and any(isinstance(a, float) for a in args):
+            # Float32 by default; float64's least number, as a mask's, would overflow there.
+            kwargs = {"dtype": torch.float64} | dict(kwargs or {})
         widen = _wide_model if func in (torch.Tensor.to, torch.Tensor.type_as) else _wide
         wide = {k: widen(v) for k, v in (kwargs or {}).items()}
         return func(*args[:1], *(widen(a) for a in args[1:]), **wide)

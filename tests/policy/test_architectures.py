@@ -20,6 +20,7 @@ from funcprobe.adapters.checkpoint.model import load_policy
 from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.policy.forward import frozen_forward
 from funcprobe.policy.layout import microbatches
+from funcprobe.policy.precision import arithmetic_of
 from funcprobe.types import InputError
 from support.architectures import (
     ARCHITECTURES,
@@ -217,10 +218,6 @@ OTHERS = {
         LoraConfig(r=2, init_lora_weights="pissa_niter_2", **TARGETS),
         'init_lora_weights = "pissa_niter_2".*save that base',
     ),
-    "target-parameters": (
-        LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"]),
-        r"has target_parameters = .'q_proj.weight'.: torch.func",
-    ),
 }
 
 
@@ -234,6 +231,27 @@ def test_what_is_not_plain_lora_is_refused_by_name(bases, tmp_path, kind):
     with pytest.raises(InputError, match=says) as refused:
         funcprobe.bind(load(tmp_path).model)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lora_on_a_parameter(bases, tmp_path, dtype):
+    """As peft puts it on fused experts; its own forward registers parametrizations, ours does not."""
+    base = bases("llama")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight", "down_proj.weight"])
+    save_adapter(plain(base), config, base, tmp_path)
+    policy = load(tmp_path, dtype=dtype)
+    assert all(".lora_" in name for name in policy.params)
+    reference = PeftModel.from_pretrained(plain(base), tmp_path).to(getattr(torch, dtype)).eval()
+    with arithmetic_of(policy.params):
+        ours_NLV, theirs_NLV = same_shapes_logits(policy.model, reference)
+    assert torch.equal(ours_NLV, theirs_NLV)
+    probe = funcprobe.bind(policy.model, max_tokens=64)
+    routes = three_routes(probe, v := random_like(probe.params))
+    routes.require_equal(1e-4 if dtype == "float32" else 1e-12)
+    if dtype == "float64":
+        measured = central_difference(probe, v, 1e-6)
+        assert measured == pytest.approx(routes.forward, abs=1e-6 * routes.size)
+    assert not any("_activate_lora" in vars(module) for module in policy.model.modules())
 
 
 LOFTQ = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import funcprobe
@@ -206,6 +206,22 @@ def test_a_model_that_cannot_pack_says_why(architecture, says):
     # The same sequences one at a time: none sees another.
     stats = funcprobe.token_stats(params, BATCH, forward, 200)
     for i in (0, 4, 7):
+        one = funcprobe.token_stats(params, select(BATCH, torch.tensor([i])), forward, 200)
+        count = int(BATCH.response_length_N[i])
+        assert torch.allclose(one.logp_NR[0], stats.logp_NR[i, :count], rtol=1e-10)
+
+
+def test_whatever_a_trial_of_packed_rows_raises_is_a_note():
+    """Falcon's ALiBi counts positions from a mask of two dimensions; its ValueError is no failure."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 14}
+    base = FalconForCausalLM(FalconConfig(**shape, alibi=True, multi_query=False))
+    model = make_policy(base=base)
+    params = funcprobe.trainable_params(model)
+    forward = frozen_forward(model, params)
+    assert forward.layout == "plain"
+    assert "ValueError: too many values to unpack" in forward.notes[0]
+    stats = funcprobe.token_stats(params, BATCH, forward, 200)
+    for i in (0, 4):
         one = funcprobe.token_stats(params, select(BATCH, torch.tensor([i])), forward, 200)
         count = int(BATCH.response_length_N[i])
         assert torch.allclose(one.logp_NR[0], stats.logp_NR[i, :count], rtol=1e-10)

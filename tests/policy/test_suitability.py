@@ -4,10 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -15,6 +13,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import funcprobe
 from funcprobe import InputError
@@ -22,51 +21,63 @@ from funcprobe.policy.forward import frozen_forward, trainable_params
 from support.builders import BATCH, SHAPE, built, llama, llama_with_a_trainable_head, qwen2, with_lora
 from support.policies import random_batch
 
-
-def granite(dtype):
-    return with_lora(GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)), dtype)
+BERT = {k: v for k, v in SHAPE.items() if k not in {"num_key_value_heads", "initializer_range"}}
 
 
-def cohere(dtype):
-    return with_lora(CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.25)), dtype)
+class TokenLlama(LlamaForCausalLM):
+    """Its logits are a tenth larger after every token but 0: no function of the hidden state alone."""
 
-
-class ShiftedLlama(LlamaForCausalLM):
-    """Its logits differ from the head's in one entry, by little."""
-
-    def forward(self, *args, **kwargs):
-        out = super().forward(*args, **kwargs)
-        out.logits[..., 3] += 1e-4
+    def forward(self, input_ids, *args, **kwargs):
+        out = super().forward(input_ids, *args, **kwargs)
+        out.logits *= 1 + 0.1 * (input_ids != 0)[..., None]
         return out
 
 
-def shifted(dtype):
-    return with_lora(ShiftedLlama(LlamaConfig(**SHAPE)), dtype)
+# A tenth is several units of bfloat16's last place.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_that_are_not_the_heads_are_refused(dtype):
+    funcprobe.bind(built(llama, dtype))
+    model = with_lora(TokenLlama(LlamaConfig(**SHAPE)), dtype)
+    with pytest.raises(InputError, match="TokenLlama: its logits are not those of its head"):
+        funcprobe.bind(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_model_whose_tokens_see_later_ones_is_refused():
+    """No row of one length shows it: the logits of an encoder are those of its head, too."""
+    base = BertLMHeadModel(BertConfig(**BERT))
+    model = with_lora(base, torch.float64)
+    with pytest.raises(
+        InputError, match=r"BertLMHeadModel: its logits depend on later tokens.*is_decoder"
+    ):
+        funcprobe.bind(model)
+    funcprobe.bind(with_lora(BertLMHeadModel(BertConfig(**BERT, is_decoder=True)), torch.float64))
+
+
+class FailingLlama(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        raise KeyError("rope")
+
+
+class UnsplitLlama(LlamaForCausalLM):
+    """Reads more of its backbone than hidden states."""
+
+    def forward(self, input_ids, **kwargs):
+        out = self.model(input_ids, output_hidden_states=True, use_cache=False)
+        logits = self.lm_head(out.last_hidden_state + out.hidden_states[0])
+        return CausalLMOutputWithPast(logits=logits)
+
+
 @pytest.mark.parametrize(
-    ("build", "name"), [(granite, "GraniteFor"), (cohere, "CohereFor"), (shifted, "ShiftedLlama")]
+    ("kind", "says"),
+    [
+        (FailingLlama, "FailingLlama: its own forward fails: KeyError: 'rope'"),
+        (UnsplitLlama, "UnsplitLlama: its logits are not those of its head.*TypeError"),
+    ],
 )
-def test_logits_that_are_not_the_heads_are_refused(build, name, dtype):
-    with pytest.raises(InputError, match=f"{name}.*logits are not the output embedding"):
-        funcprobe.bind(built(build, dtype))
-
-
-class ScaledLlama(LlamaForCausalLM):
-    """Its logits are a tenth larger than the head's: several units of bfloat16's last place."""
-
-    def forward(self, *args, **kwargs):
-        out = super().forward(*args, **kwargs)
-        out.logits *= 1.1
-        return out
-
-
-def test_bfloat16_hides_no_factor_on_the_logits():
-    funcprobe.bind(built(llama, torch.bfloat16))
-    scaled = with_lora(ScaledLlama(LlamaConfig(**SHAPE)), torch.bfloat16)
-    with pytest.raises(InputError, match="ScaledLlama: logits are not the output embedding"):
-        funcprobe.bind(scaled)
+def test_whatever_a_models_own_code_raises_is_a_line(kind, says):
+    with pytest.raises(InputError, match=says) as refused:
+        funcprobe.bind(with_lora(kind(LlamaConfig(**SHAPE)), torch.float64))
+    assert "\n" not in str(refused.value)
 
 
 def t5():

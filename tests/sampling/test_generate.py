@@ -8,12 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy import stats
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 import funcprobe
+from funcprobe import InputError
 from funcprobe.adapters.checkpoint.model import Policy, load_policy
 from funcprobe.adapters.config.schema import PolicyConfig, SamplingConfig
-from funcprobe.adapters.sampling.generate import sample_responses
+from funcprobe.adapters.sampling.generate import pads, sample_responses
 from support.checkpoints import Checkpoint, edit_json, make_checkpoint
 
 PIECES = ("<pad>", "<eos>", "1", "2", "<end>")
@@ -144,8 +152,8 @@ def test_top_k_and_top_p_reach_the_sampler(policy, option, value) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eager_attention_is_never_padded(dtype):
-    """Gemma2 has no other; its padded rows are NaN in float64."""
+def test_prompts_are_padded_only_where_that_changes_nothing(dtype):
+    """Gemma2's eager attention: its padded rows are NaN in transformers' float64, not in ours."""
     config = Gemma2Config(
         vocab_size=20,
         hidden_size=16,
@@ -157,14 +165,44 @@ def test_eager_attention_is_never_padded(dtype):
         attn_implementation="eager",
     )
     model = Gemma2ForCausalLM(config).to(dtype).eval()
-    policy = SimpleNamespace(model=model, eos_ids=(1,), pad_id=0, attention="eager")
+    policy = SimpleNamespace(model=model, eos_ids=(1,), pad_id=0)
     prompts = [[3, 4, 5], [3], [4, 4, 4, 4], [6]]
     done = []
     found = sample_responses(
         policy, prompts, SamplingConfig(max_new_tokens=4), seed=0, advance=done.append
     )
-    assert done == [1, 2, 1]  # by length, in the order they are met
+    assert done == [4]
     assert len(found.ids) == 4
     assert all(1 <= len(ids) <= 4 for ids in found.ids)
-    again = sample_responses(policy, prompts[1:2] + prompts[3:], SamplingConfig(), seed=1)
-    assert len(again.ids) == 2
+
+
+def test_a_layer_that_reads_padding_is_found_out():
+    """RWKV's states go over padding; no mask keeps them from it."""
+    config = RwkvConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, context_length=32
+    )
+    torch.manual_seed(0)
+    policy = SimpleNamespace(model=RwkvForCausalLM(config).eval(), eos_ids=(1,), pad_id=0)
+    for p in policy.model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    assert not pads(policy, [[3, 4, 5], [3], [6, 7]])
+    assert pads(policy, [[3, 4], [5, 6]])  # nothing is padded
+
+
+def test_generation_that_is_not_the_forwards_is_refused():
+    """RoBERTa counts positions from its pad token's id on, generate() from 0 (transformers 5.23)."""
+    config = RobertaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        is_decoder=True,
+    )
+    torch.manual_seed(0)
+    policy = SimpleNamespace(model=RobertaForCausalLM(config).eval(), eos_ids=(1,), pad_id=0)
+    for p in policy.model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    with pytest.raises(InputError, match=r"RobertaForCausalLM: generate\(\) gives other logits"):
+        sample_responses(policy, [[3, 4, 5]], SamplingConfig(max_new_tokens=4), seed=0)
