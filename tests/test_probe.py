@@ -8,8 +8,8 @@ import torch
 
 import funcprobe
 from funcprobe import AdamGroup, AdamState, Entropy, InputError, Step, UpdateBatch, checks, tree
+from funcprobe.along import require_gradients
 from funcprobe.policy.forward import Forward
-from funcprobe.probe import require_gradients
 from funcprobe.statistics import intervals
 from support.policies import random_batch, random_like, tiny_policy
 

@@ -105,12 +105,13 @@ def require_derivatives(params: Params, forward: Forward) -> None:
 
     And unless reverse and forward mode agree: a forward with torch.no_grad inside has two derivatives.
     """
-    batch = collate([[0]], [[0, 0, 0, 0]], [0])
+    batch = collate([[0]], [[1, 0, 0, 1]], [0])  # attention to equal tokens alone has no derivative
 
     def both() -> tuple[float, float, float]:
-        _, along = tangents(params, batch, params, forward)
+        stats, along = tangents(params, batch, params, forward)
         by_reverse = float(alpha_vjp(params, batch, params, forward).sum())
-        return by_reverse, float(along.logp_NR.sum()), float(along.logp_NR.abs().sum())
+        size = along.logp_NR.abs().sum() + stats.logp_NR.abs().sum() / 1e4
+        return by_reverse, float(along.logp_NR.sum()), float(size)
 
     found = attempt(both)
     if isinstance(found, str):

@@ -22,6 +22,7 @@ from .suitability import (
     is_hooked,
     longest_position,
     refuse_longer,
+    refuse_padding_rows,
     refuse_unsuitable,
     refuse_unsupported,
     require_causal_lm,
@@ -85,13 +86,15 @@ def frozen_forward(
     InputError, here and at every call, where its outputs would silently differ from the policy's:
     training mode, gradient checkpointing, compiled layers, adapters that are merged, disabled or not
     active. Raises it here for models that are not causal, packed weights, peft's variants of LoRA (DoRA
-    and others), and logits that need more than the backbone's last hidden state.
+    and others), a trained embedding with padding_idx, and logits that need more than the backbone's
+    last hidden state.
     """
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature = {temperature}: a positive, finite number is expected")
     require_causal_lm(model)
     refuse_unsupported(model)
     refuse_unsuitable(model, params)
+    refuse_padding_rows(model, params)
     limit = longest_position(model)
     places = _places(model, params)
 

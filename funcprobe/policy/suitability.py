@@ -1,6 +1,7 @@
 """Models whose outputs would silently differ from the policy's are rejected, with the reason."""
 
 import math
+import re
 from itertools import accumulate
 from typing import Any
 
@@ -77,6 +78,24 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
             )
         if getattr(module, "merged", False):
             raise InputError(f"{name}: the adapter is merged into the base: call unmerge_adapter()")
+
+
+def refuse_padding_rows(model: nn.Module, params: Params) -> None:
+    """InputError for a trained embedding with padding_idx.
+
+    torch 2.13 leaves that row out of a gradient in reverse mode and keeps it in forward mode, so that
+    where the padding token occurs as text (one that also ends a turn, say) derivatives disagree.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+            continue
+        # peft keeps the table, its copies and its factors below one name.
+        place = re.sub(r"\.(base_layer|original_module|modules_to_save\.[^.]+)$", "", path)
+        if any(name.startswith(f"{place}.") for name in params):
+            raise InputError(
+                f"{path} is trained and has padding_idx = {module.padding_idx}, whose row torch leaves "
+                "out of gradients alone: set its padding_idx to None"
+            )
 
 
 def refuse_unsupported(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import funcprobe
 from funcprobe import InputError
 from funcprobe.policy.forward import frozen_forward, trainable_params
+from support.architectures import make_policy
 from support.builders import BATCH, SHAPE, built, llama, llama_with_a_trainable_head, qwen2, with_lora
 from support.policies import random_batch
 
@@ -279,6 +280,7 @@ def test_a_second_adapter_is_the_registry_when_it_is_active():
 @pytest.mark.parametrize("kind", ["lora_embedding_A", "lora_B", "modules_to_save"])
 def test_parameters_of_every_kind_must_be_of_an_active_adapter(kind):
     base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    base.get_input_embeddings().padding_idx = None  # rejected where the table is trained
     model = with_lora(base, torch.float64, ["embed_tokens", "v_proj"], modules_to_save=["lm_head"])
     params = {n: t for n, t in trainable_params(model).items() if kind in n}
     assert params
@@ -364,3 +366,17 @@ def test_a_long_sequence_does_change_a_short_one_there():
         alone = model(input_ids=tokens_NL[:, :12]).logits
         beside = model(input_ids=tokens_NL).logits[:, :12]
     assert float((alone - beside).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("adapter", ["lora-embedding", "trained-embedding", "trained-tokens"])
+def test_a_trained_embedding_with_a_padding_row_is_refused(adapter) -> None:
+    """Whose gradient in reverse mode lacks a row that forward mode has."""
+    model = make_policy("qwen2", adapter)
+    funcprobe.bind(model)
+    table = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    table.padding_idx = 3
+    with pytest.raises(InputError, match=r"padding_idx = 3, .* set its padding_idx to None"):
+        funcprobe.bind(model)
+    frozen = make_policy("qwen2", "all-linear")
+    next(m for m in frozen.modules() if isinstance(m, torch.nn.Embedding)).padding_idx = 3
+    funcprobe.bind(frozen)

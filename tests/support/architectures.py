@@ -237,4 +237,7 @@ def make_policy(
         for p in model.parameters():
             if p.requires_grad:
                 p.data += 0.2 * torch.randn_like(p)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # rejected where the table is trained
     return model.to(dtype).eval()
