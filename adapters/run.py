@@ -11,6 +11,7 @@ from funcprobe.statistics import baselines
 from funcprobe.types import Params, TokenStats
 
 from . import rollouts, store
+from .checkpoint.padding import as_trained
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
@@ -252,7 +253,7 @@ def _passes(
             step=plan.step,
             max_tokens=plan.max_tokens,
             sampler_logp_NR=batches.sampler_logp_NR,
-            update_forward=counted(plan.forward, stage, "U"),
+            update_forward=counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
             Y=Y,
         )
 

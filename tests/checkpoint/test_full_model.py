@@ -4,17 +4,31 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from funcprobe import bind, collate, response_mask, token_stats, weighted_grad
+from funcprobe import (
+    bind,
+    collate,
+    first_order_passes,
+    response_mask,
+    summarise,
+    tangents,
+    token_stats,
+    update_batch,
+    weighted_grad,
+)
 from funcprobe.adapters.checkpoint.model import load_policy
-from funcprobe.adapters.checkpoint.padding import as_trained
+from funcprobe.adapters.checkpoint.padding import as_trained, drop_padding_rows
 from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.adapters.inspection import inspect
 from funcprobe.adapters.optimizer import read_adam_state
+from funcprobe.along import update_gradients
 from funcprobe.step.adam import update_direction
+from funcprobe.tree import dot, multiply
 from funcprobe.types import InputError
 from support.checkpoints import PIECES, Checkpoint, character_tokenizer
 from support.commands import refused
@@ -95,6 +109,11 @@ def test_a_run(full, probe, tmp_path, capsys) -> None:
     assert manifest["optimizer"]["route"].startswith("by position, the Trainer's [decay, no-decay]")
     assert manifest["optimizer"]["parameters"] == 20
     assert manifest["inputs"]["policy"]["base"].keys() >= {"config.json", "model.safetensors"}
+    # The padding token occurs in responses. Its row has no second moment, hence 1 / eps in P.
+    used = (pq.read_table(tmp_path / "runs" / "one" / "rollouts" / "update.parquet"))["response_ids"]
+    assert any(0 in ids for ids in used.to_pylist())
+    first = found["first_order"]
+    assert first["se_over_U"]["value"] < 100 * abs(first["from_update"]["value"])
 
 
 def test_inspect(full) -> None:
@@ -178,6 +197,51 @@ def test_the_direction_is_the_step_that_adamw_takes(tmp_path, checkpoint, tied) 
     other = update_direction(policy.params, Y, state, max_grad_norm=0.5).total
     name = "model.embed_tokens.weight"
     assert float((other[name] - v.total[name])[0].abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_error_over_u_is_of_the_trainers_gradient(tmp_path, checkpoint, tied) -> None:
+    """<P X, Y_n> against the gradient of each sequence alone, where the padding token is in the text."""
+    folder = make_full(tmp_path / "m", checkpoint.prompts, checkpoint.rewards, tied=tied).base
+    policy = load(folder, dtype="float64")
+    state, _ = read_adam_state(folder, policy.model, policy.params, accept_positional=True)
+    prompts, responses = [[5, 0, 6]] * 2 + [[0, 3]] * 2, [[7, 0, 1], [3, 1], [4, 0, 0], [2, 6, 1]]
+    batch = collate(prompts, responses, [0, 0, 1, 1])
+    U = update_batch(batch, torch.tensor([1.0, -1.0, 0.5, -0.5]).double(), "token_mean")
+    forward = bind(policy.model).forward
+    trained = as_trained(forward, policy.padding)
+    Y = update_gradients(policy.params, U, trained)
+    passes = first_order_passes(policy.params, batch, U, state, forward, Y=Y, update_forward=trained)
+    found = summarise(policy.params, passes, batch, U, state)
+    assert float(found.t_N.sum()) == pytest.approx(found.from_update, rel=1e-9)
+    PX = multiply(found.direction.scale, found.X)
+    for n, own in enumerate(torch.eye(4).double()):
+        coef_NR = U.coef_NR * own[:, None]
+        Y_n = weighted_grad(policy.params, batch, coef_NR, 0 * coef_NR, trained, 64)
+        assert float(found.t_N[n]) == pytest.approx(dot(PX, Y_n), rel=1e-9)
+
+
+@pytest.mark.parametrize("peft_layer", ["lora", "tokens", "whole"])
+def test_no_mode_differentiates_the_padding_row_as_trained(tmp_path, peft_layer) -> None:
+    """Also where peft looks the rows up itself, in an adapter of the embedding."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False))
+    given = {
+        "lora": {"target_modules": ["embed_tokens", "q_proj"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [0, 5]},
+        "whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    }[peft_layer]
+    config = LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **given)
+    model = get_peft_model(model, config).double().eval()
+    padding = drop_padding_rows(model)
+    probe = bind(model)
+    batch = collate([[5, 0, 6]], [[7, 0, 1]], [0])
+    p_NR, towards = response_mask(batch).double(), random_like(probe.params, seed=2)
+    trained = as_trained(probe.forward, padding)
+    gradient = weighted_grad(probe.params, batch, p_NR, 0 * p_NR, trained, 64)
+    slope = tangents(probe.params, batch, towards, trained)[1].logp_NR.sum()
+    assert float(slope) == pytest.approx(dot(gradient, towards), rel=1e-9)
+    plain = tangents(probe.params, batch, towards, probe.forward)[1].logp_NR.sum()
+    assert abs(float(plain - slope)) > 1e-4
 
 
 def test_a_trainers_checkpoint(tmp_path) -> None:
