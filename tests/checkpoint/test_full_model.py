@@ -201,7 +201,7 @@ def test_the_direction_is_the_step_that_adamw_takes(tmp_path, checkpoint, tied) 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_error_over_u_is_of_the_trainers_gradient(tmp_path, checkpoint, tied) -> None:
-    """<P X, Y_n> against the gradient of each sequence alone, where the padding token is in the text."""
+    """<P X, Y_n> against the gradient of each sequence alone, the padding token among the text."""
     folder = make_full(tmp_path / "m", checkpoint.prompts, checkpoint.rewards, tied=tied).base
     policy = load(folder, dtype="float64")
     state, _ = read_adam_state(folder, policy.model, policy.params, accept_positional=True)
