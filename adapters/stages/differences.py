@@ -58,6 +58,16 @@ def loss_type(sidecar: Sidecar) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def one_microbatch(sidecar: Sidecar) -> bool:
+    """Whether a step was one micro-batch, of one process, as far as the file says."""
+    names = ("generation_batch_size", "per_device_train_batch_size", "steps_per_generation")
+    sizes: list[Any] = [sidecar.loss.get(name) for name in names]
+    generated, of_device, per_generation = sizes
+    whole = all(type(size) is int for size in sizes)
+    alone = not whole or generated == of_device * per_generation
+    return alone and sidecar.loss.get("gradient_accumulation_steps") == 1
+
+
 def differences(config: Config, sidecar: Sidecar | None) -> list[str]:
     """A warning for each setting of the run by which its step differs from the predicted one."""
     if sidecar is None:
@@ -93,6 +103,12 @@ def _objective(config: Config, sidecar: Sidecar) -> list[str]:
     lines = []
     if kind in PRESETS and kind != objective.preset and objective.normalisation is None:
         lines.append(f"loss_type was {kind}, objective.preset is {objective.preset}")
+    divisor = objective.normalisation or PRESETS[objective.preset].normalisation
+    if kind in PRESETS and objective.normalisation not in (None, PRESETS[kind].normalisation):
+        lines.append(f"loss_type was {kind}, objective.normalisation is {divisor}")
+    longest, L = sidecar.sampling.get("max_completion_length"), objective.constant
+    if kind == "dr_grpo" and divisor == "constant" and None not in (longest, L) and longest != L:
+        lines.append(f"max_completion_length was {longest}, objective.constant is {L:g}")
     advantage = objective.advantage or PRESETS[objective.preset].advantage
     ran = ADVANTAGES.get(str(scale))
     if scale is not None and advantage not in ("rollouts", ran):

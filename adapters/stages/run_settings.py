@@ -11,7 +11,7 @@ from funcprobe.types import InputError
 
 from ..config.schema import Config, Section
 from ..optimizer import Sidecar, find_sidecar
-from .differences import ADVANTAGES, loss_type
+from .differences import ADVANTAGES, loss_type, one_microbatch
 
 
 def with_run_settings(config: Config, say: Callable[[str], None]) -> Config:
@@ -73,19 +73,21 @@ def _prompts_of_a_step(sidecar: Sidecar, G: Any) -> int | None:
 
 def _objective(config: Config, sidecar: Sidecar) -> dict[str, Any]:
     """The preset, the advantage where it is not the preset's, and L of the normalisation "constant"."""
-    if "preset" in config.objective.model_fields_set:
-        return {}
     kind = loss_type(sidecar)
-    if kind == "bnpo" and sidecar.loss.get("gradient_accumulation_steps") == 1:
+    if kind == "bnpo" and one_microbatch(sidecar):
         kind = "dapo"  # one mean over the tokens of a micro-batch, of which there is one
     if kind not in PRESETS:
         return {}
-    found: dict[str, Any] = {"preset": kind}
-    advantage = ADVANTAGES.get(str(sidecar.loss.get("scale_rewards")))
-    if advantage != PRESETS[kind].advantage:
-        found["advantage"] = advantage
+    found: dict[str, Any] = {}
+    preset: str = config.objective.preset
+    if "preset" not in config.objective.model_fields_set:
+        found["preset"] = preset = kind
+        advantage = ADVANTAGES.get(str(sidecar.loss.get("scale_rewards")))
+        if advantage != PRESETS[kind].advantage:
+            found["advantage"] = advantage
     longest = sidecar.sampling.get("max_completion_length")
-    if PRESETS[kind].normalisation == "constant" and config.objective.normalisation is None:
+    divisor = config.objective.normalisation or PRESETS[preset].normalisation
+    if PRESETS[kind].normalisation == divisor == "constant":
         found["constant"] = float(longest) if type(longest) is int else longest
     return found
 

@@ -109,6 +109,29 @@ def test_l_of_a_supplied_u_is_the_runs_length(resolved) -> None:
         choose_objective(config)
 
 
+def test_l_is_the_runs_also_where_the_preset_is_set(resolved) -> None:
+    """A run with shorter responses than in training divides by the training run's length."""
+    sidecar = {"loss": {"loss_type": "dr_grpo", "scale_rewards": "none"}, "sampling": SAMPLING}
+    short = {"max_new_tokens": 6}
+    for mine in ({"preset": "dr_grpo"}, {"normalisation": "constant"}):
+        config, (line,) = resolved(sidecar, objective=mine, sampling=short)
+        assert choose_objective(config).constant == 24.0
+        assert "objective.constant = 24" in line
+    config, _ = resolved(sidecar, objective={"preset": "dr_grpo", "constant": 9.0}, sampling=short)
+    assert choose_objective(config).constant == 9.0
+    config, _ = resolved(sidecar, objective={"preset": "grpo"}, sampling=short)
+    assert config.objective.constant is None
+
+
+def test_bnpo_of_several_processes_is_not_one_mean(resolved) -> None:
+    """Each process has its own mean over tokens; the mean of these is no mean over all."""
+    one = {"loss_type": "bnpo", "gradient_accumulation_steps": 1, "steps_per_generation": 1}
+    for processes, preset in ((1, True), (2, False)):
+        sizes = {"per_device_train_batch_size": 8, "generation_batch_size": 8 * processes}
+        config, _ = resolved({"loss": one | sizes, "sampling": SAMPLING})
+        assert ("preset" in config.objective.model_fields_set) == preset
+
+
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [

@@ -172,6 +172,17 @@ def test_losses_that_are_not_the_objective_are_told(policy, damaged, loss, said)
     assert said in found
 
 
+def test_a_divisor_of_ones_own_is_compared_with_the_runs(policy, damaged) -> None:
+    with_sidecar(damaged, loss={"loss_type": "dr_grpo"}, sampling={"max_completion_length": 24})
+    mine = {"preset": "dr_grpo", "normalisation": "sequence_mean"}
+    _, found = lines(policy, damaged, objective=mine)
+    assert "loss_type was dr_grpo, objective.normalisation is sequence_mean" in found
+    for constant, warned in ((24.0, 0), (16.0, 1)):
+        _, found = lines(policy, damaged, objective={"preset": "dr_grpo", "constant": constant})
+        assert found.count("warning") == warned
+        assert ("max_completion_length was 24, objective.constant is 16" in found) == warned
+
+
 @pytest.mark.parametrize("vllm", [True, False])
 @pytest.mark.parametrize("corrected", [True, False])
 def test_a_correction_to_another_sampler_is_told(vllm, corrected, policy, damaged) -> None:
