@@ -29,7 +29,7 @@ from .statistics import evaluation, intervals
 from .statistics.estimators import FirstOrder, Measured
 from .statistics.evaluation import Evaluation
 from .statistics.intervals import Error
-from .step import adam, masked
+from .step import masked
 from .step.adam import UpdateDirection
 from .step.masked import OverMasks
 from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
@@ -174,10 +174,8 @@ def summarise(
         masks = masked.over_masks(X, params, Y_masks, adam_state, step)
         along = along._replace(from_update=fmean(masks.from_update))
     t_N, norm_N = ((update.coef_NR * slope.logp_NR).sum(1) for slope in (along_PX, along_Y))
-    moves_N = t_N
-    if norm := tree.norm(Y):
-        # Clipping divides by |Y| + 1e-6, so that what a prompt adds to |Y| it takes from the others.
-        moves_N = t_N - along.from_update * norm_N / (norm * (norm + adam.CLIP_EPS))
+    each = masks.from_update if masks else (along.from_update,)
+    moves_N = t_N - masked.clip_response(each, Y_masks, step) * norm_N
     over_u = intervals.update_error(moves_N, normaliser_N, update.batch.prompt_N)
     return Prediction(
         **along._asdict(),

@@ -113,7 +113,7 @@ def update_direction(
     zero = {n: torch.zeros_like(g) for n, g in grads.items()}
     clip = 1.0
     if rule == "adamw":
-        clip = _clip_coefficient(grads, max_grad_norm)
+        clip = clip_coefficient(grads, max_grad_norm)
         momentum, decay, scale = _adamw(params, grads, adam_state, clip)
     else:
         momentum, decay = zero, zero
@@ -195,7 +195,7 @@ def _bounded(scale: Params, grads: Params, max_update: float | None) -> Params:
     return {n: torch.minimum(p, max_update / tree.f64(grads[n]).abs()) for n, p in scale.items()}
 
 
-def _clip_coefficient(grads: Params, max_grad_norm: float | None) -> float:
+def clip_coefficient(grads: Params, max_grad_norm: float | None) -> float:
     """torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6))."""
     if max_grad_norm is None:
         return 1.0

@@ -62,6 +62,21 @@ def over_masks(
     )
 
 
+def clip_response(from_update: Sequence[float], Y_masks: Sequence[Params], step: Step) -> float:
+    """What clipping takes from the mean of <X, P_k Y_k> for a change dY of all Y_k, per <mean Y, dY>.
+
+    A clipped gradient is divided by |Y_k| + 1e-6: what a prompt adds to |Y_k|, <Y_k, dY> / |Y_k|, it
+    takes from the others. There the mean of Y_k stands for Y_k, as dY is without masks. 0 where no Y_k
+    is clipped.
+    """
+    taken = [0.0]
+    for part, Y in zip(from_update, Y_masks, strict=True):
+        norm = tree.norm(Y)
+        if step.rule == "adamw" and norm and adam.clip_coefficient(Y, step.max_grad_norm) < 1:
+            taken.append(part / (norm * (norm + adam.CLIP_EPS)))
+    return sum(taken) / len(Y_masks)
+
+
 def _towards(a: Params, b: Params, share: float) -> Params:
     """a + share (b - a), in float64."""
     return {n: tree.f64(t).lerp(tree.f64(b[n]), share) for n, t in a.items()}

@@ -1,6 +1,7 @@
 """The mean step over dropout masks and its spread, against loops and against PyTorch's own dropout."""
 
 import math
+from itertools import pairwise
 from statistics import fmean, median, stdev
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 import funcprobe
 from funcprobe import AdamGroup, Step, UpdateBatch, masked_forwards, tree
-from funcprobe.statistics.intervals import Error, student
+from funcprobe.statistics.intervals import Error, jackknife_error, student
 from funcprobe.step.masked import mean_direction, over_masks
 from support.policies import random_batch, random_like, tiny_policy
 
@@ -103,6 +104,40 @@ def test_prediction_is_along_the_mean_and_has_the_spread(probe, policy, state) -
     scaled = tree.multiply(v.scale, found.X)
     t_N = (COEF * probe.tangents(probe.params, U, scaled)[1].logp_NR).sum(1)
     torch.testing.assert_close(found.t_N, t_N, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("clipped", [0, 1, 2, 3])
+def test_the_error_over_U_follows_the_clip_of_each_mask(probe, policy, state, clipped) -> None:
+    """Central differences in the prompts' weights w, of which every Y_k has the same change D(w)."""
+    masks, Y = masked_forwards(policy, probe.params, probe.forward, 3, 0), gradients(probe, policy, 3)
+    norms = sorted((tree.norm(y) for y in Y), reverse=True)
+    bounds = [2 * norms[0], *((a + b) / 2 for a, b in pairwise(norms)), norms[-1] / 2]
+    step = Step(max_grad_norm=bounds[clipped])
+    found = probe.predict(probe.params, E, J, state, step=step, masks=masks)
+    each = [funcprobe.update_direction(probe.params, y, state, **step._asdict()) for y in Y]
+    assert sum(one.clip_coefficient < 1 for one in each) == clipped
+    zero, parts = torch.zeros_like(COEF), []
+    for m in range(2):
+        own = torch.where((U.prompt_N == m)[:, None], COEF, zero)
+        parts.append(funcprobe.weighted_grad(probe.params, U, own, zero, probe.forward, 64))
+    share_M = torch.tensor([6.0, 6.0]).double() / 12
+    PX = tree.multiply(found.direction.scale, found.X)
+
+    def update_part(w_M: torch.Tensor) -> float:
+        weights = (w_M / (w_M * share_M).sum() - 1).tolist()
+        D = {n: sum(w * Y_m[n] for w, Y_m in zip(weights, parts, strict=True)) for n in parts[0]}
+        clips = 0.0
+        for one, y in zip(each, Y, strict=True):
+            # The mean of the masks' gradients stands for each where D changes the norm.
+            norm = tree.norm(y) + tree.dot(tree.mean(Y), D) / tree.norm(y) + 1e-6
+            ratio = min(1.0, bounds[clipped] / norm) / one.clip_coefficient
+            clips += ratio * tree.dot(found.X, tree.multiply(one.scale, y)) / 3
+        return tree.dot(PX, D) + clips
+
+    unit = 1e-5 * torch.eye(2).double()
+    influence_M = [(update_part(1 + e) - update_part(1 - e)) / 2e-5 for e in unit]
+    left_out = -torch.tensor(influence_M).double() / (1 - share_M)
+    assert found.se_over_u == pytest.approx(jackknife_error(left_out).se, rel=1e-5)
 
 
 def test_no_gradient_has_no_masks(probe, policy, state) -> None:
