@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -294,6 +295,25 @@ def test_stages_whose_inputs_are_the_same_are_not_computed_again(
     data[-2] ^= 1  # one bit of one weight
     weights.write_bytes(data)
     assert done("two", **first) == (2, 1, 8)
+
+
+def test_responses_of_a_stage_are_read_by_the_tokenizer_of_now(probe, calls, damaged) -> None:
+    """The text, and so the rewards, of the same tokens: one of them is written otherwise."""
+    probe("one", of=damaged)
+    one = pq.read_table("runs/one/rollouts/update.parquet").to_pydict()
+    digit = next(x for x in "06789" if any(x in text for text in one["response"]))  # in no prompt
+    path = damaged.adapter / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["xyz"] = vocabulary.pop(digit)
+    path.write_text(json.dumps(content))
+    calls.clear()
+    probe("two", of=damaged)
+    assert calls["sample_responses"] == 0
+    two = pq.read_table("runs/two/rollouts/update.parquet").to_pydict()
+    assert two["response_ids"] == one["response_ids"]
+    assert two["response"] == [text.replace(digit, "xyz") for text in one["response"]]
+    assert two["reward"] == [len(text) for text in two["response"]]
 
 
 def test_second_derivatives_of_another_direction_are_not_taken_from_a_stage(probe) -> None:

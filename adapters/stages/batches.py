@@ -11,6 +11,7 @@ from funcprobe.step.objective import update_batch
 from funcprobe.types import Batch, InputError, UpdateBatch
 
 from .. import rollouts
+from ..checkpoint.model import Policy
 from ..console import Narrator
 from ..rollouts import Rollouts
 from ..sampling.advantages import (
@@ -151,9 +152,15 @@ def _sampled(
         stages.file(f"rollouts-{name}", inputs, "parquet", generate, stage.found) as path,
     ):
         try:
-            return rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
+            found = rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
         except InputError as error:
             raise InputError(f"stored stage is damaged ({error}): delete it, or use --fresh") from error
+    # The text of a stored stage, which rewards read, may be by an earlier tokenizer of the same ids.
+    return found._replace(prompt=[plan.prompts[i].text for i in index], response=_texts(found, policy))
+
+
+def _texts(found: Rollouts, policy: Policy) -> list[str]:
+    return [policy.tokenizer.decode(y, skip_special_tokens=True) for y in found.response_ids]
 
 
 def derived_seed(seed: int, purpose: str) -> int:
