@@ -83,11 +83,23 @@ def require_own(
 
 
 def is_next_batch(update: Rollouts | None, run: TrainingRun) -> bool:
-    """Whether U is the very batch of the checkpoint's next step: its step, and all its responses."""
-    if update is None or update.step is None or run.steps is None:
+    """Whether U is the very batch of the checkpoint's next step: its step, and all its responses.
+
+    Not where the run used what it generated for several steps by num_iterations.
+    """
+    if update is None or update.step is None or run.steps is None or update.step != run.steps + 1:
         return False
-    size = run.loss.get("generation_batch_size")
-    return update.step == run.steps + 1 and size in (None, len(update.response_ids))
+    if run.loss.get("num_iterations") not in (None, 1):
+        return False
+    generated = run.loss.get("generation_batch_size")
+    per_step, per_generation = (
+        run.loss.get(key, 1) for key in ("gradient_accumulation_steps", "steps_per_generation")
+    )
+    if generated is None:
+        return True
+    if not all(type(count) is int for count in (generated, per_step, per_generation)):
+        return False
+    return bool(generated * per_step == len(update.response_ids) * per_generation)
 
 
 def length_lines(run: TrainingRun, max_new_tokens: int) -> list[str]:

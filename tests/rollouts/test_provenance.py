@@ -68,6 +68,15 @@ def test_u_is_the_next_batch_where_all_of_it_is_known_to_be() -> None:
     assert is_next_batch(of_step(6), after(5))
     assert is_next_batch(of_step(6), after(5, generation_batch_size=4))
     assert not is_next_batch(of_step(6), after(5, generation_batch_size=8))  # half of it
+    # Of 8 generated responses, or of 2 generations of 2, a step has 4; what is used twice is no step's.
+    steps = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    assert is_next_batch(of_step(6), after(5, generation_batch_size=8, **steps))
+    assert not is_next_batch(of_step(6), after(5, generation_batch_size=4, **steps))
+    steps = {"gradient_accumulation_steps": 4, "steps_per_generation": 2}
+    assert is_next_batch(of_step(6), after(5, generation_batch_size=2, **steps))
+    assert not is_next_batch(of_step(6), after(5, generation_batch_size=4, **steps))
+    assert not is_next_batch(of_step(6), after(5, generation_batch_size=4, num_iterations=2))
+    assert not is_next_batch(of_step(6), after(5, generation_batch_size="4"))
     assert not is_next_batch(of_step(5), after(5))
     assert not is_next_batch(of_step(6), after(None))
     assert not is_next_batch(of_step(None), after(5))
