@@ -70,7 +70,7 @@ def propose(
     missing = [f"not found: {line}" for line in document["missing"]]
     head = [f"A probe of {checkpoint.absolute()}.", *missing]
     if recorded:
-        head.append(f"In comments, with (sidecar): what a run takes from {SIDECAR}, unless set")
+        head.append(f"In comments, with (sidecar): what a run takes from {SIDECAR}, unless it is set.")
     return as_toml(choices, head)
 
 
