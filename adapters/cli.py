@@ -110,9 +110,12 @@ def init(
         str | None, typer.Option(help="With --from: file or data set with the run's prompts.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a data set that has several.")] = "train",
-    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompts.")] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column with the prompts, if not prompt, question, ...")
+    ] = None,
     reward: Annotated[
-        str | None, typer.Option(help="The run's reward, as path/to/file.py:function.")
+        str | None,
+        typer.Option(help="The run's reward, as path/to/file.py:function; else a built-in one."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write, as PATH.")] = None,
 ) -> None:
@@ -122,8 +125,12 @@ def init(
     far as they are recorded, and a comment on each.
     """
     path = out or path
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the name of a file in it")
     if path.exists():
         raise InputError(f"{path} exists: give another name, or delete it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}: create it, or give another name")
     if (checkpoint is None) != (prompts is None):
         raise InputError("--from CHECKPOINT and --prompts SOURCE are given together, or neither is")
     if checkpoint is None or prompts is None:
@@ -191,8 +198,9 @@ def _stdout() -> Console:
 
 def _print_plan(plan: "Plan", folder: Path) -> None:
     sampling, supplied = plan.config.sampling, plan.config.rollouts
-    eval_source = supplied.eval or f"{sampling.B_E} prompts of {len(plan.prompts)}, one response each"
-    update_source = supplied.update or f"{sampling.B_U} prompts, {sampling.G} responses each"
+    drawn = f"{sampling.B_E} prompts drawn from {len(plan.prompts)} with replacement, one response each"
+    eval_source = supplied.eval or drawn
+    update_source = supplied.update or f"{sampling.B_U} distinct prompts, {sampling.G} responses each"
     typer.echo(f"E: {eval_source}")
     typer.echo(f"U: {update_source}")
     if plan.prompt_ids:

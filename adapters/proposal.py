@@ -3,28 +3,26 @@
 import json
 import math
 import re
-import textwrap
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import tomlkit
+from typing import Any
 
 from funcprobe.step.objective import PRESETS
 from funcprobe.types import InputError
 
 from .checkpoint.trainer_state import FILE as TRAINER_STATE
-from .config.paths import resolve
+from .config.choices import Choice, as_toml, configuration
 from .config.schema import Config
 from .console import excerpt
 from .inspection import inspect
 from .optimizer import Sidecar, find_sidecar
+from .optimizer.sidecar import FILE as SIDECAR
 from .sampling.answers import ground_truth_of_verl
 from .sampling.prompts import load_prompts
 from .sampling.rewards import load_reward
 from .sampling.sources import Row, read_rows
-from .stages.differences import ADVANTAGES
+from .stages.differences import ADVANTAGES, loss_type
+from .stages.run_settings import run_settings
 from .stages.step import DEFAULT_MAX_GRAD_NORM
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "query", "instruction", "input", "text")
@@ -32,14 +30,6 @@ ANSWER_COLUMNS = ("answer", "ground_truth", "solution", "target", "label", "fina
 AROUND = (0.1, 0.3, 3.0, 10.0)  # etas, in units of the next learning rate
 TRIED = 100  # references that "math" has to read, which takes milliseconds for each
 TEMPLATE_TOKENS = 512  # more than chat templates write around a prompt
-
-
-class Choice(NamedTuple):
-    """A key of the configuration, its value, and the comment above it."""
-
-    key: str
-    value: Any
-    why: str
 
 
 def propose(
@@ -52,9 +42,10 @@ def propose(
 ) -> str:
     """The text of a configuration that runs as it is, from any folder.
 
-    Settings of the run are read from the sidecar and the trainer's state, where there are; the others
-    are the defaults of trainers. Raises InputError, one line, if the optimizer's state or the prompts
-    cannot be read, and if no reward is given and none of the built-in ones reads the answers.
+    What the sidecar records is left unset, for a run takes it from there; the others are read from the
+    trainer's state, or are defaults of trainers. Raises InputError, one line, if the optimizer's state
+    or the prompts cannot be read, and if no reward is given and none of the built-in ones reads the
+    answers.
     """
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint} is not a folder: give a trainer's checkpoint folder")
@@ -62,19 +53,25 @@ def propose(
     sidecar = find_sidecar(Path(document["path"]))
     rows = read_rows(prompts, split)
     of_prompts = _prompts(rows, prompts, split, prompt_column)
-    sampling = _sampling(checkpoint, sidecar, rows)
+    settings = run_settings(configuration({"policy.checkpoint": str(checkpoint)}))
+    recorded = {f"{s}.{key}": value for s in settings for key, value in settings[s].items()}
+    sampling = _sampling(checkpoint, recorded, rows)
     longest = {c.key: c.value for c in sampling}["sampling.max_new_tokens"]
     choices = [
         *_run(checkpoint, document, rows, of_prompts[0].value, longest),
         *of_prompts,
         *_reward(rows, reward),
         *sampling,
-        *_objective(sidecar),
-        *_optimizer(document, sidecar),
+        *_chat_template_kwargs(sidecar),
+        *_objective(recorded, sidecar),
+        *_optimizer(document, recorded),
         *_measure(document),
     ]
     missing = [f"not found: {line}" for line in document["missing"]]
-    return _text(choices, [f"A probe of {checkpoint.absolute()}.", *missing])
+    head = [f"A probe of {checkpoint.absolute()}.", *missing]
+    if recorded:
+        head.append(f"In comments, with (sidecar): what a run takes from {SIDECAR}, unless it is set.")
+    return as_toml(choices, head)
 
 
 def _run(
@@ -173,12 +170,11 @@ def _look_like_math(column: str, rows: Sequence[Row]) -> bool:
     return sum("\\boxed" not in answer for answer in wordy) <= len(found) / 10
 
 
-def _sampling(checkpoint: Path, sidecar: Sidecar | None, rows: Sequence[Row]) -> list[Choice]:
-    ran = sidecar.sampling if sidecar else {}
+def _sampling(checkpoint: Path, recorded: Mapping[str, Any], rows: Sequence[Row]) -> list[Choice]:
     default = Config().sampling
     chosen = [Choice("sampling.B_E", default.B_E, "the standard error falls as 1/sqrt(B_E)")]
     chosen += [
-        _of_run(f"sampling.{key}", ran.get(name), name, getattr(default, key))
+        _of_run(recorded, f"sampling.{key}", name, getattr(default, key))
         for key, name in (
             ("G", "num_generations"),
             ("max_new_tokens", "max_completion_length"),
@@ -186,63 +182,73 @@ def _sampling(checkpoint: Path, sidecar: Sidecar | None, rows: Sequence[Row]) ->
         )
     ]
     group = chosen[1].value
-    sequences, source = _sequences(checkpoint, sidecar)
-    size = default.B_U if sequences is None else max(2, sequences // group)
-    why = f"{source}; B_U x G should be the sequences of one optimizer step"
+    size, why = _prompts_of_a_step(checkpoint, recorded, group)
+    is_set = "sampling.B_U" not in recorded
     if size > len(rows):
-        size, why = len(rows), f"{why}, but there are {len(rows)} prompts"
-    chosen.append(Choice("sampling.B_U", size, why))
-    if arguments := ran.get("chat_template_kwargs"):
-        chosen.append(Choice("prompts.chat_template_kwargs", arguments, "of the run (sidecar)"))
-    return chosen
+        size, why, is_set = len(rows), f"{why}, but there are {len(rows)} prompts", True
+    return [*chosen, Choice("sampling.B_U", size, why, is_set)]
 
 
-def _sequences(checkpoint: Path, sidecar: Sidecar | None) -> tuple[int | None, str]:
-    """Sequences of one optimizer step, and where they are from; None if unknown."""
-    loss = sidecar.loss if sidecar else {}
-    names = ("generation_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-    sizes: list[Any] = [loss.get(name) for name in names]
-    generated, accumulated, per_generation = sizes
-    if all(type(x) is int and x > 0 for x in sizes):
-        found: int = generated * accumulated // per_generation
-        return found, f"the run's step had {found} sequences (sidecar)"
+def _prompts_of_a_step(checkpoint: Path, recorded: Mapping[str, Any], group: int) -> tuple[int, str]:
+    """B_U, and where it is from."""
+    if size := recorded.get("sampling.B_U"):
+        return size, f"the run's step had {size * group} sequences (sidecar)"
     try:
         state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         state = None
-    size = state.get("train_batch_size") if isinstance(state, dict) else None
-    if type(size) is int and size > 0:
-        return size, f"train_batch_size is {size} ({TRAINER_STATE}), for one process and micro-batch"
-    return None, "the run's batch is not recorded"
+    batch = state.get("train_batch_size") if isinstance(state, dict) else None
+    aim = "B_U x G should be the sequences of one optimizer step"
+    if type(batch) is int and batch > 0:
+        source = f"train_batch_size is {batch} ({TRAINER_STATE}), for one process and micro-batch"
+        return max(2, batch // group), f"{source}; {aim}"
+    return Config().sampling.B_U, f"the run's batch is not recorded; {aim}"
 
 
-def _objective(sidecar: Sidecar | None) -> list[Choice]:
-    loss = sidecar.loss if sidecar else {}
-    kind, scale = loss.get("loss_type"), loss.get("scale_rewards")
-    preset = "dapo" if kind == "bnpo" else kind
-    if preset not in PRESETS:
-        why = "not recorded; TRL's default" if kind is None else f"no preset has the run's loss {kind}"
-        return [Choice("objective.preset", Config().objective.preset, f"{why}: set the run's")]
-    chosen = [Choice("objective.preset", preset, f"the run's loss_type, {kind} (sidecar)")]
-    advantage = ADVANTAGES.get(str(scale))
-    if advantage and advantage != PRESETS[preset].advantage:
-        chosen.append(Choice("objective.advantage", advantage, f"the run's scale_rewards, {scale}"))
-    return chosen
+def _chat_template_kwargs(sidecar: Sidecar | None) -> list[Choice]:
+    arguments = sidecar.sampling.get("chat_template_kwargs") if sidecar else None
+    if not arguments:
+        return []
+    return [Choice("prompts.chat_template_kwargs", arguments, "of the run (sidecar)")]
 
 
-def _optimizer(document: dict[str, Any], sidecar: Sidecar | None) -> list[Choice]:
-    saved = sidecar.max_grad_norm if sidecar else None
-    chosen = [_of_run("optimizer.max_grad_norm", saved, "max_grad_norm", DEFAULT_MAX_GRAD_NORM)]
-    if (document["names"] or {}).get("verified_by_gradients"):
-        chosen.append(
-            Choice(
-                "optimizer.accept_positional",
-                True,
-                "the state has no names: a run compares the trainer's order with the gradients on U, "
-                "and trusts it, with a warning, if they leave it open (ParamNamesCallback saves names)",
-            )
+def _objective(recorded: Mapping[str, Any], sidecar: Sidecar | None) -> list[Choice]:
+    kind = loss_type(sidecar) if sidecar else None
+    names = {"preset": "loss_type", "advantage": "scale_rewards", "constant": "max_completion_length"}
+    chosen = [
+        Choice(f"objective.{key}", recorded[f"objective.{key}"], f"the run's {name} (sidecar)", False)
+        for key, name in names.items()
+        if f"objective.{key}" in recorded
+    ]
+    if "objective.preset" not in recorded:
+        why = (
+            "not recorded; TRL's default: set the run's"
+            if kind is None
+            else f"no preset has the gradient of the run's loss_type, {kind}"
         )
+        preset = Config().objective.preset
+        chosen.append(Choice("objective.preset", preset, why))
+        scale = sidecar.loss.get("scale_rewards") if sidecar else None
+        advantage = ADVANTAGES.get(str(scale), PRESETS[preset].advantage)
+        if advantage != PRESETS[preset].advantage:
+            chosen.append(Choice("objective.advantage", advantage, f"the run's scale_rewards, {scale}"))
     return chosen
+
+
+def _optimizer(document: dict[str, Any], recorded: Mapping[str, Any]) -> list[Choice]:
+    clip = _of_run(recorded, "optimizer.max_grad_norm", "max_grad_norm", DEFAULT_MAX_GRAD_NORM)
+    if not (document["names"] or {}).get("verified_by_gradients"):
+        return [clip]
+    return [
+        clip,
+        Choice(
+            "optimizer.accept_positional",
+            True,
+            "the state has no names (ParamNamesCallback saves them): the trainer's order is replayed, "
+            "and the gradients on U must confirm it; true trusts it where they leave it open",
+            False,
+        ),
+    ]
 
 
 def _measure(document: dict[str, Any]) -> list[Choice]:
@@ -259,41 +265,8 @@ def _measure(document: dict[str, Any]) -> list[Choice]:
     return [Choice("measure.etas", etas, "the defaults: the state records no learning rate")]
 
 
-def _of_run(key: str, value: Any, name: str, default: Any) -> Choice:
-    """A number of the sidecar, else a default."""
-    if type(value) in (int, float):
-        return Choice(key, value, f"the run's {name} (sidecar)")
+def _of_run(recorded: Mapping[str, Any], key: str, name: str, default: Any) -> Choice:
+    """A number that a run takes from the sidecar, else a default."""
+    if key in recorded:
+        return Choice(key, recorded[key], f"the run's {name} (sidecar)", False)
     return Choice(key, default, f"the run's {name} is not recorded: set it, if it was not {default:g}")
-
-
-def _text(choices: Sequence[Choice], head: Sequence[str]) -> str:
-    tables: dict[str, Any] = {}
-    for choice in choices:
-        section, _, name = choice.key.partition(".")
-        tables.setdefault(section, {})[name] = choice.value
-    tables = resolve(tables, Path.cwd(), written_in="the proposal")
-    Config.model_validate(tables)
-    document = tomlkit.document()
-    for line in chain.from_iterable(map(_lines, head)):
-        document.add(tomlkit.comment(line))
-    for section in (name for name in Config.model_fields if name in tables):
-        table = tomlkit.table()
-        for choice in choices:
-            if choice.key.startswith(f"{section}."):
-                name = choice.key.partition(".")[2]
-                value = tables[section][name]
-                for line in _lines(choice.why):
-                    table.add(tomlkit.comment(line))
-                table.add(name, tomlkit.item(value) if not isinstance(value, dict) else _inline(value))
-        document.add(section, table)
-    return tomlkit.dumps(document)
-
-
-def _lines(comment: str) -> list[str]:
-    return textwrap.wrap("".join(c if c.isprintable() else " " for c in comment), 100)
-
-
-def _inline(table: dict[str, Any]) -> Any:
-    found = tomlkit.inline_table()
-    found.update({key: value for key, value in table.items() if value is not None})
-    return found

@@ -23,7 +23,7 @@ with the nearest known one. "unset" is a key without a value: its description sa
 A path in a file is relative to the folder of that file, `~` is the home folder; a path given with
 `--set`, and the default of `run.folder`, are relative to the current directory. The configuration
 that a run writes has absolute paths. `funcprobe init --from CHECKPOINT --prompts SOURCE` writes a
-configuration for a checkpoint, with the settings of its run where they are recorded.
+configuration for a checkpoint, and leaves to its sidecar what that records of the training run.
 
 This page is generated from `adapters/config/`, where every key is documented.
 """

@@ -68,7 +68,8 @@ def test_init_writes_the_defaults_and_overwrites_nothing(command) -> None:
     assert Path("new.toml").read_text() == "mine"
     outcome = command("init", "no/such/folder/c.toml")
     assert outcome.status == 2
-    assert "no/such/folder/c.toml: No such file or directory" in outcome.err
+    assert "no/such/folder/c.toml: there is no folder no/such/folder" in outcome.err
+    assert "is a folder: give the name of a file in it" in command("init", ".").err
 
 
 # Dry run and check
@@ -81,8 +82,8 @@ def test_a_dry_run_plans_and_writes_nothing(command, checkpoint, monkeypatch) ->
     assert outcome.status == 0
     assert [path.name for path in Path.cwd().iterdir()] == ["c.toml"]
     for words in (
-        "12 prompts of 6",
-        "4 prompts, 3 responses each",
+        "12 prompts drawn from 6",
+        "4 distinct prompts, 3 responses each",
         "longest prompt: 5 tokens",
         "0.001",
     ):
@@ -125,6 +126,7 @@ def test_a_dry_run_refuses_a_missing_answer_column(command, checkpoint) -> None:
     assert outcome.status == 2
     assert "no column 'answr'" in outcome.err
     assert "did you mean 'answer'?" in outcome.err
+    assert "prompt" in outcome.err.partition("its columns are: ")[2]  # which no reward is given
 
 
 @pytest.mark.parametrize(("written", "warned"), [(2, False), (7, True)])

@@ -36,7 +36,7 @@ def test_json(command, checkpoint) -> None:
     assert found["steps"] == {"least": 2, "most": 2, "known": count}
     names = found["names"]
     assert names["route"] == "by position, the Trainer's [decay, no-decay] grouping replayed"
-    assert names["certainty"].startswith(f"not verifiable, {count} of {count}")
+    assert names["certainty"].startswith(f"not verifiable from the file alone, {count} of {count}")
     assert names["verified_by_gradients"] is True
     assert names["coverage"] == {"exp_avg_sq": count, "exp_avg": count, "step": count}
     assert len(names["groups"][0]) == count

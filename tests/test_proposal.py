@@ -1,6 +1,7 @@
 """`funcprobe init --from`: what it writes runs as it is, from any folder, with the run's settings."""
 
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
 from funcprobe.adapters.config.file import read_config
+from funcprobe.adapters.config.schema import Config
+from funcprobe.adapters.stages.run_settings import with_run_settings
 from funcprobe.adapters.trainers import ParamNamesCallback
 from support.trainers import grpo_trainer
 
@@ -70,7 +73,10 @@ def proposed(command, folder: Path, *arguments: object, prompts: Path | None = N
 
 def test_it_has_the_settings_of_the_run(command, trained) -> None:
     path = proposed(command, trained)
-    config = read_config(path)
+    lines: list[str] = []
+    config = with_run_settings(read_config(path), lines.append)
+    assert "sampling.temperature = 0.8" in lines[0]  # left to the sidecar, as a comment
+    assert "# temperature = 0.8\n" in path.read_text()
     assert config.policy.checkpoint == str(trained / "checkpoint-1")
     assert config.prompts.source == str(trained / "data.parquet")
     assert config.prompts.chat_template_kwargs == {"plus": True}
@@ -84,10 +90,16 @@ def test_it_has_the_settings_of_the_run(command, trained) -> None:
     state = json.loads((trained / "checkpoint-1" / "trainer_state.json").read_text())
     lr = state["log_history"][0]["learning_rate"] / 2  # linear to 0 in 2 steps: the second's
     assert config.measure.etas == pytest.approx([0.1 * lr, 0.3 * lr, 3 * lr, 10 * lr], rel=0.05)
-    written = tomllib.loads(path.read_text())
-    keys = sum(len(section) for section in written.values())
-    comments = sum(line.startswith("# ") for line in path.read_text().splitlines())
+    written = path.read_text()
+    comments, keys = (
+        sum(line.startswith("# ") for line in written.splitlines()),
+        len(re.findall(r"(?m)^(?:# )?\w+ = ", written)),
+    )
+    assert keys > sum(len(section) for section in tomllib.loads(written).values())
     assert comments >= keys  # each choice is explained
+    uncommented = tomllib.loads(re.sub(r"(?m)^# (\w+ = )", r"\1", written))
+    assert with_run_settings(Config.model_validate(uncommented), lines.append) == config
+    assert len(lines) == 1  # with the comments as keys, nothing is left to take
 
 
 def test_it_runs_as_it_is_from_any_folder(command, trained, tmp_path, monkeypatch) -> None:
@@ -130,7 +142,8 @@ def test_without_a_sidecar_it_says_what_is_not_recorded(command, trained, tmp_pa
     (copy / "checkpoint-1" / "optimizer_param_names.json").unlink()
     path = proposed(command, copy, prompts=trained / "data.parquet")
     config, text = read_config(path), path.read_text()
-    assert config.optimizer.accept_positional
+    assert not config.optimizer.accept_positional  # the gradients on U decide
+    assert "# accept_positional = true\n" in text
     assert "the run's temperature is not recorded" in text
     assert "train_batch_size is 8 (trainer_state.json)" in text
     assert "not recorded; TRL's default" in text

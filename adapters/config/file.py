@@ -23,7 +23,10 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give the path of a TOML file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path} cannot be read ({reason}): give the path of a TOML file; funcprobe init writes one"
+        ) from error
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -34,7 +37,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
-        raise InputError(f"{path}: {_one_line(error)}") from error
+        where = f"{path} with --set" if overrides else path
+        raise InputError(f"{where}: {_one_line(error)}") from error
 
 
 def commented_config() -> str:
@@ -107,4 +111,9 @@ def _nearest(loc: tuple[int | str, ...]) -> str:
     known = list(getattr(model, "model_fields", {}))
     folded = {key.casefold(): key for key in known}
     close = difflib.get_close_matches(str(loc[-1]).casefold(), folded, n=1, cutoff=0.5)
-    return f": did you mean {folded[close[0]]}?" if close else f": known keys are {', '.join(known)}"
+    if close:
+        return f": did you mean {folded[close[0]]}?"
+    for name, other in Config.model_fields.items():
+        if loc[-1] in getattr(other.annotation, "model_fields", {}):
+            return f": did you mean {name}.{loc[-1]}?"
+    return f": known keys are {', '.join(known)}"

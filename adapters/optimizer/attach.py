@@ -38,7 +38,8 @@ class OptimizerReport(NamedTuple):
             return "certain"
         if not self.twins:
             return "verified, every shape is unique"
-        return f"not verifiable, {self.twins} of {self.parameters} share their shape with another"
+        shared = f"{self.twins} of {self.parameters} share their shape with another"
+        return f"not verifiable from the file alone, {shared}"
 
     def document(self) -> dict[str, Any]:
         """The report as a JSON-compatible dictionary."""

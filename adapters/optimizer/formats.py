@@ -16,7 +16,7 @@ _KNOWN = (
 _NONE = (
     "trainers write none with save_only_model = True or in save_model(); train with "
     "save_only_model = False and give a checkpoint-N folder, or set "
-    'rule = "sgd", which needs no optimizer state'
+    'optimizer.rule = "sgd", which needs no optimizer state'
 )
 
 

@@ -86,6 +86,9 @@ def _csv(path: Path) -> list[Row]:
 
     _quiet()
     try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        if sum(bool(line.strip()) for line in lines) < 2:
+            return []  # names of columns alone, for which datasets has an error of its own
         with tempfile.TemporaryDirectory() as cache:
             found = Dataset.from_csv(
                 str(path), cache_dir=cache, keep_in_memory=True, encoding="utf-8-sig"

@@ -79,7 +79,7 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     narrator.say(
         f"E: {len(eval_batch.prompt_N)} responses to {len(eval_batch.prompt_N.unique())} prompts; "
         f"U: {len(advantage_N)} responses to {len(size_M)} prompts, {mean}"
-        f"{equal} of {len(size_M)} groups have {zero_means(mode)}, so no gradient"
+        f"{equal} of {len(size_M)} groups have {zero_means(mode)}; these add no gradient"
     )
     return Batches(
         eval_rollouts=eval_rollouts,

@@ -74,7 +74,9 @@ def sampled_from(config: Config, policy: Policy) -> Prompts:
         )
     builtin, row = samples_update and config.reward.function in BUILT_IN, prompts[0].row
     if builtin and config.reward.answer_column not in row and ground_truth_of_verl(row) is None:
-        raise missing_column(config.reward.answer_column, row, source)
+        there = {*row, config.prompts.prompt_column}
+        reads = f'reward.function = "{config.reward.function}" reads reward.answer_column, but {source}'
+        raise missing_column(config.reward.answer_column, there, reads)
     if samples_update and config.reward.conversational and prompts[0].messages is None:
         raise InputError(
             "reward.conversational = true needs prompts of messages: set prompts.chat = true as well"

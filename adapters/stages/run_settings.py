@@ -11,6 +11,7 @@ from funcprobe.types import InputError
 
 from ..config.schema import Config, Section
 from ..optimizer import Sidecar, find_sidecar
+from ..optimizer.sidecar import FILE
 from .differences import ADVANTAGES, loss_type, one_microbatch
 
 
@@ -18,34 +19,44 @@ def with_run_settings(config: Config, say: Callable[[str], None]) -> Config:
     """The configuration with the run's values, which one line names, if there are any.
 
     A key that is set stays as it is; that it differs is said by `differences`. Of the objective, a
-    preset that is set determines the advantage as well. Raises InputError, naming the key, for a value
-    that the configuration cannot have.
+    preset that is set determines the advantage as well. Raises InputError as `run_settings`.
+    """
+    taken = run_settings(config)
+    if not taken:
+        return config
+    if named := [f"{s}.{key} = {_shown(value)}" for s in taken for key, value in taken[s].items()]:
+        say(f"from {FILE}, as not set here: {', '.join(named)}")
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in taken.items()}
+    )
+
+
+def run_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """Section -> key -> the run's value, of each key that is unset; {} without a sidecar.
+
+    Raises InputError, naming the key, for a value that the configuration cannot have.
     """
     place = Path(config.optimizer.state or config.policy.checkpoint).expanduser()
     sidecar = find_sidecar(place) if place.exists() else None
     if sidecar is None:
-        return config
-    taken: dict[str, dict[str, Any]] = {
+        return {}
+    recorded: dict[str, dict[str, Any]] = {
         "sampling": _sampling(config, sidecar),
         "objective": _objective(config, sidecar),
         "optimizer": {}
         if config.optimizer.rule != "adamw"
         else {"max_grad_norm": sidecar.max_grad_norm},
     }
-    changes, named = {}, []
-    for name, values in taken.items():
+    taken = {}
+    for name, values in recorded.items():
         section = getattr(config, name)
         unset = {
             key: value
             for key, value in values.items()
             if value is not None and key not in section.model_fields_set
         }
-        valid = _valid(section, name, unset, sidecar)
-        changes[name] = section.model_copy(update=valid)
-        named += [f"{name}.{key} = {_shown(value)}" for key, value in valid.items()]
-    if named:
-        say(f"from {sidecar.path.name}, as not set here: {', '.join(named)}")
-    return config.model_copy(update=changes)
+        taken[name] = _valid(section, name, unset, sidecar)
+    return taken
 
 
 def _sampling(config: Config, sidecar: Sidecar) -> dict[str, Any]:

@@ -109,9 +109,10 @@ def step_lines(
     if report is None:
         return ['optimizer: rule "sgd", no state is read']
     covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
+    verified = "; the gradients on U verify the order" if report.twins and step.rule != "sgd" else ""
     lines = [
         f"optimizer state {report.path.name}: {report.format}; parameters matched {report.route}, "
-        f"{report.certainty}; coverage: {covered} of {report.parameters}",
+        f"{report.certainty}{verified}; coverage: {covered} of {report.parameters}",
         *report.notes,
     ]
     if step.rule == "sgd":

@@ -239,6 +239,8 @@ def test_a_byte_order_mark_is_no_error(tmp_path) -> None:
         ("[sampling]\nb_e = 1", "did you mean B_E?"),
         ("[sampeling]\nG = 3", "unknown key sampeling: did you mean sampling?"),
         ("[run]\nqqqqqq = 3", "known keys are name, folder, seed"),
+        ("B_E = 3", "unknown key B_E: did you mean sampling.B_E?"),
+        ("[sampling]\nmax_grad_norm = 1.0", "did you mean optimizer.max_grad_norm?"),
         (
             "[sampling]\ntop_p = 0.9",
             "top_p = 0.9, top_k = 0: E must be sampled with top_p = 1",

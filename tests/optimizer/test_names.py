@@ -86,7 +86,10 @@ def test_permuted_positions_are_detected_or_need_to_be_accepted(saved, which, wh
             assert "funcprobe.state_evidence" in str(caught.value)
             _, report = read_adam_state(path, model, params, accept_positional=True)
             assert report.positional
-            assert report.certainty == "not verifiable, 12 of 12 share their shape with another"
+            assert (
+                report.certainty
+                == "not verifiable from the file alone, 12 of 12 share their shape with another"
+            )
         else:  # the identity is the one permutation that shapes allow
             assert list(order) == sorted(order)
             adam, report = read_adam_state(path, model, params)

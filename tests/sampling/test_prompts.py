@@ -157,6 +157,8 @@ def test_a_null_in_the_template(tmp_path):
         ("not parquet", "x.parquet", "cannot be read as Parquet"),
         ("q\na\n", "x.tsv", "expected a file of type .jsonl, .json, .parquet, .csv"),
         ('q,r\n"a', "x.csv", "x.csv cannot be read as CSV"),
+        ("q,r\n\n", "x.csv", "has no rows"),
+        ("", "x.csv", "has no rows"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, text, name, message):

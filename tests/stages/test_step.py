@@ -39,7 +39,7 @@ ACCEPT = {"accept_positional": True}
 def test_positions_that_the_file_cannot_verify_are_said(policy, checkpoint) -> None:
     """The gradients on U decide later."""
     _, said = lines(policy, checkpoint)
-    assert ", not verifiable, 12 of 12 share their shape with another" in said
+    assert "alone, 12 of 12 share their shape with another; the gradients on U verify the order" in said
     assert "warning: the run's max_grad_norm is unknown, 1 (the Trainer's default) is used" in said
 
 
