@@ -64,8 +64,10 @@ TRACKED = {
     "CHANGELOG.md",
 }
 BROAD = {
-    "adapters/sampling/rewards.py": ["_users_code"],
-    "adapters/checkpoint/base.py": ["load_tokenizer"],
+    "adapters/sampling/rewards.py": [("_users_code", True)],
+    "adapters/checkpoint/base.py": [("load_tokenizer", True)],
+    # A trial of modelling code, whose failure is a fallback that is stated, or a refusal.
+    "funcprobe/policy/trials.py": [("attempt", False)],
 }
 
 files = pytest.mark.parametrize("path", [*CORE, *SHELL], ids=lambda p: str(p.relative_to(ROOT)))
@@ -165,7 +167,7 @@ def test_the_shell_imports_its_own_files_relatively(path):
 def test_no_exception_is_swallowed(path):
     # Where anything may be raised, and all of it is raised again, as InputError or as it was.
     allowed = BROAD.get(str(path.relative_to(ROOT)), [])
-    assert broad_handlers(tree_of(path)) == [(name, True) for name in allowed]
+    assert broad_handlers(tree_of(path)) == allowed
 
 
 @files

@@ -72,7 +72,12 @@ def sample_responses(
     ids: dict[int, list[int]] = {}
     tokens = 0
     with random_state_kept(), torch.no_grad():
-        padded = pads(policy, prompt_ids)
+        try:
+            padded = pads(policy, prompt_ids)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise _too_many(len(prompt_ids)) from error
+            raise
         torch.manual_seed(seed)
         for part in _parts(prompt_ids, config.generation_batch, padded=padded):
             found = _generate(policy, [prompt_ids[i] for i in part], generation)
@@ -100,10 +105,12 @@ def pads(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> bool:
         if not isinstance(together, str) and together <= 1:
             return True
     name = type(causal_lm(policy.model)).__name__
-    alone = attempt(lambda: max(_off(policy, [ids]) for ids in two))
+    alone = attempt(lambda: [_off(policy, [ids]) for ids in two])
     if isinstance(alone, str):
         raise InputError(f"{name}: its generate() fails: {alone}")
-    if not alone <= 1:
+    if any(map(math.isnan, alone)):
+        return False  # probabilities that are not finite: sampling raises, and says so
+    if max(alone) > 1:
         raise InputError(
             f"{name}: generate() gives other logits than the model's "
             "own forward, so that its responses are no samples of this policy: supply E and U from "
@@ -113,7 +120,10 @@ def pads(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> bool:
 
 
 def _off(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> float:
-    """Largest difference between logits of generate() and of a forward, in units of what is allowed."""
+    """Largest difference between logits of generate() and of a forward, in units of what is allowed.
+
+    NaN if the forward's own are not finite.
+    """
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=3,  # the second and third come from a cache
@@ -134,6 +144,8 @@ def _off(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> float:
         with arithmetic_of(dict(policy.model.named_parameters())):
             logits_LV = policy.model(input_ids=own_1L, use_cache=False).logits[0]
         plain_RV = logits_LV[-count - 1 : -1].to(scores_RV)
+        if not bool(plain_RV.isfinite().all()):
+            return math.nan
         error = float((scores_RV - plain_RV).abs().max() / plain_RV.abs().max())
         worst = max(worst, math.inf if math.isnan(error) else error)
     return worst / allowed
@@ -159,10 +171,7 @@ def _generate(
         out_NL = _generated(policy, prompt_ids, generation)
     except RuntimeError as error:
         if out_of_memory(error):
-            raise InputError(
-                f"memory ran out while {len(prompt_ids)} responses were sampled at once: lower "
-                "sampling.generation_batch"
-            ) from error
+            raise _too_many(len(prompt_ids)) from error
         if "probability tensor contains" not in str(error):  # torch.multinomial's, on any device
             raise
         raise InputError(
@@ -170,6 +179,12 @@ def _generate(
             'policy.dtype; try "float32"'
         ) from error
     return [row[longest:] for row in out_NL.tolist()]
+
+
+def _too_many(count: int) -> InputError:
+    return InputError(
+        f"memory ran out while {count} responses were sampled at once: lower sampling.generation_batch"
+    )
 
 
 def _generated(

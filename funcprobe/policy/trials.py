@@ -171,9 +171,9 @@ def _scores(base: Any, path: str, width: int, device: torch.device) -> _Scores |
 
     With the embedding exchanged for chosen products u, in float64 and without its V rows.
     """
-    hidden_1D = torch.linspace(-1, 1, width, dtype=torch.float64, device=device)[None]
+    hidden_1D = torch.linspace(-1, 1, width, dtype=torch.float64).to(device)[None]
     # Near 0, where any softcap is straight; where it curves; far beyond.
-    u_K = torch.tensor([1e-9, -7.0, -0.3, 0.2, 3.0, 40.0, 1e12], dtype=torch.float64, device=device)
+    u_K = torch.tensor([1e-9, -7.0, -0.3, 0.2, 3.0, 40.0, 1e12], dtype=torch.float64).to(device)
     embedding = _Fixed(u_K[None, None])
 
     def given() -> tuple[Tensor, Tensor]:

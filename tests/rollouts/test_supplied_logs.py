@@ -47,6 +47,7 @@ def brought(config: Config, prompt_ids=(), step: int = 1) -> tuple[Rollouts, lis
         policy,
         len(PIECES),
         mode=mode,
+        rule="adamw",
         prompt_ids=prompt_ids,
         run=run_before(step),
     )
@@ -247,6 +248,7 @@ def test_u_with_advantages_alone(checkpoint, trained, tmp_path, monkeypatch) -> 
     assert "U is supplied: its advantages are the supplied ones" in narrator.lines
     assert "1 of 4 groups have advantage 0" in narrator.lines[-1]
     save_rollouts(found._replace(reward=None, advantage=[0.0] * 12), Path("u.jsonl"))
+    settings["optimizer.rule"] = "sgd"  # AdamW steps by momentum
     with pytest.raises(
         InputError, match=r"all 4 groups of U have advantage 0.*: supply other rollouts"
     ):
