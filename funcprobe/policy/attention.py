@@ -1,5 +1,6 @@
 """Attention within a packed row: each block attends within itself, in one kernel call."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -19,13 +20,14 @@ class PackedAttention(Replaced):
     """Every scaled_dot_product_attention over a packed row becomes one call per block.
 
     The model receives the row as one sequence, with explicit positions and a placeholder mask
-    (`no_mask`). Rotary embeddings, norms and linear layers act on each token separately, so that only
-    the pairs of tokens that attend have to be corrected. All operations remain ordinary torch
-    functions, visible to other modes and to transforms.
+    (`no_mask`), whose index says by which of `packings` a layer attends: a window's differs from that
+    of whole sequences in what a token sees, and in nothing else. Rotary embeddings, norms and linear
+    layers act on each token separately, so that only the pairs of tokens that attend have to be
+    corrected. All operations remain ordinary torch functions, visible to other modes and to transforms.
     """
 
-    def __init__(self, packing: Packing) -> None:
-        super().__init__({scaled_dot_product_attention: partial(_attend, packing)})
+    def __init__(self, *packings: Packing) -> None:
+        super().__init__({scaled_dot_product_attention: partial(_attend, packings)})
 
 
 class OwnHeads(Replaced):
@@ -39,13 +41,16 @@ class OwnHeads(Replaced):
         super().__init__({scaled_dot_product_attention: _own_heads})
 
 
-def no_mask(device: torch.device) -> Float[Tensor, "1 1 1 1"]:
-    """A placeholder: transformers passes a mask of four dimensions on to attention unchanged."""
-    return torch.zeros(1, 1, 1, 1, device=device)
+def no_mask(device: torch.device, index: int = 0) -> Float[Tensor, "1 1 1 m"]:
+    """A placeholder: transformers passes a mask of four dimensions on to attention unchanged.
+
+    Its index is m - 1, as reading a value would stop the device, and copies lose an object's identity.
+    """
+    return torch.zeros(1, 1, 1, index + 1, device=device)
 
 
 def _attend(
-    packing: Packing,
+    packings: Sequence[Packing],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -56,8 +61,10 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Float[Tensor, "1 H S d"]:
     # Any other mask shows that the model built its own instead of passing on no_mask()'s.
-    if dropout_p or is_causal or attn_mask is None or attn_mask.shape != (1, 1, 1, 1):
+    masks = [(1, 1, 1, index + 1) for index in range(len(packings))]
+    if dropout_p or is_causal or attn_mask is None or attn_mask.shape not in masks:
         raise NotPackedError("its attention builds its own masks")
+    packing = packings[masks.index(attn_mask.shape)]
     query_SHd, key_SHd, value_SHd = (x[0].transpose(0, 1) for x in (query, key, value))
     outs = []
     for block in packing.blocks:

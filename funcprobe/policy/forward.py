@@ -108,13 +108,14 @@ def frozen_forward(
             out: Tensor = functional_call(module, swapped, args, tie_weights=False)
         return out
 
-    def hidden_at(path: str, given: Params, rows: Rows) -> Float[Tensor, "T D"]:
+    def hidden_at(
+        path: str, given: Params, rows: Rows, size: int | None = None
+    ) -> Float[Tensor, "T D"]:
         # At every call, as the caller may have left eval mode or entered disable_adapter() since.
         refuse_unsuitable(model, params)
         refuse_longer(rows, limit)
         device = next(iter(given.values())).device
-        packing = None if rows.packing is None else rows.packing.to(device)
-        hidden_NLD = call(Backbone(model, path), given, rows.tokens_NL.to(device), packing)
+        hidden_NLD = call(Backbone(model, path, size), given, rows.tokens_NL.to(device), rows.packing)
         return hidden_NLD[rows.row_T.to(device), rows.position_T.to(device)]
 
     def logits_at(path: str, given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
@@ -136,7 +137,8 @@ def frozen_forward(
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     forward = Forward(hidden, logits, coarsest, None, "plain")
     forward = forward._replace(readout=find_readout(model, path, params, logits, temperature))
-    why_plain = None if layout == "plain" else unpackable(model, path, params, hidden)
+    try_hidden = partial(hidden_at, path)
+    why_plain = None if layout == "plain" else unpackable(model, path, params, try_hidden)
     notes = [] if why_plain is None else [f"one sequence per row, prompts not shared: {why_plain}"]
     if forward.readout is None:
         notes.append("output embedding trained, or not a plain matrix: derivatives not in closed form")

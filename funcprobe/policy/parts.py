@@ -10,28 +10,36 @@ from torch import Tensor, nn
 from ..autodiff.grouped import GroupedProducts
 from .attention import OwnHeads, PackedAttention, no_mask
 from .parameter_lora import parameter_lora
+from .reach import reaches, shortened, within
 from .rows import Packing
 from .suitability import causal_lm
 
 
 class Backbone(nn.Module):
-    """tokens_NL -> last hidden state, which the head reads."""
+    """tokens_NL -> last hidden state, which the head reads; `size` as in `shortened`, if given."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    def __init__(self, model: nn.Module, path: str, size: int | None = None) -> None:
         super().__init__()
-        self.model, self.path = model, path
+        self.model, self.path, self.size = model, path, size
 
     def forward(self, tokens_NL: Tensor, packing: Packing | None) -> Tensor:
         own = causal_lm(self.model).get_submodule(self.path)
+        if self.size is not None:
+            own = shortened(own, self.size)
         given: dict[str, Any] = {"input_ids": tokens_NL, "use_cache": False}
         with ExitStack() as stack:
             stack.enter_context(parameter_lora(own))
             if getattr(own.config, "_experts_implementation", None) == "grouped_mm":
                 stack.enter_context(GroupedProducts())
             if packing is not None:
-                stack.enter_context(PackedAttention(packing))
-                given["position_ids"] = packing.position_1S
-                given["attention_mask"] = no_mask(tokens_NL.device)
+                device = tokens_NL.device
+                kinds = reaches(own.config)
+                packings = [within(packing, reach).to(device) for reach in kinds.values()]
+                stack.enter_context(PackedAttention(*packings))
+                masks = {kind: no_mask(device, index) for index, kind in enumerate(kinds)}
+                given["position_ids"] = packings[0].position_1S
+                # A model with layers of several types takes a mask for each.
+                given["attention_mask"] = masks if len(masks) > 1 else masks.popitem()[1]
             elif tokens_NL.device.type != "cpu":
                 stack.enter_context(OwnHeads())
             out = own(**given)

@@ -17,8 +17,8 @@ class Block(NamedTuple):
     query_nQ: Int[Tensor, "n Q"] | None  # None: the n Q consecutive tokens from `start`
     start: int
     shape: tuple[int, int]  # n, Q
-    key_nK: Int[Tensor, "n K"] | None  # None: the queries' own tokens, with causal attention
-    mask_n1QK: Bool[Tensor, "n 1 Q K"] | None  # True: attended; None if key_nK is None
+    key_nK: Int[Tensor, "n K"] | None  # None: the queries' own tokens
+    mask_n1QK: Bool[Tensor, "n 1 Q K"] | None  # True: attended; None: causal attention to all of these
 
 
 class Packing(NamedTuple):

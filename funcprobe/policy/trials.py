@@ -14,12 +14,12 @@ from ..types import Batch, InputError, Params
 from .layout import collate, out_of_memory
 from .parts import after_backbone, backbones
 from .precision import StayFloat64, arithmetic_of, rounding
+from .reach import SIZE, limits, text_config
 from .readout import Readout, values
 from .rows import Rows, packed_rows, plain_rows
 from .suitability import causal_lm, is_hooked
 
 T = TypeVar("T")
-Hidden = Callable[[Params, Rows], Tensor]
 Logits = Callable[[Params, Tensor], Tensor]
 
 
@@ -120,28 +120,41 @@ def find_readout(
     return readout if _reads(params, logits, readout) else None
 
 
-def unpackable(model: nn.Module, path: str, params: Params, hidden: Hidden) -> str | None:
-    """Why the model cannot process a packed row, from its configuration and a trial; None if it can."""
-    config = causal_lm(model).config
-    config = getattr(config, "get_text_config", lambda: config)()  # nested in multimodal models
+def unpackable(
+    model: nn.Module, path: str, params: Params, hidden: Callable[..., Tensor]
+) -> str | None:
+    """Why the model cannot process a packed row, from its configuration and a trial; None if it can.
+
+    `hidden(params, rows, size)` are the hidden states with windows of `size` tokens; None: the model's.
+    """
+    backbone = causal_lm(model).get_submodule(path)
+    config = text_config(backbone.config)
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return f"packing needs sdpa attention, the model has {config._attn_implementation}"
-    for limit in ("sliding_window", "attention_chunk_size"):
-        if getattr(config, limit, None) is not None:
-            return f"the model's attention has a {limit}"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - SIZE.keys()
     if kinds:
         return f"the model has layers of type {', '.join(sorted(kinds))}"
-    backbone = causal_lm(model).get_submodule(path)
+    if getattr(config, "attn_temperature_tuning", None):
+        # By the place in the row, not the position (Llama 4 in transformers 5.23), from 8,192 on.
+        return "the model's attention has a temperature that counts tokens of the row"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return f"{type(backbone).__name__} takes no position_ids"
+    # As it is; and, as a window may be longer than any trial, with one of two tokens, even where no
+    # type of layer has it, as a model may not go by these.
+    sizes = (None, 2) if limits(config) else (None,)
+    found = (attempt(partial(_mixes, model, params, hidden, size)) for size in sizes)
+    return next((why for why in found if why is not None), None)
+
+
+def _mixes(
+    model: nn.Module, params: Params, hidden: Callable[..., Tensor], size: int | None
+) -> str | None:
+    """Why packed rows are not plain ones, with windows of `size` tokens; None if they are."""
     batch, every = _few(model), torch.arange(3)
     packed, plain = packed_rows(batch, every, torch.tensor([0, 0, 2])), plain_rows(batch, every)
     with torch.no_grad():
-        plain_TD = hidden(params, plain)
-        packed_TD = attempt(lambda: hidden(params, packed))
-    if isinstance(packed_TD, str):
-        return packed_TD
+        plain_TD = hidden(params, plain, size)
+        packed_TD = hidden(params, packed, size)
     worst, bound = float((packed_TD - plain_TD).abs().max()), rounding(plain_TD)
     return None if worst <= bound else f"a token depends on tokens it cannot attend to, by {worst:.2g}"
 
