@@ -71,8 +71,7 @@ def shortened(backbone: nn.Module, size: int) -> nn.Module:
     layers noted of it is for kernels that are not used here.
     """
     twin, config = copy.copy(backbone), copy.deepcopy(backbone.config)
-    for name in limits(config):
-        setattr(text_config(config), name, size)
+    text_config(config).update(dict.fromkeys(limits(config), size))
     vars(twin)["config"] = config
     return twin
 
