@@ -483,7 +483,9 @@ def test_check_gradient_in_proportion():
 def test_check_state_fits():
     fields = {"alike": 4, "home": 3, "margin": {}, "assigned": {}, "over_random": 23.0}
     for verdict in ("confirmed", "undecided", "contradicted"):
-        found = funcprobe.Evidence(verdict, **fields, over={"o": 9.2}, likeliest=None)
+        found = funcprobe.Evidence(
+            verdict, **fields, over={"o": 9.2}, over_assigned=0.0, likeliest=None
+        )
         check = checks.state_fits(found)
         assert check.passed == (verdict != "contradicted")
         assert f"{verdict}: 3 of 4 " in check.saw

@@ -20,7 +20,7 @@ _LEAF = torch.zeros(0)
 def gradients_on_U(
     plan: Plan, batches: Batches, stages: Stages, narrator: Narrator
 ) -> tuple[Params, ...]:
-    """`funcprobe.probe.update_gradients`, computed or from an earlier run; InputError as there."""
+    """`funcprobe.along.update_gradients`, computed or from an earlier run; InputError as there."""
     params, update = plan.policy.params, batches.update
     inputs = {
         "policy": plan.inputs["policy"],
@@ -66,25 +66,32 @@ def verify_state(plan: Plan, Y: Params, narrator: Narrator) -> funcprobe.Evidenc
         narrator.say(f"optimizer state confirmed by the gradients: {found}")
     elif plan.config.optimizer.accept_positional:
         narrator.say(
-            f"warning: the gradients do not confirm the optimizer state's order: {found}; trusted as "
+            f"warning: the gradients do not confirm the optimizer state's order: {found}"
+            f"{_misfiled(evidence)}; trusted as "
             "optimizer.accept_positional is set"
         )
     else:
         raise InputError(
             f"{report.path}: names are {report.route}, which the gradients on U neither confirm nor "
-            f"contradict: {found}; use a larger U (sampling.B_U), save names with "
+            f"contradict: {found}{_misfiled(evidence)}; use a larger U (sampling.B_U), save names with "
             "ParamNamesCallback, or set optimizer.accept_positional = true to trust the order"
         )
     return evidence
 
 
 def _contradiction(evidence: funcprobe.Evidence, report: OptimizerReport) -> str:
-    moved = [(name, other) for name, other in evidence.assigned.items() if name != other]
-    name, other = moved[0] if moved else ("", "")
-    example = f"; the gradient of {name} fits the state filed under {other}" if moved else ""
     return (
         f"names are {report.route}, but by the gradients on U another order "
         f"({evidence.likeliest}) is more than 1000 times as "
         f"likely: {evidence.home} of {evidence.alike} of equal shape fit their own moments best"
-        f"{example}; save names with ParamNamesCallback, or give the state of this adapter"
+        f"{_misfiled(evidence)}; save names with ParamNamesCallback, or give the state of this adapter"
     )
+
+
+def _misfiled(evidence: funcprobe.Evidence) -> str:
+    """An example of a parameter that another's moments fit best, for the end of a sentence."""
+    moved = [(name, other) for name, other in evidence.assigned.items() if name != other]
+    if not moved:
+        return ""
+    name, other = moved[0]
+    return f"; the gradient of {name} fits the state filed under {other}"

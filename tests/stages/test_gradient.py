@@ -22,6 +22,7 @@ FOUND = {
     "assigned": {"a": "b", "b": "a", "c": "c"},
     "over_random": 0.0,
     "over": {"the layers reversed": 0.0},
+    "over_assigned": 0.0,
 }
 
 

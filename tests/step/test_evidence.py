@@ -107,6 +107,9 @@ def test_the_odds_by_enumeration_of_a_small_state() -> None:
     assert found.over_random == pytest.approx(math.log(own * 24), rel=1e-9)
     best = orders[fit.index(max(fit))]
     assert [found.assigned[n] for n in names] == [names[j] for j in best]
+    p_T = torch.stack([alike.log_p_TMM[:, range(4), o].sum(1) for o in (orders[0], best)])
+    at = int(p_T[1].argmax())
+    assert found.over_assigned == pytest.approx(float(p_T[0, at] - p_T[1, at]), rel=1e-9)
     what = "layers 0 and 1 exchanged"
     assert found.over[what] == pytest.approx(math.log(own / evidence((1, 0, 2, 3))), rel=1e-9)
     for i, name in enumerate(names):
@@ -154,6 +157,21 @@ def test_no_shuffle_is_confirmed() -> None:
         found = funcprobe.state_evidence(Y, filed(state, shuffle(rng)))
         assert found.verdict == "undecided"  # it is none of the usual orders
         assert found.home < 10
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+def test_an_order_that_misfiles_a_few_is_not_confirmed(count: int) -> None:
+    """Which is none of the usual ones, and leaves most parameters where they belong."""
+    alike = [n for n in NAMES if "lora_A" in n]
+    for seed in range(5):
+        Y, state = made(seed, contrast=2.0)
+        assert funcprobe.state_evidence(Y, state).verdict == "confirmed"
+        order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = [alike[i] for i in order[:count]]
+        pairing = dict(zip(chosen, [*chosen[1:], chosen[0]], strict=True))
+        found = funcprobe.state_evidence(Y, filed(state, pairing))
+        assert found.verdict != "confirmed"
+        assert found.over_random > math.log(1000)  # a random order is far less likely, and yet
 
 
 def test_a_gradient_without_evidence_decides_nothing() -> None:
