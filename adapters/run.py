@@ -35,10 +35,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
-        plan, batches = _sampled(plan, stages, narrator)
-        Y = gradients_on_U(plan, batches, stages, narrator)
-        evidence = verify_state(plan, tree.mean(Y), narrator)
-        prediction = _predict(plan, batches, Y, stages, narrator)
+        plan, batches, evidence, prediction = _predicted(plan, stages, narrator)
         unit_N = _units(plan, batches)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
@@ -73,10 +70,7 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
     plan = load(config, narrator)
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
-        plan, batches = _sampled(plan, Stages(None), narrator)
-        Y = gradients_on_U(plan, batches, Stages(None), narrator)
-        evidence = verify_state(plan, tree.mean(Y), narrator)
-        prediction = _predict(plan, batches, Y, Stages(None), narrator)
+        plan, batches, evidence, prediction = _predicted(plan, Stages(None), narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
     return [*seen, _untouched(versions, plan.policy.model)]
 
@@ -183,6 +177,16 @@ def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batc
     own = batches.sampler_logp_NR is None
     entropy = baselines.resolve(plan.entropy, batches.eval_batch, own_samples=own)
     return plan._replace(entropy=entropy), batches
+
+
+def _predicted(
+    plan: Plan, stages: Stages, narrator: Narrator
+) -> tuple[Plan, Batches, funcprobe.Evidence | None, funcprobe.Prediction]:
+    """From sampling to the prediction; the optimizer's state is verified before it is used."""
+    plan, batches = _sampled(plan, stages, narrator)
+    Y = gradients_on_U(plan, batches, stages, narrator)
+    evidence = verify_state(plan, tree.mean(Y), narrator)
+    return plan, batches, evidence, _predict(plan, batches, Y, stages, narrator)
 
 
 def _predict(

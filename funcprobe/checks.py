@@ -101,13 +101,20 @@ def alpha_cases(
 
 
 def routes_agree(prediction: Prediction, forward: Forward) -> Check:
-    """|<X, v> - sum of tangents| / |<X, v>|: reverse route = forward route."""
+    """Gradients against tangents: <X, v> on E, and on U <X, P Y> = sum_n t_n, t_n along P X.
+
+    Differences relative to |<X, v>| and to sum_n |t_n|. U is left out without gradient, and with
+    dropout masks, which Y has and t_n has not.
+    """
     bound = {torch.float64: 1e-9, torch.float32: 1e-3}.get(forward.coarsest, 0.05)
-    difference = _relative(prediction.bars_dot - prediction.derivative, prediction.bars_dot)
+    found = {"E": _relative(prediction.bars_dot - prediction.derivative, prediction.bars_dot)}
+    if prediction.masks is None and bool(prediction.t_N.any()):
+        total, size = float(prediction.t_N.sum()), float(prediction.t_N.abs().sum())
+        found["U"] = _relative(prediction.from_update - total, size)
     return Check(
         "reverse route = forward route",
-        difference < bound,
-        f"relative difference {difference:.2g}",
+        all(difference < bound for difference in found.values()),
+        "relative difference " + ", ".join(f"{d:.2g} on {name}" for name, d in found.items()),
         f"< {bound:g}",
         "a wrong derivative in one mode, or a direction that does not match the parameters",
     )

@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import funcprobe
 from funcprobe import AdamGroup, AdamState, Params, Passes, UpdateBatch
+from support.builders import SHAPE
 from support.policies import random_batch, random_like
 
 E = random_batch([(0, 2, 3), (1, 3, 2), (2, 2, 4)])
@@ -25,16 +26,7 @@ class World:
 
     def __init__(self, head: bool) -> None:
         torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=11,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-        )
+        config = Qwen2Config(**SHAPE | {"num_hidden_layers": 1})
         lora = LoraConfig(
             r=2,
             target_modules=["q_proj", "down_proj"],

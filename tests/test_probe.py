@@ -464,6 +464,12 @@ def test_check_routes_agree(healthy, probe64):
     for bars_dot in (healthy.bars_dot * (1 + 1e-7), -healthy.bars_dot, math.nan, 0.0):
         assert not checks.routes_agree(healthy._replace(bars_dot=bars_dot), forward).passed
     assert not checks.routes_agree(healthy._replace(derivative=math.nan), forward).passed
+    # U's tangents along P X must sum to the update's part, of which they are the prompts' shares.
+    off = healthy._replace(t_N=healthy.t_N + 1e-7 * healthy.t_N.abs())
+    assert not checks.routes_agree(off, forward).passed
+    without = healthy._replace(t_N=torch.zeros_like(healthy.t_N))
+    assert "on U" in checks.routes_agree(healthy, forward).saw
+    assert "on U" not in checks.routes_agree(without, forward).saw
     # Numbers are held to the coarsest precision they passed through.
     for coarsest, passes, fails in ((torch.float32, 1e-5, 1e-2), (torch.bfloat16, 1e-2, 0.1)):
         held = forward._replace(coarsest=coarsest)

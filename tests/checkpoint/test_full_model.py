@@ -30,25 +30,14 @@ from funcprobe.along import update_gradients
 from funcprobe.step.adam import update_direction
 from funcprobe.tree import dot, multiply
 from funcprobe.types import InputError
+from support import builders
 from support.checkpoints import PIECES, Checkpoint, character_tokenizer
 from support.commands import refused
 from support.optimizers import assert_attached
 from support.policies import random_like
 from support.small_lora import trainer_run
 
-SHAPE = {
-    "vocab_size": len(PIECES),
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+SHAPE = builders.SHAPE | {"vocab_size": len(PIECES), "bos_token_id": None}
 
 
 def make_full(folder: Path, prompts: Path, rewards: Path, *, tied: bool = True) -> Checkpoint:

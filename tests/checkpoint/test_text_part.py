@@ -22,23 +22,11 @@ from funcprobe.adapters.config.batches import SamplingConfig
 from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.adapters.sampling.generate import sample_responses
 from funcprobe.types import InputError
-from support.architectures import three_routes
+from support.architectures import SHAPE, three_routes
 from support.checkpoints import PIECES, character_tokenizer, sets
 from support.policies import random_like
 
-TEXT = {
-    "vocab_size": len(PIECES) + 4,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+TEXT = SHAPE | {"vocab_size": len(PIECES) + 4}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {"image_size": 28, "patch_size": 14}
 IMAGE = len(PIECES)  # ids that stand for images: no text has them
