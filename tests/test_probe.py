@@ -445,6 +445,25 @@ def test_check_alpha_cases(policy64, policy32, dtype):
     assert not checks.alpha_cases(probe.params, E, tree.zeros(mu), probe.forward, 64).passed
 
 
+def test_check_alpha_cases_of_a_nearly_orthogonal_direction(policy32, monkeypatch):
+    """There rounding exceeds 1e-4 of s_i = <g_i, mu>, and is no fault; twice s_i is one."""
+    probe = funcprobe.bind(policy32)
+    mu = random_like(probe.params)
+    basis: list[funcprobe.Params] = []
+    for i in range(4):  # the gradients that are compared
+        p_NR = funcprobe.response_mask(E).double() * (torch.arange(6) == i)[:, None]
+        g = probe.weighted_grad(probe.params, E, p_NR, 0 * p_NR)
+        for other in basis:
+            g = tree.axpy(-tree.dot(g, other), other, g)
+        basis.append({n: t / tree.norm(g) for n, t in g.items()})
+    for unit in basis:
+        mu = tree.axpy(-(1 - 1e-3) * tree.dot(mu, unit), unit, mu)
+    assert checks.alpha_cases(probe.params, E, mu, probe.forward, 64).passed
+    real = funcprobe.alpha_vjp
+    monkeypatch.setattr(checks, "alpha_vjp", lambda *a, **k: 2 * real(*a, **k))
+    assert not checks.alpha_cases(probe.params, E, mu, probe.forward, 64).passed
+
+
 def test_check_alpha_cases_sees_one_bad_sequence(probe64, monkeypatch):
     """Also where the fault is a NaN that only some alphas give."""
     real = funcprobe.alpha_vjp
