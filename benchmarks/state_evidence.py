@@ -6,9 +6,10 @@ States: the toy's or, with --real, that of checkpoint-8 of `real_policy.py`; as 
 gradients rounded to bfloat16; and with moments in 8 bits, quantised as bitsandbytes does (dynamic map,
 blocks of 256). Gradients: sums over groups of 8 responses drawn from the policy; U takes some of the
 groups. "few": of 64 groups only three have rewards that differ. Orders: the true one; twelve kinds of
-others, of which those that put a shape where another is expected are refused before any gradient; and
-shuffles of the parameters of each shape. A figure counts verdicts over `DRAWS` draws of U or, for
-shuffles, over as many shuffles as asked for, each with one of the draws.
+others, of which those that put a shape where another is expected are refused before any gradient;
+"misfiled": the true one but for `MISFILED` parameters of one shape in a cycle, which is none of the
+usual ones; and shuffles of the parameters of each shape. A figure counts verdicts over `DRAWS` draws of
+U, for "misfiled" four times each, or over as many shuffles as asked for, each with one of the draws.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from funcprobe.step.evidence import Alike, compare, judge
 from funcprobe.step.orders import Pairing, other_orders
 from funcprobe.types import AdamState, Params
 
-G, DRAWS = 8, 8
+G, DRAWS, MISFILED = 8, 8, 4
 SIZES = {"8": 1, "32": 4, "128": 16, "512": 64}  # responses of U -> groups
 KINDS = (
     "the names sorted as text",
@@ -187,6 +188,13 @@ def shuffled(classes: list[Alike], rng: random.Random) -> Pairing:
     return pairing
 
 
+def misfiled(classes: list[Alike], rng: random.Random) -> Pairing:
+    pairing = {name: name for one in classes for name in one.names}
+    largest = max(classes, key=lambda one: len(one.names))
+    chosen = rng.sample(largest.names, MISFILED)
+    return pairing | dict(zip(chosen, [*chosen[1:], chosen[0]], strict=True))
+
+
 def draws(study: Study, size: str, rng: random.Random) -> list[Params]:
     found: list[Params] = []
     while len(found) < DRAWS:
@@ -231,6 +239,11 @@ def rows_of(study: Study, shuffles: int) -> None:
                     found = judge(filed(classes, others[what]), others, total)
                     kinds.append(found.verdict)
                     unnamed += found.verdict == "contradicted" and found.likeliest != what
+            few = [
+                judge(filed(classes, misfiled(classes, rng)), others, total).verdict
+                for classes in seen
+                for _ in range(4)
+            ]
             verdicts = []
             for i in range(shuffles):
                 moved = filed(seen[i % len(seen)], shuffled(seen[i % len(seen)], rng))
@@ -239,11 +252,10 @@ def rows_of(study: Study, shuffles: int) -> None:
                 if verdict == "confirmed":
                     verdict = judge(moved, others, total).verdict
                 verdicts.append(verdict)
-            false = verdicts.count("confirmed")
             print(
                 f"| {study.name} | {how} | {size} | {home[0]} to {home[-1]} of {total} | "
                 f"{counts([found.verdict for found in own])} | {counts(kinds)} | {unnamed} | "
-                f"{counts(verdicts)} | {false} |",
+                f"{counts(few)} | {counts(verdicts)} |",
                 flush=True,
             )
     refused = [kind for kind in KINDS if kind not in others and kind != "two layers exchanged"]
@@ -256,7 +268,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="groups of 8 responses to sample")
     parser.add_argument("--shuffles", type=int, default=1000)
     args = parser.parse_args()
-    print("| policy | stored | U | at home | true order | other kinds | misnamed | shuffles | false |")
+    print(
+        "| policy | stored | U | at home | true order | other kinds | misnamed | misfiled | shuffles |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     study = toy(args.prompts) if args.real is None else real(args.real, args.prompts)
     rows_of(study, args.shuffles)

@@ -37,8 +37,8 @@ ODDS = math.log(1000)
 """Logarithm of the odds over every other order that confirm the assumed one, or contradict it; and of
 those, for each parameter that it moves, by which the best assignment keeps it from being confirmed.
 
-In the studies the best assignment had at most 6 nats a parameter over the true order, and at least 9.7
-over orders with a few parameters exchanged."""
+Noise in the gradient of a small U moves some parameters of a true order, by a few nats each
+(benchmarks/RESULTS.md)."""
 LEAST_HOME = 0.5
 """Least share of parameters paired with themselves in a confirmed order."""
 
