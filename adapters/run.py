@@ -214,7 +214,7 @@ def _sequences(batches: Batches) -> int:
 
 def _moves(batches: Batches) -> bool:
     """Whether some advantage of U is not 0."""
-    return bool(batches.update.coef_NR.any())
+    return batches.update.moves
 
 
 def _units(plan: Plan, batches: Batches) -> torch.Tensor:
@@ -236,7 +236,7 @@ def _passes(
     like = funcprobe.Passes((leaves,) * len(Y), STATS, STATS, leaves, baseline, STATS, STATS, STATS)
     inputs = {
         **state_inputs(plan, batches),
-        "coef": batches.update.coef_NR,
+        "coef": [batches.update.coef_NR, batches.update.entropy_coef_NR],
         "update": batches.update.batch,
         "optimizer": [plan.adam_state.exp_avg, plan.adam_state.exp_avg_sq, plan.adam_state.step],
         "groups": plan.adam_state.groups,

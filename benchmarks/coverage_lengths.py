@@ -146,7 +146,9 @@ def over_U(t_DM: Tensor, share_DM: Tensor) -> Errors:
     """The arithmetic of `intervals.update_error`, which the first batch is compared with."""
     share_DM = share_DM / share_DM.sum(1, keepdim=True)
     se_D, dof_D = errors((t_DM - t_DM.sum(1, keepdim=True) * share_DM) / (share_DM - 1), True)
-    own = intervals.update_error(t_DM[0], share_DM[0], torch.arange(t_DM.shape[1]))
+    own = intervals.update_error(
+        [intervals.UpdatePart(t_DM[0], share_DM[0])], torch.arange(t_DM.shape[1])
+    )
     require_same(own, (se_D, dof_D))
     return se_D, dof_D
 

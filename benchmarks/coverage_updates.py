@@ -170,7 +170,9 @@ def count(found: Covered, given: Error, over: Error, estimate: float, truths: di
 
 def equal_shares(t_M: Tensor) -> Error:
     """Of the sum, where every unit adds equally much to the divisor."""
-    return intervals.update_error(t_M, torch.ones(len(t_M)), torch.arange(len(t_M)))
+    return intervals.update_error(
+        [intervals.UpdatePart(t_M, torch.ones(len(t_M)))], torch.arange(len(t_M))
+    )
 
 
 def flat(params: dict[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 The functional core. Everything here is a pure function of its arguments.
 """
 
+from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
 from .passes.grad_dots import grad_dots
 from .passes.gradients import grad_X, grad_Y, weighted_grad
 from .passes.logprobs import seq_logprobs, token_stats
@@ -48,6 +49,10 @@ __all__ = [
     "Forward",
     "GradientScale",
     "InputError",
+    "Loss",
+    "LossInputs",
+    "LossReport",
+    "LossValue",
     "Objective",
     "Params",
     "Passes",
@@ -77,6 +82,7 @@ __all__ = [
     "gradient_coefficients",
     "gradient_scale",
     "lora_params",
+    "loss_update",
     "masked_forwards",
     "measure",
     "measured_change",

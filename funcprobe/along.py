@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -15,7 +14,9 @@ from .policy.layout import MAX_TOKENS
 from .statistics import evaluation
 from .statistics.estimators import FirstOrder
 from .statistics.evaluation import Evaluation
+from .statistics.intervals import Error, UpdatePart, update_error
 from .step.adam import UpdateDirection
+from .tree import f64
 from .types import Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
 
 
@@ -117,32 +118,58 @@ def update_gradients(
     If every coefficient of J is 0, one Y = 0 without a pass. InputError if a gradient is not finite, or
     zero everywhere with coefficients that are not.
     """
-    moves = bool(update.coef_NR.any())
-    each = masks if moves and masks else (forward,)
+    each = masks if update.moves and masks else (forward,)
     Y = tuple(gradients.grad_Y(params, update, one, max_tokens) for one in each)
-    if moves:
+    if update.moves:
         for gradient in Y:
             require_gradients("Y (of the objective on U)", gradient)
     return Y
 
 
-def require_normaliser(update: UpdateBatch) -> Float[Tensor, " N"]:
-    """What every sequence of U adds to the divisor of J. InputError unless known and positive."""
-    found = update.normaliser_N
+def update_parts(update: UpdateBatch, slope: TokenStats) -> list[UpdatePart]:
+    """<mu, Y_n> of every sequence, with `slope` the tangents of U along mu: sum c l', and sum d h'.
+
+    InputError where `require_normaliser` raises it.
+    """
+    require_normaliser(update)
+    assert update.normaliser_N is not None
+    parts = [UpdatePart((update.coef_NR * slope.logp_NR).sum(1), f64(update.normaliser_N))]
+    if update.entropy_coef_NR is not None:
+        assert update.entropy_normaliser_N is not None
+        t_N = (update.entropy_coef_NR * slope.entropy_NR).sum(1)
+        parts.append(UpdatePart(t_N, f64(update.entropy_normaliser_N)))
+    return parts
+
+
+def error_over_u(update: UpdateBatch, along_PX: TokenStats, along_Y: TokenStats, clip: float) -> Error:
+    """Error over U's prompts of sum_n <P X, Y_n> less what clipping takes, `clip` <Y, Y_n>."""
+    along = zip(update_parts(update, along_PX), update_parts(update, along_Y), strict=True)
+    parts = [part._replace(t_N=part.t_N - clip * norm.t_N) for part, norm in along]
+    return update_error(parts, update.batch.prompt_N)
+
+
+def require_normaliser(update: UpdateBatch) -> None:
+    """InputError unless what every sequence of U adds to the divisors of J is known and fits."""
+    _require_divisor("normaliser_N", update.normaliser_N, update)
+    if update.entropy_coef_NR is not None:
+        _require_divisor("entropy_normaliser_N", update.entropy_normaliser_N, update)
+
+
+def _require_divisor(name: str, found: Tensor | None, update: UpdateBatch) -> None:
     if found is None:
         raise InputError(
-            "the update's normaliser_N is not set, so that the error over U is unknown: make it with "
-            'funcprobe.update_batch(batch, advantage, "token_mean"), or set normaliser_N to what every '
+            f"the update's {name} is not set, so that the error over U is unknown: make it with "
+            f'funcprobe.update_batch(batch, advantage, "token_mean"), or set {name} to what every '
             "sequence adds to the divisor of J: its tokens, or 1 where that is the number of responses"
         )
-    positive_N = found.isfinite() & (found > 0)
-    if found.shape != update.batch.prompt_N.shape or not bool(positive_N.all()):
+    wrong_N = ~(found.isfinite() & (found >= 0))
+    fits = found.shape == update.batch.prompt_N.shape and not bool(wrong_N.any())
+    if not fits or not float(found.sum()) > 0:
         raise InputError(
-            f"the update's normaliser_N has shape {tuple(found.shape)} and {int((~positive_N).sum())} "
-            "entries that are not positive numbers: one positive number for each of the "
-            f"{len(update.batch.prompt_N)} sequences of U is expected"
+            f"the update's {name} has shape {tuple(found.shape)}, {int(wrong_N.sum())} entries that "
+            f"are negative or not finite, and sum {float(found.sum()):.3g}: one number for each of the "
+            f"{len(update.batch.prompt_N)} sequences of U is expected, not all of them 0"
         )
-    return found.detach().to(device="cpu", dtype=torch.float64)
 
 
 def require_step(direction: UpdateDirection, step: Step) -> None:

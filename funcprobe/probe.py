@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from . import tree
 from .along import (
     EvalPasses,
+    error_over_u,
     eval_passes,
     require_normaliser,
     require_step,
     summarise_along,
     update_gradients,
+    update_parts,
 )
 from .passes import gradients, logprobs
 from .passes.grad_dots import grad_dots
@@ -25,7 +27,7 @@ from .passes.second_tangents import second_tangents
 from .passes.tangents import alpha_vjp, require_derivatives, tangents
 from .policy.forward import Forward, frozen_forward, trainable_params
 from .policy.layout import MAX_TOKENS
-from .statistics import evaluation, intervals
+from .statistics import evaluation
 from .statistics.estimators import FirstOrder, Measured
 from .statistics.evaluation import Evaluation
 from .statistics.intervals import Error
@@ -54,7 +56,7 @@ class Prediction(NamedTuple):
     over_u: Error
     se_total: float
     first_order: FirstOrder  # with the error given U
-    t_N: Float[Tensor, " N"]  # <P X, Y_n> for every sequence of U
+    t_N: Float[Tensor, " N"]  # <P X, Y_n> of every sequence of U
     X: Params
     Y: Params
     direction: UpdateDirection
@@ -114,8 +116,7 @@ def first_order_passes(
     if Y is None:
         Y = update_gradients(params, update, over_U, max_tokens, masks)
     direction = masked.mean_direction(params, Y, adam_state, step)
-    moves = bool(update.coef_NR.any())
-    if not moves:
+    if not update.moves:
         require_step(direction, step)
     stats, tangent, X, baseline_NR = eval_passes(
         params,
@@ -129,10 +130,10 @@ def first_order_passes(
     update_stats, along_PX, along_Y = (
         TokenStats(*(torch.zeros_like(update.coef_NR) for _ in TokenStats._fields)) for _ in range(3)
     )
-    if moves:
+    if update.moves:
         PX = tree.multiply(direction.scale, X)
         update_stats, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
-    if moves and direction.clip_coefficient < 1:
+    if update.moves and direction.clip_coefficient < 1:
         _, along_Y = tangents(params, update.batch, tree.mean(Y), over_U, max_tokens)
     return Passes(tuple(Y), stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y)
 
@@ -156,7 +157,7 @@ def summarise(
     torch.arange(N). Raises InputError for fewer than two sampling units in E, or prompts in U, and for
     an update without normaliser.
     """
-    normaliser_N = require_normaliser(update)
+    require_normaliser(update)
     Y_masks, stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y = passes
     Y = tree.mean(Y_masks)
     direction = masked.mean_direction(params, Y_masks, adam_state, step)
@@ -173,16 +174,14 @@ def summarise(
     if len(Y_masks) > 1:
         masks = masked.over_masks(X, params, Y_masks, adam_state, step)
         along = along._replace(from_update=fmean(masks.from_update))
-    t_N, norm_N = ((update.coef_NR * slope.logp_NR).sum(1) for slope in (along_PX, along_Y))
     each = masks.from_update if masks else (along.from_update,)
-    moves_N = t_N - masked.clip_response(each, Y_masks, step) * norm_N
-    over_u = intervals.update_error(moves_N, normaliser_N, update.batch.prompt_N)
+    over_u = error_over_u(update, along_PX, along_Y, masked.clip_response(each, Y_masks, step))
     return Prediction(
         **along._asdict(),
         bars_dot_identity=tree.dot(X, Y),
         over_u=over_u,
         se_total=math.hypot(along.first_order.se, over_u.se, masks.se if masks else 0.0),
-        t_N=t_N,
+        t_N=torch.stack([part.t_N for part in update_parts(update, along_PX)]).sum(0),
         Y=Y,
         direction=direction,
         update_stats=update_stats,

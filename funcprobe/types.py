@@ -45,16 +45,25 @@ class Batch(NamedTuple):
 
 
 class UpdateBatch(NamedTuple):
-    """U: sequences and the fixed coefficient c of every response token in J = sum c l.
+    """U: sequences and the fixed coefficients of every response token in J = sum c l + d h.
 
-    c is divided by a sum over U's sequences, its tokens or its number of responses, which varies with
-    the prompts drawn: `normaliser_N` is what every sequence adds to it, up to a common factor. The
-    gradient of J does not need it, the error over U does. `objective.update_batch` sets it.
+    c and d are divided by sums over U's sequences, its tokens or its number of responses, which vary
+    with the prompts drawn: `normaliser_N` and `entropy_normaliser_N` are what every sequence adds to
+    them, up to a common factor. The gradient of J does not need them, the error over U does.
+    `objective.update_batch` sets that of c, `losses.loss_update` both.
     """
 
     batch: Batch
-    coef_NR: Float[Tensor, "N R"]
-    normaliser_N: Float[Tensor, " N"] | None = None  # None: not known
+    coef_NR: Float[Tensor, "N R"]  # c, of the log-probability l
+    normaliser_N: Float[Tensor, " N"] | None = None  # of c; None: not known
+    entropy_coef_NR: Float[Tensor, "N R"] | None = None  # d, of the entropy h; None: 0
+    entropy_normaliser_N: Float[Tensor, " N"] | None = None  # of d; needed with d alone
+
+    @property
+    def moves(self) -> bool:
+        """Whether some coefficient is not 0; else the gradient of J is 0."""
+        d_NR = self.entropy_coef_NR
+        return bool(self.coef_NR.any()) or (d_NR is not None and bool(d_NR.any()))
 
 
 class TokenStats(NamedTuple):

@@ -137,7 +137,7 @@ def test_the_error_over_U_follows_the_clip(probe64):
     influence_M = torch.tensor([(update_part(1 + e) - update_part(1 - e)) / 2e-5 for e in unit])
     expected = intervals.jackknife_error(influence_M.double() / (1 - tokens / 21))
     assert found.over_u == pytest.approx(expected, rel=1e-5)
-    fixed = intervals.update_error(found.t_N, U.normaliser_N, U.batch.prompt_N)
+    fixed = intervals.update_error([(found.t_N, U.normaliser_N)], U.batch.prompt_N)
     assert found.over_u.se != pytest.approx(fixed.se, rel=0.05)
 
 
@@ -146,9 +146,10 @@ def test_an_update_whose_normaliser_is_not_known_has_no_error(probe64):
     params, state, ones = probe64.params, adam_state(probe64.params), torch.ones(6)
     wrong = {
         "normaliser_N is not set": None,
-        "1 entries that are not positive": ones.index_fill(0, torch.tensor([2]), 0.0),
+        "1 entries that are negative": ones.index_fill(0, torch.tensor([2]), -1.0),
+        "sum 0": 0 * ones,
         "shape \\(5,\\)": ones[:5],
-        "6 entries that are not": torch.nan * ones,
+        "6 entries that are": torch.nan * ones,
     }
     for match, normaliser_N in wrong.items():
         update = U._replace(normaliser_N=normaliser_N)

@@ -26,13 +26,12 @@ def gradients_on_U(
         "policy": plan.inputs["policy"],
         "max_tokens": plan.max_tokens,
         "temperature": plan.temperature,
-        "coef": update.coef_NR,
+        "coef": [update.coef_NR, update.entropy_coef_NR],
         "update": update.batch,
         "masks": [len(plan.masks), plan.config.run.seed] if plan.masks else 0,
     }
-    moves = bool(update.coef_NR.any())
-    count = (len(plan.masks) or 1) if moves else 1
-    sequences = count * len(update.batch.prompt_N) if moves else 0
+    count = (len(plan.masks) or 1) if update.moves else 1
+    sequences = count * len(update.batch.prompt_N) if update.moves else 0
     with narrator.phase("gradient on U", sequences) as stage:
 
         def compute() -> tuple[Params, ...]:

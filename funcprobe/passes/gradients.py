@@ -66,14 +66,15 @@ def grad_X(
 def grad_Y(
     params: Params, update: UpdateBatch, forward: Forward, max_tokens: int = MAX_TOKENS
 ) -> Params:
-    """Y = d/d theta of J = sum_mk c_mk l_mk on U: the policy gradient, the direction of ascent.
+    """Y = d/d theta of J = sum_mk c_mk l_mk + d_mk h_mk on U, the direction of ascent.
 
     Without a pass if every coefficient is 0. Raises InputError where `weighted_grad` does.
     """
-    if not bool(update.coef_NR.any()):
+    if not update.moves:
         return on_cpu(zero_gradient(params))
-    zero_NR = torch.zeros_like(update.coef_NR)
-    return weighted_grad(params, update.batch, update.coef_NR, zero_NR, forward, max_tokens)
+    c_NR, d_NR = update.coef_NR, update.entropy_coef_NR
+    d_NR = torch.zeros_like(c_NR) if d_NR is None else d_NR
+    return weighted_grad(params, update.batch, c_NR, d_NR, forward, max_tokens)
 
 
 def zero_gradient(params: Params) -> Params:

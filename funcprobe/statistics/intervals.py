@@ -4,7 +4,7 @@ An `Error` is a standard error with its degrees of freedom, from which `student`
 
     given U (derivative, measured change)   delta_error(influence_N, unit_N), the units those of E
     measured - eta * derivative             the same, of the difference of their influence values
-    over U, P held fixed                    update_error(t_N, normaliser_N, prompt_N), t_n = <P X, Y_n>
+    over U, P held fixed                    update_error(parts, prompt_N), with t_n = <P X, Y_n>
     in total                                total(given, over), for the derivative along the mean v
 
 The units are assumed independent and identically distributed, with any dependence inside a unit: the
@@ -14,7 +14,7 @@ and `bootstrap` are cross-checks that take the estimator as a function of sums, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple, TypeAlias
 
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..types import InputError
-from .estimators import Cells, influence_se, update_influence
+from .estimators import Cells, influence_se, require_two, update_influence
 from .weights import by_unit
 
 Statistic: TypeAlias = Callable[..., Float[Tensor, "..."]]
@@ -55,19 +55,29 @@ def delta_error(influence_N: Float[Tensor, " N"], unit_N: Int[Tensor, " N"]) -> 
     return Error(influence_se(influence_N, unit_N), variance_dof(by_unit(influence_N, unit_N)))
 
 
-def update_error(
-    t_N: Float[Tensor, " N"], normaliser_N: Float[Tensor, " N"], prompt_N: Int[Tensor, " N"]
-) -> Error:
-    """Of sum_n t_n over the prompts of U, by the delete-one jackknife in closed form.
+class UpdatePart(NamedTuple):
+    """What every sequence of U adds to a ratio of two sums over them, divided by the lower one."""
 
-    Without prompt m the sum, a ratio, differs by -influence_m / (1 - d_m), with `update_influence` and
-    d_m the prompt's share of the divisor of J. With equal d_m the standard error is sqrt(M) times the
-    standard deviation of t_m; where they are unequal the delta method's would be too small, as a prompt
-    with a large share draws the ratio to itself. Raises InputError for fewer than two prompts.
+    t_N: Float[Tensor, " N"]
+    normaliser_N: Float[Tensor, " N"]  # what it adds to the lower sum, up to a common factor
+
+
+def update_error(parts: Sequence[UpdatePart], prompt_N: Int[Tensor, " N"]) -> Error:
+    """Of the sum of all t_n over the prompts of U, by the delete-one jackknife in closed form.
+
+    J may consist of parts with different divisors. Without prompt m each part, a ratio, differs by
+    -influence_m / (1 - d_m), with `update_influence` and d_m the prompt's share of its divisor. With
+    equal d_m the standard error is sqrt(M) times the standard deviation of t_m; where they are unequal
+    the delta method's would be too small, as a prompt with a large share draws the ratio to itself.
+    Raises InputError for fewer than two prompts.
     """
-    influence_M = by_unit(update_influence(t_N, normaliser_N), prompt_N)
-    share_M = by_unit(normaliser_N, prompt_N) / normaliser_N.sum()
-    return jackknife_error(influence_M / (share_M - 1))
+    changes = [torch.zeros(len(prompt_N.unique()), dtype=torch.float64)]
+    for t_N, normaliser_N in parts:
+        influence_M = by_unit(update_influence(t_N, normaliser_N), prompt_N)
+        share_M = by_unit(normaliser_N, prompt_N) / normaliser_N.sum()
+        require_two(int((share_M > 0).sum()))
+        changes.append(influence_M / (share_M - 1))
+    return jackknife_error(torch.stack(changes).sum(0))
 
 
 def total(*parts: Error) -> Error:

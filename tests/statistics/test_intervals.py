@@ -202,7 +202,7 @@ def test_order_changes_nothing(order):
             cells_of(p), u, difference, torch.Generator().manual_seed(2), 20
         )
         error = intervals.delta_error(first.influence_N, u)
-        over = intervals.update_error(p[0].logp_NR.sum(1), p[3].sum(1).double(), u)
+        over = intervals.update_error([(p[0].logp_NR.sum(1), p[3].sum(1).double())], u)
         jackknife = intervals.jackknife(cells_of(p), u, derivative)
         found.append([*error, *over, *jackknife.tolist(), *resampled.tolist()])
     assert found[0] == pytest.approx(found[1], rel=1e-9)
@@ -215,7 +215,7 @@ def test_error_over_U_of_equal_shares():
     sums = np.array([6.0, 9.0, 12.0, 8.5, 10.5, 34.0])
     half, one = 0.5, 1.0
     shares = torch.tensor([half, one, half, one, one, one, one], dtype=torch.float64)
-    error = intervals.update_error(t, 7 * shares, unit)
+    error = intervals.update_error([(t, 7 * shares)], unit)
     assert error.se == pytest.approx(math.sqrt(6) * sums.std(ddof=1))
     dof = 12 / (scipy.stats.kurtosis(sums, fisher=False) - 3 / 5)
     assert dof < 5
@@ -224,7 +224,7 @@ def test_error_over_U_of_equal_shares():
 
 def mean_error(x):
     """Of the mean of independent values."""
-    return intervals.update_error(x / len(x), torch.ones(len(x)), torch.arange(len(x)))
+    return intervals.update_error([(x / len(x), torch.ones(len(x)))], torch.arange(len(x)))
 
 
 def coverage(draw, batches):
@@ -317,7 +317,7 @@ def test_one_unit_has_no_interval():
     cells, unit = cells_of(population(4)), torch.zeros(4, dtype=torch.long)
     for call in (
         lambda: intervals.delta_error(torch.ones(4), unit),
-        lambda: intervals.update_error(torch.ones(4), torch.ones(4), unit),
+        lambda: intervals.update_error([(torch.ones(4), torch.ones(4))], unit),
         lambda: intervals.bootstrap(cells, unit, derivative, torch.Generator()),
         lambda: intervals.jackknife_error(torch.ones(1)),
     ):

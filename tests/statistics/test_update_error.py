@@ -92,7 +92,7 @@ def test_error_is_the_jackknife_of_the_step(normalisation, groups):
         ]
     )
     expected = intervals.jackknife_error(left_out)
-    found = intervals.update_error(t_N, update.normaliser_N, update.batch.prompt_N)
+    found = intervals.update_error([(t_N, update.normaliser_N)], update.batch.prompt_N)
     # Leaving out a prompt that has most of the tokens magnifies rounding by their ratio, up to 100.
     size = float(t_N.abs().sum())
     assert found.se == pytest.approx(expected.se, rel=1e-9, abs=1e-12 * size)
@@ -104,9 +104,9 @@ def test_the_normaliser_shrinks_and_widens_the_error():
     """Prompts of 1 to 4 tokens a response: t proportional to their tokens does not vary at all."""
     lengths, unit = torch.tensor([1.0, 1, 2, 2, 3, 3, 4, 4]).double(), torch.arange(8) // 2
     naive = math.sqrt(4 * float(torch.tensor([2.0, 4, 6, 8]).var()))
-    same = intervals.update_error(lengths, lengths, unit)
+    same = intervals.update_error([(lengths, lengths)], unit)
     assert same.se < 1e-12 * naive
-    against = intervals.update_error(5 - lengths, lengths, unit)
+    against = intervals.update_error([(5 - lengths, lengths)], unit)
     assert against.se > 1.5 * naive
 
 
@@ -115,7 +115,7 @@ def test_scale_of_the_normaliser_does_not_matter(normalisation):
     groups = [[(3, 1.0, 0.4), (1, -1.0, 2.0)], [(6, 0.5, -1.0)], [(2, 2.0, 0.3), (2, 1.0, 0.1)]]
     update, t_N = update_of(groups, normalisation)
     one, other = (
-        intervals.update_error(t_N, scale * update.normaliser_N, update.batch.prompt_N)
+        intervals.update_error([(t_N, scale * update.normaliser_N)], update.batch.prompt_N)
         for scale in (1, 1e3)
     )
     assert one == pytest.approx(other, rel=1e-12)

@@ -1,0 +1,1 @@
+"""Losses that trainers minimise, as functions of per-token arrays, and the coefficients they give J."""

@@ -1,0 +1,134 @@
+"""A loss of per-token quantities, and the coefficients c and d of the objective it makes of U.
+
+A loss is a pure function of the log-probabilities l and next-token entropies h of U's tokens at theta.
+Its gradient in theta is then that of -J, J = sum_ik c_ik l_ik + d_ik h_ik, with
+
+    c_ik = -d loss / d l_ik,    d_ik = -d loss / d h_ik    at theta, held fixed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.func import grad
+
+from ..policy.layout import response_mask
+from ..tree import f64
+from ..types import Batch, InputError, TokenStats, UpdateBatch
+
+
+class LossInputs(NamedTuple):
+    """What a loss may depend on besides l and h: the sequences of one optimizer step, [N] or [N, R].
+
+    Log-probabilities are in nats, of the sampled tokens at the temperature of sampling, and 0 past the
+    end of a response. A step is accumulated over micro-batches on one or several processes; `rows` of
+    the same micro-batch and process were one call of the trainer's loss.
+    """
+
+    advantage_N: Float[Tensor, " N"]
+    mask_NR: Bool[Tensor, "N R"]  # tokens in the loss; without those that the policy did not generate
+    prompt_N: Int[Tensor, " N"]  # index of the prompt; equal indices form one group
+    microbatch_N: Int[Tensor, " N"]  # which of the step's accumulated micro-batches, from 0
+    process_N: Int[Tensor, " N"]  # which of the processes, from 0
+    old_logp_NR: Float[Tensor, "N R"] | None = None  # at the policy of the ratio; None: theta itself
+    ref_logp_NR: Float[Tensor, "N R"] | None = None  # at the reference policy; None: not known
+    sampler_logp_NR: Float[Tensor, "N R"] | None = None  # of the program that sampled; None: theta's
+    generated_tokens: float | None = None  # in the loss, of the generation batch; None: of these rows
+
+
+class LossValue(NamedTuple):
+    """A loss, to be minimised, and what its trainer logs beside it."""
+
+    loss: Float[Tensor, ""]
+    metrics: Mapping[str, Float[Tensor, ""]] = {}
+
+
+LossFunction: TypeAlias = Callable[[Float[Tensor, "N R"], Float[Tensor, "N R"], LossInputs], LossValue]
+"""(l, h, inputs) -> value, by differentiable torch operations on l and h, float64."""
+
+Divisor: TypeAlias = Literal["tokens", "sequences"]
+
+
+class Loss(NamedTuple):
+    """A loss function, and what the sums over tokens in it are divided by.
+
+    The gradient does not need the latter, the error over U does: "tokens" or "sequences" of U in the
+    loss, for the part that depends on l and the one that depends on h.
+    """
+
+    function: LossFunction
+    divisor: Divisor
+    entropy_divisor: Divisor = "tokens"
+
+
+class LossReport(NamedTuple):
+    """The value of the loss at theta, and what is logged beside it, as numbers."""
+
+    loss: float
+    metrics: dict[str, float]
+
+
+def loss_update(
+    batch: Batch, stats: TokenStats, inputs: LossInputs, loss: Loss
+) -> tuple[UpdateBatch, LossReport]:
+    """U with the coefficients of J = -loss at theta, and the loss there. `stats` are those at theta.
+
+    c_ik = -d loss / d l_ik and d_ik = -d loss / d h_ik, [N, R], by autograd in float64: where the loss
+    is not differentiable, the subgradient is the one that torch takes, and so a trainer in torch.
+    Raises InputError where `require_inputs` does, and for a loss that is not finite.
+    """
+    require_inputs(batch, inputs)
+    logp_NR, entropy_NR = f64(stats.logp_NR), f64(stats.entropy_NR)
+
+    def value(l_NR: Tensor, h_NR: Tensor) -> tuple[Tensor, LossValue]:
+        found = loss.function(l_NR, h_NR, inputs)
+        return found.loss, found
+
+    (gradient_NR, entropy_gradient_NR), found = grad(value, argnums=(0, 1), has_aux=True)(
+        logp_NR, entropy_NR
+    )
+    report = LossReport(float(found.loss), {name: float(x) for name, x in found.metrics.items()})
+    finite = torch.isfinite(gradient_NR).all() and torch.isfinite(entropy_gradient_NR).all()
+    if not (torch.isfinite(found.loss) and finite):
+        raise InputError(
+            f"the loss of U at theta is {report.loss:g}, or its gradient is not finite: check the "
+            "log-probabilities and advantages that it is given"
+        )
+    divisors = {"tokens": inputs.mask_NR.sum(1), "sequences": inputs.mask_NR.any(1)}
+    d_NR = -entropy_gradient_NR if bool(entropy_gradient_NR.any()) else None
+    update = UpdateBatch(
+        batch,
+        coef_NR=-gradient_NR,
+        normaliser_N=f64(divisors[loss.divisor]),
+        entropy_coef_NR=d_NR,
+        entropy_normaliser_N=None if d_NR is None else f64(divisors[loss.entropy_divisor]),
+    )
+    return update, report
+
+
+def require_inputs(batch: Batch, inputs: LossInputs) -> None:
+    """InputError for arrays of other shapes than the batch's, or with values that are not finite.
+
+    Sampler log-probabilities may be NaN, where a sampler does not know them.
+    """
+    real_NR = response_mask(batch)
+    per_token = {"mask_NR", "old_logp_NR", "ref_logp_NR", "sampler_logp_NR"}
+    for name, found in inputs._asdict().items():
+        if not isinstance(found, Tensor):
+            continue
+        expected = real_NR.shape if name in per_token else real_NR.shape[:1]
+        if found.shape != expected:
+            raise InputError(
+                f"{name} has shape {tuple(found.shape)}, expected {tuple(expected)}: one entry for "
+                f"every {'response token' if name in per_token else 'sequence'} of U"
+            )
+        if name.startswith("sampler") or not found.is_floating_point():
+            continue
+        bad = ~found.isfinite() & real_NR if name in per_token else ~found.isfinite()
+        if bool(bad.any()):
+            where = [int(i) for i in bad.nonzero()[0]]
+            raise InputError(f"{name} is {float(found[tuple(where)])} at {where}, expected finite")
+    if bool((inputs.mask_NR & ~real_NR).any()):
+        raise InputError("mask_NR has tokens past the end of a response: they are in no loss")
