@@ -258,7 +258,7 @@ def test_what_is_outside_the_mask_is_in_nothing():
 
 
 def test_the_token_of_highest_entropy_is_kept_though_its_float32_is_larger():
-    h_NR = torch.tensor([[0.05, 0.1, 0.02]]).double()
+    h_NR = torch.tensor([[0.05, 0.1, 0.02]], dtype=torch.float64)
     assert h_NR[0, 1] < h_NR[0, 1].float()
     batch, stats, inputs = at_ratios([1.0, 1.0, 1.0], 1.0)
     s = TrlLoss("grpo", top_entropy_quantile=0.0)
