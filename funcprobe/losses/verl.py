@@ -77,12 +77,14 @@ def verl_loss(settings: VerlLoss) -> Loss:
     verl normalises over: its generation batch (bypass_mode: a micro-batch of all processes).
 
     `inputs.old_logp_NR` None means theta itself, as in the first mini-batch of a generation batch.
+    Advantages are one per sequence; verl's distillation losses and losses registered by a user are not
+    here. verl computes in float32: a ratio within its rounding of a bound may fall on the other side.
 
     Metrics: verl's names, aggregated over micro-batches and processes as verl does for one mini-batch
     (what it prints is their mean over the mini-batches of a training step): actor/loss,
     actor/pg_loss, actor/entropy_loss, actor/kl_loss, actor/kl_coef, actor/pg_clipfrac,
     actor/pg_clipfrac_lower, actor/ppo_kl. (Its actor/entropy is of the generation batch, at the old
-    policy.)
+    policy; it logs actor/entropy_loss only where it needs the entropy.)
 
     Where the loss is not differentiable, the subgradient is torch's: at a bound of a clip that of the
     inside, at the dual clip's bound the mean of both sides.
@@ -199,8 +201,7 @@ def _arrays(settings: VerlLoss, l_NR: Tensor, h_NR: Tensor, inputs: LossInputs) 
         weight_NR=weight_NR,
         mask_NR=mask_NR if bypass else kept_NR,
         policy_mask_NR=kept_NR,
-        # l and h are 0 past the end of a response, and both so nowhere else off the mask: a token
-        # without entropy and of probability 1 to the last bit.
+        # Past the end of a response l and h are 0, else both only at a probability of exactly 1.
         real_NR=mask_NR | (l_NR.detach() != 0) | (h_NR.detach() != 0),
     )
 
