@@ -6,6 +6,7 @@ from typing import Any
 
 from funcprobe.types import InputError
 
+from .columns import CONSTANT, COUNTED
 from .files import Columns
 
 
@@ -36,19 +37,24 @@ def check_tokens(file: Columns, columns: dict[str, list[Any]], vocabulary: int) 
             )
 
 
-def check_ends(file: Columns, columns: dict[str, list[Any]], eos_ids: Collection[int]) -> None:
+def check_ends(
+    file: Columns, columns: dict[str, list[Any]], eos_ids: Collection[int], *, masked: bool
+) -> None:
     """InputError if a response's end contradicts finish_reason, or tokens follow its first EOS.
 
-    Without `eos_ids` only the values of finish_reason are checked.
+    With `masked` a token that is not in loss_mask may follow: output of a tool, after which the policy
+    goes on. Without `eos_ids` only the values of finish_reason are checked.
     """
-    for place, y, reason in zip(
-        file.place, columns["response_ids"], columns["finish_reason"], strict=True
+    masks = columns["loss_mask"] if masked else [None] * len(file.place)
+    for place, y, reason, mask in zip(
+        file.place, columns["response_ids"], columns["finish_reason"], masks, strict=True
     ):
         if reason not in {None, "stop", "length"}:
             raise InputError(
                 f"{file.path}: {place} has finish_reason {reason!r}, stop, length or null is expected"
             )
-        if eos_ids and any(token in eos_ids for token in y[:-1]):
+        own = mask or [True] * len(y)
+        if any(token in eos_ids and after for token, after in zip(y, own[1:], strict=False)):
             raise InputError(
                 f"{file.path}: {place} has tokens after its first end-of-sequence token (padding?): "
                 "cut response_ids after it"
@@ -76,22 +82,51 @@ def check_temperature(file: Columns, values: list[float]) -> None:
         raise InputError(f"{file.path} has temperature {shown}: one positive number is expected")
 
 
-def check_sampler_logp(file: Columns, columns: dict[str, list[Any]]) -> None:
-    """InputError unless every response token has a log-probability, if the column exists."""
-    if columns["sampler_logp"][0] is None:
+def check_of_tokens(
+    file: Columns, name: str, columns: dict[str, list[Any]], *, unknown: bool = False
+) -> None:
+    """InputError unless every response token has one value, if the column exists.
+
+    Of log-probabilities: a finite one, at most 0, or with `unknown`, NaN.
+    """
+    if columns[name][0] is None:
         return
-    for place, row, y in zip(file.place, columns["sampler_logp"], columns["response_ids"], strict=True):
+    for place, row, y in zip(file.place, columns[name], columns["response_ids"], strict=True):
         if len(row) != len(y):
             raise InputError(
-                f"{file.path}: {place} has {len(row)} sampler_logp for {len(y)} response tokens: one "
-                "for each is expected"
+                f"{file.path}: {place} has {len(row)} {name} for {len(y)} response tokens: one for "
+                "each is expected"
             )
         # In half precision the 0 of a certain token may be rounded to slightly above it.
-        if not all(-math.inf < logp < 0.01 for logp in row):
+        if name != "loss_mask" and not all(
+            -math.inf < logp < 0.01 or (unknown and math.isnan(logp)) for logp in row
+        ):
             raise InputError(
-                f"{file.path}: {place} has a sampler_logp that is not a log-probability: finite "
-                "numbers, at most 0, are expected (nats)"
+                f"{file.path}: {place} has a {name} that is not a log-probability: finite numbers, at "
+                f"most 0, are expected (nats){', or NaN where it is unknown' if unknown else ''}"
             )
+
+
+def check_counts(file: Columns, columns: dict[str, list[Any]]) -> None:
+    """InputError for a micro-batch or a process of negative number."""
+    for name in COUNTED:
+        for place, value in zip(file.place, columns[name], strict=True):
+            if value is not None and value < 0:
+                raise InputError(f"{file.path}: {place} has {name} {value}: they count from 0")
+
+
+def check_constants(file: Columns, columns: dict[str, list[Any]]) -> None:
+    """InputError unless all rows have the same finite number, of tokens at least 0."""
+    for name in CONSTANT:
+        least = 0.0 if name == "generated_tokens" else -math.inf
+        for place, value in zip(file.place, columns[name], strict=True):
+            if value is None:
+                continue
+            if value != columns[name][0] or not least <= value < math.inf or value == -math.inf:
+                raise InputError(
+                    f"{file.path}: {place} has {name} {value:g}, the first row {columns[name][0]:g}: "
+                    f"one finite number{', at least 0,' if least == 0 else ''} is expected in all rows"
+                )
 
 
 def check_step(file: Columns, values: list[int | None]) -> None:

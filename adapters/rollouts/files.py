@@ -24,6 +24,11 @@ class Columns(NamedTuple):
     values: dict[str, list[Any]]
 
 
+def of_rank(path: Path, rank: int, count: int) -> Path:
+    """The file of one of several processes: step-000006.rank-00000-of-00002.parquet."""
+    return path.with_name(f"{path.stem}.rank-{rank:05d}-of-{count:05d}{path.suffix}")
+
+
 def read_columns(path: Path) -> Columns:
     """Every column of a .parquet file, or of a .jsonl or .json file with one object per line.
 

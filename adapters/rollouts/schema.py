@@ -14,56 +14,22 @@ from funcprobe.policy.layout import collate, response_mask
 from funcprobe.types import Batch, InputError
 
 from ..strict_json import is_text
-from .checks import check_ends, check_sampler_logp, check_step, check_temperature, check_tokens
+from .checks import (
+    check_constants,
+    check_counts,
+    check_ends,
+    check_of_tokens,
+    check_step,
+    check_temperature,
+    check_tokens,
+)
+from .columns import ABOUT, ALIASES, CONSTANT, COUNTED, OF_LOSS, OF_TOKENS, SCHEMA
 from .files import Columns, read_columns, write_json, write_parquet
 
-_ABOUT = {
-    "prompt_index": "int, required: index of the prompt and so of the group; equal for equal prompts",
-    "prompt": "text, optional: the prompt as text; not used in computations",
-    "response": "text, optional: the response as text; not used in computations",
-    "prompt_ids": "ints, required: the prompt as given to the policy, without padding",
-    "response_ids": "ints, required: the sampled tokens, up to and including the first EOS",
-    "finish_reason": "text, optional: stop (ends in an EOS) or length (cut off); checked against "
-    "response_ids; null for another reason, such as a stop string",
-    "temperature": "float, required: of sampling from softmax(logits / temperature); equal in all rows",
-    "reward": 'float: required for U unless objective.advantage = "rollouts"; null: not applicable',
-    "advantage": 'float, optional: required for U with objective.advantage = "rollouts"',
-    "sampler_logp": "floats, optional: log-probability of every response token under the program "
-    "that sampled it (nats, at this temperature); in E it gives the importance ratios",
-    "step": "int, optional: the optimizer step that these responses make, one more than the steps "
-    "taken by the policy that sampled them; equal in all rows, and checked against the checkpoint",
-}
-_TYPES = {
-    "prompt_index": pa.int64(),
-    "prompt": pa.string(),
-    "response": pa.string(),
-    "prompt_ids": pa.list_(pa.int64()),
-    "response_ids": pa.list_(pa.int64()),
-    "finish_reason": pa.string(),
-    "temperature": pa.float64(),
-    "reward": pa.float64(),
-    "advantage": pa.float64(),
-    "sampler_logp": pa.list_(pa.float64()),
-    "step": pa.int64(),
-}
-SCHEMA = pa.schema([pa.field(n, t, metadata={"about": _ABOUT[n]}) for n, t in _TYPES.items()])
-"""One row per response, in Parquet (.parquet) or as JSON lines (.jsonl, .json); the metadata "about" of
-a field states its meaning, and whether it is optional. In JSON lines null is the same as missing. Other
-columns are allowed and ignored."""
-
 REQUIRED = ("prompt_index", "prompt_ids", "response_ids", "temperature")
-_OF_E = (*REQUIRED, "finish_reason", "sampler_logp", "step")  # columns that are read of E
-
-# Names of these columns in other programs. Under such a name a column would be ignored silently.
-_ALIASES = {
-    "prompt_index": ("group", "group_id", "group_index", "prompt_id", "uid"),
-    "prompt_ids": ("prompt_token_ids", "input_ids"),
-    "response_ids": ("completion_ids", "response_token_ids", "output_ids", "token_ids"),
-    "reward": ("rewards", "score", "scores"),
-    "advantage": ("advantages",),
-    "finish_reason": ("finish_reasons", "stop_reason"),
-    "sampler_logp": ("logprobs", "logps", "sampler_logps", "sampling_logps", "old_logps"),
-}
+# Columns that are read of E, and of U besides those of its step.
+_OF_E = (*REQUIRED, "finish_reason", "sampler_logp", "old_logp", "step")
+_OF_U = (*_OF_E, *OF_LOSS)
 
 
 class Rollouts(NamedTuple):
@@ -78,8 +44,15 @@ class Rollouts(NamedTuple):
     temperature: float
     reward: list[float] | None = None  # NaN: not applicable
     advantage: list[float] | None = None
-    sampler_logp: list[list[float]] | None = None  # if another program sampled
+    sampler_logp: list[list[float]] | None = None  # if another program sampled; NaN in U: unknown
     step: int | None = None  # that the responses make, if it is known
+    old_logp: list[list[float]] | None = None  # None: those of theta itself
+    ref_logp: list[list[float]] | None = None
+    loss_mask: list[list[bool]] | None = None  # None: all response tokens are in the loss
+    microbatch: list[int] | None = None
+    process: list[int] | None = None
+    generated_tokens: float | None = None
+    entropy_coef: float | None = None
 
 
 def to_batch(rollouts: Rollouts) -> Batch:
@@ -91,21 +64,24 @@ def sampler_logp(rollouts: Rollouts, batch: Batch) -> Float[Tensor, "N R"] | Non
     """The sampler log-probabilities, [N, R] in nats; None if the rollouts have none."""
     if rollouts.sampler_logp is None:
         return None
+    return padded(rollouts.sampler_logp, batch)
+
+
+def padded(rows: Sequence[Sequence[float]], batch: Batch) -> Float[Tensor, "N R"]:
+    """A number for every response token as [N, R], float64; 0 past the end of a response."""
     mask_NR = response_mask(batch)
-    logp_NR = torch.zeros(mask_NR.shape, dtype=torch.float64)
-    flat = [x for row in rollouts.sampler_logp for x in row]
-    logp_NR[mask_NR] = torch.tensor(flat, dtype=torch.float64)
-    return logp_NR
+    values_NR = torch.zeros(mask_NR.shape, dtype=torch.float64)
+    flat = [x for row in rows for x in row]
+    values_NR[mask_NR] = torch.tensor(flat, dtype=torch.float64)
+    return values_NR
 
 
 def save_rollouts(rollouts: Rollouts, path: Path) -> None:
     """Write SCHEMA, as JSON lines if the path ends in .jsonl or .json, else as Parquet."""
     count = len(rollouts.response_ids)
     columns: dict[str, Any] = {
-        k: [None] * count if v is None else v for k, v in rollouts._asdict().items()
+        k: v if isinstance(v, list) else [v] * count for k, v in rollouts._asdict().items()
     }
-    columns["temperature"] = [rollouts.temperature] * count
-    columns["step"] = [rollouts.step] * count
     columns["finish_reason"] = [None if x == "unknown" else x for x in rollouts.finish_reason]
     for name in ("reward", "advantage"):
         columns[name] = [None if x is None or math.isnan(x) else x for x in columns[name]]
@@ -136,35 +112,41 @@ def parse_rollouts(
 ) -> Rollouts:
     """Columns of SCHEMA -> Rollouts; `rewards`, `advantages`: whether these are required (for U).
 
-    Only what is used is checked beyond its type: in E no reward and no advantage, in U no sampler_logp.
+    Only what is used is checked beyond its type: of E no reward, no advantage, and none of the columns
+    that only a loss depends on.
 
     Raises InputError, one line that names the row, for missing, misnamed or ill-typed columns, no
     rows, an index with two prompts, zero tokens, ids outside the vocabulary, several temperatures, a
-    required reward or advantage that is not a finite number, several steps, log-probabilities that do
-    not match, and, if `eos_ids` are given, for a response whose end contradicts finish_reason, or with
-    tokens after its first EOS.
+    required reward or advantage that is not a finite number, several steps, log-probabilities or masks
+    that do not match, an E of an earlier policy than that of its step, and, if `eos_ids` are given, for
+    a response whose end contradicts finish_reason, or with tokens of the policy after its first EOS.
     """
     if not file.place:
         raise InputError(f"{file.path} has no rows: at least two prompts are needed")
     needed = REQUIRED + ("reward",) * rewards + ("advantage",) * advantages
-    _require_columns(
-        file, needed, _OF_E + ("reward",) * rewards + ("advantage",) * (rewards or advantages)
-    )
+    of_E = not (rewards or advantages)
+    used = _OF_E if of_E else _OF_U + ("reward",) * rewards + ("advantage",)
+    _require_columns(file, needed, used)
     columns = {field.name: _typed(file, field) for field in SCHEMA}
     for name in needed:
         _require_whole(file, name, columns[name])
-    of_E = not (rewards or advantages)
-    for name in ("sampler_logp",) * of_E + ("advantage",) * rewards:
+    optional = ("sampler_logp",) if of_E else (*OF_TOKENS, *COUNTED, *CONSTANT)
+    for name in optional + ("advantage",) * rewards:
         if any(value is not None for value in columns[name]):
             _require_whole(file, name, columns[name])
     if not of_E:
         _require_finite(file, "reward", columns["reward"], nan=not rewards)
         _require_finite(file, "advantage", columns["advantage"])
     check_tokens(file, columns, vocabulary)
-    check_ends(file, columns, eos_ids)
     check_temperature(file, columns["temperature"])
+    for name in ("sampler_logp",) if of_E else OF_TOKENS:
+        check_of_tokens(file, name, columns, unknown=not of_E and name == "sampler_logp")
     if of_E:
-        check_sampler_logp(file, columns)
+        _require_own_samples(file, columns)
+    else:
+        check_counts(file, columns)
+        check_constants(file, columns)
+    check_ends(file, columns, eos_ids, masked=not of_E)
     check_step(file, columns["step"])
     return Rollouts(
         prompt_index=columns["prompt_index"],
@@ -176,8 +158,15 @@ def parse_rollouts(
         temperature=columns["temperature"][0],
         reward=_known(columns["reward"]),
         advantage=_known(columns["advantage"]),
-        sampler_logp=None if None in columns["sampler_logp"] else columns["sampler_logp"],
+        sampler_logp=_whole(columns["sampler_logp"]),
         step=columns["step"][0],
+        old_logp=_whole(columns["old_logp"]),
+        ref_logp=_whole(columns["ref_logp"]),
+        loss_mask=_whole(columns["loss_mask"]),
+        microbatch=_whole(columns["microbatch"]),
+        process=_whole(columns["process"]),
+        generated_tokens=columns["generated_tokens"][0],
+        entropy_coef=columns["entropy_coef"][0],
     )
 
 
@@ -186,10 +175,10 @@ def _require_columns(file: Columns, needed: Sequence[str], read: Sequence[str]) 
     for name in read:
         if name in there:
             continue
-        if alias := next((a for a in _ALIASES.get(name, ()) if a in there), None):
+        if alias := next((a for a in ALIASES.get(name, ()) if a in there), None):
             raise InputError(
                 f"{file.path} has no column {name} but a column {alias}: rename it, or remove it if it "
-                f"is not {name} ({_ABOUT[name]})"
+                f"is not {name} ({ABOUT[name]})"
             )
     if missing := [name for name in needed if name not in there]:
         raise InputError(
@@ -232,7 +221,21 @@ _KINDS = {
     pa.int64(): (_is_integer, "an integer", "integers"),
     pa.float64(): (_is_number, "a number", "numbers"),
     pa.string(): (is_text, "Unicode text", "texts"),
+    pa.bool_(): (lambda value: isinstance(value, bool), "true or false", "true and false"),
 }
+
+
+def _require_own_samples(file: Columns, columns: dict[str, list[Any]]) -> None:
+    """InputError for an E with old_logp alone: it may be of a policy before that of its step."""
+    if columns["sampler_logp"][0] is None and any(row is not None for row in columns["old_logp"]):
+        raise InputError(
+            f"{file.path} has old_logp and no sampler_logp: an earlier policy may have sampled these "
+            "responses, so that E needs importance ratios; rename old_logp to sampler_logp"
+        )
+
+
+def _whole(values: list[Any]) -> list[Any] | None:
+    return None if None in values else values
 
 
 def _known(values: list[float | None]) -> list[float] | None:
@@ -244,7 +247,8 @@ def _known(values: list[float | None]) -> list[float] | None:
 def _require_whole(file: Columns, name: str, values: list[Any]) -> None:
     if None not in values:
         return
-    remedy = "fill it in, or drop the whole column" if name == "sampler_logp" else "fill it in"
+    whole = (*REQUIRED, "advantage")
+    remedy = "fill it in" if name in whole else "fill it in, or drop the whole column"
     if name == "reward":
         remedy = 'drop the row, or set objective.advantage = "rollouts" to use the column advantage'
     raise InputError(f"{file.path}: {file.place[values.index(None)]} has no {name}: {remedy}")

@@ -1,154 +1,253 @@
 """The rollouts of each optimizer step of TRL's GRPOTrainer, token by token, for rollouts.update."""
 
-import importlib.metadata
+# ruff: noqa: ARG002  (the arguments are the trainer's)
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from funcprobe.types import InputError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..rollouts import Rollouts, save_rollouts
-from ..stages.differences import LOSSES, SEQUENCES, terms
+from ..rollouts.files import of_rank
 from ..store import write_whole
 from .dropout import warn_of_dropout
 from .live import tokenizer_of
+from .recordable import images, other_trl, require_recordable
 
 # Private methods of TRL (1.16), and the tensors that the first returns for the sequences.
 _GENERATE, _REWARD = "_generate_and_score_completions", "_calculate_rewards"
+_LOSS = "_compute_loss"
 _TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
-_FOREIGN_TOKENS = ("tool_mask", "pixel_values", "image_grid_thw")
+_ROW = "funcprobe_row"  # place in the generation; TRL shuffles and splits it with the sequences
 
 
 def record_rollouts(trainer: Any, folder: str | Path) -> None:
     """Write the rollouts of each following training step to folder/step-000006.parquet.
 
     The number is that of the step that uses them, as in the trainer's logs; the file is a run's
-    `rollouts.update`: exact token ids, reward (the weighted sum), TRL's advantage, temperature, finish
-    reason, sampler log-probabilities if vLLM returns them; prompt_index is the index of the group.
-    Training is unchanged.
+    `rollouts.update`: of every sequence in the step's micro-batches, as the loss was given them, exact
+    token ids, reward (the weighted sum), advantage, temperature, finish reason, which tokens are in the
+    loss, micro-batch, process, and log-probabilities of the old policy, the reference and the sampler
+    where the loss has them; prompt_index is the index of the group. Of several processes each writes
+    its own, step-000006.rank-00000-of-00002.parquet; the first name stands for all. Training is
+    unchanged; evaluations are not recorded.
 
-    Raises InputError, one line, for several processes, a trainer without TRL's two methods, and
-    settings with which the generated sequences are not exactly those of the step: num_iterations over
-    1, steps_per_generation other than gradient_accumulation_steps, mask_truncated_completions. Also for
-    settings with which the step is not that of J = sum of advantage x normalisation x l, so that a run
-    would predict another: a loss other than dapo, grpo, dr_grpo and bnpo (this one with a single
-    micro-batch), a KL term, an entropy bonus, a mask over tokens or sequences, vLLM's importance
-    sampling correction, a router's auxiliary loss. At the first generation: for tokens that the policy
-    did not generate (tools), images, or other output. Warns where the model has dropout, since
-    the masks of the step are not recorded.
+    Raises InputError, one line, for a trainer without TRL's methods, for images, and for settings with
+    which a step is of several generations and its loss divides by the tokens of each (dapo, cispo,
+    vespo). At the first generation: for output other than TRL's. Warns where the model has dropout,
+    since the masks of the step are not recorded, and of a router's loss.
     """
-    _require_recordable(trainer)
+    require_recordable(trainer, (_GENERATE, _REWARD, _LOSS))
     warn_of_dropout(
         trainer.model,
         "the step has random masks, which rollouts do not contain, so that no run on them can repeat "
         "it: train without dropout, or set step.masks in the run, for the mean and spread over masks",
     )
-    folder, tokenizer = Path(folder), tokenizer_of(trainer)
-    generate, reward = getattr(trainer, _GENERATE), getattr(trainer, _REWARD)
-    rewards: list[Tensor] = []
-
-    def rewarding(*args: Any, **kwargs: Any) -> Any:
-        rewards.append(reward(*args, **kwargs))
-        return rewards[-1]
-
-    def generating(*args: Any, **kwargs: Any) -> Any:
-        rewards.clear()
-        output = generate(*args, **kwargs)
-        if trainer.model.training:
-            step = trainer.state.global_step + 1
-            found = _rollouts(trainer, tokenizer, output, rewards)._replace(step=step)
-            name = f"step-{step:06d}.parquet"
-            write_whole(folder / name, lambda target: save_rollouts(found, target))
-        return output
-
-    setattr(trainer, _REWARD, rewarding)
-    setattr(trainer, _GENERATE, generating)
+    recorder = _Recorder(trainer, Path(folder))
+    for name, method in (
+        (_REWARD, recorder.rewarding),
+        (_GENERATE, recorder.generating),
+        (_LOSS, recorder.computing),
+    ):
+        setattr(trainer, name, method)
+    trainer.add_callback(recorder)
 
 
-def _rollouts(trainer: Any, tokenizer: Any, output: Any, rewards: list[Tensor]) -> Rollouts:
-    if missing := [key for key in _TENSORS if not torch.is_tensor(output.get(key))]:
-        raise _other_trl(f"{_GENERATE}() returns no tensor {missing[0]}")
-    if foreign := [key for key in _FOREIGN_TOKENS if key in output]:
-        raise InputError(
-            f"the rollouts contain {foreign[0]}: not all tokens were generated by the policy, and only "
-            "such tokens can be recorded; train without tools and images"
+class _Generation(NamedTuple):
+    """Of a generation's sequences on this process, what the tensors of a micro-batch do not contain."""
+
+    number: int  # of this training
+    length: list[int]
+    reward: list[float]
+    group: list[int]  # over all processes
+    groups: int
+
+
+class _Sequence(NamedTuple):
+    """A sequence of one micro-batch. Sorted as generated, whatever the order of the micro-batches."""
+
+    generation: int
+    row: int
+    microbatch: int
+    group: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    reward: float
+    advantage: float
+    loss_mask: list[bool]
+    logp: dict[str, list[float]]
+
+
+class _Call(NamedTuple):
+    """What the sequences of one call of the loss have in common."""
+
+    groups: int
+    entropy_coef: float
+    generated_tokens: float | None
+
+
+class _Recorder(TrainerCallback):
+    """Collects the micro-batches of a step as the loss is called, and writes them before the step."""
+
+    def __init__(self, trainer: Any, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.tokenizer = tokenizer_of(trainer)
+        self.generate, self.reward = getattr(trainer, _GENERATE), getattr(trainer, _REWARD)
+        self.loss = getattr(trainer, _LOSS)
+        self.scored: list[tuple[Tensor, list[int]]] = []  # of the generation in progress
+        self.generation: _Generation | None = None
+        self.generations = 0
+        self.sequences: list[_Sequence] = []
+        self.calls: list[_Call] = []
+
+    def rewarding(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> Any:
+        length = [len(y) for y in ids]
+        found = self.reward(inputs, prompts, completions, ids)
+        self.scored.append((found, length))
+        return found
+
+    def generating(self, *args: Any, **kwargs: Any) -> Any:
+        self.scored.clear()
+        output = self.generate(*args, **kwargs)
+        if not self.trainer.model.training:
+            return output
+        self.generation = self._generation(output)
+        self.generations += 1
+        return {**output, _ROW: torch.arange(len(self.generation.length))}
+
+    def computing(self, model: Any, inputs: Any) -> Any:
+        if self.trainer.model.training:
+            self._keep(inputs)
+        return self.loss(model, inputs)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sequences, self.calls = [], []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.calls:
+            step = state.global_step + 1
+            path = self.folder / f"step-{step:06d}.parquet"
+            if (count := self.trainer.accelerator.num_processes) > 1:
+                path = of_rank(path, self.trainer.accelerator.process_index, count)
+            found = self._rollouts()._replace(step=step)
+            write_whole(path, lambda target: save_rollouts(found, target))
+        self.sequences, self.calls = [], []
+
+    def _generation(self, output: Any) -> _Generation:
+        if missing := [key for key in _TENSORS if not torch.is_tensor(output.get(key))]:
+            raise other_trl(f"{_GENERATE}() returns no tensor {missing[0]}")
+        if "pixel_values" in output:
+            raise images()
+        if output["advantages"].ndim != 1:
+            raise other_trl(f"{_GENERATE}() returns no advantage of a sequence")
+        trainer, count = self.trainer, len(output["completion_ids"])
+        total, rank = count * trainer.accelerator.num_processes, trainer.accelerator.process_index
+        expected = (total, len(trainer.reward_funcs))
+        if len(self.scored) != 1 or self.scored[0][0].shape != expected:
+            raise other_trl(f"{_REWARD}() does not return a reward for each of {total} sequences")
+        (scored, length), of_prompt = self.scored[0], trainer.num_generations
+        per_function = scored.detach().double().cpu()[rank * count : (rank + 1) * count]
+        reward_N = (per_function * trainer.reward_weights.double().cpu()).nansum(1)
+        reward_N[per_function.isnan().all(1)] = torch.nan  # no function applied
+        return _Generation(
+            number=self.generations,
+            length=length,
+            reward=reward_N.tolist(),
+            group=[(rank * count + i) // of_prompt for i in range(count)],
+            groups=-(-total // of_prompt),
         )
-    count, of_prompt = len(output["completion_ids"]), trainer.num_generations
-    if len(rewards) != 1 or rewards[0].shape != (count, len(trainer.reward_funcs)):
-        raise _other_trl(f"{_REWARD}() does not return a reward for each of {count} sequences")
-    per_function = rewards[0].detach().double().cpu()
-    reward_N = (per_function * trainer.reward_weights.double().cpu()).nansum(1)
-    reward_N[per_function.isnan().all(1)] = torch.nan  # no function applied
-    prompt_ids = _unpadded(output["prompt_ids"], output["prompt_mask"])
-    response_ids = _unpadded(output["completion_ids"], output["completion_mask"])
-    eos = set(trainer.eos_token_ids)
-    sampler = output.get("sampling_per_token_logps")
-    return Rollouts(
-        prompt_index=[i // of_prompt for i in range(count)],
-        prompt=[tokenizer.decode(ids) for ids in prompt_ids],
-        response=[tokenizer.decode(ids, skip_special_tokens=True) for ids in response_ids],
-        prompt_ids=prompt_ids,
-        response_ids=response_ids,
-        finish_reason=["stop" if ids[-1] in eos else "length" for ids in response_ids],
-        temperature=float(trainer.temperature),
-        reward=reward_N.tolist(),
-        advantage=output["advantages"].tolist(),
-        sampler_logp=None if sampler is None else _unpadded(sampler, output["completion_mask"]),
-    )
 
-
-def _unpadded(values_NL: Tensor, mask_NL: Tensor) -> list[list[Any]]:
-    return [row[keep].tolist() for row, keep in zip(values_NL.cpu(), mask_NL.bool().cpu(), strict=True)]
-
-
-def _require_recordable(trainer: Any) -> None:
-    for name in (_GENERATE, _REWARD):
-        if not callable(getattr(trainer, name, None)):
-            raise _other_trl(f"{type(trainer).__name__} has no {name}()")
-    if trainer.accelerator.num_processes > 1:
-        raise InputError(
-            f"{trainer.accelerator.num_processes} processes, each with its own rollouts: record in a "
-            "run with one process"
-        )
-    _require_sequences_of_one_step(trainer.args)
-    _require_objective(trainer)
-
-
-def _require_sequences_of_one_step(args: Any) -> None:
-    wanted: dict[str, Any] = {
-        **SEQUENCES,
-        "steps_per_generation": args.gradient_accumulation_steps,
-    }
-    for name, value in wanted.items():
-        if (found := getattr(args, name, value)) != value:
-            raise InputError(
-                f"{name} = {found}: the generated sequences are then not those of one optimizer step; "
-                f"set it to {value}, or remove it"
+    def _keep(self, inputs: Any) -> None:
+        """The sequences of a micro-batch, as the loss is given them."""
+        made = self.generation
+        if made is None or _ROW not in inputs:
+            raise other_trl(f"{_LOSS}() is not given what {_GENERATE}() returns")
+        rows = inputs[_ROW].tolist()
+        length = [made.length[row] for row in rows]
+        mask_NR = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        prompts = inputs["prompt_ids"].tolist()
+        prompt_mask = inputs["prompt_mask"].bool().tolist()
+        responses = _cut(inputs["completion_ids"], length)
+        masks, advantages = _cut(mask_NR.bool(), length), inputs["advantages"].tolist()
+        logps = {
+            name: _cut(inputs[key], length)
+            for name, key in (
+                ("old_logp", "old_per_token_logps"),
+                ("ref_logp", "ref_per_token_logps"),
+                ("sampler_logp", "sampling_per_token_logps"),
             )
-
-
-def _require_objective(trainer: Any) -> None:
-    """InputError for settings, of those in this TRL, with which the step is not that of J."""
-    args = trainer.args
-    why = "the step is then not that of advantage x normalisation x log-probability, as a run predicts"
-    loss = getattr(args, "loss_type", None)
-    if loss is not None and loss not in LOSSES:
-        raise InputError(f"loss_type = {loss}: {why}; set it to one of {', '.join(LOSSES)}")
-    if loss == "bnpo" and args.gradient_accumulation_steps > 1:
-        raise InputError(
-            f"loss_type = bnpo in {args.gradient_accumulation_steps} micro-batches, each with its own "
-            f"mean: {why}; set it to dapo, which has one"
+            if inputs.get(key) is not None
+        }
+        for i, row in enumerate(rows):
+            prompt = zip(prompts[i], prompt_mask[i], strict=True)
+            self.sequences.append(
+                _Sequence(
+                    generation=made.number,
+                    row=row,
+                    microbatch=len(self.calls),
+                    group=made.group[row],
+                    prompt_ids=[token for token, real in prompt if real],
+                    response_ids=responses[i],
+                    reward=made.reward[row],
+                    advantage=advantages[i],
+                    loss_mask=masks[i],
+                    logp={name: of_rows[i] for name, of_rows in logps.items()},
+                )
+            )
+        tokens = inputs.get("num_items_in_batch")
+        self.calls.append(
+            _Call(
+                groups=made.groups,
+                entropy_coef=_entropy_coef(self.trainer),
+                generated_tokens=None if tokens is None else float(tokens),
+            )
         )
-    for name, found, off in terms(vars(args)):
-        raise InputError(f"{name} = {found}: {why}; set it to {off}")
-    if getattr(trainer, "aux_loss_enabled", False):
-        raise InputError(f"router_aux_loss_coef is not 0: {why}; set it to 0")
+
+    def _rollouts(self) -> Rollouts:
+        trainer, found = self.trainer, sorted(self.sequences, key=lambda x: x[:3])
+        numbers = sorted({x.generation for x in found})
+        first = {number: i * self.calls[0].groups for i, number in enumerate(numbers)}
+        eos, tokens = set(trainer.eos_token_ids), {call.generated_tokens for call in self.calls}
+
+        def logp(name: str) -> list[list[float]] | None:
+            return [x.logp[name] for x in found] if name in found[0].logp else None
+
+        return Rollouts(
+            prompt_index=[first[x.generation] + x.group for x in found],
+            prompt=[self.tokenizer.decode(x.prompt_ids) for x in found],
+            response=[self.tokenizer.decode(x.response_ids, skip_special_tokens=True) for x in found],
+            prompt_ids=[x.prompt_ids for x in found],
+            response_ids=[x.response_ids for x in found],
+            finish_reason=[
+                "stop" if x.response_ids and x.response_ids[-1] in eos else "length" for x in found
+            ],
+            temperature=float(trainer.temperature),
+            reward=[x.reward for x in found],
+            advantage=[x.advantage for x in found],
+            sampler_logp=logp("sampler_logp"),
+            old_logp=logp("old_logp"),
+            ref_logp=logp("ref_logp"),
+            loss_mask=[x.loss_mask for x in found],
+            microbatch=[x.microbatch for x in found],
+            process=[trainer.accelerator.process_index] * len(found),
+            # Of several generations there is no one number.
+            generated_tokens=tokens.pop() if len(tokens) == 1 else None,
+            entropy_coef=self.calls[0].entropy_coef,
+        )
 
 
-def _other_trl(what: str) -> InputError:
-    return InputError(
-        f"{what} (trl {importlib.metadata.version('trl')}): rollouts are recorded from the GRPOTrainer "
-        "of trl 1.16; install that version, or write rollouts in the documented schema"
-    )
+def _cut(values_NR: Tensor, length: list[int]) -> list[list[Any]]:
+    return [row[:n] for row, n in zip(values_NR.tolist(), length, strict=True)]
+
+
+def _entropy_coef(trainer: Any) -> float:
+    """The coefficient of the entropy bonus in this step, as TRL 1.16 gates it (`_compute_loss`)."""
+    adaptive = getattr(trainer, "use_adaptive_entropy", False)
+    if adaptive and not trainer._last_world_entropy <= trainer.args.entropy_target:
+        return 0.0
+    return float(getattr(trainer, "entropy_coef", 0.0))

@@ -262,8 +262,10 @@ def test_what_is_no_number(tmp_path, changes, said) -> None:
         if ending == "jsonl":  # whose lines count from 1
             said = said.replace("row 2", "line 3").replace("row 1", "line 2").replace("row", place)
         assert said in refusal(path, rewards=of_U)
-        if not of_U:
+        if not of_U and NAN in changes["sampler_logp"][0]:  # of U a sampler need not know all
             assert load_rollouts(path, 10, rewards=True).reward == FULL.reward
+        elif not of_U:
+            assert said in refusal(path, rewards=True)
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])

@@ -7,7 +7,6 @@ must be (theta_6 - theta_5) / lr, tensor by tensor.
 import dataclasses
 import json
 import re
-import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 import funcprobe
-from funcprobe import InputError, UpdateBatch, tree
+from funcprobe import UpdateBatch, tree
 from funcprobe.adapters import rollouts
 from funcprobe.adapters.checkpoint.model import load_policy
 from funcprobe.adapters.config.schema import PolicyConfig
@@ -265,110 +264,6 @@ def test_next_step_of_the_toy_is_the_one_trl_takes(tmp_path, tmp_path_factory):
     require_equal(v.total, run.taken)
 
 
-# Recording.
-
-
-def test_recorded_rollouts_are_what_trl_generated(checkpoint, tmp_path):
-    trainer = grpo_trainer(
-        checkpoint, tmp_path, max_steps=2, per_device_train_batch_size=8, gradient_accumulation_steps=2
-    )
-    outputs = []
-    generate = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: (
-        outputs.append(generate(inputs)) or outputs[-1]
-    )
-    record_rollouts(trainer, tmp_path / "rollouts")
-    trainer.train()
-    files = sorted((tmp_path / "rollouts").iterdir())
-    assert [file.name for file in files] == ["step-000001.parquet", "step-000002.parquet"]
-    tokenizer = trainer.processing_class
-    for file, output in zip(files, outputs, strict=True):
-        found = rollouts.load_rollouts(file, 14, rewards=True, advantages=True, eos_ids=(1,))
-        assert found.prompt_index == [i // 4 for i in range(16)]
-        assert found.temperature == 1.0
-        assert found.advantage == output["advantages"].tolist()
-        assert found.reward == pytest.approx(reward(found.response))
-        assert set(found.finish_reason) == {"stop", "length"}
-        for i in range(16):
-            x, y = found.prompt_ids[i], found.response_ids[i]
-            # Padding is on the left of the prompt and on the right of the completion.
-            assert output["prompt_ids"][i].tolist() == [0] * (len(output["prompt_ids"][i]) - len(x)) + x
-            assert output["completion_ids"][i].tolist() == y + [0] * (
-                len(output["completion_ids"][i]) - len(y)
-            )
-            assert tokenizer.encode(found.prompt[i]) == x
-            assert (found.finish_reason[i] == "stop") == (y[-1] == 1)
-        assert sum(map(len, found.response_ids)) == int(output["num_items_in_batch"])
-
-
-def test_recording_leaves_training_as_it_is(checkpoint, tmp_path):
-    plain = grpo_trainer(checkpoint, tmp_path, max_steps=3)  # seeds, as the next one does
-    plain.train()
-    recorded = grpo_trainer(checkpoint, tmp_path, max_steps=3)
-    record_rollouts(recorded, tmp_path / "rollouts")
-    recorded.train()
-    for (name, a), b in zip(plain.model.named_parameters(), recorded.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_nothing_is_recorded_of_evaluation(checkpoint, tmp_path):
-    trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
-    trainer.eval_dataset = trainer.train_dataset
-    record_rollouts(trainer, tmp_path / "rollouts")
-    trainer.model.eval()
-    trainer._generate_and_score_completions([{"prompt": "3+4="}] * 4)
-    assert not (tmp_path / "rollouts").exists()
-
-
-def test_a_reward_that_does_not_apply_is_none(checkpoint, tmp_path):
-    trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
-    trainer.reward_funcs[0] = lambda completions, **_: [None, *reward(completions)[1:]]
-    record_rollouts(trainer, tmp_path / "rollouts")
-    trainer.train()
-    found = rollouts.load_rollouts(
-        tmp_path / "rollouts" / "step-000001.parquet", 14, rewards=False, advantages=True
-    )
-    assert found.reward is None or found.reward[0] != found.reward[0]
-    assert found.advantage is not None
-    assert found.advantage[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"num_iterations": 2}, "num_iterations = 2: .* set it to 1"),
-        (
-            {"steps_per_generation": 4, "per_device_train_batch_size": 4},
-            "steps_per_generation = 4: .* set it to 1",
-        ),
-        ({"mask_truncated_completions": True}, "mask_truncated_completions = True: .* set it to False"),
-        ({"beta": 0.5}, r"beta = 0\.5: the step is then not .* set it to 0"),
-        ({"entropy_coef": 0.1}, r"entropy_coef = 0\.1: .* set it to 0"),
-        ({"use_adaptive_entropy": True}, "use_adaptive_entropy = True: .* set it to False"),
-        ({"top_entropy_quantile": 0.2}, r"top_entropy_quantile = 0\.2: .* set it to 1"),
-        ({"off_policy_mask_threshold": 0.3}, r"off_policy_mask_threshold = 0\.3: .* set it to None"),
-        ({"loss_type": "cispo"}, "loss_type = cispo: .* one of dapo, grpo, dr_grpo, bnpo"),
-        (
-            {"loss_type": "luspo", "importance_sampling_level": "sequence"},
-            "loss_type = luspo: .* set it to one of",
-        ),
-        (
-            {
-                "loss_type": "bnpo",
-                "gradient_accumulation_steps": 2,
-                "per_device_train_batch_size": 8,
-            },
-            "bnpo in 2 micro-batches.* set it to dapo",
-        ),
-    ],
-)
-def test_what_cannot_be_recorded_is_refused(settings, said, checkpoint, tmp_path):
-    trainer = grpo_trainer(checkpoint, tmp_path, **settings)
-    with pytest.raises(InputError, match=said) as error:
-        record_rollouts(trainer, tmp_path)
-    assert "\n" not in str(error.value)
-
-
 def test_settings_that_change_the_loss_are_trls_and_saved():
     """Off is TRL's default but for vLLM's correction; the sidecar has all that are looked for."""
     defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
@@ -381,42 +276,3 @@ def test_settings_that_change_the_loss_are_trls_and_saved():
     ]
     assert set(terms) <= set(names.LOSS)
     assert {"use_vllm", differences._CORRECTION} <= set(names.SAMPLING)
-
-
-def test_what_weighs_the_loss_elsewhere_is_refused_too(checkpoint, tmp_path):
-    """vLLM is not needed to tell; of a TRL without these settings nothing is refused."""
-    trainer = grpo_trainer(checkpoint, tmp_path)
-    trainer.args.use_vllm = True
-    with pytest.raises(InputError, match=r"importance_sampling_correction = True: .* set it to False"):
-        record_rollouts(trainer, tmp_path)
-    trainer.args.vllm_importance_sampling_correction = False
-    trainer.aux_loss_enabled = True
-    with pytest.raises(InputError, match="router_aux_loss_coef is not 0"):
-        record_rollouts(trainer, tmp_path)
-    trainer.aux_loss_enabled = False
-    trainer.args = types.SimpleNamespace(gradient_accumulation_steps=1)
-    record_rollouts(trainer, tmp_path)
-
-
-def test_several_processes_and_another_trl_are_refused(checkpoint, tmp_path, monkeypatch):
-    trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(trainer.accelerator), "num_processes", 2)
-        with pytest.raises(InputError, match="2 processes"):
-            record_rollouts(trainer, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(GRPOTrainer, "_calculate_rewards", None)
-        with pytest.raises(InputError, match=r"no _calculate_rewards\(\) \(trl 1\."):
-            record_rollouts(trainer, tmp_path)
-    generate = trainer._generate_and_score_completions
-    record_rollouts(trainer, tmp_path / "rollouts")
-    for damage, said in (
-        ({"advantages": None}, "no tensor advantages"),
-        ({"tool_mask": torch.ones(1)}, "tool_mask"),
-    ):
-        trainer = grpo_trainer(checkpoint, tmp_path, max_steps=1)
-        generate = trainer._generate_and_score_completions
-        trainer._generate_and_score_completions = lambda x, g=generate, d=damage: g(x) | d
-        record_rollouts(trainer, tmp_path / "rollouts")
-        with pytest.raises(InputError, match=said):
-            trainer.train()
