@@ -7,6 +7,7 @@ import torch
 import funcprobe
 from funcprobe import checks, sampler_checks, tree
 from funcprobe.policy.layout import response_mask, select
+from funcprobe.policy.reference import LAST_FACTOR
 from funcprobe.statistics import baselines
 from funcprobe.types import Params, TokenStats
 
@@ -106,7 +107,7 @@ def check(
             *([checks.float64_throughout(plan.policy.model, part)] if plain64 else []),
             *(
                 [checks.adapter_changes_logits(params, part, stats, forward, max_tokens)]
-                if any(checks.LAST_FACTOR.search(name) for name in params)  # else no adapter
+                if any(LAST_FACTOR.search(name) for name in params)  # else no adapter
                 else []
             ),
             checks.gradients_reach("X", prediction.X),

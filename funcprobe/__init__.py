@@ -4,6 +4,7 @@ The functional core. Everything here is a pure function of its arguments.
 """
 
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
+from .losses.verl import VerlLoss, verl_loss
 from .passes.grad_dots import grad_dots
 from .passes.gradients import grad_X, grad_Y, weighted_grad
 from .passes.logprobs import seq_logprobs, token_stats
@@ -61,6 +62,7 @@ __all__ = [
     "Step",
     "TokenStats",
     "UpdateBatch",
+    "VerlLoss",
     "advantages",
     "alpha_vjp",
     "bind",
@@ -104,5 +106,6 @@ __all__ = [
     "update_batch",
     "update_direction",
     "update_influence",
+    "verl_loss",
     "weighted_grad",
 ]

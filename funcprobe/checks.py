@@ -1,7 +1,6 @@
 """Sanity checks: each function returns what it found, the bound, and what a failure means."""
 
 import math
-import re
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from .passes.tangents import alpha_vjp
 from .policy.forward import Forward
 from .policy.islands import float32_islands
 from .policy.layout import response_mask, select
+from .policy.reference import LAST_FACTOR
 from .probe import Prediction, measure
 from .statistics.estimators import Measured
 from .step.evidence import Evidence
@@ -22,7 +22,6 @@ from .step.gradient_scale import GradientScale
 from .types import Batch, Entropy, InputError, Params, TokenStats
 
 FEW_TOKENS = 16
-LAST_FACTOR = re.compile(r"lora_(embedding_)?B")  # zero in every untrained adapter
 
 
 class Check(NamedTuple):

@@ -64,10 +64,11 @@ TRACKED = {
     "CHANGELOG.md",
 }
 BROAD = {
-    "adapters/sampling/rewards.py": [("_users_code", True)],
+    "adapters/sampling/functions.py": [("users_code", True)],
     "adapters/checkpoint/base.py": [("load_tokenizer", True)],
     # A trial of modelling code, whose failure is a fallback that is stated, or a refusal.
     "funcprobe/policy/trials.py": [("attempt", False)],
+    "funcprobe/losses/custom.py": [("_called", True)],
 }
 
 files = pytest.mark.parametrize("path", [*CORE, *SHELL], ids=lambda p: str(p.relative_to(ROOT)))

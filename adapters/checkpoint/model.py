@@ -50,6 +50,7 @@ class Policy(NamedTuple):
     revision: str | None = None  # of a hub id, as asked for
     settings: dict[str, Any] = {}  # noqa: RUF012  what else determines the policy; never changed
     padding: dict[torch.nn.Embedding, int] = {}  # noqa: RUF012  the trainer's; never changed
+    source: str | None = None  # folder or hub id that was loaded; None: a model in memory
 
 
 def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
@@ -106,6 +107,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
         revision=name.revision,
         settings=loaded.settings,
         padding=padding,
+        source=loaded.source,
     )
 
 

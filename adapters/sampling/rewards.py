@@ -3,15 +3,11 @@
 A function is called as by the trainer for which it was written, TRL or verl.
 """
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from importlib.machinery import SourceFileLoader
 from numbers import Real
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -21,6 +17,7 @@ from torch import Tensor
 from funcprobe.types import InputError
 
 from .answers import ground_truth_of_verl, numeric_score, reference_answer
+from .functions import load_function, users_code
 from .math_answers import math_score
 from .messages import Messages
 from .prompts import missing_column
@@ -68,13 +65,7 @@ def load_reward(
         score = numeric_score if spec == "numeric" else math_score
         _require_text(spec, conversational)
         return _built_in(score, answer_column)
-    module, colon, name = spec.rpartition(":")
-    if not (colon and module and name):
-        raise InputError(
-            f'unknown reward {spec!r}: expected one of {", ".join(BUILT_IN)}, "module:function" or '
-            '"path/to/file.py:function"'
-        )
-    function = _function(spec)
+    function = load_function(spec, "reward", f"one of {', '.join(BUILT_IN)}")
     if {"solution_str", "ground_truth"} <= _signature(function, f"reward {spec!r}").keys():
         _require_text(spec, conversational)
         return _verl_reward(spec, function, answer_column=answer_column)
@@ -94,22 +85,6 @@ def _built_in(score: Callable[[str, str, str], float], answer_column: str) -> Re
         return torch.tensor(scores, dtype=torch.float64)
 
     return reward
-
-
-def _function(spec: str) -> Callable[..., Any]:
-    """The function "module:function" or "path/to/file.py:function". InputError if there is none."""
-    module, _, name = spec.rpartition(":")
-    found = _module(module)
-    function = getattr(found, name, None)
-    if not callable(function):
-        there = [n for n, f in vars(found).items() if inspect.isfunction(f)]
-        raise InputError(
-            f"{module} has no function {name!r}, its functions are: "
-            f"{', '.join(sorted(there)) or 'none'}"
-        )
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__):
-        raise InputError(f"reward {spec!r} is asynchronous, expected a function: await inside it")
-    return function  # type: ignore[no-any-return]
 
 
 def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool | None) -> Reward:
@@ -141,7 +116,7 @@ def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool
         if taken := arguments.keys() & offered.keys():
             raise InputError(f"column {min(taken)!r} has the name of an argument: rename the column")
         call = _call(function, offered | arguments, columns, f"reward {spec!r}: the dataset")
-        return _checked(spec, _users_code(call, f"reward {spec!r}"), len(completions))
+        return _checked(spec, users_code(call, f"reward {spec!r}"), len(completions))
 
     return reward
 
@@ -167,7 +142,7 @@ def _verl_reward(spec: str, function: Callable[..., Any], *, answer_column: str)
                 "extra_info": _extra_info(row, i),
             } | {key: row[key] for key in ("data_source",) if key in row}
             call = _call(function, offered, row, f"reward {spec!r}: the row of response {i}")
-            result = _users_code(call, f"reward {spec!r}, response {i},")
+            result = users_code(call, f"reward {spec!r}, response {i},")
             if isinstance(result, dict) and "score" not in result:
                 raise InputError(
                     f"reward {spec!r} returned a dict without score for response {i}, its keys are: "
@@ -192,24 +167,6 @@ def _require_lengths(*lists: Sequence[object]) -> None:
     """InputError unless all have one entry per response."""
     if len({len(x) for x in lists}) != 1:
         raise InputError(f"found lists of {[len(x) for x in lists]}, expected one entry per response")
-
-
-def _module(name: str) -> ModuleType:
-    path = Path(name).expanduser()
-    if path.suffix != ".py":
-        hint = "; give a file by its path, such as ./rewards.py:function"
-        imported: ModuleType = _users_code(
-            lambda: importlib.import_module(name), f"importing {name}", hint
-        )
-        return imported
-    if not path.is_file():
-        raise InputError(f"file not found: {name} (from {Path.cwd()}): correct the path")
-    module = ModuleType(f"funcprobe_reward_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses and pickle look their module up there
-    loader = SourceFileLoader(module.__name__, str(path))
-    _users_code(lambda: loader.exec_module(module), f"importing {name}")
-    return module
 
 
 def _signature(function: Callable[..., Any], what: str) -> Mapping[str, inspect.Parameter]:
@@ -284,16 +241,6 @@ def _number(spec: str, value: Any, i: int) -> float:
         found = value if isinstance(value, float) else "a number out of range"
         raise InputError(f"reward {spec!r} returned {found} for response {i}, expected a finite number")
     return float(value)
-
-
-def _users_code(run: Callable[[], Any], what: str, hint: str = "") -> Any:
-    try:
-        return run()
-    # Broad, as the user's code may raise anything; nothing continues from here: the exception is
-    # reported as an input that cannot be used.
-    except (Exception, SystemExit) as error:
-        raised = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{what} raised {raised}{hint}") from error
 
 
 def _no_log(*_: object, **__: object) -> None:

@@ -9,14 +9,14 @@ Its gradient in theta is then that of -J, J = sum_ik c_ik l_ik + d_ik h_ik, with
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import grad
 
 from ..policy.layout import response_mask
 from ..tree import f64
-from ..types import Batch, InputError, TokenStats, UpdateBatch
+from ..types import Batch, InputError, ResponseMask, TokenStats, UpdateBatch
+from .divisors import Coefficients, leave_one_out
 
 
 class LossInputs(NamedTuple):
@@ -48,6 +48,11 @@ class LossValue(NamedTuple):
 LossFunction: TypeAlias = Callable[[Float[Tensor, "N R"], Float[Tensor, "N R"], LossInputs], LossValue]
 """(l, h, inputs) -> value, by differentiable torch operations on l and h, float64."""
 
+LossCheck: TypeAlias = Callable[
+    [Float[Tensor, "N R"], Float[Tensor, "N R"], LossInputs, ResponseMask], None
+]
+"""(l, h, inputs, tokens of the responses): raises InputError where the function is no loss on them."""
+
 Divisor: TypeAlias = Literal["tokens", "sequences"]
 
 
@@ -55,12 +60,14 @@ class Loss(NamedTuple):
     """A loss function, and what the sums over tokens in it are divided by.
 
     The gradient does not need the latter, the error over U does: "tokens" or "sequences" of U in the
-    loss, for the part that depends on l and the one that depends on h.
+    loss, for the part that depends on l and the one that depends on h. None: not known, and found by
+    `divisors.leave_one_out`, one evaluation for each prompt.
     """
 
     function: LossFunction
-    divisor: Divisor
-    entropy_divisor: Divisor = "tokens"
+    divisor: Divisor | None
+    entropy_divisor: Divisor | None = "tokens"
+    check: LossCheck | None = None  # on U, before the coefficients are taken
 
 
 class LossReport(NamedTuple):
@@ -68,6 +75,7 @@ class LossReport(NamedTuple):
 
     loss: float
     metrics: dict[str, float]
+    divisor_residual: float = 0.0  # `Divisors.residual`; 0 where the divisors are known
 
 
 def loss_update(
@@ -77,35 +85,51 @@ def loss_update(
 
     c_ik = -d loss / d l_ik and d_ik = -d loss / d h_ik, [N, R], by autograd in float64: where the loss
     is not differentiable, the subgradient is the one that torch takes, and so a trainer in torch.
-    Raises InputError where `require_inputs` does, and for a loss that is not finite.
+    Raises InputError where `require_inputs` and the loss's own check do, and for a loss that is not
+    finite, on U or, where its divisors are not known, on U without one of the prompts.
     """
     require_inputs(batch, inputs)
     logp_NR, entropy_NR = f64(stats.logp_NR), f64(stats.entropy_NR)
-
-    def value(l_NR: Tensor, h_NR: Tensor) -> tuple[Tensor, LossValue]:
-        found = loss.function(l_NR, h_NR, inputs)
-        return found.loss, found
-
-    (gradient_NR, entropy_gradient_NR), found = grad(value, argnums=(0, 1), has_aux=True)(
-        logp_NR, entropy_NR
-    )
+    if loss.check is not None:
+        loss.check(logp_NR, entropy_NR, inputs, response_mask(batch))
+    found, *gradients = loss_gradient(loss.function, logp_NR, entropy_NR, inputs)
     report = LossReport(float(found.loss), {name: float(x) for name, x in found.metrics.items()})
-    finite = torch.isfinite(gradient_NR).all() and torch.isfinite(entropy_gradient_NR).all()
-    if not (torch.isfinite(found.loss) and finite):
+    if not _finite(found.loss, *gradients):
         raise InputError(
             f"the loss of U at theta is {report.loss:g}, or its gradient is not finite: check the "
             "log-probabilities and advantages that it is given"
         )
-    divisors = {"tokens": inputs.mask_NR.sum(1), "sequences": inputs.mask_NR.any(1)}
-    d_NR = -entropy_gradient_NR if bool(entropy_gradient_NR.any()) else None
-    update = UpdateBatch(
-        batch,
-        coef_NR=-gradient_NR,
-        normaliser_N=f64(divisors[loss.divisor]),
-        entropy_coef_NR=d_NR,
-        entropy_normaliser_N=None if d_NR is None else f64(divisors[loss.entropy_divisor]),
-    )
-    return update, report
+    coef_NR, entropy_coef_NR = (-gradient_NR for gradient_NR in gradients)
+    counts = {"tokens": inputs.mask_NR.sum(1), "sequences": inputs.mask_NR.any(1)}
+    divisors = {None: None} | {name: f64(count_N) for name, count_N in counts.items()}
+    normaliser_N, entropy_normaliser_N = divisors[loss.divisor], divisors[loss.entropy_divisor]
+    if normaliser_N is None or entropy_normaliser_N is None:
+
+        def without(kept_N: Tensor) -> Coefficients:
+            return _without(loss.function, logp_NR, entropy_NR, inputs, kept_N)
+
+        derived = leave_one_out((coef_NR, entropy_coef_NR), inputs.prompt_N, without)
+        report = report._replace(divisor_residual=derived.residual)
+        if normaliser_N is None:
+            normaliser_N = derived.normaliser_N
+        if entropy_normaliser_N is None:
+            entropy_normaliser_N = derived.entropy_normaliser_N
+    if not bool(entropy_coef_NR.any()):
+        return UpdateBatch(batch, coef_NR, normaliser_N), report
+    return UpdateBatch(batch, coef_NR, normaliser_N, entropy_coef_NR, entropy_normaliser_N), report
+
+
+def loss_gradient(
+    function: LossFunction, logp_NR: Tensor, entropy_NR: Tensor, inputs: LossInputs
+) -> tuple[LossValue, Float[Tensor, "N R"], Float[Tensor, "N R"]]:
+    """The value of the loss and its gradients in l and h, [N, R]."""
+
+    def value(l_NR: Tensor, h_NR: Tensor) -> tuple[Tensor, LossValue]:
+        found = function(l_NR, h_NR, inputs)
+        return found.loss, found
+
+    gradients, found = grad(value, argnums=(0, 1), has_aux=True)(logp_NR, entropy_NR)
+    return found, *gradients
 
 
 def require_inputs(batch: Batch, inputs: LossInputs) -> None:
@@ -132,3 +156,36 @@ def require_inputs(batch: Batch, inputs: LossInputs) -> None:
             raise InputError(f"{name} is {float(found[tuple(where)])} at {where}, expected finite")
     if bool((inputs.mask_NR & ~real_NR).any()):
         raise InputError("mask_NR has tokens past the end of a response: they are in no loss")
+
+
+def _without(
+    function: LossFunction, logp_NR: Tensor, entropy_NR: Tensor, inputs: LossInputs, kept_N: Tensor
+) -> Coefficients:
+    """c and d of the loss of the sequences in `kept_N`, as if the others had not been drawn.
+
+    Micro-batches and processes that are left with none are not counted, and the number of generated
+    tokens is smaller in proportion to the tokens in the loss.
+    """
+    rows = {name: x[kept_N] for name, x in inputs._asdict().items() if isinstance(x, Tensor)}
+    for name in ("microbatch_N", "process_N"):
+        rows[name] = rows[name].unique(return_inverse=True)[1]
+    tokens = inputs.generated_tokens
+    if tokens is not None:
+        tokens = tokens * float(rows["mask_NR"].sum() / inputs.mask_NR.sum())
+    kept = inputs._replace(**rows, generated_tokens=tokens)
+    missing = f"on U without the responses to prompt {int(inputs.prompt_N[~kept_N][0])}"
+    try:
+        found, *gradients = loss_gradient(function, logp_NR[kept_N], entropy_NR[kept_N], kept)
+    except InputError as error:
+        raise InputError(f"{error} ({missing}, for the error over U)") from error
+    if not _finite(found.loss, *gradients):
+        raise InputError(
+            f"the loss is {float(found.loss):g}, or its gradient is not finite, {missing}, which the "
+            "error over U needs: let it be finite for any number of sequences"
+        )
+    c_NR, d_NR = (-gradient_NR for gradient_NR in gradients)
+    return c_NR, d_NR
+
+
+def _finite(*values: Tensor) -> bool:
+    return all(bool(x.isfinite().all()) for x in values)

@@ -22,11 +22,12 @@ LOW, HIGH = 0.75, 1.5  # epsilon = 1/4 and 1/2: bounds that are exact, and e^(lo
 
 def any_settings(loss_type):
     modes = MODES[:2] if loss_type == "vespo" else MODES
+    highs = [1.0, 1.25, 5.0] if loss_type == "cispo" else [None, HIGH - 1]  # the bound itself in CISPO
     choices = {
         "loss_type": st.just(loss_type),
         "importance_sampling_level": st.sampled_from(["token", "sequence"]),
         "epsilon": st.just(1 - LOW),
-        "epsilon_high": st.sampled_from([None, HIGH - 1]),
+        "epsilon_high": st.sampled_from(highs),
         "delta": st.sampled_from([None, 1.25, 2.0]),
         "beta": st.sampled_from([0.0, 0.3]),
         "use_bias_correction_kl": st.booleans(),
@@ -258,7 +259,7 @@ def test_what_is_outside_the_mask_is_in_nothing():
 
 
 def test_the_token_of_highest_entropy_is_kept_though_its_float32_is_larger():
-    h_NR = torch.tensor([[0.05, 0.1, 0.02]]).double()
+    h_NR = torch.tensor([[0.05, 0.1, 0.02]], dtype=torch.float64)
     assert h_NR[0, 1] < h_NR[0, 1].float()
     batch, stats, inputs = at_ratios([1.0, 1.0, 1.0], 1.0)
     s = TrlLoss("grpo", top_entropy_quantile=0.0)
