@@ -185,38 +185,36 @@ def _rows() -> list[dict[str, Any]]:
     ]
 
 
-def _train(base: Path, target: Path, report: Report) -> None:
+def grpo_trainer(base: Path, prompts: Path, folder: Path, **settings: Any) -> Any:
+    """The GRPOTrainer of the run, which saves every step in `folder`; `settings` of GRPOConfig are
+    changes to its own."""
     import datasets
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    prompts = target / "prompts.parquet"
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_list(_rows()).to_parquet(prompts)
-    shutil.copyfile(Path(__file__).with_name("real_reward.py"), target / "reward.py")
-    arguments = GRPOConfig(
-        output_dir=str(target / "with_names"),
-        learning_rate=LR,  # linear to 0 at max_steps, twice the steps taken: in mid-run
-        max_steps=2 * STEPS,
-        per_device_train_batch_size=PROMPTS * RESPONSES,
-        num_generations=RESPONSES,
-        max_completion_length=MAX_NEW_TOKENS,
-        temperature=1.0,
-        weight_decay=0.01,
-        save_steps=1,
-        logging_steps=1,
-        seed=SEED,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = GRPOTrainer(
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "learning_rate": LR,  # linear to 0 at max_steps, twice the steps taken: in mid-run
+        "max_steps": 2 * STEPS,
+        "per_device_train_batch_size": PROMPTS * RESPONSES,
+        "num_generations": RESPONSES,
+        "max_completion_length": MAX_NEW_TOKENS,
+        "temperature": 1.0,
+        "weight_decay": 0.01,
+        "save_steps": 1,
+        "logging_steps": 1,
+        "seed": SEED,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         reward_funcs=closeness,
-        args=arguments,
+        args=GRPOConfig(**(given | settings)),
         # Read with a cache of its own, which goes with the draft.
         train_dataset=datasets.Dataset.from_parquet(str(prompts), keep_in_memory=True),
         processing_class=AutoTokenizer.from_pretrained(base),
@@ -228,6 +226,17 @@ def _train(base: Path, target: Path, report: Report) -> None:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def _train(base: Path, target: Path, report: Report) -> None:
+    import datasets
+    from transformers import PrinterCallback
+
+    prompts = target / "prompts.parquet"
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(_rows()).to_parquet(prompts)
+    shutil.copyfile(Path(__file__).with_name("real_reward.py"), target / "reward.py")
+    trainer = grpo_trainer(base, prompts, target / "with_names")
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ParamNamesCallback())
     trainer.add_callback(_progress(report))

@@ -110,7 +110,7 @@ def _value(s: TrlLoss, l_NR: Tensor, h_NR: Tensor, inputs: LossInputs) -> LossVa
     mask_NR, m_NR, A_N1 = inputs.mask_NR, f64(inputs.mask_NR), f64(inputs.advantage_N)[:, None]
     old_NR = l_NR.detach() if inputs.old_logp_NR is None else f64(inputs.old_logp_NR)
     sampler_NR = old_NR
-    if s.use_vllm and inputs.sampler_logp_NR is not None:
+    if inputs.sampler_logp_NR is not None:
         sampler_NR = f64(inputs.sampler_logp_NR)
     acting_NR = mask_NR
     if s.top_entropy_quantile < 1:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from trl import GRPOTrainer
 
 Change = dict[str, Any]
@@ -38,7 +37,7 @@ def _logps(trainer: GRPOTrainer, prompt: Sequence[int], ids: Sequence[int]) -> l
 
 
 class _Sampler:
-    """In the place of trl.generation.VLLMGeneration: the policy's own samples, and what it says of them.
+    """In the place of VLLMGeneration: the policy's own samples, and other log-probabilities of them.
 
     The log-probability of the first token of a generation is unknown, as vLLM's are at times.
     """
@@ -148,12 +147,15 @@ CASES = {
     "luspo by token, quantile": Case(
         NARROW | {"loss_type": "luspo"} | QUANTILE, [{"top_entropy_quantile": 1.0}]
     ),
+    # Of a sequence whose tokens TRL masks the old log-probabilities mean nothing, and the ratio is
+    # clipped: it is the entropy that tells whether they are in the loss.
     "truncated": Case(
-        CLIPPED | {"mask_truncated_completions": True, "max_completion_length": 4}, [{"mask_NR": None}, {"generated_tokens": 60.0}]
+        CLIPPED | ENTROPY | {"mask_truncated_completions": True},
+        [{"mask_NR": None}, {"generated_tokens": 80.0}],
     ),
     "truncated, of grpo": Case(
-        NARROW
-        | {"loss_type": "grpo", "mask_truncated_completions": True, "max_completion_length": 4}, [{"mask_NR": None}]
+        NARROW | ENTROPY | {"loss_type": "grpo", "mask_truncated_completions": True},
+        [{"mask_NR": None}],
     ),
     "vllm": Case(
         CLIPPED | {"vllm_importance_sampling_clip_max": 1.1},
@@ -232,12 +234,3 @@ LAYOUTS: dict[str, Change] = {
     },
 }
 GENERAL = "second, accumulated"  # where a case's changes must be seen
-
-
-def changed(value: Any, changes: Change) -> Any:
-    """The NamedTuple with those of the changes that are its fields."""
-    return value._replace(**{k: v for k, v in changes.items() if k in value._fields})
-
-
-def whole(mask_NR: Tensor, length_N: Tensor) -> Tensor:
-    return torch.arange(mask_NR.shape[1]) < length_N[:, None]

@@ -4,12 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pytest
+import torch
 
+from funcprobe.adapters import rollouts
 from funcprobe.losses.loss import LossInputs, LossReport
 from funcprobe.policy.layout import response_mask
 from funcprobe.types import Batch
+from support.checkpoints import PIECES
 from support.trl_cases import Change
-from support.trl_training import Distance, Step, distance, ours
+from support.trl_training import Distance, Step, captured, distance, ours
 
 
 def is_of_the_loss(name: str) -> bool:
@@ -19,11 +22,37 @@ def is_of_the_loss(name: str) -> bool:
     )
 
 
-def require_the_step(step: Step, batch: Batch, inputs: LossInputs, seen: Sequence[Change]) -> Distance:
+def recorded(step: Step) -> tuple[Batch, LossInputs]:
+    """From the file that was recorded of the step, where nothing else is known of it."""
+    U = rollouts.load_rollouts(step.recorded, len(PIECES), rewards=False, advantages=True, eos_ids=(1,))
+    assert U.temperature == step.temperature
+    assert U.entropy_coef == step.settings.entropy_coef
+    assert U.advantage is not None
+    batch = rollouts.to_batch(U)
+    return batch, rollouts.loss_inputs(U, batch, torch.tensor(U.advantage, dtype=torch.float64))
+
+
+def sequences(batch: Batch, inputs: LossInputs) -> list[tuple[object, ...]]:
+    """Every sequence with all that is known of it, in an order of its own."""
+    arrays = {
+        k: x for k, x in inputs._asdict().items() if isinstance(x, torch.Tensor) and k != "prompt_N"
+    }
+    rows = []
+    for i, n in enumerate(batch.response_length_N.tolist()):
+        known = {k: repr(x[i, :n].tolist() if x.ndim > 1 else x[i].item()) for k, x in arrays.items()}
+        tokens = batch.tokens_NL[i, : int(batch.prompt_length_N[i]) + n].tolist()
+        rows.append((tokens, n, inputs.generated_tokens, known))
+    return sorted(rows, key=repr)
+
+
+def require_the_step(step: Step, seen: Sequence[Change]) -> Distance:
     """Parameters and log of the step that TRL took; with each change `seen`, other parameters.
 
-    `pytest -s` shows the figures.
+    From the recorded file, in which everything is as TRL gave it to its loss. `pytest -s` shows the
+    figures.
     """
+    batch, inputs = recorded(step)
+    assert sequences(batch, inputs) == sequences(*captured(step.calls))
     direction = ours(step, batch)
     v, report = direction(step.settings, inputs)
     found = distance(v, step.taken)

@@ -1,6 +1,5 @@
 """Optimizer steps of a real GRPOTrainer, with everything that its loss was called with."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from funcprobe import Batch, tree
 from funcprobe.adapters.checkpoint.model import load_policy
 from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.adapters.optimizer import read_adam_state
-from funcprobe.adapters.trainers import ParamNamesCallback
+from funcprobe.adapters.trainers import ParamNamesCallback, record_rollouts
 from funcprobe.losses.loss import LossInputs, LossReport, loss_update
 from funcprobe.losses.trl import TrlLoss, trl_loss
 from support.checkpoints import Checkpoint
@@ -38,6 +37,7 @@ class Step(NamedTuple):
 
     before: Path
     calls: list[Call]  # of this process
+    recorded: Path  # by record_rollouts; of all processes
     settings: TrlLoss
     temperature: float
     lr: float
@@ -48,8 +48,10 @@ class Step(NamedTuple):
 def train(
     checkpoint: Checkpoint, folder: Path, prepare: Prepare = lambda _: None, **settings: Any
 ) -> Step:
-    """STEPS steps; `prepare` may change the trainer first. Gradients are not clipped by default, which
-    hides a wrong factor."""
+    """STEPS steps, recorded; `prepare` may change the trainer first.
+
+    Gradients are not clipped by default, which would hide a wrong factor.
+    """
     trainer = grpo_trainer(checkpoint, folder, **({"max_grad_norm": 0.0} | settings))
     trainer.add_callback(ParamNamesCallback())
     prepare(trainer)
@@ -64,7 +66,8 @@ def train(
             calls.append(Call(len(calls), trainer.accelerator.process_index, held, coef))
         return compute(model, inputs)
 
-    trainer._compute_loss = computing
+    trainer._compute_loss = computing  # inside what records, so as it is without it
+    record_rollouts(trainer, folder / "rollouts")
     trainer.train()
     args = trainer.args
     named = {name: getattr(args, name) for name in TrlLoss._fields}
@@ -84,6 +87,7 @@ def train(
     return Step(
         before=folder / f"checkpoint-{STEPS - 1}",
         calls=calls,
+        recorded=folder / "rollouts" / f"step-{STEPS:06d}.parquet",
         settings=TrlLoss(**(named | {"entropy_coef": calls[0].entropy_coef})),
         temperature=args.temperature,
         lr=lr,
@@ -92,7 +96,7 @@ def train(
     )
 
 
-def inputs_of(calls: Sequence[Call]) -> tuple[Batch, LossInputs]:
+def captured(calls: Sequence[Call]) -> tuple[Batch, LossInputs]:
     """The sequences of these calls one after the other, and what TRL's loss knew of each."""
     prompts: list[tuple[int, ...]] = []
     responses: list[list[int]] = []
