@@ -4,6 +4,7 @@ The functional core. Everything here is a pure function of its arguments.
 """
 
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
+from .losses.trl import TrlLoss, trl_loss
 from .losses.verl import VerlLoss, verl_loss
 from .passes.grad_dots import grad_dots
 from .passes.gradients import grad_X, grad_Y, weighted_grad
@@ -61,6 +62,7 @@ __all__ = [
     "Probe",
     "Step",
     "TokenStats",
+    "TrlLoss",
     "UpdateBatch",
     "VerlLoss",
     "advantages",
@@ -103,6 +105,7 @@ __all__ = [
     "tangents",
     "token_stats",
     "trainable_params",
+    "trl_loss",
     "update_batch",
     "update_direction",
     "update_influence",
