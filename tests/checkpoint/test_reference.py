@@ -30,7 +30,9 @@ from support.checkpoints import edit_json
 from support.every_architecture import small_config
 
 TEMPERATURE = 0.7
-KINDS = [(adapter, tied) for adapter in ADAPTERS for tied in ((False, True) if adapter in TIED else (False,))]
+KINDS = [
+    (adapter, tied) for adapter in ADAPTERS for tied in ((False, True) if adapter in TIED else (False,))
+]
 NAMES = [f"{adapter}{'-tied' * tied}" for adapter, tied in KINDS]
 # TRL 1.16 rejects LoRA on the output embedding, peft 0.21 a second adapter where biases are trained.
 COPIED = [k for k in KINDS if k[0] not in {"lora-head", "trained-biases", "biases-of-lora"}]
@@ -134,4 +136,6 @@ def test_a_new_adapter_has_the_base_as_its_reference(bases, tmp_path, adapter, t
     policy = load(tmp_path, dtype=dtype)
     assert initial_adapter(policy) is None
     theirs = PeftModel.from_pretrained(plain(base, dtype=getattr(torch, dtype)), tmp_path).eval()
-    require_reference(policy, Theirs(theirs.to(getattr(torch, dtype)) if dtype == "float64" else theirs, None))
+    require_reference(
+        policy, Theirs(theirs.to(getattr(torch, dtype)) if dtype == "float64" else theirs, None)
+    )

@@ -101,7 +101,9 @@ def trainer(s: TrlLoss, accelerator: Accelerator, microbatches: int) -> SimpleNa
     return self
 
 
-def generation(self: SimpleNamespace, inputs: LossInputs, length_N: Tensor, total: int) -> dict[str, Any]:
+def generation(
+    self: SimpleNamespace, inputs: LossInputs, length_N: Tensor, total: int
+) -> dict[str, Any]:
     """TRL's own batch of these rows: masks, tokens of the step, ratios to the sampler."""
     rows = range(len(length_N))
     sampler = None
@@ -153,7 +155,11 @@ def trl_step(
                 rows = inputs.microbatch_N[own] == step
                 of_it = {k: x[rows] if x.dim() else x for k, x in batch.items()}
                 at = own[rows]
-                self._get_per_token_logps_and_entropies = lambda *_, at=at, **__: (l_NR[at], h_NR[at], None)
+                self._get_per_token_logps_and_entropies = lambda *_, at=at, **__: (
+                    l_NR[at],
+                    h_NR[at],
+                    None,
+                )
                 self.accelerator.sync_gradients = step == steps - 1
                 losses.append(GRPOTrainer._compute_loss(self, self.model, of_it))
             return torch.stack(losses).sum(), self._metrics["train"]
@@ -165,7 +171,9 @@ def trl_step(
         losses, logs = zip(*pool.map(process, range(processes)), strict=True)
     loss = torch.stack(losses).mean()
     gradients = torch.autograd.grad(loss, (l_NR, h_NR), allow_unused=True)
-    zeros = (torch.zeros_like(x) if g is None else g for x, g in zip((l_NR, h_NR), gradients, strict=True))
+    zeros = (
+        torch.zeros_like(x) if g is None else g for x, g in zip((l_NR, h_NR), gradients, strict=True)
+    )
     numbers = {name: [x for x in found if not math.isnan(x)] for name, found in logs[0].items()}
     means = {name: sum(x) / len(x) if x else math.nan for name, x in numbers.items()}
     return loss.detach(), tuple(zeros), means
