@@ -1,4 +1,4 @@
-"""An optimizer step of TRL's own loss on given arrays, without a model: its generation, then its calls."""
+"""A step of TRL's own loss on given arrays, without a model: a generation, then the calls."""
 
 import math
 import threading
@@ -80,7 +80,7 @@ def trainer(s: TrlLoss, accelerator: Accelerator, microbatches: int) -> SimpleNa
         mask_truncated_completions=False,
         _tokenizer=SimpleNamespace(pad_token_id=0),
         num_generations=1,
-        num_iterations=1,
+        num_iterations=2,
         multi_objective_aggregation="sum_then_normalize",
         scale_rewards="none",
         reward_weights=torch.ones(1),
@@ -118,12 +118,9 @@ def generation(
         return (inputs.ref_logp_NR if model is self.ref_model else inputs.old_logp_NR), None, None
 
     self._get_per_token_logps_and_entropies = logps
-    # `old_logp` is there or not by what is given: a generation of 2 steps of 1 has TRL compute it.
-    accumulation = self.args.gradient_accumulation_steps
-    self.args.gradient_accumulation_steps = 1 if inputs.old_logp_NR is not None else 0
-    self.num_iterations = 2
+    # TRL computes the old log-probabilities unless the steps of a generation divide this number.
+    self.args.gradient_accumulation_steps = 0 if inputs.old_logp_NR is None else 1
     found = GRPOTrainer._generate_and_score_completions(self, [{"prompt": "x"} for _ in rows])
-    self.args.gradient_accumulation_steps = accumulation
     return found | {"advantages": inputs.advantage_N}
 
 
