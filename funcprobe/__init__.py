@@ -3,6 +3,7 @@
 The functional core. Everything here is a pure function of its arguments.
 """
 
+from .losses.custom import custom_loss
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
 from .losses.verl import VerlLoss, verl_loss
 from .passes.grad_dots import grad_dots
@@ -69,6 +70,7 @@ __all__ = [
     "change",
     "coefficients",
     "collate",
+    "custom_loss",
     "derivative",
     "difference_eta",
     "entropy_value",
