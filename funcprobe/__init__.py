@@ -12,6 +12,7 @@ from .passes.tangents import alpha_vjp, tangents
 from .policy.dropout import masked_forwards
 from .policy.forward import Forward, frozen_forward, lora_params, trainable_params
 from .policy.layout import collate, response_mask, select
+from .policy.reference import adapter_params, base_params
 from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
 from .statistics.estimators import (
     entropy_value,
@@ -61,8 +62,10 @@ __all__ = [
     "Step",
     "TokenStats",
     "UpdateBatch",
+    "adapter_params",
     "advantages",
     "alpha_vjp",
+    "base_params",
     "bind",
     "change",
     "coefficients",
