@@ -14,6 +14,7 @@ from .passes.tangents import alpha_vjp, tangents
 from .policy.dropout import masked_forwards
 from .policy.forward import Forward, frozen_forward, lora_params, trainable_params
 from .policy.layout import collate, response_mask, select
+from .policy.reference import adapter_params, base_params
 from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
 from .statistics.estimators import (
     entropy_value,
@@ -64,8 +65,10 @@ __all__ = [
     "TokenStats",
     "UpdateBatch",
     "VerlLoss",
+    "adapter_params",
     "advantages",
     "alpha_vjp",
+    "base_params",
     "bind",
     "change",
     "coefficients",

@@ -128,7 +128,7 @@ LOSS = {"loss_type": "dapo", "scale_rewards": "group", "gradient_accumulation_st
 
 
 def test_the_sidecar_names_the_loss(probe, damaged) -> None:
-    """A run without [objective] has the loss of its training run, and one with a preset says it has not."""
+    """A run without [objective] has its training run's loss; one with a preset says that it has not."""
     with_sidecar(damaged, loss=LOSS | {"beta": 0.3, "entropy_coef": 0.2}, sampling={})
     found = probe("own", of=damaged)
     assert found["loss"]["name"] == "trl"
