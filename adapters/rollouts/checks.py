@@ -102,7 +102,7 @@ def check_of_tokens(
             -math.inf < logp < 0.01 or (unknown and math.isnan(logp)) for logp in row
         ):
             raise InputError(
-                f"{file.path}: {place} has a {name} that is not a log-probability: finite numbers, at "
+                f"{file.path}: {place} has {name} that is not a log-probability: finite numbers, at "
                 f"most 0, are expected (nats){', or NaN where it is unknown' if unknown else ''}"
             )
 

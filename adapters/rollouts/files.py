@@ -1,6 +1,7 @@
 """Tables of rollouts on disk, Parquet or JSON lines by the file's extension, as columns."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +30,46 @@ def of_rank(path: Path, rank: int, count: int) -> Path:
     return path.with_name(f"{path.stem}.rank-{rank:05d}-of-{count:05d}{path.suffix}")
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that a path of rollouts stands for: itself, or where it does not exist, of all ranks.
+
+    In the order of ranks. Raises InputError, naming them, for missing ranks and for those of trainings
+    with different numbers of processes.
+    """
+    pattern = re.compile(
+        rf"{re.escape(path.stem)}\.rank-(\d{{5}})-of-(\d{{5}}){re.escape(path.suffix)}"
+    )
+    if path.exists() or not path.parent.is_dir():
+        return [path]
+    matches = [match for file in path.parent.iterdir() if (match := pattern.fullmatch(file.name))]
+    if not matches:
+        return [path]
+    counts = sorted({int(match[2]) for match in matches})
+    if len(counts) > 1:
+        raise InputError(
+            f"{path}: there are files of ranks of {' and of '.join(map(str, counts))} processes: keep "
+            "those of one training"
+        )
+    ranks = range(counts[0])
+    if missing := sorted(set(ranks) - {int(match[1]) for match in matches}):
+        raise InputError(
+            f"{path}: of the files of {counts[0]} ranks, {', '.join(map(str, missing))} are missing: "
+            f"copy all of them, such as {of_rank(path, missing[0], counts[0]).name}"
+        )
+    return [of_rank(path, rank, counts[0]) for rank in ranks]
+
+
 def read_columns(path: Path) -> Columns:
     """Every column of a .parquet file, or of a .jsonl or .json file with one object per line.
 
-    JSON numbers keep their type and the precision of a double. NaN and infinities, which Python writes,
-    are read as such, so that one in a column of no concern does no harm. Raises InputError for a file
-    that is missing, of another type or damaged, with the line.
+    Of a Parquet file that does not exist, but of which several processes wrote their parts, the rows of
+    all ranks. JSON numbers keep their type and the precision of a double. NaN and infinities, which
+    Python writes, are read as such, so that one in a column of no concern does no harm. Raises
+    InputError for a file that is missing, of another type or damaged, with the line; of ranks, as
+    `files_of`.
     """
+    if path.suffix == ".parquet" and (files := files_of(path)) != [path]:
+        return _joined(path, [read_columns(file) for file in files])
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the file in it, of Parquet or JSON lines")
     if not path.is_file():
@@ -45,6 +79,16 @@ def read_columns(path: Path) -> Columns:
     if missing := pointer(path):
         raise missing
     return _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+
+
+def _joined(path: Path, parts: Sequence[Columns]) -> Columns:
+    names = dict.fromkeys(name for part in parts for name in part.values)
+    places = [f"{place} of rank {rank}" for rank, part in enumerate(parts) for place in part.place]
+    values = {
+        name: [x for part in parts for x in part.values.get(name, [None] * len(part.place))]
+        for name in names
+    }
+    return Columns(path, places, values)
 
 
 def write_parquet(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:

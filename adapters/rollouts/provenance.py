@@ -85,11 +85,11 @@ def require_own(
 def is_next_batch(update: Rollouts | None, run: TrainingRun) -> bool:
     """Whether U is the very batch of the checkpoint's next step: its step, and all its responses.
 
-    Not where the run used what it generated for several steps by num_iterations.
+    With num_iterations over 1 only a recorded file is, which states the micro-batches of its step.
     """
     if update is None or update.step is None or run.steps is None or update.step != run.steps + 1:
         return False
-    if run.loss.get("num_iterations") not in (None, 1):
+    if run.loss.get("num_iterations") not in (None, 1) and update.microbatch is None:
         return False
     generated = run.loss.get("generation_batch_size")
     per_step, per_generation = (

@@ -22,6 +22,7 @@ from ..machine.precision import rounded
 from ..machine.versions import versions
 from ..optimizer import OptimizerReport
 from ..rollouts import Rollouts, provenance
+from ..rollouts.files import files_of
 from ..sampling.generate import ended_by
 from ..sampling.prompts import Prompt
 from ..sampling.rewards import Reward, load_reward
@@ -284,7 +285,11 @@ def _inputs(
         "optimizer": store.fingerprint_path(report.path) if report else {},
         "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),
         "rollouts": {
-            key: store.fingerprint_path(Path(path).expanduser())
+            key: {
+                name: found
+                for file in files_of(Path(path).expanduser())
+                for name, found in store.fingerprint_path(file).items()
+            }
             for key, path in config.rollouts
             if path is not None
         },

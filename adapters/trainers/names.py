@@ -35,12 +35,27 @@ LOSS = (
     "use_bias_correction_kl",
     "entropy_coef",
     "use_adaptive_entropy",
+    "entropy_coef_min",
+    "entropy_coef_max",
+    "entropy_coef_delta",
+    "entropy_target",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "router_aux_loss_coef",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
     "normalize_advantages",
     "disable_dropout",
     "gradient_accumulation_steps",
     "per_device_train_batch_size",
     "steps_per_generation",
     "generation_batch_size",
+    "world_size",
 )
 SAMPLING = (
     "temperature",
@@ -54,6 +69,9 @@ SAMPLING = (
     "chat_template_kwargs",
     "use_vllm",
     "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
 )
 
 
@@ -96,6 +114,8 @@ def param_names(
     loss = _settings(args, LOSS)
     if "epsilon" in loss and loss.get("epsilon_high") is None:
         loss["epsilon_high"] = loss["epsilon"]  # as TRL resolves it
+    if "router_aux_loss_coef" in loss:
+        loss["router_aux_loss_coef"] = _router_coef(model, loss["router_aux_loss_coef"])
     return sidecar_content(
         optimizer,
         model,
@@ -106,6 +126,14 @@ def param_names(
         loss=loss,
         sampling=_settings(args, SAMPLING),
     )
+
+
+def _router_coef(model: Any, given: float | None) -> float:
+    """As TRL 1.16 resolves it: the architecture's own unless given; 0 for a model without router."""
+    config = model.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if given is None else given)
 
 
 def _settings(args: TrainingArguments, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from funcprobe.types import InputError
 
 # Losses divided by the tokens of the generation, one number only where a step has one generation.
-_BY_GENERATION = ("dapo", "cispo", "vespo")
+BY_GENERATION = ("dapo", "cispo", "vespo")
 
 
 def require_recordable(trainer: Any, methods: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ def _require_generations(args: Any) -> None:
             f"gradient_accumulation_steps = {per_step}: this trainer has old log-probabilities of "
             "sequences, not of tokens; set num_iterations to 1, and the other two equal"
         )
-    if loss in _BY_GENERATION and per_generation * iterations % per_step:
+    if loss in BY_GENERATION and per_generation * iterations % per_step:
         raise InputError(
             f"steps_per_generation = {per_generation} with gradient_accumulation_steps = {per_step}: "
             f"a step is of several generations, and loss_type {loss} divides by the tokens of each; "

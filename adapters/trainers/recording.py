@@ -1,6 +1,7 @@
 """The rollouts of each optimizer step of TRL's GRPOTrainer, token by token, for rollouts.update."""
 
 # ruff: noqa: ARG002  (the arguments are the trainer's)
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ..rollouts.files import of_rank
 from ..store import write_whole
 from .dropout import warn_of_dropout
 from .live import tokenizer_of
-from .recordable import images, other_trl, require_recordable
+from .recordable import BY_GENERATION, images, other_trl, require_recordable
 
 # Private methods of TRL (1.16), and the tensors that the first returns for the sequences.
 _GENERATE, _REWARD = "_generate_and_score_completions", "_calculate_rewards"
@@ -129,8 +130,16 @@ class _Recorder(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.calls:
-            step = state.global_step + 1
+        step = state.global_step + 1
+        loss, tokens = getattr(args, "loss_type", None), {call.generated_tokens for call in self.calls}
+        if loss in BY_GENERATION and len(tokens) > 1:
+            # Of a trainer that was stopped inside a step and goes on: its steps are out of phase.
+            warnings.warn(
+                f"funcprobe: step {step} is of several generations, and loss_type {loss} divides by "
+                "the tokens of each: its rollouts are not recorded; begin with a new trainer",
+                stacklevel=2,
+            )
+        elif self.calls:
             path = self.folder / f"step-{step:06d}.parquet"
             if (count := self.trainer.accelerator.num_processes) > 1:
                 path = of_rank(path, self.trainer.accelerator.process_index, count)

@@ -16,11 +16,15 @@ from funcprobe.adapters.rollouts import (
     SCHEMA,
     Rollouts,
     load_rollouts,
+    loss_inputs,
     sampler_logp,
     save_rollouts,
     to_batch,
 )
+from funcprobe.adapters.rollouts.files import files_of, of_rank
 from funcprobe.adapters.sampling.advantages import groups_of_zero, update_advantages
+from funcprobe.losses.loss import require_inputs
+from funcprobe.policy.layout import response_mask
 from funcprobe.types import InputError
 
 FULL = Rollouts(
@@ -34,6 +38,14 @@ FULL = Rollouts(
     reward=[1.0, 0.25, -3.0],
     advantage=[0.5, -0.5, 0.1],
     sampler_logp=[[-0.1, -2.0, -1e-9], [0.0], [-3.5, -30.0]],
+    step=3,
+    old_logp=[[-0.2, -2.5, -1e-8], [-0.0], [-3.25, -29.0]],
+    ref_logp=[[-0.5, -1.5, -2.0], [-1.0], [-4.0, -20.0]],
+    loss_mask=[[True, False, True], [True], [False, False]],
+    microbatch=[1, 0, 1],
+    process=[0, 1, 1],
+    generated_tokens=37.0,
+    entropy_coef=-0.25,
 )
 BARE = Rollouts(
     prompt_index=[0, 1],
@@ -49,6 +61,7 @@ NAN, INF = float("nan"), float("inf")
 
 def columns(**changes: list | None) -> dict[str, list]:
     found = FULL._asdict() | {"temperature": [0.7] * 3, "finish_reason": ["stop", "length", None]}
+    found |= {k: [found[k]] * 3 for k in ("step", "generated_tokens", "entropy_coef")}
     return {k: v for k, v in (found | changes).items() if v is not None}
 
 
@@ -78,6 +91,8 @@ def test_every_column_comes_back(tmp_path, rollouts, ending) -> None:
     path = tmp_path / f"r.{ending}"
     save_rollouts(rollouts, path)
     assert load_rollouts(path, 10, rewards=False) == rollouts
+    if rollouts is FULL:
+        assert load_rollouts(path, 10, rewards=True) == rollouts
     if ending == "parquet":
         assert pq.read_schema(path).equals(SCHEMA)
     else:
@@ -110,6 +125,12 @@ def any_rollouts(draw) -> Rollouts:
         return st.lists(one, min_size=count, max_size=count)
 
     logp = st.floats(max_value=0, allow_nan=False, allow_infinity=False)
+
+    def of_tokens(one):
+        rows = st.tuples(*(st.lists(one, min_size=len(y), max_size=len(y)) for y in responses))
+        return st.none() | rows.map(list)
+
+    sampler = draw(of_tokens(logp))
     return Rollouts(
         prompt_index=[numbers[i] for i in which],
         prompt=draw(column(text)),
@@ -120,22 +141,26 @@ def any_rollouts(draw) -> Rollouts:
         temperature=draw(st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False)),
         reward=draw(st.none() | column(finite)),
         advantage=draw(st.none() | column(finite)),
-        sampler_logp=draw(
-            st.none()
-            | st.tuples(*(st.lists(logp, min_size=len(y), max_size=len(y)) for y in responses))
-        ),
+        sampler_logp=sampler,
+        old_logp=None if sampler is None else draw(of_tokens(logp)),
+        ref_logp=draw(of_tokens(logp)),
+        loss_mask=draw(of_tokens(st.booleans())),
+        microbatch=draw(st.none() | column(st.integers(0, 2**63 - 1))),
+        process=draw(st.none() | column(st.integers(0, 2**63 - 1))),
+        generated_tokens=draw(st.none() | st.floats(0, allow_nan=False, allow_infinity=False)),
+        entropy_coef=draw(st.none() | finite),
     )
 
 
 @settings(max_examples=60)
 @given(any_rollouts(), st.sampled_from(["parquet", "jsonl"]))
 def test_any_rollouts_come_back_to_the_last_bit(rollouts, ending) -> None:
-    if rollouts.sampler_logp is not None:
-        rollouts = rollouts._replace(sampler_logp=list(rollouts.sampler_logp))
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"r.{ending}"
         save_rollouts(rollouts, path)
         found = load_rollouts(path, 10, rewards=False)
+        if rollouts.reward is not None:
+            assert load_rollouts(path, 10, rewards=True) == rollouts
     assert found == rollouts
     # == does not tell 0.0 from -0.0.
     assert repr(found.reward) == repr(rollouts.reward)
@@ -178,6 +203,27 @@ def test_the_batch_keeps_rows_and_units_apart() -> None:
     expected = torch.tensor([[-0.1, -2.0, -1e-9], [0, 0, 0], [-3.5, -30.0, 0]], dtype=torch.float64)
     assert torch.equal(sampler_logp(FULL, batch), expected)
     assert sampler_logp(BARE, to_batch(BARE)) is None
+
+
+def test_what_a_loss_depends_on_besides_the_policy() -> None:
+    batch, advantage_N = to_batch(FULL), torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+    found = loss_inputs(FULL, batch, advantage_N)
+    assert found.advantage_N is advantage_N
+    assert found.mask_NR.tolist() == [[True, False, True], [True, False, False], [False] * 3]
+    assert found.prompt_N.tolist() == [4, 4, 1]
+    assert (found.microbatch_N.tolist(), found.process_N.tolist()) == ([1, 0, 1], [0, 1, 1])
+    for name in ("sampler_logp", "old_logp", "ref_logp"):
+        expected = [[*row, 0, 0][:3] for row in getattr(FULL, name)]
+        found_NR = getattr(found, f"{name}_NR")
+        assert torch.equal(found_NR, torch.tensor(expected, dtype=torch.float64))
+    assert found.generated_tokens == 37.0
+    require_inputs(batch, found)
+    batch = to_batch(BARE)
+    bare = loss_inputs(BARE, batch, advantage_N[:2])
+    assert torch.equal(bare.mask_NR, response_mask(batch))
+    assert bare.microbatch_N.tolist() == bare.process_N.tolist() == [0, 0]
+    assert [x for x in bare if x is None] == [None] * 4
+    require_inputs(batch, bare)
 
 
 # What is refused
@@ -231,7 +277,36 @@ def test_the_batch_keeps_rows_and_units_apart() -> None:
             {"sampler_logp": [[-0.1, None, -1.0], [0.0], [-3.5, -3.0]]},
             "None in sampler_logp, a list of n",
         ),
-        ({"sampler_logp": [[-0.1, -2.0, -1.0], [0.3], [-3.5, -3.0]]}, "@1 has a sampler_logp that"),
+        ({"sampler_logp": [[-0.1, -2.0, -1.0], [0.3], [-3.5, -3.0]]}, "@1 has sampler_logp that"),
+        ({"old_logp": [[-0.1, -2.0], [0.0], [-3.5, -3.0]]}, "@0 has 2 old_logp for 3 response tokens"),
+        ({"old_logp": [[-0.1, -2.0, -1.0], [0.3], [-3.5, -3.0]]}, "@1 has old_logp that is not a log-"),
+        (
+            {"ref_logp": [[-0.1, -2.0, -1.0], None, [-3.5, -3.0]]},
+            "@1 has no ref_logp: fill it in, or d",
+        ),
+        (
+            {"old_logp": None, "old_per_token_logps": [[0], [0], [0]]},
+            "but a column old_per_token_logps",
+        ),
+        ({"old_logp": None, "old_logps": [[0], [0], [0]]}, "no column old_logp but a column old_logps"),
+        ({"ref_logp": None, "ref_logps": [[0], [0], [0]]}, "no column ref_logp but a column ref_logps"),
+        ({"loss_mask": [[1, 0, 1], [1], [0, 0]]}, "@0 has 1 in loss_mask, a list of true and false is"),
+        (
+            {"loss_mask": [[True, True, True], [True, True], [True, True]]},
+            "@1 has 2 loss_mask for 1 res",
+        ),
+        ({"microbatch": [0, -1, 0]}, "@1 has microbatch -1: they count from 0"),
+        ({"process": [0, 0, -2]}, "@2 has process -2: they count from 0"),
+        ({"process": [0, None, 1]}, "@1 has no process: fill it in, or drop the whole column"),
+        (
+            {"generated_tokens": [37, 37, 38]},
+            "@2 has generated_tokens 38, the first row 37: one finite",
+        ),
+        ({"generated_tokens": [-1.0] * 3}, "@0 has generated_tokens -1, the first row -1: one finite"),
+        ({"entropy_coef": [0.1, 0.1, 0.2]}, "@2 has entropy_coef 0.2, the first row 0.1: one finite"),
+        ({"entropy_coef": [NAN] * 3}, "@0 has entropy_coef nan"),
+        ({"entropy_coef": [INF] * 3}, "@0 has entropy_coef inf"),
+        ({"old_logp": [[-0.1, NAN, -1.0], [0.0], [-3.5, -3.0]]}, "@0 has old_logp that is not"),
     ],
 )
 def test_what_cannot_be_probed(tmp_path, ending, changes, said) -> None:
@@ -322,6 +397,47 @@ def test_the_end_is_what_finish_reason_says(tmp_path, changes, eos_ids, said) ->
         assert load_rollouts(path, 10, rewards=True, eos_ids=eos_ids).response_ids == FULL.response_ids
     else:
         assert said in refusal(path, eos_ids=eos_ids)
+
+
+def test_a_tool_may_write_after_an_end_of_the_policy(tmp_path) -> None:
+    """7 ends a turn of the policy, what follows is not in the loss; then the policy goes on."""
+    path = tmp_path / "r.parquet"
+    made = {"response_ids": [[7, 2, 7], [8], [9, 0]], "finish_reason": ["stop", None, None]}
+    write(path, columns(**made))  # the mask is true, false, true
+    assert load_rollouts(path, 10, rewards=True, eos_ids=(7,)).response_ids == made["response_ids"]
+    assert "row 0 has tokens after its first end" in refusal(path, rewards=False, eos_ids=(7,))
+    write(path, columns(**made, loss_mask=[[True, True, True], [True], [True, True]]))
+    assert "row 0 has tokens after its first end" in refusal(path, eos_ids=(7,))
+
+
+def test_e_of_an_earlier_policy_needs_ratios(tmp_path) -> None:
+    path = tmp_path / "r.parquet"
+    write(path, columns(sampler_logp=None))
+    assert "rename old_logp to sampler_logp" in refusal(path, rewards=False)
+    assert load_rollouts(path, 10, rewards=True).sampler_logp is None
+
+
+def test_the_files_of_all_ranks_are_one(tmp_path) -> None:
+    path = tmp_path / "step[1]-000006.parquet"  # of its name nothing is a pattern
+    halves = [
+        {k: v[part] if isinstance(v, list) else v for k, v in FULL._asdict().items()}
+        for part in (slice(1), slice(1, 3))
+    ]
+    save_rollouts(Rollouts(**halves[1]), of_rank(path, 1, 2))
+    assert "of the files of 2 ranks, 0 are missing" in refusal(path)
+    assert "rank-00000-of-00002.parquet" in refusal(path)
+    save_rollouts(Rollouts(**halves[0]), of_rank(path, 0, 2))
+    assert files_of(path) == [of_rank(path, 0, 2), of_rank(path, 1, 2)]
+    assert load_rollouts(path, 10, rewards=True) == FULL
+    assert load_rollouts(of_rank(path, 1, 2), 10, rewards=True).prompt_index == [4, 1]
+    assert "no such file" in refusal(path.with_suffix(".jsonl"))
+    bad = halves[1] | {"prompt_ids": [[1, 9], [3]]}
+    save_rollouts(Rollouts(**bad), of_rank(path, 1, 2))
+    assert "row 0 of rank 1 has another prompt than the rows before it with prompt_i" in refusal(path)
+    save_rollouts(FULL, of_rank(path, 3, 4))
+    assert "files of ranks of 2 and of 4 processes" in refusal(path)
+    save_rollouts(BARE._replace(reward=[0.0, 1.0]), path)  # a whole file is read alone
+    assert load_rollouts(path, 10, rewards=True).response_ids == BARE.response_ids
 
 
 def test_files_that_are_no_rollouts(tmp_path) -> None:
