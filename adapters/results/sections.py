@@ -76,6 +76,8 @@ class LossSection(Section):
     """Of the loss, by the trainer's names, with the defaults; empty for a preset."""
     value: Quantity
     """The loss of the optimizer step, as logged at this step."""
+    reference: str | None
+    """Where the reference policy's log-probabilities are from; null: the loss has none."""
     metrics: dict[str, float]
     """By the trainer's names: entropy, kl, the share of tokens clipped, and others."""
 

@@ -40,6 +40,7 @@ class Batches(NamedTuple):
     sampler_logp_NR: torch.Tensor | None
     equal_groups: int
     loss: LossReport | None = None  # of the chosen loss at theta
+    reference: str | None = None  # the reference policy of that loss; None: it has none
 
 
 def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:

@@ -1,13 +1,14 @@
 """The coefficients that the chosen loss gives U at theta, and the reference policy it may need."""
 
 import torch
+from peft import PeftModel
 
 import funcprobe
 from funcprobe.losses.loss import LossInputs, LossReport, loss_update
 from funcprobe.types import Batch, InputError, Params, Rule, TokenStats, UpdateBatch
 
 from ..checkpoint.padding import as_trained
-from ..checkpoint.reference import reference_params
+from ..checkpoint.reference import initial_adapter, reference_params
 from ..console import Narrator
 from ..machine.cost import counted
 from ..rollouts import Rollouts
@@ -18,6 +19,7 @@ from .chosen_loss import ChosenLoss
 from .plan import Plan
 
 _LEAVES = torch.zeros(0)
+LARGE_RESIDUAL = 0.01  # a hundredth of a standard error, if a prompt is typical
 
 
 def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) -> Batches:
@@ -33,22 +35,44 @@ def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) 
     inputs = loss_inputs(rollouts, batch, torch.tensor(rollouts.advantage, dtype=torch.float64))
     if plan.supplied_update is None:
         inputs = _as_called(inputs, rollouts, chosen, plan.config.run.seed)
-    if chosen.reference and inputs.ref_logp_NR is None:
-        reference = reference_params(plan.policy)
-        at = _statistics(plan, batch, reference, "reference policy on U", stages, narrator)
+    reference = None if inputs.ref_logp_NR is None else "column ref_logp of the rollouts"
+    if chosen.reference and reference is None and not _without_reference(plan, chosen):
+        found, reference = reference_params(plan.policy), _reference(plan)
+        at = _statistics(plan, batch, found, "reference policy on U", stages, narrator)
         inputs = inputs._replace(ref_logp_NR=at.logp_NR)
     update, report = loss_update(batch, stats, inputs, chosen.loss)
-    for line in (described(chosen, report), *without_gradient(update, plan.step.rule)):
+    for line in (*_lines(reference, report), *without_gradient(update, plan.step.rule)):
         narrator.say(line)
     return batches._replace(
-        update=update, loss=report, equal_groups=groups_without_coefficients(update)
+        update=update,
+        loss=report,
+        reference=reference if chosen.reference else None,
+        equal_groups=groups_without_coefficients(update),
     )
 
 
-def described(chosen: ChosenLoss, report: LossReport) -> str:
-    """The loss and what its trainer logs beside it, in a line."""
-    logged = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
-    return f"loss of U ({chosen.name}): {report.loss:.6g}{'; ' if logged else ''}{logged}"
+def _without_reference(plan: Plan, chosen: ChosenLoss) -> bool:
+    """Whether there is no reference policy, and the loss, of the user's own, may not need one."""
+    own = chosen.name not in ("trl", "verl")
+    return own and not isinstance(plan.policy.model, PeftModel)
+
+
+def _reference(plan: Plan) -> str:
+    found = initial_adapter(plan.policy)
+    if found is None:
+        return "the policy without its adapter"
+    return f"the adapter in {'/'.join(part for part in found if part)}"
+
+
+def _lines(reference: str | None, report: LossReport) -> list[str]:
+    """Of the reference policy, and where the error over U rests on an approximation."""
+    lines = [] if reference is None else [f"reference policy of the loss: {reference}"]
+    if report.divisor_residual > LARGE_RESIDUAL:
+        lines.append(
+            "warning: without one prompt the loss weighs the others' tokens otherwise, by up to "
+            f"{report.divisor_residual:.0%} beside a common factor: the error over U leaves it out"
+        )
+    return lines
 
 
 def _statistics(
