@@ -5,6 +5,7 @@ The functional core. Everything here is a pure function of its arguments.
 
 from .losses.custom import custom_loss
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
+from .losses.trl import TrlLoss, trl_loss
 from .losses.verl import VerlLoss, verl_loss
 from .passes.grad_dots import grad_dots
 from .passes.gradients import grad_X, grad_Y, weighted_grad
@@ -63,6 +64,7 @@ __all__ = [
     "Probe",
     "Step",
     "TokenStats",
+    "TrlLoss",
     "UpdateBatch",
     "VerlLoss",
     "adapter_params",
@@ -108,6 +110,7 @@ __all__ = [
     "tangents",
     "token_stats",
     "trainable_params",
+    "trl_loss",
     "update_batch",
     "update_direction",
     "update_influence",

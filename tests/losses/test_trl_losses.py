@@ -148,6 +148,30 @@ def test_coefficients_value_and_metrics_are_trls(loss_type, data):
         assert report.metrics[name] == pytest.approx(logged[name], rel=1e-12)
 
 
+@pytest.mark.parametrize("rejected", [False, True])
+def test_vespos_weights_at_the_bounds_of_their_logarithms(rejected):
+    """Tokens beyond e^±20, a sequence below 1e-8, a token whose correction is 0, against TRL's own."""
+    log_ratio_NR = torch.tensor([[25, -24], [-25, 21], [-12, -12], [19, 0]], dtype=torch.float64)
+    batch = collate([[2]] * 4, [[1, 1]] * 4, [0, 0, 1, 1])
+    stats = TokenStats(torch.full((4, 2), -0.5).double(), torch.ones(4, 2).double())
+    old_NR = stats.logp_NR - log_ratio_NR
+    inputs = LossInputs(
+        advantage_N=torch.tensor([1.0, -0.5, 2.0, -1.5]).double(),
+        mask_NR=response_mask(batch),
+        prompt_N=batch.prompt_N,
+        microbatch_N=torch.zeros(4).long(),
+        process_N=torch.zeros(4).long(),
+        old_logp_NR=old_NR,
+        sampler_logp_NR=old_NR - 2.0 * rejected * torch.tensor([[0, 0], [0, 1], [0, 0], [1, 1]]),
+    )
+    s = TrlLoss("vespo", use_vllm=True, vllm_importance_sampling_mode="token_mask")
+    found_NR = loss_update(batch, stats, inputs, trl_loss(s))[0].coef_NR
+    trls_NR = -trl_step(s, *stats, inputs, batch.response_length_N)[1][0]
+    assert torch.allclose(found_NR, trls_NR, rtol=1e-12, atol=0)
+    # Of weight e^(20 - 20) = 1, an advantage each over 8 tokens: it is not 0 that is compared.
+    assert found_NR[0].tolist() == pytest.approx([1 / 8, 1 / 8], rel=1e-12)
+
+
 def at_ratios(ratio_R, advantage):
     """A response of one token per ratio: l = log r or 0, whichever is a log-probability, exactly."""
     log_ratio_NR = torch.tensor(ratio_R).double().log()[None]
