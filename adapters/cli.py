@@ -206,7 +206,9 @@ def _print_plan(plan: "Plan", folder: Path) -> None:
     if plan.prompt_ids:
         longest = max(len(ids) for ids in plan.prompt_ids)
         typer.echo(f"longest prompt: {longest} tokens; responses: up to {sampling.max_new_tokens}")
-    objective = f"advantage {plan.objective.advantage}, normalisation {plan.objective.normalisation}"
+    divisor = plan.objective.normalisation
+    by = f"normalisation {divisor}" if plan.loss is None else f"loss {plan.loss.name}"
+    objective = f"advantage {plan.objective.advantage}, {by}"
     typer.echo(f"step: {plan.step.rule}, next lr {plan.next_lr:g}; objective: {objective}")
     typer.echo(f"measured at eta = {', '.join(f'{eta:g}' for eta in plan.etas)}")
     typer.echo(f"a run would write {folder}; nothing was sampled or written")

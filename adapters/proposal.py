@@ -214,13 +214,19 @@ def _chat_template_kwargs(sidecar: Sidecar | None) -> list[Choice]:
 
 def _objective(recorded: Mapping[str, Any], sidecar: Sidecar | None) -> list[Choice]:
     kind = loss_type(sidecar) if sidecar else None
-    names = {"preset": "loss_type", "advantage": "scale_rewards", "constant": "max_completion_length"}
+    names = {
+        "preset": "loss_type",
+        "loss": "trainer",
+        "settings": "loss",
+        "advantage": "scale_rewards",
+        "constant": "max_completion_length",
+    }
     chosen = [
         Choice(f"objective.{key}", recorded[f"objective.{key}"], f"the run's {name} (sidecar)", False)
         for key, name in names.items()
         if f"objective.{key}" in recorded
     ]
-    if "objective.preset" not in recorded:
+    if not {"objective.preset", "objective.loss"} & recorded.keys():
         why = (
             "not recorded; TRL's default: set the run's"
             if kind is None

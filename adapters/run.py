@@ -23,6 +23,7 @@ from .results.manifest import manifest
 from .results.schema import Results
 from .stages.batches import Batches, sample
 from .stages.gradient import gradients_on_U, verify_state
+from .stages.loss import with_loss
 from .stages.plan import Plan, load
 from .stages.sweep import LEAVES, STATS, measure_sweep, state_inputs
 from .store import Stages
@@ -165,16 +166,27 @@ def _samplers(
             few = TokenStats(*(x_NR[: len(few_logp_NR), :width] for x_NR in stats))
             own = sampler_checks.explained_by_temperature(own, part, few, raw, few_logp_NR)
         seen = [sampler_checks.sampler_near_policy(E, stats, logp_NR), own]
-    if plan.supplied_update is not None and _moves(batches):  # else U is not passed
+    if _is_own_sample(plan, batches):
         seen.append(
             sampler_checks.sampled_from_policy(batches.update.batch, prediction.update_stats, "U")
         )
     return seen
 
 
+def _is_own_sample(plan: Plan, batches: Batches) -> bool:
+    """Whether a supplied U is said to be sampled from theta, and was passed.
+
+    It is not if it has log-probabilities of the policy before, or tokens that no policy sampled.
+    """
+    found = plan.supplied_update
+    if found is None or not _moves(batches) or found.old_logp is not None:
+        return False
+    return found.loss_mask is None or all(map(all, found.loss_mask))
+
+
 def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batches]:
     """E and U, and the plan with its baseline resolved for E."""
-    batches = sample(plan, stages, narrator)
+    batches = with_loss(plan, sample(plan, stages, narrator), stages, narrator)
     own = batches.sampler_logp_NR is None
     entropy = baselines.resolve(plan.entropy, batches.eval_batch, own_samples=own)
     return plan._replace(entropy=entropy), batches

@@ -3,6 +3,7 @@
 The functional core. Everything here is a pure function of its arguments.
 """
 
+from .losses.custom import custom_loss
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
 from .losses.trl import TrlLoss, trl_loss
 from .losses.verl import VerlLoss, verl_loss
@@ -14,6 +15,7 @@ from .passes.tangents import alpha_vjp, tangents
 from .policy.dropout import masked_forwards
 from .policy.forward import Forward, frozen_forward, lora_params, trainable_params
 from .policy.layout import collate, response_mask, select
+from .policy.reference import adapter_params, base_params
 from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
 from .statistics.estimators import (
     entropy_value,
@@ -65,12 +67,15 @@ __all__ = [
     "TrlLoss",
     "UpdateBatch",
     "VerlLoss",
+    "adapter_params",
     "advantages",
     "alpha_vjp",
+    "base_params",
     "bind",
     "change",
     "coefficients",
     "collate",
+    "custom_loss",
     "derivative",
     "difference_eta",
     "entropy_value",

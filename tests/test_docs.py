@@ -5,6 +5,7 @@ checkers are tried on planted errors first.
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -28,6 +29,8 @@ import funcprobe
 from funcprobe.adapters import cli
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
+from funcprobe.losses.custom import custom_loss
+from funcprobe.losses.trl import TrlLoss, trl_loss
 from funcprobe.types import InputError
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
@@ -419,3 +422,39 @@ def test_the_notebook_runs(checkpoint, capsys):
     assert abs(missed / measured) == pytest.approx(1e-5 / star, rel=0.1)  # the quadratic term
     assert printed[2].startswith("Interval(low=")
     assert float((names["tangent"].logp_NR.sum(1) - names["s"]).abs().max()) < 1e-9
+
+
+def test_the_loss_of_the_page_is_trls():
+    """The function that docs/losses.md shows, at settings of which each matters: ratios are clipped."""
+    (code,) = blocks((DOCS / "losses.md").read_text(encoding="utf-8"), "python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    draw = torch.Generator().manual_seed(0)
+    U = funcprobe.collate([[1]] * 6, [[2] * T for T in (4, 1, 3, 5, 2, 5)], [0, 0, 1, 1, 2, 2])
+    mask_NR = funcprobe.response_mask(U)
+    l_NR, h_NR, gap_NR, other_NR = torch.rand(4, *mask_NR.shape, generator=draw).double() * mask_NR
+    inputs = funcprobe.LossInputs(
+        advantage_N=torch.randn(6, generator=draw).double(),
+        mask_NR=mask_NR,
+        prompt_N=U.prompt_N,
+        microbatch_N=torch.zeros_like(U.prompt_N),
+        process_N=torch.zeros_like(U.prompt_N),
+        old_logp_NR=gap_NR - 2 * l_NR,
+        ref_logp_NR=other_NR - l_NR,
+    )
+    stats = funcprobe.TokenStats(-l_NR, h_NR)
+    own = custom_loss(functools.partial(names["clipped_with_kl"], clip=0.3, beta=0.1, bonus=0.2))
+    settings = TrlLoss(epsilon=0.3, beta=0.1, entropy_coef=0.2, use_bias_correction_kl=False)
+    found, report = funcprobe.loss_update(U, stats, inputs, own)
+    expected, logged = funcprobe.loss_update(U, stats, inputs, trl_loss(settings))
+    exact = {"rtol": 1e-12, "atol": 1e-15}  # the same sums in another order
+    assert torch.allclose(found.coef_NR, expected.coef_NR, **exact)
+    assert torch.allclose(found.entropy_coef_NR, expected.entropy_coef_NR, **exact)
+    assert report.loss == pytest.approx(logged.loss, rel=1e-12)
+    assert logged.metrics["clip_ratio/region_mean"] > 0
+    for name in ("kl", "entropy"):
+        assert report.metrics[name] == pytest.approx(logged.metrics[name], rel=1e-12)
+    share_N = expected.normaliser_N / expected.normaliser_N.sum()
+    by_prompt = [float(x_N[U.prompt_N == 1].sum()) for x_N in (found.normaliser_N, share_N)]
+    assert by_prompt[0] == pytest.approx(by_prompt[1], rel=1e-12)
+    assert report.divisor_residual < 1e-12

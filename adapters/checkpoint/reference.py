@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from funcprobe.policy.reference import adapter_params, base_params
 from funcprobe.types import InputError, Params
@@ -28,18 +28,18 @@ _TRAINED_TWICE = (".modules_to_save.", ".trainable_tokens_delta")
 def reference_params(policy: Policy) -> Params:
     """Values of the policy's registry at which it is the reference policy of TRL 1.16's KL term.
 
-    `token_stats` of them, with the policy's own forward, are log-probabilities under the reference: no
+    `token_stats` of them, with the policy's own forward, are the reference's log-probabilities: no
     second model is loaded, and the policy is not changed. The reference is the adapter "ref" where the
-    model, or its checkpoint in the folder ref/, has one: the trainer's copy of an adapter that it was
-    given to train on. Else it is the model without its adapter (`base_params`), which TRL and verl use
-    where the run began with a new adapter. InputError, one line, for a model that is trained as a whole,
-    and for an adapter "ref" that is no such copy.
+    model, or its checkpoint in the folder ref/, has one: the trainer's copy of the trained adapter that
+    it was given. Else it is the model without its adapter (`base_params`), as for a run that began with
+    a new one. InputError, one line, for a model that is trained as a whole, and for an adapter "ref"
+    that is no such copy.
     """
     model = policy.model
     if not isinstance(model, PeftModel):
         raise InputError(
-            f"{policy.source or policy.base}: the whole model was trained, so that its reference policy "
-            "is another model: give its log-probabilities as the column ref_logp of the rollouts"
+            f"{policy.source or policy.base}: the whole model was trained, and its reference policy is "
+            "another model: give its log-probabilities as the column ref_logp of the rollouts"
         )
     if INITIAL in model.peft_config and model.active_adapter != INITIAL:
         own, other = (model.peft_config[name] for name in (model.active_adapter, INITIAL))
@@ -67,13 +67,13 @@ def initial_adapter(policy: Policy) -> tuple[str, str | None] | None:
         return None
     except LocalEntryNotFoundError as error:
         raise InputError(
-            f"{source}: without a connection it is not known whether it has {INITIAL}/, the adapter that "
-            "the training began from: set policy.checkpoint to a folder that it was downloaded to"
+            f"{source}: without a connection it is not known whether it has {INITIAL}/, the adapter "
+            "that the training began from: set policy.checkpoint to a folder that it was downloaded to"
         ) from error
     return source, INITIAL
 
 
-def _require_copy(own: LoraConfig, other: LoraConfig, what: str) -> None:
+def _require_copy(own: PeftConfig, other: PeftConfig, what: str) -> None:
     """InputError unless an adapter has the settings of the policy's own, and left the base alone."""
     remedy = (
         "give the reference's log-probabilities as the column ref_logp of the rollouts, or remove that "
@@ -84,9 +84,9 @@ def _require_copy(own: LoraConfig, other: LoraConfig, what: str) -> None:
         if _stable(given.get(key)) != _stable(expected.get(key)):
             raise InputError(
                 f"{what} has {key} = {given.get(key)!r:.80}, that of the policy's own adapter, "
-                f"{expected.get(key)!r:.80}, is expected, of which the trainer makes it a copy: {remedy}"
+                f"{expected.get(key)!r:.80}, is expected, of which a trainer makes it a copy: {remedy}"
             )
-    if (init := other.init_lora_weights) in REPEATABLE_INITS:
+    if (init := given.get("init_lora_weights")) in REPEATABLE_INITS:
         raise InputError(
             f'{what} has init_lora_weights = "{init}": adding it took its first factors from the base '
             "once more, so that neither policy nor reference are those of their files: train again "

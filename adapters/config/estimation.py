@@ -1,17 +1,21 @@
 """Configuration of the objective, the entropy estimator and the measurement."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from funcprobe.types import Baseline, Integrand, Per, Weights
 
-from .section import Section
+from .section import Section, Text
 
 
 class ObjectiveConfig(Section):
-    """The RL objective J on U: advantages from rewards, and normalisation of the sum over tokens."""
+    """The RL objective J on U: advantages from rewards, normalisation of the sum over tokens; a loss.
+
+    Without `loss` J is that of the preset while the policy is the one that sampled: every importance
+    ratio is 1, and there is no KL term and no entropy bonus.
+    """
 
     preset: Literal["grpo", "dapo", "dr_grpo", "rloo"] = Field(
         "dapo", description="Advantage and normalisation of a method."
@@ -35,6 +39,18 @@ class ObjectiveConfig(Section):
         gt=0,
         description='L of normalisation "constant", tokens; default: max_new_tokens (sampled U only).',
         examples=[256.0],
+    )
+    loss: Text | None = Field(
+        None,
+        description='The loss of a trainer, "trl" or "verl", or one\'s own, "path/to/file.py:function" '
+        "(docs/losses.md), with its own normalisation. Default: J of the preset, or the loss that the "
+        "run's sidecar records.",
+        examples=["trl"],
+    )
+    settings: dict[str, Any] = Field(
+        {},
+        description="Settings of the loss by the trainer's names, as in {loss_type = "
+        '"cispo", beta = 0.04}; of one\'s own, keyword arguments.',
     )
 
 

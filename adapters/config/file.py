@@ -76,18 +76,23 @@ def _item(default: Any) -> Any:
 def _set(tables: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or len(parts) != 2 or not all(parts):
-        raise InputError(f'--set {override}: expected section.key=value, such as "sampling.B_E=64"')
+    if not equals or len(parts) not in (2, 3) or not all(parts):
+        raise InputError(
+            f'--set {override}: expected section.key=value, such as "sampling.B_E=64", or of a table '
+            '"objective.settings.beta=0.04"'
+        )
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {}
     # An unquoted word is a string, so that shells need no nested quotes; so is text of several lines.
     value = parsed["value"] if len(parsed) == 1 else text.strip()
-    table = tables.setdefault(parts[0], {})
-    if not isinstance(table, dict):
-        raise InputError(f"--set {override}: {parts[0]} is not a section")
-    table[parts[1]] = value
+    table = tables
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise InputError(f"--set {override}: {part} is not a table")
+    table[parts[-1]] = value
 
 
 def _one_line(error: ValidationError) -> str:

@@ -15,8 +15,8 @@ FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # of prompts
 
 _FILES = ("optimizer.state", "rollouts.eval", "rollouts.update")
 _FILES_OR_HUB = ("policy.checkpoint", "policy.base", "prompts.source")
-_FUNCTION, _OUTPUT = "reward.function", "run.folder"
-KEYS = (*_FILES, *_FILES_OR_HUB, _FUNCTION, _OUTPUT)
+_FUNCTIONS, _OUTPUT = ("reward.function", "objective.loss"), "run.folder"
+KEYS = (*_FILES, *_FILES_OR_HUB, *_FUNCTIONS, _OUTPUT)
 
 
 def looks_local(name: str) -> bool:
@@ -42,7 +42,7 @@ def resolve(tables: dict[str, Any], folder: Path, *, written_in: str) -> dict[st
 
 
 def _resolved(key: str, value: str, folder: Path, written_in: str) -> str:
-    if key == _FUNCTION:
+    if key in _FUNCTIONS:
         module, _, function = value.rpartition(":")
         if Path(module).suffix != ".py":
             return value

@@ -27,6 +27,7 @@ from .sections import (
     Counts,
     EntropySettings,
     FirstOrder,
+    LossSection,
     Masks,
     Norms,
     ObjectiveSettings,
@@ -61,6 +62,8 @@ def document(
         counts=_counts(plan, batches),
         entropy=quantity(prediction.entropy, unit, f"per {plan.entropy.per}, over E"),
         entropy_interval=student_interval(prediction.entropy, _entropy_error(prediction, unit_N)),
+        unlike_the_run=plan.unlike_the_run,
+        loss=_loss(plan, batches, prediction),
         mean_reward=_mean_reward(batches.update_rollouts.reward),
         first_order=_first_order(plan, prediction, errors),
         second_order=second_order(prediction, sweep, unit),
@@ -100,11 +103,12 @@ def _require_change(prediction: funcprobe.Prediction, sweep: Sweep) -> None:
 
 
 def _conventions(plan: Plan) -> Conventions:
+    divisor = {} if plan.loss is None else {"normalisation": "of the loss"}
     return Conventions(
         sign="positive: the step raises the entropy; v is theta_next - theta per unit of lr",
         entropy=EntropySettings(**plan.entropy._asdict()),
         step=StepSettings(**plan.step._asdict()),
-        objective=ObjectiveSettings(**plan.objective._asdict()),
+        objective=ObjectiveSettings(**plan.objective._asdict() | divisor),
         temperature=plan.temperature,
         dtype=plan.config.policy.dtype,
         precision=plan.config.policy.precision or "as dtype",
@@ -123,6 +127,26 @@ def _mean_reward(rewards: list[float] | None) -> Quantity | None:
     if not known:
         return None
     return quantity(float(np.mean(known)), "reward", "mean over the responses of U with a reward")
+
+
+def _loss(plan: Plan, batches: Batches, prediction: funcprobe.Prediction) -> LossSection:
+    """Of a preset -J, where every ratio is 1, and the entropy over tokens if U was passed."""
+    chosen, report = plan.loss, batches.loss
+    about = "loss of the optimizer step, at theta"
+    if chosen is not None and report is not None:
+        value = quantity(report.loss, "loss", about)
+        return LossSection(
+            name=chosen.name,
+            settings=dict(chosen.settings),
+            value=value,
+            reference=batches.reference,
+            metrics=dict(report.metrics),
+        )
+    update = batches.update
+    entropy_NR, tokens = prediction.update_stats.entropy_NR, update.batch.response_length_N.sum()
+    metrics = {"entropy": float(entropy_NR.sum() / tokens)} if update.moves else {}
+    value = quantity(-float(update.coef_NR.sum()), "loss", about)
+    return LossSection(name="preset", settings={}, value=value, reference=None, metrics=metrics)
 
 
 def _entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Error:

@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Literal
 
 from .cost import CostSection
 from .quantity import Quantity, Section, StudentInterval
-from .sections import CheckResult, Conventions, Counts, FirstOrder, Norms, SecondMoments, StateEvidence
+from .sections import (
+    CheckResult,
+    Conventions,
+    Counts,
+    FirstOrder,
+    LossSection,
+    Norms,
+    SecondMoments,
+    StateEvidence,
+)
 from .sweep_sections import Fits, SecondOrder, SweepRow
 
 if TYPE_CHECKING:
@@ -26,6 +35,10 @@ class Results(Section):
     """H(theta) on E, of the next-token distribution at the sampling temperature."""
     entropy_interval: StudentInterval
     """Of the entropy, over the draws of E."""
+    unlike_the_run: tuple[str, ...] = ()
+    """What of the training run's settings the predicted step does not have; empty: nothing is known."""
+    loss: LossSection | None = None
+    """The loss of U at theta; null: a file of an earlier version."""
     mean_reward: Quantity | None
     """null: no response of U has a reward."""
     first_order: FirstOrder

@@ -35,7 +35,7 @@ class ObjectiveSettings(Section):
     advantage: str
     """How rewards become advantages."""
     normalisation: str
-    """What the sum over tokens is divided by."""
+    """What the sum over tokens is divided by; "of the loss" where objective.loss is set."""
     constant: float
     """L of the normalisation "constant", tokens."""
 
@@ -65,6 +65,21 @@ class Conventions(Section):
     """Level and construction of intervals."""
     names: str
     """Symbols used in `normalised_by`."""
+
+
+class LossSection(Section):
+    """The loss of U at theta, to be minimised, and what its trainer logs beside it."""
+
+    name: str
+    """preset: minus J of conventions.objective; trl, verl, or the function of objective.loss."""
+    settings: dict[str, bool | int | float | str | None]
+    """Of the loss, by the trainer's names, with the defaults; empty for a preset."""
+    value: Quantity
+    """The loss of the optimizer step, as logged at this step."""
+    reference: str | None
+    """Where the reference policy's log-probabilities are from; null: the loss has none."""
+    metrics: dict[str, float]
+    """By the trainer's names: entropy, kl, the share of tokens clipped, and others."""
 
 
 class Counts(Section):

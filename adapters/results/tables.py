@@ -10,6 +10,7 @@ from rich.table import Table
 from .cost import cost_line
 from .quantity import Interval
 from .schema import Results
+from .sections import LossSection
 from .sweep_sections import LinearFit, LinearUntil, SweepRow
 
 OWN_BATCH = "U is the step's own batch, so that v has no error over U"
@@ -87,6 +88,8 @@ def in_words(results: Results) -> list[str]:
         )
     return [
         *lines,
+        *(f"Not the step of the run: {line}" for line in results.unlike_the_run),
+        *_loss(results.loss),
         f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
         f"of learning rate{average} (± {_half(first.interval_given_U)} over E, given U; "
         f"{over_U}){next_U}",
@@ -94,6 +97,17 @@ def in_words(results: Results) -> list[str]:
         f"momentum {first.from_momentum.value:+.3e}, weight decay "
         f"{first.from_weight_decay.value:+.3e}",
         *masks,
+    ]
+
+
+def _loss(loss: LossSection | None) -> list[str]:
+    """The loss of U and what its trainer logs; no line for a preset."""
+    if loss is None or loss.name == "preset":
+        return []
+    kind = loss.settings.get("loss_type") or loss.settings.get("loss_mode")
+    logged = "".join(f", {name} {value:.4g}" for name, value in loss.metrics.items())
+    return [
+        f"Loss of U at theta, {loss.name}{f' {kind}' if kind else ''}: {loss.value.value:.6g}{logged}"
     ]
 
 

@@ -66,13 +66,14 @@ def load_supplied_update(
     rule: Rule,
     prompt_ids: Sequence[Sequence[int]] | None,
     run: TrainingRun,
+    loss: bool = False,
 ) -> tuple[Rollouts | None, list[str]]:
     """U, if there is a file, and a line for each assumption that was needed.
 
     `prompt_ids` are those of prompts.source, in which the prompts of verl's log are looked up; None if
     it is not set. `mode` states where U's advantages come from. InputError also for a U with a single
-    prompt, for one without gradient unless `rule` is "adamw", and for a log of another step than the
-    next.
+    prompt, for a log of another step than the next, and, unless `loss` (a loss may have a gradient
+    where every advantage is 0), for one without gradient with another `rule` than "adamw".
     """
     if file is None:
         return None, []
@@ -98,7 +99,8 @@ def load_supplied_update(
     )
     require_prompts("U", found.prompt_index, supplied=True)
     advantage_N, _ = update_advantages(found, mode)
-    lines += require_step(advantage_N, found.prompt_index, mode, rule, supplied=True)
+    if not loss:
+        lines += require_step(advantage_N, found.prompt_index, mode, rule, supplied=True)
     return found, lines
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from funcprobe.losses.loss import LossReport
 from funcprobe.step.objective import update_batch
 from funcprobe.types import Batch, InputError, UpdateBatch
 
@@ -38,6 +39,8 @@ class Batches(NamedTuple):
     update: UpdateBatch
     sampler_logp_NR: torch.Tensor | None
     equal_groups: int
+    loss: LossReport | None = None  # of the chosen loss at theta
+    reference: str | None = None  # the reference policy of that loss; None: it has none
 
 
 def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
@@ -52,9 +55,10 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     mode = plan.objective.advantage
     advantage_N, lines = update_advantages(update_rollouts, mode)
     prompt_index = update_rollouts.prompt_index
-    without = require_step(advantage_N, prompt_index, mode, plan.step.rule)
-    if plan.supplied_update is None:  # else said when it was read
-        lines += without
+    if plan.loss is None:  # else a KL term or an entropy bonus may have a gradient
+        without = require_step(advantage_N, prompt_index, mode, plan.step.rule)
+        if plan.supplied_update is None:  # else said when it was read
+            lines += without
     equal = groups_of_zero(advantage_N, torch.tensor(prompt_index))
     eval_batch = rollouts.to_batch(eval_rollouts)
     update = update_batch(
@@ -64,7 +68,7 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
         plan.objective.constant,
     )
     size_M = update.batch.prompt_N.unique(return_counts=True)[1]
-    if len(size_M.unique()) > 1:
+    if len(size_M.unique()) > 1 and plan.loss is None:
         lines.append(
             f"warning: U has {int(size_M.min())} to {int(size_M.max())} responses per prompt, but "
             "trainers write groups of equal size: check that the file is complete"
@@ -79,7 +83,8 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
     narrator.say(
         f"E: {len(eval_batch.prompt_N)} responses to {len(eval_batch.prompt_N.unique())} prompts; "
         f"U: {len(advantage_N)} responses to {len(size_M)} prompts, {mean}"
-        f"{equal} of {len(size_M)} groups have {zero_means(mode)}; these add no gradient"
+        f"{equal} of {len(size_M)} groups have {zero_means(mode)}"
+        f"{'; these add no gradient' if plan.loss is None else ''}"
     )
     return Batches(
         eval_rollouts=eval_rollouts,

@@ -1,8 +1,9 @@
 """Differences between the loss and sampling of a training run (its sidecar) and those used here."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from funcprobe.losses.trl import TrlLoss
 from funcprobe.step.objective import PRESETS
 
 from ..config.schema import Config
@@ -29,6 +30,20 @@ SEQUENCES = {"num_iterations": 1, "mask_truncated_completions": False}
 # On by default, without effect unless vLLM is used: the loss of each token times the ratio of the
 # policy's probability to vLLM's, of the token or of its sequence, clipped or masked.
 _CORRECTION = "vllm_importance_sampling_correction"
+
+
+# A term of the loss of a mixture of experts that is no function of the tokens' probabilities.
+_ROUTER = "router_aux_loss_coef"
+
+
+class Rows(NamedTuple):
+    """Settings of a trainer that say which rows and tokens a call of its loss has, where U is sampled.
+
+    Recorded rollouts hold these as they were.
+    """
+
+    mask_truncated_completions: bool = False
+    num_processes: int = 1
 
 
 class Setting(NamedTuple):
@@ -68,14 +83,38 @@ def one_microbatch(sidecar: Sidecar) -> bool:
     return alone and sidecar.loss.get("gradient_accumulation_steps") == 1
 
 
+def has_trl_loss(sidecar: Sidecar) -> bool:
+    """Whether the run's loss is TRL's, and no preset has its gradient at a step of the run."""
+    kind, settings = loss_type(sidecar), {**sidecar.sampling, **sidecar.loss}
+    if kind not in get_args(TrlLoss.__annotations__["loss_type"]):
+        return False
+    per_step, generated = (
+        settings.get(name) for name in ("gradient_accumulation_steps", "steps_per_generation")
+    )
+    plain = kind in LOSSES and (kind != "bnpo" or one_microbatch(sidecar))
+    aligned = None in (per_step, generated) or per_step == generated
+    return not (plain and aligned) or bool(terms(settings) + _switched_on(settings, SEQUENCES))
+
+
+def trl_settings(sidecar: Sidecar) -> dict[str, Any]:
+    """The run's settings of TRL's loss, and of its rows, that are recorded and not None."""
+    recorded = {**sidecar.sampling, **sidecar.loss}
+    known = (*TrlLoss._fields, *Rows._fields)
+    return {name: recorded[name] for name in known if recorded.get(name) is not None}
+
+
 def differences(config: Config, sidecar: Sidecar | None) -> list[str]:
-    """A warning for each setting of the run by which its step differs from the predicted one."""
+    """What of the run's settings the predicted step does not have: a line for each."""
     if sidecar is None:
         return []
-    return [
-        f"warning: the run's {line}"
-        for line in (*_sampling(config, sidecar), *_objective(config, sidecar), *_loss(sidecar))
-    ]
+    chosen = config.objective.loss
+    if chosen is None:
+        lines = [*_objective(config, sidecar), *_loss(sidecar)]
+    else:
+        lines = [*_advantage(config, sidecar), *_settings(config, sidecar)]
+    if sidecar.loss.get(_ROUTER):
+        lines.append(f"{_ROUTER} was {sidecar.loss[_ROUTER]}: its term is not in the predicted step")
+    return [f"the run's {line}" for line in (*_sampling(config, sidecar), *lines)]
 
 
 def _sampling(config: Config, sidecar: Sidecar) -> list[str]:
@@ -99,7 +138,7 @@ def _sampling(config: Config, sidecar: Sidecar) -> list[str]:
 
 
 def _objective(config: Config, sidecar: Sidecar) -> list[str]:
-    objective, kind, scale = config.objective, loss_type(sidecar), sidecar.loss.get("scale_rewards")
+    objective, kind = config.objective, loss_type(sidecar)
     lines = []
     if kind in PRESETS and kind != objective.preset and objective.normalisation is None:
         lines.append(f"loss_type was {kind}, objective.preset is {objective.preset}")
@@ -109,11 +148,37 @@ def _objective(config: Config, sidecar: Sidecar) -> list[str]:
     longest, L = sidecar.sampling.get("max_completion_length"), objective.constant
     if kind == "dr_grpo" and divisor == "constant" and None not in (longest, L) and longest != L:
         lines.append(f"max_completion_length was {longest}, objective.constant is {L:g}")
+    return lines + _advantage(config, sidecar)
+
+
+def _advantage(config: Config, sidecar: Sidecar) -> list[str]:
+    objective, scale = config.objective, sidecar.loss.get("scale_rewards")
     advantage = objective.advantage or PRESETS[objective.preset].advantage
     ran = ADVANTAGES.get(str(scale))
-    if scale is not None and advantage not in ("rollouts", ran):
-        remedy = f'set it to "{ran}"' if ran else "only the run's own rollouts have these advantages"
-        lines.append(f"scale_rewards was {scale}, objective.advantage is {advantage}: {remedy}")
+    if scale is None or advantage in ("rollouts", ran):
+        return []
+    remedy = f'set it to "{ran}"' if ran else "only the run's own rollouts have these advantages"
+    return [f"scale_rewards was {scale}, objective.advantage is {advantage}: {remedy}"]
+
+
+def _settings(config: Config, sidecar: Sidecar) -> list[str]:
+    """Where a chosen loss is another than the run's, or has other settings."""
+    chosen, ran = config.objective, trl_settings(sidecar)
+    if chosen.loss != "trl":
+        kind = loss_type(sidecar)
+        return [] if kind is None else [f"loss_type was {kind}, objective.loss is {chosen.loss}"]
+    defaults = {**TrlLoss._field_defaults, **Rows._field_defaults}
+    lines = [
+        f"{name} was {value}, objective.settings.{name} is {here}"
+        for name, value in ran.items()
+        if (here := chosen.settings.get(name, defaults[name])) != value
+    ]
+    iterations = sidecar.loss.get("num_iterations")
+    if iterations not in (None, 1) and config.rollouts.update is None:
+        lines.append(
+            f"num_iterations was {iterations}: the predicted step is the first of these on its "
+            "rollouts, where the policy is the one that sampled"
+        )
     return lines
 
 

@@ -33,6 +33,8 @@ from ..sampling.supplied import (
     load_supplied_update,
     open_update,
 )
+from .chosen_loss import ChosenLoss, choose_loss
+from .differences import differences
 from .dropout import dropout_masks
 from .microbatch import longest, report_halving, require_positions, resolve
 from .prompts import encoded, no_prompts, response_line, sampled_from
@@ -53,6 +55,8 @@ class Plan(NamedTuple):
     optimizer: OptimizerReport | None
     step: Step
     objective: Objective
+    loss: ChosenLoss | None  # instead of J of the objective
+    unlike_the_run: tuple[str, ...]  # what of the run's settings the predicted step does not have
     entropy: Entropy
     prompts: list[Prompt]  # none if E and U are supplied
     prompt_ids: list[list[int]]
@@ -81,7 +85,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
     config = _with_toy(config, narrator, prompts=needed)
     checkpoint = Path(config.policy.checkpoint).expanduser()
     config = with_run_settings(config, narrator.say)
-    objective = choose_objective(config)
+    objective, loss = choose_objective(config), choose_loss(config)
     reward = _reward(config) if config.rollouts.update is None else None
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
@@ -101,6 +105,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
             rule=step.rule,
             prompt_ids=prompt_ids if needed else None,
             run=run,
+            loss=loss is not None,
         )
         guessed += provenance.require_own(config.rollouts, supplied_eval, supplied_update, run)
         if sampled or lossy:
@@ -144,6 +149,8 @@ def load(config: Config, narrator: Narrator) -> Plan:
         optimizer=report,
         step=step,
         objective=objective,
+        loss=loss,
+        unlike_the_run=tuple(differences(config, sidecar)),
         entropy=Entropy(**config.entropy.model_dump()),
         prompts=prompts,
         prompt_ids=prompt_ids,

@@ -12,7 +12,7 @@ from funcprobe.types import InputError
 from ..config.schema import Config, Section
 from ..optimizer import Sidecar, find_sidecar
 from ..optimizer.sidecar import FILE
-from .differences import ADVANTAGES, loss_type, one_microbatch
+from .differences import ADVANTAGES, has_trl_loss, loss_type, one_microbatch, trl_settings
 
 
 def with_run_settings(config: Config, say: Callable[[str], None]) -> Config:
@@ -83,8 +83,16 @@ def _prompts_of_a_step(sidecar: Sidecar, G: Any) -> int | None:
 
 
 def _objective(config: Config, sidecar: Sidecar) -> dict[str, Any]:
-    """The preset, the advantage where it is not the preset's, and L of the normalisation "constant"."""
-    kind = loss_type(sidecar)
+    """The preset, the advantage where it is not the preset's, and L of the normalisation "constant";
+    or, where no preset has the gradient of the run's loss, TRL's loss with the run's settings."""
+    chosen, kind = config.objective, loss_type(sidecar)
+    by_preset = {"preset", "normalisation"} & chosen.model_fields_set and chosen.loss is None
+    if chosen.loss == "trl" or (has_trl_loss(sidecar) and chosen.loss is None and not by_preset):
+        supplied = config.rollouts.update is not None
+        advantage = "rollouts" if supplied else ADVANTAGES.get(str(sidecar.loss.get("scale_rewards")))
+        return {"loss": "trl", "settings": trl_settings(sidecar), "advantage": advantage}
+    if chosen.loss is not None:
+        return {}
     if kind == "bnpo" and one_microbatch(sidecar):
         kind = "dapo"  # one mean over the tokens of a micro-batch, of which there is one
     if kind not in PRESETS:
@@ -117,4 +125,8 @@ def _valid(section: Section, name: str, values: dict[str, Any], sidecar: Sidecar
 
 
 def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else f"{value:g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_shown(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"

@@ -120,7 +120,7 @@ def step_lines(
     return [
         *lines,
         *_clipping(config, report.sidecar, step),
-        *differences(config, report.sidecar),
+        *(f"warning: {line}" for line in differences(config, report.sidecar)),
         *_other_checkpoint(config, adam_state, report.sidecar),
     ]
 

@@ -9,6 +9,7 @@ Its gradient in theta is then that of -J, J = sum_ik c_ik l_ik + d_ik h_ik, with
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import grad
@@ -59,9 +60,9 @@ Divisor: TypeAlias = Literal["tokens", "sequences"]
 class Loss(NamedTuple):
     """A loss function, and what the sums over tokens in it are divided by.
 
-    The gradient does not need the latter, the error over U does: "tokens" or "sequences" of U in the
-    loss, for the part that depends on l and the one that depends on h. None: not known, and found by
-    `divisors.leave_one_out`, one evaluation for each prompt.
+    The gradient does not need the latter, the error over U does: "tokens" in the loss, or "sequences",
+    with or without such tokens, for the part that depends on l and the one that depends on h. None: not
+    known, and found by `divisors.leave_one_out`, one evaluation for each prompt.
     """
 
     function: LossFunction
@@ -100,7 +101,7 @@ def loss_update(
             "log-probabilities and advantages that it is given"
         )
     coef_NR, entropy_coef_NR = (-gradient_NR for gradient_NR in gradients)
-    counts = {"tokens": inputs.mask_NR.sum(1), "sequences": inputs.mask_NR.any(1)}
+    counts = {"tokens": inputs.mask_NR.sum(1), "sequences": torch.ones(len(inputs.prompt_N))}
     divisors = {None: None} | {name: f64(count_N) for name, count_N in counts.items()}
     normaliser_N, entropy_normaliser_N = divisors[loss.divisor], divisors[loss.entropy_divisor]
     if normaliser_N is None or entropy_normaliser_N is None:

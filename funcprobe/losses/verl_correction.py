@@ -1,7 +1,8 @@
 """verl's rollout correction: importance weights against the sampler, and rejected tokens.
 
-With r = log p_current - log p_sampler of a token, detached (verl 0.9.1,
-verl/trainer/ppo/rollout_corr_helper.py; both sides clamp exponents to +-20).
+With r = log p_current - log p_sampler of a token, detached and 0 off the mask, so that sums over a
+row are those over its tokens in the mask (verl 0.9.1, verl/trainer/ppo/rollout_corr_helper.py, which
+bounds exponents by +-20).
 """
 
 import math
@@ -32,7 +33,7 @@ def importance_weights(
     if settings.rollout_is is None:
         return None
     token = settings.rollout_is == "token"
-    sum_NR = log_ratio_NR if token else (log_ratio_NR * mask_NR).sum(1, keepdim=True)
+    sum_NR = log_ratio_NR if token else log_ratio_NR.sum(1, keepdim=True)
     raw_NR = sum_NR.clamp(-EXPONENT, EXPONENT).exp() * mask_NR
     bounds = weight_bounds(settings)
     if bounds.lower is None:
@@ -67,10 +68,9 @@ def kept(
     kept_NR = torch.ones_like(mask_NR)
     for criterion, bounds in rejections(settings).items():
         over, kind = criterion.removeprefix("seq_").split("_")
-        divergence = {"k1": -r_NR, "k2": r_NR.square() / 2, "k3": r_NR.exp() - 1 - r_NR}[kind] * mask_NR
+        divergence = {"k1": -r_NR, "k2": r_NR.square() / 2, "k3": r_NR.exp() - 1 - r_NR}[kind]
         if over != "token":
-            # The divergences of k2 and k3 are not negative, so that the zeros off the mask do not
-            # enter the maximum.
+            # k2 and k3 are not negative, so that the zeros off the mask do not enter the maximum.
             reduced_N = divergence.amax(1) if over == "max" else divergence.sum(1)
             length_N = mask_NR.sum(1).clamp(min=1)
             divergence = (reduced_N / length_N if over == "mean" else reduced_N)[:, None]

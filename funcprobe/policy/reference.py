@@ -1,6 +1,7 @@
 """The policy before its adapter was trained, or with another adapter, as values of its own registry."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ _OF_ADAPTER = re.compile(
 def base_params(model: nn.Module, params: Params) -> Params:
     """Values of the registry at which the policy is its base model, with the adapter disabled.
 
-    The last factor of LoRA is 0, lora_bias included, so that every layer adds exactly 0 to W x. A module
-    that is trained as a whole (modules_to_save), or some of its rows (trainable_token_indices), has the
+    The last factor of LoRA is 0, lora_bias included, so that every layer adds exactly 0 to W x. Modules
+    trained as a whole (modules_to_save) and rows of an embedding (trainable_token_indices) have the
     base's values. Everything else is that of `params`: the first factors, which no longer matter, and
-    biases that are trained in the base itself (bias = "all", "lora_only"), which peft 0.21's
-    disable_adapter() leaves as they are, too. The model is not changed.
+    biases trained in the base itself (bias = "all", "lora_only"), which peft 0.21's disable_adapter()
+    leaves as they are, too. The model is not changed.
     """
     return {name: _base_value(model, name, tensor) for name, tensor in params.items()}
 
@@ -37,8 +38,7 @@ def adapter_params(model: nn.Module, params: Params, adapter: str) -> Params:
     parameters. Biases that are trained in the base itself are common to all. InputError if it lacks a
     parameter, or has one of another shape. The model is not changed.
     """
-    # Without its duplicates: of tied modules peft keeps one parameter under two names.
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters())
     values = {}
     for name, tensor in params.items():
         found = _OF_ADAPTER.match(name)
@@ -64,7 +64,7 @@ def _base_value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
         return _as(tensor, model.get_parameter(f"{found['owner']}.original_module{found['rest']}"))
     if found["kind"] == "trainable_tokens_delta":
         # Despite the name, the rows themselves.
-        layer = model.get_submodule(found["owner"])
+        layer: Any = model.get_submodule(found["owner"])
         rows = torch.as_tensor(layer.token_indices[found["adapter"]], device=tensor.device)
         return _as(tensor, layer.get_base_layer().weight[rows])
     return tensor

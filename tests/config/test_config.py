@@ -277,13 +277,15 @@ def test_a_file_that_cannot_be_used(tmp_path, text, said) -> None:
     assert "c.toml" in message
 
 
-@pytest.mark.parametrize("override", ["zork", "a=b", "a.b.c=1", "=1", "run.=1", ".x=1", "run.seed", ""])
+@pytest.mark.parametrize(
+    "override", ["zork", "a=b", "a.b.c.d=1", "=1", "run.=1", ".x=1", "run.seed", ""]
+)
 def test_an_override_of_another_form(tmp_path, override) -> None:
     assert f"--set {override}: expected section.key=value" in refusal(tmp_path, "", override)
 
 
 def test_an_override_below_what_is_no_section(tmp_path) -> None:
-    assert "run is not a section" in refusal(tmp_path, "run = 3", "run.seed=1")
+    assert "run is not a table" in refusal(tmp_path, "run = 3", "run.seed=1")
 
 
 def test_top_p_is_allowed_where_E_is_brought(tmp_path) -> None:

@@ -269,6 +269,7 @@ REJECTED = {
     "unmasked entropy": (lambda a, b, c: masked(a, c) + b.sum(), r"in entropy at \[0, 3\], past"),
     "mean": (mean_of_array, "'mean_of_array' depends on padding: .* one more column"),
     "maximum": (behind_the_end, "depends on padding.*by a sum of it, not by a length"),
+    "minimum": (lambda a, b, c: masked(a, c) * a.detach().min(), "depends on padding"),
     "its value": (value_behind_the_end, "depends on padding"),
     "old": (lambda a, b, c: masked(a, c) + c.old_logp_NR.exp().sum(), "depends on padding"),
 }

@@ -9,6 +9,7 @@ import pytest
 
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
+from funcprobe.adapters.stages.chosen_loss import choose_loss
 from funcprobe.adapters.stages.run_settings import with_run_settings
 from funcprobe.adapters.stages.step import choose_objective
 from funcprobe.types import InputError
@@ -70,9 +71,7 @@ def test_nothing_is_taken_where_nothing_is_known(resolved, checkpoint) -> None:
         ({"loss_type": "dr_grpo", "scale_rewards": "group"}, ("mean_std", "constant")),
         ({"loss_type": "bnpo", "gradient_accumulation_steps": 1}, ("mean_std", "token_mean")),
         ({"normalize_advantages": False}, ("leave_one_out", "sequence")),
-        # No objective here has this gradient: the default, with the warning of `differences`.
-        ({"loss_type": "cispo", "scale_rewards": "none"}, ("mean_std", "token_mean")),
-        ({"loss_type": "bnpo", "gradient_accumulation_steps": 2}, ("mean_std", "token_mean")),
+        # No objective here has this gradient: the default, with the line of `differences`.
         ({"normalize_advantages": True}, ("mean_std", "token_mean")),
         ({"loss_type": "grpo", "scale_rewards": "batch"}, ("mean_std", "sequence_mean")),
     ],
@@ -86,6 +85,35 @@ def test_the_objective_is_that_of_loss_type_and_scale_rewards(resolved, loss, ex
         known or ("bnpo" in loss.values() and loss["gradient_accumulation_steps"] == 1)
     )
     assert objective.constant == 24.0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss_type": "cispo"},
+        {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
+        {"loss_type": "dapo", "beta": 0.04},
+        {"loss_type": "grpo", "entropy_coef": 0.01, "epsilon_high": 0.28},
+        {"loss_type": "dapo", "num_iterations": 2},
+        {"loss_type": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2},
+        {"loss_type": "dr_grpo", "mask_truncated_completions": True},
+    ],
+)
+def test_a_loss_that_no_preset_has_is_trls_with_its_settings(resolved, loss) -> None:
+    sidecar = {"loss": loss | {"scale_rewards": "none", "delta": None}, "sampling": SAMPLING}
+    config, (line,) = resolved(sidecar)
+    found = config.objective
+    assert (found.loss, found.advantage) == ("trl", "mean")
+    known = {key: value for key, value in loss.items() if key != "num_iterations"}
+    assert found.settings == known | {"max_completion_length": 24}
+    assert f'loss_type = "{loss["loss_type"]}"' in line
+    assert choose_loss(config).settings["loss_type"] == loss["loss_type"]
+    supplied, _ = resolved(sidecar, rollouts={"update": "u.parquet"})
+    assert supplied.objective.advantage == "rollouts"  # a step may have parts of groups
+    mine, _ = resolved(sidecar, objective={"loss": "trl", "settings": {"beta": 1.0}})
+    assert mine.objective.settings == {"beta": 1.0}
+    preset, _ = resolved(sidecar, objective={"preset": "dapo"})
+    assert preset.objective.loss is None
 
 
 def test_a_preset_that_is_set_determines_the_advantage(resolved) -> None:
@@ -179,7 +207,8 @@ def test_a_run_uses_and_writes_them(damaged, command) -> None:
     written = tomllib.loads(Path("runs/probe/config.toml").read_text())
     assert written["sampling"]["temperature"] == 0.7
     assert [written["sampling"][key] for key in ("G", "B_U", "max_new_tokens")] == [2, 4, 5]
-    assert written["objective"] == {"preset": "dr_grpo", "advantage": "mean_std", "constant": 5.0}
+    expected = {"preset": "dr_grpo", "advantage": "mean_std", "constant": 5.0, "settings": {}}
+    assert written["objective"] == expected
     assert written["optimizer"]["max_grad_norm"] == 0.3
     log = Path("runs/probe/run.log").read_text()
     assert log.count("as not set here") == 1

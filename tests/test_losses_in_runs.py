@@ -1,0 +1,178 @@
+"""Runs whose objective is a trainer's loss: what changes, what does not, what is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
+from support.checkpoints import Checkpoint, sets
+from support.sidecars import with_sidecar
+
+TRL = {"objective__loss": "trl"}
+
+
+def settings(**values: Any) -> dict[str, Any]:
+    return TRL | {f"objective__settings__{key}": value for key, value in values.items()}
+
+
+def numbers(document: dict[str, Any]) -> dict[str, float]:
+    first = document["first_order"]
+    return {key: first[key]["value"] for key in ("derivative", "from_update", "se_over_U", "se_total")}
+
+
+@pytest.mark.parametrize(
+    ("preset", "loss"),
+    [
+        ({}, {}),
+        ({"objective__preset": "grpo"}, {"loss_type": "grpo"}),
+        (
+            {"objective__preset": "dr_grpo", "objective__constant": 7.0},
+            {"loss_type": "dr_grpo", "max_completion_length": 7},
+        ),
+    ],
+)
+def test_a_loss_without_terms_is_the_preset(probe, preset, loss) -> None:
+    """At the policy that sampled; to rounding, as coefficients by autograd are rounded otherwise."""
+    advantage = {"objective__advantage": "mean_std"}
+    plain, trl = probe("plain", **preset, **advantage), probe("trl", **settings(**loss), **advantage)
+    assert numbers(trl) == pytest.approx(numbers(plain), rel=1e-9)
+    assert trl["loss"]["value"]["value"] == pytest.approx(plain["loss"]["value"]["value"], abs=1e-12)
+    assert trl["loss"]["metrics"]["entropy"] == pytest.approx(plain["loss"]["metrics"]["entropy"])
+    assert (plain["loss"]["name"], trl["loss"]["name"]) == ("preset", "trl")
+    assert trl["conventions"]["objective"]["normalisation"] == "of the loss"
+    assert trl["counts"] == plain["counts"]
+
+
+def test_a_bonus_and_a_KL_term_change_the_step(probe) -> None:
+    plain = probe("plain", **settings())
+    bonus = probe("bonus", **settings(entropy_coef=0.5))
+    kl = probe("kl", **settings(beta=0.5))
+    assert bonus["first_order"]["from_update"]["value"] > plain["first_order"]["from_update"]["value"]
+    assert kl["loss"]["metrics"]["kl"] > 0
+    assert numbers(kl)["from_update"] != pytest.approx(numbers(plain)["from_update"], rel=1e-3)
+    for found in (bonus, kl):
+        checks = {one["name"]: one for one in found["checks"]}
+        assert checks["reverse route = forward route"]["passed"]
+    assert bonus["loss"]["settings"]["entropy_coef"] == 0.5
+
+
+def test_a_bonus_moves_where_every_advantage_is_0(probe, tmp_path) -> None:
+    (tmp_path / "equal.py").write_text(
+        "def f(prompts, completions, **_):\n    return [1.0] * len(prompts)\n"
+    )
+    equal = {"reward__function": f"{tmp_path / 'equal.py'}:f", "optimizer__rule": "sgd"}
+    found = probe("bonus", **settings(entropy_coef=0.1), **equal)
+    assert found["first_order"]["derivative"]["value"] > 0
+    assert found["counts"]["U_groups_without_gradient"] == 0
+
+
+def test_ones_own_loss_is_a_function_with_keywords(probe, tmp_path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def reinforce(logp, entropy, batch, bonus=0.0):\n"
+        "    weight = batch.advantage_N[:, None] * batch.mask_NR\n"
+        "    return -((weight * logp + bonus * entropy * batch.mask_NR).sum() / batch.mask_NR.sum())\n"
+    )
+    own = {"objective__loss": "mine.py:reinforce"}
+    (tmp_path / "c.toml").touch()
+    mine = probe("mine", **own)
+    assert numbers(mine) == pytest.approx(numbers(probe("plain")), rel=1e-9)
+    mine = probe("bonus", **own, objective__settings__bonus=0.25)
+    trl = probe("trl", **settings(entropy_coef=0.25))
+    assert numbers(mine) == pytest.approx(numbers(trl), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"objective.loss": "trl", "objective.settings.bet": 0.1}, "objective.settings has no bet"),
+        (
+            {"objective.loss": "trl", "objective.settings.beta": "much"},
+            "objective.settings.beta is 'much'",
+        ),
+        (
+            {"objective.loss": "trl", "objective.settings.loss_type": "ppo"},
+            "objective.settings.loss_type",
+        ),
+        ({"objective.settings.beta": 0.1}, "objective.loss is not set"),
+        ({"objective.loss": "nothing"}, "unknown loss 'nothing'"),
+        ({"objective.loss": "missing.py:f"}, "missing.py"),
+    ],
+)
+def test_a_loss_that_cannot_be(ran_refused, given, said) -> None:
+    ran_refused(given, said)
+
+
+@pytest.fixture
+def ran_refused(command, checkpoint):
+    def call(given: dict[str, Any], said: str) -> None:
+        Path("c.toml").touch()
+        outcome = command("run", "c.toml", *sets(checkpoint.settings() | given))
+        assert outcome.status == 2
+        assert said in outcome.err.splitlines()[-1]
+
+    return call
+
+
+def recorded(probe, of: Checkpoint, **columns: Any) -> Path:
+    """U of a run, as recorded rollouts with further columns."""
+    probe("source", of=of)
+    found = load_rollouts(Path("runs/source/rollouts/update.parquet"), 14, rewards=True)
+    path = Path("recorded.parquet").absolute()
+    save_rollouts(found._replace(**columns), path)
+    return path
+
+
+LOSS = {"loss_type": "dapo", "scale_rewards": "group", "gradient_accumulation_steps": 1}
+
+
+def test_the_sidecar_names_the_loss(probe, damaged) -> None:
+    """A run without [objective] has its training run's loss; one with a preset says that it has not."""
+    with_sidecar(damaged, loss=LOSS | {"beta": 0.3, "entropy_coef": 0.2}, sampling={})
+    found = probe("own", of=damaged)
+    assert found["loss"]["name"] == "trl"
+    assert (found["loss"]["settings"]["beta"], found["loss"]["settings"]["entropy_coef"]) == (0.3, 0.2)
+    assert found["unlike_the_run"] == []
+    same = probe("set", of=damaged, **settings(beta=0.3, entropy_coef=0.2))
+    assert numbers(same) == numbers(found)
+    preset = probe("preset", of=damaged, objective__preset="dapo")
+    assert preset["loss"]["name"] == "preset"
+    assert [line for line in preset["unlike_the_run"] if "beta was 0.3" in line]
+    other = probe("other", of=damaged, **settings(beta=0.1, entropy_coef=0.2))
+    assert [line for line in other["unlike_the_run"] if "beta was 0.3" in line]
+
+
+def test_what_cannot_be_honoured_is_in_the_headline(probe, ran, damaged) -> None:
+    with_sidecar(damaged, loss=LOSS | {"router_aux_loss_coef": 0.01}, sampling={})
+    document = probe("moe", of=damaged)
+    (line,) = document["unlike_the_run"]
+    assert "router_aux_loss_coef was 0.01" in line
+
+
+def test_old_log_probabilities_clip(probe, checkpoint) -> None:
+    """A second iteration: ratios of 1.5, beyond the bound, leave tokens of advantage < 0 alone."""
+    probe("source")
+    found = load_rollouts(Path("runs/source/rollouts/update.parquet"), 14, rewards=True)
+    far = [[-50.0] * len(ids) for ids in found.response_ids]
+    path = recorded(probe, checkpoint, old_logp=far)
+    document = probe("far", rollouts__update=str(path), **settings(epsilon_high=0.1))
+    metrics = document["loss"]["metrics"]
+    positive = sum(
+        a > 0 for a, ids in zip(found.advantage, found.response_ids, strict=True) for _ in ids
+    )
+    tokens = sum(map(len, found.response_ids))
+    assert metrics["clip_ratio/high_mean"] == pytest.approx(positive / tokens)
+
+
+def test_a_truncated_response_is_masked(probe) -> None:
+    plain, masked = (
+        probe("plain", **settings()),
+        probe("mask", **settings(mask_truncated_completions=True)),
+    )
+    reasons = load_rollouts(Path("runs/mask/rollouts/update.parquet"), 14, rewards=True).finish_reason
+    assert "length" in reasons
+    assert numbers(masked) != numbers(plain)
+    assert json.loads(Path("runs/mask/results.json").read_text())["loss"]["settings"][
+        "mask_truncated_completions"
+    ]
