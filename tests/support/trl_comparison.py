@@ -1,15 +1,16 @@
 """The next step and the log of a TRL training, against those that funcprobe computes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from funcprobe.adapters import rollouts
-from funcprobe.losses.loss import LossInputs, LossReport
+from funcprobe.losses.loss import LossInputs
 from funcprobe.policy.layout import response_mask
-from funcprobe.types import Batch
+from funcprobe.types import Batch, TokenStats
 from support.checkpoints import PIECES
 from support.trl_cases import Change
 from support.trl_training import Distance, Step, captured, distance, ours
@@ -53,12 +54,16 @@ def require_the_step(step: Step, seen: Sequence[Change]) -> Distance:
     """
     batch, inputs = recorded(step)
     assert sequences(batch, inputs) == sequences(*captured(step.calls))
-    direction = ours(step, batch)
+    stats, direction = ours(step, batch)
     v, report = direction(step.settings, inputs)
-    found = distance(v, step.taken)
+    found, log = distance(v, step.taken), logged(step)
     print(f"largest relative error {found.worst:.1e}, 1 - cosine {1 - found.cosine:.1e}")
+    equal = found.is_the_step and report.metrics == log
+    if not equal and step.settings.top_entropy_quantile < 1 and tied(step, stats, inputs):
+        pytest.skip("tokens of one context are at the threshold of entropy: TRL's rounding decides")
     assert found.is_the_step, found
-    require_the_log(report, step.logged)
+    assert report.metrics == log
+    assert report.loss == report.metrics["loss"]
     for change in seen:
         settings = step.settings._replace(
             **{k: x for k, x in change.items() if k in step.settings._fields}
@@ -71,12 +76,24 @@ def require_the_step(step: Step, seen: Sequence[Change]) -> Distance:
     return found
 
 
-def require_the_log(report: LossReport, logged: Mapping[str, float | None]) -> None:
-    """All that TRL logged of its loss, under its names.
+def tied(step: Step, stats: TokenStats, inputs: LossInputs) -> bool:
+    """Whether several tokens have the threshold's entropy, up to rounding in float32.
+
+    Those of one context do, such as the first of all responses to a prompt, and TRL keeps some of them.
+    """
+    for microbatch in inputs.microbatch_N.unique():
+        of_it_NR = inputs.mask_NR & (inputs.microbatch_N == microbatch)[:, None]
+        h = stats.entropy_NR[of_it_NR].double()
+        gap = h - torch.quantile(h, 1 - step.settings.top_entropy_quantile)
+        if int((gap.abs() < 1e-5).sum()) > 1:
+            return True
+    return False
+
+
+def logged(step: Step) -> Any:
+    """All that TRL logged of its loss, under its names, to compare with; None stands for NaN there.
 
     TRL's sums of up to 96 terms of order 1 are in float32: relative 1e-5, and 1e-6 where they cancel.
-    None stands for NaN, as in TRL's log.
     """
-    theirs = {k: math.nan if x is None else x for k, x in logged.items() if is_of_the_loss(k)}
-    assert report.loss == pytest.approx(report.metrics["loss"], rel=1e-12)
-    assert report.metrics == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True)
+    found = {k: math.nan if x is None else x for k, x in step.logged.items() if is_of_the_loss(k)}
+    return pytest.approx(found, rel=1e-5, abs=1e-6, nan_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 import funcprobe
-from funcprobe import Batch, tree
+from funcprobe import Batch, TokenStats, tree
 from funcprobe.adapters.checkpoint.model import load_policy
 from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.adapters.optimizer import read_adam_state
@@ -146,11 +146,14 @@ def captured(calls: Sequence[Call]) -> tuple[Batch, LossInputs]:
     return batch, inputs
 
 
-Direction = Callable[[TrlLoss, LossInputs], tuple[funcprobe.Params, LossReport]]
-"""The step that funcprobe computes with these settings and arrays, and what it says of the loss."""
+class Ours(NamedTuple):
+    """Statistics at theta; the step with given settings and arrays, and what is said of the loss."""
+
+    stats: TokenStats
+    direction: Callable[[TrlLoss, LossInputs], tuple[funcprobe.Params, LossReport]]
 
 
-def ours(step: Step, batch: Batch) -> Direction:
+def ours(step: Step, batch: Batch) -> Ours:
     policy = load_policy(PolicyConfig(checkpoint=str(step.before)), torch.device("cpu"))
     adam_state, report = read_adam_state(step.before / "optimizer.pt", policy.model, policy.params)
     assert report.coverage == dict.fromkeys(("exp_avg_sq", "exp_avg", "step"), len(policy.params))
@@ -162,7 +165,7 @@ def ours(step: Step, batch: Batch) -> Direction:
         Y = probe.grad_Y(probe.params, update)
         return funcprobe.update_direction(probe.params, Y, adam_state).total, report
 
-    return direction
+    return Ours(stats, direction)
 
 
 class Distance(NamedTuple):

@@ -15,12 +15,18 @@ from support.trl_training import train
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
+        ("dapo", "half of a generation"),
         ("bnpo", GENERAL),
+        ("luspo", "second"),
         ("cispo", GENERAL),
+        ("sapo", "second"),
+        ("vespo", "second"),
+        ("kl", "first"),
+        ("adaptive entropy", "second"),
         ("quantile of grpo, entropy and kl", GENERAL),
         ("truncated", "first, accumulated"),
         ("vllm, token_mask, off-policy mask", "half of a generation, accumulated"),
-        ("vespo", "second"),
+        ("rollout_func, off-policy mask", "second"),
     ],
 )
 def test_next_step_is_the_one_trl_takes(case, layout, checkpoint, tmp_path):
