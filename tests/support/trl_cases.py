@@ -33,7 +33,8 @@ def _logps(trainer: GRPOTrainer, prompt: Sequence[int], ids: Sequence[int]) -> l
             trainer.model, tokens, torch.ones_like(tokens), len(ids)
         )
     noise = torch.Generator().manual_seed(len(prompt) + sum(ids))
-    return [float(x) for x in found[0] + 0.1 * torch.randn(len(ids), generator=noise)]
+    noisy = found[0] + 0.1 * torch.randn(len(ids), generator=noise)
+    return [float(x) for x in noisy.clamp(max=0.0)]
 
 
 class _Sampler:
