@@ -233,7 +233,7 @@ def test_a_resumed_training_records_the_steps_that_follow(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])
 def test_a_training_that_failed_leaves_nothing_for_the_next(loss, checkpoint, tmp_path):
-    """Stopped inside a step, then begun again by the same trainer, out of phase with its generations."""
+    """Stopped inside a step, then begun again by the same trainer, whose generations are then split."""
     trainer, steps = record(checkpoint, tmp_path, max_steps=1, loss_type=loss, **FOUR)
     backward, failures = trainer.accelerator.backward, [None]
 
