@@ -288,6 +288,8 @@ def test_every_process_writes_its_own(settings, checkpoint, command, tmp_path):
         found = load(tmp_path, number)
         for rank, steps in enumerate(ranks):
             require_recorded(found, steps[number - 1], rank)
+        second = {p for p, i in zip(found.process, found.prompt_index, strict=True) if i == 1}
+        assert second == {0, 1}
         assert found.reward == pytest.approx(reward(found.response))
         advantage = torch.tensor(found.advantage, dtype=torch.float64)
         made = funcprobe.advantages(
