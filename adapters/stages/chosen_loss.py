@@ -67,7 +67,7 @@ def _of_rollouts(trl: TrlLoss, rows: Rows, update: Rollouts) -> TrlLoss:
     """
     if update.entropy_coef is not None:
         trl = trl._replace(entropy_coef=update.entropy_coef)
-    calls = trl.gradient_accumulation_steps * rows.num_processes
+    calls = trl.gradient_accumulation_steps * rows.world_size
     if update.microbatch is not None or calls == 1:
         return trl
     bonus, quantile = trl.entropy_coef != 0, trl.top_entropy_quantile < 1

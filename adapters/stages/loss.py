@@ -107,7 +107,7 @@ def _as_called(inputs: LossInputs, rollouts: Rollouts, chosen: ChosenLoss, seed:
     """
     count, generator = len(inputs.prompt_N), torch.Generator().manual_seed(seed)
     process_N, microbatch_N = torch.zeros(2, count, dtype=torch.int64)
-    for process, rows in enumerate(torch.arange(count).tensor_split(chosen.rows.num_processes)):
+    for process, rows in enumerate(torch.arange(count).tensor_split(chosen.rows.world_size)):
         process_N[rows] = process
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         for microbatch, part in enumerate(shuffled.tensor_split(chosen.microbatches)):
