@@ -165,6 +165,43 @@ def test_old_log_probabilities_clip(probe, checkpoint) -> None:
     assert metrics["clip_ratio/high_mean"] == pytest.approx(positive / tokens)
 
 
+def test_the_entropy_coefficient_is_that_of_the_step(probe, checkpoint) -> None:
+    """An adaptive coefficient moves from step to step; rollouts have the one in effect."""
+    path = str(recorded(probe, checkpoint, entropy_coef=0.3))
+    given = settings(entropy_coef=0.1, use_adaptive_entropy=True)
+    found = probe("adaptive", rollouts__update=path, **given)
+    assert found["loss"]["settings"]["entropy_coef"] == 0.3
+    assert numbers(found) == numbers(
+        probe("fixed", rollouts__update=path, **settings(entropy_coef=0.3, use_adaptive_entropy=True))
+    )
+
+
+def test_rollouts_without_micro_batches_are_one_unless_the_loss_has_sums_over_each(
+    probe, checkpoint, ran_refused
+) -> None:
+    path = str(recorded(probe, checkpoint))
+    four = {"gradient_accumulation_steps": 4, "beta": 0.1}
+    found = probe("four", rollouts__update=path, **settings(**four))
+    assert numbers(found) == numbers(probe("one", rollouts__update=path, **settings(beta=0.1)))
+    for own, said in (
+        ({"loss_type": "bnpo"}, "bnpo is of each of the step's 4 micro-batches"),
+        ({"entropy_coef": 0.1}, "the entropy bonus is of each"),
+        ({"top_entropy_quantile": 0.5}, "the quantile is of each"),
+    ):
+        given = {key.replace("__", "."): value for key, value in settings(**four, **own).items()}
+        ran_refused(given | {"rollouts.update": path}, said)
+
+
+def test_a_mean_over_nothing_is_null(probe, checkpoint) -> None:
+    """Where no sequence has a token in the loss, and a KL term has none either: Y = 0."""
+    found = load_rollouts(recorded(probe, checkpoint), 14, rewards=True)
+    nothing = [[False] * len(ids) for ids in found.response_ids]
+    path = str(recorded(probe, checkpoint, loss_mask=nothing))
+    document = probe("nothing", rollouts__update=path, **settings())
+    assert document["loss"]["metrics"]["clip_ratio/low_min"] is None
+    assert document["counts"]["U_groups_without_gradient"] == document["counts"]["U_prompts"]
+
+
 def test_a_truncated_response_is_masked(probe) -> None:
     plain, masked = (
         probe("plain", **settings()),

@@ -140,13 +140,21 @@ def _loss(plan: Plan, batches: Batches, prediction: funcprobe.Prediction) -> Los
             settings=dict(chosen.settings),
             value=value,
             reference=batches.reference,
-            metrics=dict(report.metrics),
+            metrics={name: None if math.isnan(x) else x for name, x in report.metrics.items()},
+            divisor_residual=report.divisor_residual,
         )
     update = batches.update
     entropy_NR, tokens = prediction.update_stats.entropy_NR, update.batch.response_length_N.sum()
     metrics = {"entropy": float(entropy_NR.sum() / tokens)} if update.moves else {}
     value = quantity(-float(update.coef_NR.sum()), "loss", about)
-    return LossSection(name="preset", settings={}, value=value, reference=None, metrics=metrics)
+    return LossSection(
+        name="preset",
+        settings={},
+        value=value,
+        reference=None,
+        metrics=metrics,
+        divisor_residual=0.0,
+    )
 
 
 def _entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Error:

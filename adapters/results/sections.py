@@ -78,8 +78,12 @@ class LossSection(Section):
     """The loss of the optimizer step, as logged at this step."""
     reference: str | None
     """Where the reference policy's log-probabilities are from; null: the loss has none."""
-    metrics: dict[str, float]
-    """By the trainer's names: entropy, kl, the share of tokens clipped, and others."""
+    metrics: dict[str, float | None]
+    """By the trainer's names: entropy, kl, the share of tokens clipped, and others; null: a mean over
+    nothing, such as over sequences without a token in the loss."""
+    divisor_residual: float
+    """Of one's own loss: how far the others' coefficients change without a prompt, beside a common
+    factor and relative to them; the error over U leaves it out. 0 where the divisors are known."""
 
 
 class Counts(Section):

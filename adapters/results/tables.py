@@ -105,7 +105,8 @@ def _loss(loss: LossSection | None) -> list[str]:
     if loss is None or loss.name == "preset":
         return []
     kind = loss.settings.get("loss_type") or loss.settings.get("loss_mode")
-    logged = "".join(f", {name} {value:.4g}" for name, value in loss.metrics.items())
+    values = {name: x for name, x in loss.metrics.items() if name != "loss" and x is not None}
+    logged = "".join(f", {name} {value:.4g}" for name, value in values.items())
     return [
         f"Loss of U at theta, {loss.name}{f' {kind}' if kind else ''}: {loss.value.value:.6g}{logged}"
     ]

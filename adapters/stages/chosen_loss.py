@@ -13,6 +13,7 @@ from funcprobe.losses.verl import VerlLoss, verl_loss
 from funcprobe.types import InputError
 
 from ..config.schema import Config
+from ..rollouts import Rollouts
 from ..sampling.functions import load_function
 from .differences import Rows
 
@@ -28,8 +29,11 @@ class ChosenLoss(NamedTuple):
     reference: bool  # whether it needs log-probabilities of the reference policy
 
 
-def choose_loss(config: Config) -> ChosenLoss | None:
-    """The loss, if one is named; InputError for a setting that it does not have, or a bad value."""
+def choose_loss(config: Config, update: Rollouts | None = None) -> ChosenLoss | None:
+    """The loss, if one is named, with the settings at the step of `update`, if U is supplied.
+
+    InputError for a setting that it does not have, a bad value, and rollouts that lack what it needs.
+    """
     name, given = config.objective.loss, config.objective.settings
     if name is None:
         if given:
@@ -39,7 +43,7 @@ def choose_loss(config: Config) -> ChosenLoss | None:
             )
         return None
     if name not in ("trl", "verl"):
-        function = load_function(name, "loss", '"trl", "verl"')
+        function = load_function(name, "loss", '"trl", "verl" or a function of (logp, entropy, batch)')
         chosen = custom_loss(partial(function, **given) if given else function)
         return ChosenLoss(name, chosen, given, Rows(), 1, reference=True)
     own = {key: value for key, value in given.items() if key in Rows._fields}
@@ -49,9 +53,34 @@ def choose_loss(config: Config) -> ChosenLoss | None:
         verl = _validated(VerlLoss, rest)
         return ChosenLoss(name, verl_loss(verl), verl._asdict(), rows, 1, verl.use_kl_loss)
     trl = _validated(TrlLoss, rest)
+    if update is not None:
+        trl = _of_rollouts(trl, rows, update)
     settings = trl._asdict() | rows._asdict()
     count = trl.gradient_accumulation_steps
     return ChosenLoss(name, trl_loss(trl), settings, rows, count, trl.beta != 0)
+
+
+def _of_rollouts(trl: TrlLoss, rows: Rows, update: Rollouts) -> TrlLoss:
+    """The settings at the step of supplied rollouts: its entropy coefficient, and its micro-batches.
+
+    Rollouts without micro-batches are as good as one, unless the loss has sums over each.
+    """
+    if update.entropy_coef is not None:
+        trl = trl._replace(entropy_coef=update.entropy_coef)
+    calls = trl.gradient_accumulation_steps * rows.world_size
+    if update.microbatch is not None or calls == 1:
+        return trl
+    bonus, quantile = trl.entropy_coef != 0, trl.top_entropy_quantile < 1
+    if trl.loss_type == "bnpo" or bonus or quantile:
+        what = "bnpo" if trl.loss_type == "bnpo" else "the entropy bonus" if bonus else "the quantile"
+        raise InputError(
+            f"rollouts.update has no column microbatch, but {what} is of each of the step's {calls} "
+            "micro-batches: record the rollouts by record_rollouts, or add the columns microbatch and "
+            "process (docs/rollouts.md)"
+        )
+    if trl.steps_per_generation in (None, trl.gradient_accumulation_steps):
+        return trl._replace(gradient_accumulation_steps=1, steps_per_generation=None)
+    return trl
 
 
 def _validated(kind: Any, given: Mapping[str, Any]) -> Any:

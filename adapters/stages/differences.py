@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     """
 
     mask_truncated_completions: bool = False
-    num_processes: int = 1
+    world_size: int = 1
 
 
 class Setting(NamedTuple):

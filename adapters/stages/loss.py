@@ -40,7 +40,10 @@ def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) 
         found, reference = reference_params(plan.policy), _reference(plan)
         at = _statistics(plan, batch, found, "reference policy on U", stages, narrator)
         inputs = inputs._replace(ref_logp_NR=at.logp_NR)
-    update, report = loss_update(batch, stats, inputs, chosen.loss)
+    loss = chosen.loss
+    if plan.known_step and loss.divisor is None:  # v has no error over U: no need to derive it
+        loss = loss._replace(divisor="tokens", entropy_divisor="tokens")
+    update, report = loss_update(batch, stats, inputs, loss)
     for line in (*_lines(reference, report), *without_gradient(update, plan.step.rule)):
         narrator.say(line)
     return batches._replace(
@@ -104,7 +107,7 @@ def _as_called(inputs: LossInputs, rollouts: Rollouts, chosen: ChosenLoss, seed:
     """
     count, generator = len(inputs.prompt_N), torch.Generator().manual_seed(seed)
     process_N, microbatch_N = torch.zeros(2, count, dtype=torch.int64)
-    for process, rows in enumerate(torch.arange(count).tensor_split(chosen.rows.num_processes)):
+    for process, rows in enumerate(torch.arange(count).tensor_split(chosen.rows.world_size)):
         process_N[rows] = process
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         for microbatch, part in enumerate(shuffled.tensor_split(chosen.microbatches)):

@@ -107,6 +107,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
             run=run,
             loss=loss is not None,
         )
+        loss = choose_loss(config, supplied_update)
         guessed += provenance.require_own(config.rollouts, supplied_eval, supplied_update, run)
         if sampled or lossy:
             guessed += provenance.length_lines(run, config.sampling.max_new_tokens)

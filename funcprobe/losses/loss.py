@@ -102,6 +102,8 @@ def loss_update(
         )
     coef_NR, entropy_coef_NR = (-gradient_NR for gradient_NR in gradients)
     counts = {"tokens": inputs.mask_NR.sum(1), "sequences": torch.ones(len(inputs.prompt_N))}
+    if not bool(inputs.mask_NR.any()):  # every coefficient is 0
+        counts["tokens"] = counts["sequences"]
     divisors = {None: None} | {name: f64(count_N) for name, count_N in counts.items()}
     normaliser_N, entropy_normaliser_N = divisors[loss.divisor], divisors[loss.entropy_divisor]
     if normaliser_N is None or entropy_normaliser_N is None:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..types import InputError
-from .estimators import Cells, influence_se, require_two, update_influence
+from .estimators import Cells, influence_se, update_influence
 from .weights import by_unit
 
 Statistic: TypeAlias = Callable[..., Float[Tensor, "..."]]
@@ -75,8 +75,9 @@ def update_error(parts: Sequence[UpdatePart], prompt_N: Int[Tensor, " N"]) -> Er
     for t_N, normaliser_N in parts:
         influence_M = by_unit(update_influence(t_N, normaliser_N), prompt_N)
         share_M = by_unit(normaliser_N, prompt_N) / normaliser_N.sum()
-        require_two(int((share_M > 0).sum()))
-        changes.append(influence_M / (share_M - 1))
+        alone_M = share_M == 1  # without this prompt nothing is left of the part
+        others_M = influence_M / torch.where(alone_M, -1.0, share_M - 1)
+        changes.append(torch.where(alone_M, -by_unit(t_N, prompt_N), others_M))
     return jackknife_error(torch.stack(changes).sum(0))
 
 

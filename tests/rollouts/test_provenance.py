@@ -75,7 +75,10 @@ def test_u_is_the_next_batch_where_all_of_it_is_known_to_be() -> None:
     steps = {"gradient_accumulation_steps": 4, "steps_per_generation": 2}
     assert is_next_batch(of_step(6), after(5, generation_batch_size=2, **steps))
     assert not is_next_batch(of_step(6), after(5, generation_batch_size=4, **steps))
-    assert not is_next_batch(of_step(6), after(5, generation_batch_size=4, num_iterations=2))
+    twice = after(5, generation_batch_size=4, num_iterations=2)
+    assert not is_next_batch(of_step(6), twice)
+    assert is_next_batch(of_step(6, microbatch=[0] * 4), twice)  # recorded, so that it is one step's
+    assert not is_next_batch(of_step(6, microbatch=[0] * 4), after(5, generation_batch_size=8))
     assert not is_next_batch(of_step(6), after(5, generation_batch_size="4"))
     assert not is_next_batch(of_step(5), after(5))
     assert not is_next_batch(of_step(6), after(None))

@@ -41,7 +41,7 @@ FULL = Rollouts(
     step=3,
     old_logp=[[-0.2, -2.5, -1e-8], [-0.0], [-3.25, -29.0]],
     ref_logp=[[-0.5, -1.5, -2.0], [-1.0], [-4.0, -20.0]],
-    loss_mask=[[True, False, True], [True], [False, False]],
+    loss_mask=[[True, False, True], [True], [False, True]],
     microbatch=[1, 0, 1],
     process=[0, 1, 1],
     generated_tokens=37.0,
@@ -209,7 +209,7 @@ def test_what_a_loss_depends_on_besides_the_policy() -> None:
     batch, advantage_N = to_batch(FULL), torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
     found = loss_inputs(FULL, batch, advantage_N)
     assert found.advantage_N is advantage_N
-    assert found.mask_NR.tolist() == [[True, False, True], [True, False, False], [False] * 3]
+    assert found.mask_NR.tolist() == [[True, False, True], [True, False, False], [False, True, False]]
     assert found.prompt_N.tolist() == [4, 4, 1]
     assert (found.microbatch_N.tolist(), found.process_N.tolist()) == ([1, 0, 1], [0, 1, 1])
     for name in ("sampler_logp", "old_logp", "ref_logp"):

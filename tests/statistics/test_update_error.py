@@ -136,3 +136,19 @@ def test_update_batch_is_coefficients():
         funcprobe.update_batch(batch, advantage_N, "tokens")
     with pytest.raises(InputError, match="positive number of tokens"):
         funcprobe.update_batch(batch, advantage_N, "constant")
+
+
+def test_a_prompt_with_all_of_a_divisor():
+    """Without it nothing is left of its part: the parts that others have are left out as before."""
+    t, prompt = torch.tensor([3.0, -1.0, 0.0, 0.0]).double(), torch.tensor([0, 0, 1, 2])
+    tokens = torch.tensor([2.0, 1.0, 0.0, 0.0]).double()
+    even, ones = (
+        torch.tensor([0.5, 0.25, 0.5, 1.0]).double(),
+        torch.tensor([1.0, 1.0, 2.0, 2.0]).double(),
+    )
+    found = intervals.update_error([(t, tokens), (even, ones)], prompt)
+    left = [float(even[2:].sum() * 6 / 4)]  # of prompt 0, all of the first part
+    left += [2 + float(even[[0, 1, other]].sum() * 6 / 4) for other in (3, 2)]
+    total = 2 + float(even.sum())
+    expected = intervals.jackknife_error(torch.tensor(left).double() - total)
+    assert found == pytest.approx(expected)

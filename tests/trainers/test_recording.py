@@ -15,8 +15,9 @@ from trl import GRPOTrainer
 import funcprobe
 from funcprobe import InputError
 from funcprobe.adapters import rollouts
+from funcprobe.adapters.rollouts.files import of_rank
 from funcprobe.adapters.trainers import record_rollouts
-from support.checkpoints import Checkpoint
+from support.checkpoints import Checkpoint, sets
 from support.recorded import Calls, calls_of_the_loss, require_recorded, train_in_processes
 from support.trainers import grpo_trainer, outcome, require_same, reward
 
@@ -233,7 +234,7 @@ def test_a_resumed_training_records_the_steps_that_follow(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])
 def test_a_training_that_failed_leaves_nothing_for_the_next(loss, checkpoint, tmp_path):
-    """Stopped inside a step, then begun again by the same trainer, out of phase with generations."""
+    """Stopped inside a step, then begun again by the same trainer, whose generations are then split."""
     trainer, steps = record(checkpoint, tmp_path, max_steps=1, loss_type=loss, **FOUR)
     backward, failures = trainer.accelerator.backward, [None]
 
@@ -275,11 +276,11 @@ def test_training_is_the_same_bit_by_bit(settings, checkpoint, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_iterations": 2}],
+    [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_iterations": 2}],
 )
-def test_every_process_writes_its_own(settings, checkpoint, tmp_path):
-    """Read as one file: all sequences of all ranks, with groups that are split between them."""
-    settings = SHORT | {"max_steps": 2, "save_steps": 2, "num_generations": 16} | settings
+def test_every_process_writes_its_own(settings, checkpoint, command, tmp_path):
+    """Read as one file: all sequences of all ranks, of which the second group is split between them."""
+    settings = SHORT | {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 6} | settings
     ranks = train_in_processes(checkpoint, tmp_path, **settings)
     names = [f"step-{n:06d}.rank-{rank:05d}-of-00002.parquet" for n in (1, 2) for rank in (0, 1)]
     assert [file.name for file in sorted((tmp_path / "rollouts").iterdir())] == names
@@ -287,6 +288,8 @@ def test_every_process_writes_its_own(settings, checkpoint, tmp_path):
         found = load(tmp_path, number)
         for rank, steps in enumerate(ranks):
             require_recorded(found, steps[number - 1], rank)
+        second = {p for p, i in zip(found.process, found.prompt_index, strict=True) if i == 1}
+        assert second == {0, 1}
         assert found.reward == pytest.approx(reward(found.response))
         advantage = torch.tensor(found.advantage, dtype=torch.float64)
         made = funcprobe.advantages(
@@ -297,6 +300,17 @@ def test_every_process_writes_its_own(settings, checkpoint, tmp_path):
         torch.testing.assert_close(made, advantage, rtol=1e-5, atol=1e-5)  # TRL's are float32
     said = json.loads((tmp_path / "checkpoint-2" / "optimizer_param_names.json").read_text())
     assert said["loss"]["world_size"] == 2
+    # A run takes the name without the rank, and knows the step.
+    config, path = tmp_path / "probe.toml", tmp_path / "rollouts" / "step-000002.parquet"
+    config.write_text("")
+    chosen = {"policy.checkpoint": str(tmp_path / "checkpoint-1"), "rollouts.update": str(path)}
+    chosen |= {"prompts.source": str(checkpoint.prompts), "objective.advantage": "rollouts"}
+    found = command("run", config, "--dry-run", *sets(chosen | {"run.device": "cpu"}))
+    assert (found.status, path.is_file()) == (0, False), found.err
+    of_rank(path, 1, 2).unlink()
+    found = command("run", config, "--dry-run", *sets(chosen | {"run.device": "cpu"}))
+    assert found.status == 2
+    assert "of the files of 2 ranks, 1 are missing" in found.err.splitlines()[-1]
 
 
 def test_nothing_is_recorded_of_evaluation(checkpoint, tmp_path):
