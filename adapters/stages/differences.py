@@ -173,8 +173,15 @@ def _settings(config: Config, sidecar: Sidecar) -> list[str]:
         for name, value in ran.items()
         if (here := chosen.settings.get(name, defaults[name])) != value
     ]
+    if config.rollouts.update is not None:
+        return lines
+    if ran.get("beta") and sidecar.loss.get("sync_ref_model"):
+        lines.append(
+            "sync_ref_model was true: its reference policy moved with the training, that of the "
+            "predicted step did not"
+        )
     iterations = sidecar.loss.get("num_iterations")
-    if iterations not in (None, 1) and config.rollouts.update is None:
+    if iterations not in (None, 1):
         lines.append(
             f"num_iterations was {iterations}: the predicted step is the first of these on its "
             "rollouts, where the policy is the one that sampled"
