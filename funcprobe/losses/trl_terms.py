@@ -150,8 +150,9 @@ def high_entropy(
     """Tokens in the loss whose entropy is in the upper `share` of their micro-batch, of all processes.
 
     The threshold is the (1 - share) quantile, linear between two entropies, in float32 like the
-    entropies that it is compared to: in float64 its own token could be below it. Source: Wang et al.
-    2025 (arXiv:2506.01939).
+    entropies that it is compared to: in float64 its own token could be below it. Tokens of one context,
+    such as the first of all responses to a prompt, have equal entropies; where the threshold is among
+    them, rounding decides which of them TRL keeps. Source: Wang et al. 2025 (arXiv:2506.01939).
     """
     h_NR = h_NR.detach().float()
     kept_NR = mask_NR

@@ -106,8 +106,8 @@ def generation(
 ) -> dict[str, Any]:
     """TRL's own batch of these rows: masks, tokens of the step, ratios to the sampler."""
     rows = range(len(length_N))
-    sampler = None
-    if self.use_vllm:
+    sampler = None  # vLLM gives these, and a rollout_func may
+    if inputs.sampler_logp_NR is not None:
         sampler = [inputs.sampler_logp_NR[i, : length_N[i]].tolist() for i in rows]
     masks = [inputs.mask_NR[i, : length_N[i]].long().tolist() for i in rows]
     tokens = [[EOS] * int(n) for n in length_N]
