@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
+from funcprobe.types import InputError
 from support.checkpoints import Checkpoint, sets
 from support.sidecars import with_sidecar
 
@@ -241,3 +242,17 @@ def test_rollouts_of_part_of_a_step_are_refused(probe, checkpoint, ran_refused) 
         path = str(recorded(probe, checkpoint, **columns))
         given = {key.replace("__", "."): value for key, value in settings(**own).items()}
         ran_refused(given | {"rollouts.update": path}, said)
+
+
+def test_a_bound_that_is_none(probe, damaged) -> None:
+    """A sidecar has null for TRL's None, which is not TRL's default here, and inf as text."""
+    sampling = {"vllm_importance_sampling_clip_max": None}
+    with_sidecar(damaged, loss=LOSS | {"beta": 0.1, "delta": "inf"}, sampling=sampling)
+    found = probe("none", of=damaged)["loss"]["settings"]
+    assert (found["vllm_importance_sampling_clip_max"], found["delta"]) == ("inf", "inf")
+
+
+def test_a_sidecars_setting_of_another_type_is_named(probe, damaged) -> None:
+    with_sidecar(damaged, loss=LOSS | {"beta": [0.1]}, sampling={})
+    with pytest.raises(InputError, match=r"objective.settings.beta is \[0.1\]"):
+        probe("list", of=damaged)
