@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
+from funcprobe.types import InputError
 from support.checkpoints import Checkpoint, sets
 from support.sidecars import with_sidecar
 
@@ -213,3 +214,45 @@ def test_a_truncated_response_is_masked(probe) -> None:
     assert json.loads(Path("runs/mask/results.json").read_text())["loss"]["settings"][
         "mask_truncated_completions"
     ]
+
+
+def test_a_sampled_step_of_a_run_that_cannot_be_sampled_alike(probe, damaged) -> None:
+    """Half a generation, or one by vLLM: U is a generation of its own, by the policy itself."""
+    plain = probe("plain", **settings())
+    halves = settings(gradient_accumulation_steps=2, steps_per_generation=4)
+    assert numbers(probe("halves", **halves)) == pytest.approx(numbers(plain), rel=1e-9)
+    for own in ({}, {"off_policy_mask_threshold": 0.1}):
+        assert numbers(probe("vllm", **settings(use_vllm=True, **own))) == numbers(plain)
+
+
+def test_rollouts_of_part_of_a_step_are_refused(probe, checkpoint, ran_refused) -> None:
+    """Of one rank of two; without processes or micro-batches, where the loss has sums over them."""
+    found = load_rollouts(recorded(probe, checkpoint), 14, rewards=True)
+    count = len(found.response_ids)
+    one = {"microbatch": [0] * count}
+    for own, columns, said in (
+        ({"world_size": 2}, one | {"process": [0] * count}, "rows of 1 of the training's 2 processes"),
+        ({"world_size": 2, "loss_type": "bnpo"}, one, "no column process, but bnpo is of each"),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 8},
+            {"generated_tokens": 100.0},
+            "the divisor of dapo is of each of the step's 4 micro-batches",
+        ),
+    ):
+        path = str(recorded(probe, checkpoint, **columns))
+        given = {key.replace("__", "."): value for key, value in settings(**own).items()}
+        ran_refused(given | {"rollouts.update": path}, said)
+
+
+def test_a_bound_that_is_none(probe, damaged) -> None:
+    """A sidecar has null for TRL's None, which is not TRL's default here, and inf as text."""
+    sampling = {"vllm_importance_sampling_clip_max": None}
+    with_sidecar(damaged, loss=LOSS | {"beta": 0.1, "delta": "inf"}, sampling=sampling)
+    found = probe("none", of=damaged)["loss"]["settings"]
+    assert (found["vllm_importance_sampling_clip_max"], found["delta"]) == ("inf", "inf")
+
+
+def test_a_sidecars_setting_of_another_type_is_named(probe, damaged) -> None:
+    with_sidecar(damaged, loss=LOSS | {"beta": [0.1]}, sampling={})
+    with pytest.raises(InputError, match=r"objective.settings.beta is \[0.1\]"):
+        probe("list", of=damaged)

@@ -1,6 +1,7 @@
 """A run's batches, prediction and sweep -> results.json."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def _loss(plan: Plan, batches: Batches, prediction: funcprobe.Prediction) -> Los
         value = quantity(report.loss, "loss", about)
         return LossSection(
             name=chosen.name,
-            settings=dict(chosen.settings),
+            settings={key: _finite(value) for key, value in chosen.settings.items()},
             value=value,
             reference=batches.reference,
             metrics={name: None if math.isnan(x) else x for name, x in report.metrics.items()},
@@ -155,6 +156,11 @@ def _loss(plan: Plan, batches: Batches, prediction: funcprobe.Prediction) -> Los
         metrics=metrics,
         divisor_residual=0.0,
     )
+
+
+def _finite(value: Any) -> Any:
+    """A setting as JSON has it: infinity, of a bound that is none, as its text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Error:

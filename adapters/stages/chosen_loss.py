@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from funcprobe.losses.custom import custom_loss
 from funcprobe.losses.loss import Loss
-from funcprobe.losses.trl import TrlLoss, trl_loss
+from funcprobe.losses.trl import WHOLE_STEP, TrlLoss, trl_loss
 from funcprobe.losses.verl import VerlLoss, verl_loss
 from funcprobe.types import InputError
 
@@ -55,6 +55,8 @@ def choose_loss(config: Config, update: Rollouts | None = None) -> ChosenLoss | 
     trl = _validated(TrlLoss, rest)
     if update is not None:
         trl = _of_rollouts(trl, rows, update)
+    elif config.rollouts.update is None:  # U is a generation of its own
+        trl = trl._replace(steps_per_generation=None)
     settings = trl._asdict() | rows._asdict()
     count = trl.gradient_accumulation_steps
     return ChosenLoss(name, trl_loss(trl), settings, rows, count, trl.beta != 0)
@@ -67,20 +69,46 @@ def _of_rollouts(trl: TrlLoss, rows: Rows, update: Rollouts) -> TrlLoss:
     """
     if update.entropy_coef is not None:
         trl = trl._replace(entropy_coef=update.entropy_coef)
+    _require_processes(trl, rows, update)
     calls = trl.gradient_accumulation_steps * rows.world_size
     if update.microbatch is not None or calls == 1:
         return trl
-    bonus, quantile = trl.entropy_coef != 0, trl.top_entropy_quantile < 1
-    if trl.loss_type == "bnpo" or bonus or quantile:
-        what = "bnpo" if trl.loss_type == "bnpo" else "the entropy bonus" if bonus else "the quantile"
+    aligned = trl.steps_per_generation in (None, trl.gradient_accumulation_steps)
+    of_call = _of_calls(trl)
+    if trl.loss_type in WHOLE_STEP and not aligned:
+        of_call = f"the divisor of {trl.loss_type}"
+    if of_call is not None:
         raise InputError(
-            f"rollouts.update has no column microbatch, but {what} is of each of the step's {calls} "
+            f"rollouts.update has no column microbatch, but {of_call} is of each of the step's {calls} "
             "micro-batches: record the rollouts by record_rollouts, or add the columns microbatch and "
             "process (docs/rollouts.md)"
         )
-    if trl.steps_per_generation in (None, trl.gradient_accumulation_steps):
-        return trl._replace(gradient_accumulation_steps=1, steps_per_generation=None)
-    return trl
+    return trl._replace(gradient_accumulation_steps=1, steps_per_generation=None)
+
+
+def _of_calls(trl: TrlLoss) -> str | None:
+    """What of the loss is a sum over each call's rows, if anything is."""
+    if trl.loss_type == "bnpo":
+        return "bnpo"
+    if trl.entropy_coef != 0:
+        return "the entropy bonus"
+    return "the quantile" if trl.top_entropy_quantile < 1 else None
+
+
+def _require_processes(trl: TrlLoss, rows: Rows, update: Rollouts) -> None:
+    """InputError for rollouts of fewer processes than the training had: part of a step is missing."""
+    if update.process is None:
+        of_call = _of_calls(trl)
+        if update.microbatch is not None and rows.world_size > 1 and of_call is not None:
+            raise InputError(
+                f"rollouts.update has no column process, but {of_call} is of each of the "
+                f"{rows.world_size} processes: add it (docs/rollouts.md)"
+            )
+    elif (found := max(update.process) + 1) < rows.world_size:
+        raise InputError(
+            f"rollouts.update has rows of {found} of the training's {rows.world_size} processes "
+            "(world_size): give all of the step, by the path without .rank-"
+        )
 
 
 def _validated(kind: Any, given: Mapping[str, Any]) -> Any:

@@ -97,8 +97,14 @@ def has_trl_loss(sidecar: Sidecar) -> bool:
 
 
 def trl_settings(sidecar: Sidecar) -> dict[str, Any]:
-    """The run's settings of TRL's loss, and of its rows, that are recorded and not None."""
+    """The run's settings of TRL's loss, and of its rows, that are recorded and not None.
+
+    Of `vllm_importance_sampling_clip_max` None is no bound, and not TRL's default, 3.
+    """
     recorded = {**sidecar.sampling, **sidecar.loss}
+    bound = "vllm_importance_sampling_clip_max"
+    if bound in recorded and recorded[bound] is None:
+        recorded[bound] = "inf"  # as the sidecar has infinity
     known = (*TrlLoss._fields, *Rows._fields)
     return {name: recorded[name] for name in known if recorded.get(name) is not None}
 

@@ -129,4 +129,6 @@ def _shown(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {_shown(one)}" for key, one in value.items()) + "}"
     if isinstance(value, str):
         return f'"{value}"'
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, int | float) else repr(value)
