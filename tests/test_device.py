@@ -581,7 +581,7 @@ def test_products_in_tf32_count_as_half_precision():
         assert products_dtype(torch.float32, cuda) is torch.float32
     finally:
         matmul.fp32_precision = before
-    assert rounding(torch.ones(1)) == pytest.approx(100 * 2**-23)
+    assert rounding(torch.ones(1)) == pytest.approx(1000 * 2**-23)
 
 
 @on_device

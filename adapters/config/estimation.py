@@ -53,6 +53,16 @@ class ObjectiveConfig(Section):
         '"cispo", beta = 0.04}; of one\'s own, keyword arguments.',
     )
 
+    @field_validator("settings")
+    @classmethod
+    def _writable(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Infinity as text, which every format has."""
+        for name, value in settings.items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{name} is nan, a number is expected")
+        infinite = {k: str(v) for k, v in settings.items() if isinstance(v, float) and math.isinf(v)}
+        return settings | infinite
+
 
 class StepConfig(Section):
     """What of the step is random beside U."""

@@ -141,7 +141,7 @@ def _loss(plan: Plan, batches: Batches, prediction: funcprobe.Prediction) -> Los
             settings={key: _finite(value) for key, value in chosen.settings.items()},
             value=value,
             reference=batches.reference,
-            metrics={name: None if math.isnan(x) else x for name, x in report.metrics.items()},
+            metrics={name: x if math.isfinite(x) else None for name, x in report.metrics.items()},
             divisor_residual=report.divisor_residual,
         )
     update = batches.update

@@ -1,5 +1,7 @@
 """What results.json holds beside the sweep: settings, sizes, first order, norms, checks."""
 
+from pydantic import JsonValue
+
 from .quantity import Quantity, Section, StudentInterval
 
 
@@ -72,15 +74,15 @@ class LossSection(Section):
 
     name: str
     """preset: minus J of conventions.objective; trl, verl, or the function of objective.loss."""
-    settings: dict[str, bool | int | float | str | None]
+    settings: dict[str, JsonValue]
     """Of the loss, by the trainer's names, with the defaults; empty for a preset."""
     value: Quantity
     """The loss of the optimizer step, as logged at this step."""
     reference: str | None
     """Where the reference policy's log-probabilities are from; null: the loss has none."""
     metrics: dict[str, float | None]
-    """By the trainer's names: entropy, kl, the share of tokens clipped, and others; null: a mean over
-    nothing, such as over sequences without a token in the loss."""
+    """By the trainer's names: entropy, kl, the share of tokens clipped, and others; null: not finite,
+    as a mean over sequences without a token in the loss."""
     divisor_residual: float
     """Of one's own loss: how far the others' coefficients change without a prompt, beside a common
     factor and relative to them; the error over U leaves it out. 0 where the divisors are known."""

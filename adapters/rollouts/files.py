@@ -59,6 +59,16 @@ def files_of(path: Path) -> list[Path]:
     return [of_rank(path, rank, counts[0]) for rank in ranks]
 
 
+def require_all_ranks(path: Path) -> None:
+    """InputError for the file of one rank of several, which has a part of a step."""
+    one = re.fullmatch(r"(.+)\.rank-\d{5}-of-(\d{5})", path.stem)
+    if one is not None and int(one[2]) > 1:
+        raise InputError(
+            f"{path} has the rows of one of {int(one[2])} processes: give the path of all of them, "
+            f"{path.with_name(one[1] + path.suffix).name}"
+        )
+
+
 def read_columns(path: Path) -> Columns:
     """Every column of a .parquet file, or of a .jsonl or .json file with one object per line.
 

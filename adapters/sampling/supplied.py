@@ -10,7 +10,7 @@ from funcprobe.types import InputError, Rule
 from ..checkpoint.model import Policy
 from ..config.schema import Config
 from ..rollouts import Rollouts, parse_rollouts
-from ..rollouts.files import Columns, read_columns
+from ..rollouts.files import Columns, read_columns, require_all_ranks
 from ..rollouts.imports import Guesses, import_columns, layout_of, refused_as_e
 from ..rollouts.provenance import Layout, TrainingRun
 from .advantages import Mode, require_prompts, require_step, update_advantages
@@ -52,7 +52,9 @@ def open_update(config: Config) -> UpdateFile | None:
     """U's file, if rollouts.update is set."""
     if config.rollouts.update is None:
         return None
-    columns = read_columns(Path(config.rollouts.update).expanduser())
+    path = Path(config.rollouts.update).expanduser()
+    require_all_ranks(path)
+    columns = read_columns(path)
     return UpdateFile(columns, layout_of(columns))
 
 

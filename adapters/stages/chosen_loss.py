@@ -1,21 +1,26 @@
 """The loss of [objective]: trl, verl, or a function of one's own, with its settings."""
 
+import difflib
+import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from funcprobe.losses.custom import custom_loss
 from funcprobe.losses.loss import Loss
-from funcprobe.losses.trl import WHOLE_STEP, TrlLoss, trl_loss
+from funcprobe.losses.trl import WHOLE_STEP, LossType, TrlLoss, trl_loss
 from funcprobe.losses.verl import VerlLoss, verl_loss
 from funcprobe.types import InputError
 
 from ..config.schema import Config
 from ..rollouts import Rollouts
 from ..sampling.functions import load_function
-from .differences import Rows
+from .trl_settings import Rows
+
+# Where infinity is no bound; "inf" is how a sidecar and a resolved configuration have it.
+_BOUNDS = ("delta", "vllm_importance_sampling_clip_max", "epsilon_high", "clip_ratio_c")
 
 
 class ChosenLoss(NamedTuple):
@@ -42,6 +47,11 @@ def choose_loss(config: Config, update: Rollouts | None = None) -> ChosenLoss | 
                 '"trl", "verl" or "file.py:function"'
             )
         return None
+    if name in get_args(LossType):
+        raise InputError(
+            f'objective.loss is "{name}", a loss_type of TRL: set loss = "trl" and settings = '
+            f'{{ loss_type = "{name}" }}'
+        )
     if name not in ("trl", "verl"):
         function = load_function(name, "loss", '"trl", "verl" or a function of (logp, entropy, batch)')
         chosen = custom_loss(partial(function, **given) if given else function)
@@ -57,9 +67,19 @@ def choose_loss(config: Config, update: Rollouts | None = None) -> ChosenLoss | 
         trl = _of_rollouts(trl, rows, update)
     elif config.rollouts.update is None:  # U is a generation of its own
         trl = trl._replace(steps_per_generation=None)
+        _require_rows(config, trl.gradient_accumulation_steps * rows.world_size)
     settings = trl._asdict() | rows._asdict()
     count = trl.gradient_accumulation_steps
     return ChosenLoss(name, trl_loss(trl), settings, rows, count, trl.beta != 0)
+
+
+def _require_rows(config: Config, calls: int) -> None:
+    """InputError for a sampled U with fewer responses than the step had micro-batches."""
+    if (count := config.sampling.B_U * config.sampling.G) < calls:
+        raise InputError(
+            f"sampling.B_U x G are {count} responses, for {calls} micro-batches (objective.settings: "
+            "gradient_accumulation_steps x world_size): raise sampling.B_U to the prompts of a step"
+        )
 
 
 def _of_rollouts(trl: TrlLoss, rows: Rows, update: Rollouts) -> TrlLoss:
@@ -113,14 +133,34 @@ def _require_processes(trl: TrlLoss, rows: Rows, update: Rollouts) -> None:
 
 def _validated(kind: Any, given: Mapping[str, Any]) -> Any:
     """The settings as `kind`. InputError, naming the setting."""
+    values = {key: float("inf") if value == "inf" else value for key, value in given.items()}
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value) and key not in _BOUNDS:
+            raise InputError(f"objective.settings.{key} is {value}, expected a finite number")
     try:
-        return TypeAdapter(kind).validate_python(dict(given))
+        return TypeAdapter(kind).validate_python(values, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = ", ".join(dict.fromkeys((*kind._fields, *Rows._fields)))
-            raise InputError(f"objective.settings has no {key}: the settings are {known}") from error
+            raise InputError(f"objective.settings has no {key}: {_instead(key, kind)}") from error
         raise InputError(
             f"objective.settings.{key} is {first['input']!r:.60}: {first['msg']}"
         ) from error
+
+
+def _instead(key: str, kind: Any) -> str:
+    """What to set in place of a setting that the loss does not have."""
+    known = list(dict.fromkeys((*kind._fields, *Rows._fields)))
+    if key in ("num_iterations", "scale_rewards"):
+        return (
+            "several iterations are in recorded rollouts (old_logp), not a setting"
+            if key == "num_iterations"
+            else "it is objective.advantage"
+        )
+    for name, other in (("trl", TrlLoss), ("verl", VerlLoss)):
+        if other is not kind and key in other._fields:
+            return f'it is one of objective.loss = "{name}"'
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean {near[0]}?"
+    return f"the settings are {', '.join(known)}"

@@ -1,13 +1,14 @@
 """Differences between the loss and sampling of a training run (its sidecar) and those used here."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from funcprobe.losses.trl import TrlLoss
 from funcprobe.step.objective import PRESETS
 
 from ..config.schema import Config
 from ..optimizer import Sidecar
+from ..rollouts import Rollouts
+from .trl_settings import is_trls, not_known, unlike_settings, unused_columns
 
 # TRL's scale_rewards -> our advantage.
 ADVANTAGES = {"group": "mean_std", "True": "mean_std", "none": "mean", "False": "mean"}
@@ -34,16 +35,6 @@ _CORRECTION = "vllm_importance_sampling_correction"
 
 # A term of the loss of a mixture of experts that is no function of the tokens' probabilities.
 _ROUTER = "router_aux_loss_coef"
-
-
-class Rows(NamedTuple):
-    """Settings of a trainer that say which rows and tokens a call of its loss has, where U is sampled.
-
-    Recorded rollouts hold these as they were.
-    """
-
-    mask_truncated_completions: bool = False
-    world_size: int = 1
 
 
 class Setting(NamedTuple):
@@ -86,7 +77,7 @@ def one_microbatch(sidecar: Sidecar) -> bool:
 def has_trl_loss(sidecar: Sidecar) -> bool:
     """Whether the run's loss is TRL's, and no preset has its gradient at a step of the run."""
     kind, settings = loss_type(sidecar), {**sidecar.sampling, **sidecar.loss}
-    if kind not in get_args(TrlLoss.__annotations__["loss_type"]):
+    if not is_trls(sidecar):
         return False
     per_step, generated = (
         settings.get(name) for name in ("gradient_accumulation_steps", "steps_per_generation")
@@ -96,31 +87,20 @@ def has_trl_loss(sidecar: Sidecar) -> bool:
     return not (plain and aligned) or bool(terms(settings) + _switched_on(settings, SEQUENCES))
 
 
-def trl_settings(sidecar: Sidecar) -> dict[str, Any]:
-    """The run's settings of TRL's loss, and of its rows, that are recorded and not None.
-
-    Of `vllm_importance_sampling_clip_max` None is no bound, and not TRL's default, 3.
-    """
-    recorded = {**sidecar.sampling, **sidecar.loss}
-    bound = "vllm_importance_sampling_clip_max"
-    if bound in recorded and recorded[bound] is None:
-        recorded[bound] = "inf"  # as the sidecar has infinity
-    known = (*TrlLoss._fields, *Rows._fields)
-    return {name: recorded[name] for name in known if recorded.get(name) is not None}
-
-
-def differences(config: Config, sidecar: Sidecar | None) -> list[str]:
-    """What of the run's settings the predicted step does not have: a line for each."""
+def differences(config: Config, sidecar: Sidecar | None, update: Rollouts | None) -> list[str]:
+    """What of the run's step the predicted one does not have, by the sidecar and the supplied U."""
+    columns = unused_columns(config, update)
     if sidecar is None:
-        return []
-    chosen = config.objective.loss
-    if chosen is None:
+        return columns
+    if config.objective.loss is None:
         lines = [*_objective(config, sidecar), *_loss(sidecar)]
     else:
-        lines = [*_advantage(config, sidecar), *_settings(config, sidecar)]
+        lines = [*_advantage(config, sidecar), *_chosen(config, sidecar)]
+        if config.objective.loss == "trl" and is_trls(sidecar):
+            lines += not_known(sidecar, update)
     if sidecar.loss.get(_ROUTER):
         lines.append(f"{_ROUTER} was {sidecar.loss[_ROUTER]}: its term is not in the predicted step")
-    return [f"the run's {line}" for line in (*_sampling(config, sidecar), *lines)]
+    return [*columns, *(f"the run's {line}" for line in (*_sampling(config, sidecar), *lines))]
 
 
 def _sampling(config: Config, sidecar: Sidecar) -> list[str]:
@@ -167,32 +147,19 @@ def _advantage(config: Config, sidecar: Sidecar) -> list[str]:
     return [f"scale_rewards was {scale}, objective.advantage is {advantage}: {remedy}"]
 
 
-def _settings(config: Config, sidecar: Sidecar) -> list[str]:
+def _chosen(config: Config, sidecar: Sidecar) -> list[str]:
     """Where a chosen loss is another than the run's, or has other settings."""
-    chosen, ran = config.objective, trl_settings(sidecar)
-    if chosen.loss != "trl":
-        kind = loss_type(sidecar)
-        return [] if kind is None else [f"loss_type was {kind}, objective.loss is {chosen.loss}"]
-    defaults = {**TrlLoss._field_defaults, **Rows._field_defaults}
-    lines = [
-        f"{name} was {value}, objective.settings.{name} is {here}"
-        for name, value in ran.items()
-        if (here := chosen.settings.get(name, defaults[name])) != value
+    chosen, kind = config.objective.loss, loss_type(sidecar)
+    if kind is None:
+        return []
+    if chosen == "trl" and is_trls(sidecar):
+        return unlike_settings(config, sidecar)
+    if chosen in ("trl", "verl"):
+        return [f"loss_type was {kind}, objective.loss is {chosen}"]
+    return [
+        f"loss_type was {kind}, objective.loss is {chosen}: whether they are equal is not known; "
+        "compare the loss below with the trainer's log"
     ]
-    if config.rollouts.update is not None:
-        return lines
-    if ran.get("beta") and sidecar.loss.get("sync_ref_model"):
-        lines.append(
-            "sync_ref_model was true: its reference policy moved with the training, that of the "
-            "predicted step did not"
-        )
-    iterations = sidecar.loss.get("num_iterations")
-    if iterations not in (None, 1):
-        lines.append(
-            f"num_iterations was {iterations}: the predicted step is the first of these on its "
-            "rollouts, where the policy is the one that sampled"
-        )
-    return lines
 
 
 def _loss(sidecar: Sidecar) -> list[str]:

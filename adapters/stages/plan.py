@@ -127,7 +127,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         *policy.lines,
         ending,
         *made.lines,
-        *step_lines(config, adam_state, report, step),
+        *step_lines(config, adam_state, report, step, supplied_update),
         *random,
         *guessed,
     )
@@ -151,7 +151,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
         step=step,
         objective=objective,
         loss=loss,
-        unlike_the_run=tuple(differences(config, sidecar)),
+        unlike_the_run=tuple(differences(config, sidecar, supplied_update)),
         entropy=Entropy(**config.entropy.model_dump()),
         prompts=prompts,
         prompt_ids=prompt_ids,

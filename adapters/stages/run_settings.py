@@ -12,7 +12,8 @@ from funcprobe.types import InputError
 from ..config.schema import Config, Section
 from ..optimizer import Sidecar, find_sidecar
 from ..optimizer.sidecar import FILE
-from .differences import ADVANTAGES, has_trl_loss, loss_type, one_microbatch, trl_settings
+from .differences import ADVANTAGES, has_trl_loss, loss_type, one_microbatch
+from .trl_settings import is_trls, trl_settings
 
 
 def with_run_settings(config: Config, say: Callable[[str], None]) -> Config:
@@ -24,7 +25,15 @@ def with_run_settings(config: Config, say: Callable[[str], None]) -> Config:
     taken = run_settings(config)
     if not taken:
         return config
-    if named := [f"{s}.{key} = {_shown(value)}" for s in taken for key, value in taken[s].items()]:
+    mine = config.objective.settings
+    shown = {
+        f"{section}.{key}": {name: one for name, one in value.items() if name not in mine}
+        if key == "settings"
+        else value
+        for section, values in taken.items()
+        for key, value in values.items()
+    }
+    if named := [f"{key} = {_shown(value)}" for key, value in shown.items() if value != {}]:
         say(f"from {FILE}, as not set here: {', '.join(named)}")
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=values) for name, values in taken.items()}
@@ -56,6 +65,8 @@ def run_settings(config: Config) -> dict[str, dict[str, Any]]:
             if value is not None and key not in section.model_fields_set
         }
         taken[name] = _valid(section, name, unset, sidecar)
+        if "settings" in values and "settings" in section.model_fields_set:
+            taken[name]["settings"] = values["settings"] | section.settings  # each is a key of its own
     return taken
 
 
@@ -87,7 +98,8 @@ def _objective(config: Config, sidecar: Sidecar) -> dict[str, Any]:
     or, where no preset has the gradient of the run's loss, TRL's loss with the run's settings."""
     chosen, kind = config.objective, loss_type(sidecar)
     by_preset = {"preset", "normalisation"} & chosen.model_fields_set and chosen.loss is None
-    if chosen.loss == "trl" or (has_trl_loss(sidecar) and chosen.loss is None and not by_preset):
+    asked = chosen.loss == "trl" or bool(chosen.settings) or has_trl_loss(sidecar)
+    if is_trls(sidecar) and chosen.loss in (None, "trl") and asked and not by_preset:
         supplied = config.rollouts.update is not None
         advantage = "rollouts" if supplied else ADVANTAGES.get(str(sidecar.loss.get("scale_rewards")))
         return {"loss": "trl", "settings": trl_settings(sidecar), "advantage": advantage}

@@ -10,6 +10,7 @@ from ..checkpoint.model import Policy
 from ..checkpoint.trainer_state import FILE, trained_steps
 from ..config.schema import Config
 from ..optimizer import AdamOverrides, OptimizerReport, Sidecar, find_state, read_adam_state
+from ..rollouts import Rollouts
 from .differences import differences
 
 DEFAULT_MAX_GRAD_NORM = 1.0  # transformers.TrainingArguments'
@@ -103,11 +104,16 @@ def _step(config: Config, sidecar: Sidecar | None) -> Step:
 
 
 def step_lines(
-    config: Config, adam_state: AdamState, report: OptimizerReport | None, step: Step
+    config: Config,
+    adam_state: AdamState,
+    report: OptimizerReport | None,
+    step: Step,
+    update: Rollouts | None,
 ) -> list[str]:
     """Log lines on the optimizer state, warnings included."""
     if report is None:
-        return ['optimizer: rule "sgd", no state is read']
+        unused = (f"warning: {line}" for line in differences(config, None, update))
+        return ['optimizer: rule "sgd", no state is read', *unused]
     covered = ", ".join(f"{what} {count}" for what, count in report.coverage.items())
     verified = "; the gradients on U verify the order" if report.twins and step.rule != "sgd" else ""
     lines = [
@@ -120,7 +126,7 @@ def step_lines(
     return [
         *lines,
         *_clipping(config, report.sidecar, step),
-        *(f"warning: {line}" for line in differences(config, report.sidecar)),
+        *(f"warning: {line}" for line in differences(config, report.sidecar, update)),
         *_other_checkpoint(config, adam_state, report.sidecar),
     ]
 

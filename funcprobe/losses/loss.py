@@ -19,6 +19,8 @@ from ..tree import f64
 from ..types import Batch, InputError, ResponseMask, TokenStats, UpdateBatch
 from .divisors import Coefficients, leave_one_out
 
+LARGEST = 1e100
+
 
 class LossInputs(NamedTuple):
     """What a loss may depend on besides l and h: the sequences of one optimizer step, [N] or [N, R].
@@ -99,6 +101,11 @@ def loss_update(
         raise InputError(
             f"the loss of U at theta is {report.loss:g}, or its gradient is not finite: check the "
             "log-probabilities and advantages that it is given"
+        )
+    if (largest := max(float(gradient_NR.abs().max()) for gradient_NR in gradients)) > LARGEST:
+        raise InputError(
+            f"the loss of U has a gradient of {largest:.3g}, at most {LARGEST:g} is expected, so that "
+            "its square does not overflow: lower its coefficients"
         )
     coef_NR, entropy_coef_NR = (-gradient_NR for gradient_NR in gradients)
     counts = {"tokens": inputs.mask_NR.sum(1), "sequences": torch.ones(len(inputs.prompt_N))}

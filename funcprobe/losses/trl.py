@@ -254,6 +254,8 @@ def _require_settings(s: TrlLoss) -> None:
     ):
         if number is not None and not number > 0:
             raise InputError(f"{name} is {number}, expected a positive number")
+    if not (s.epsilon >= 0 and (s.epsilon_high is None or s.epsilon_high >= 0)):
+        raise InputError(f"epsilon is {s.epsilon}, epsilon_high {s.epsilon_high}: expected at least 0")
     if s.loss_type == "dr_grpo" and s.max_completion_length is None:
         raise InputError("max_completion_length is None, and dr_grpo divides by it: set it, in tokens")
     if not 0 <= s.top_entropy_quantile <= 1:

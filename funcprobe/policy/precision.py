@@ -59,10 +59,11 @@ def rounding(values: Tensor) -> float:
     """What the same operations may differ by where sums are taken in another order.
 
     Half precision sums in float32 and rounds once; more units in the last place would let a factor
-    pass.
+    pass. A pretrained model of 30 layers, whose hidden states have entries far above the others, was
+    seen to differ by 140 units of its largest logit in float32.
     """
     eps = torch.finfo(products_dtype(values.dtype, values.device)).eps
-    return (4 if eps > 1e-4 else 100) * eps * float(values.abs().max())
+    return (4 if eps > 1e-4 else 1000) * eps * float(values.abs().max())
 
 
 def _wide(argument: Any) -> Any:

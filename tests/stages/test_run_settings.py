@@ -9,7 +9,9 @@ import pytest
 
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
+from funcprobe.adapters.optimizer import find_sidecar
 from funcprobe.adapters.stages.chosen_loss import choose_loss
+from funcprobe.adapters.stages.differences import differences
 from funcprobe.adapters.stages.run_settings import with_run_settings
 from funcprobe.adapters.stages.step import choose_objective
 from funcprobe.types import InputError
@@ -99,19 +101,24 @@ def test_the_objective_is_that_of_loss_type_and_scale_rewards(resolved, loss, ex
         {"loss_type": "dr_grpo", "mask_truncated_completions": True},
     ],
 )
-def test_a_loss_that_no_preset_has_is_trls_with_its_settings(resolved, loss) -> None:
-    sidecar = {"loss": loss | {"scale_rewards": "none", "delta": None}, "sampling": SAMPLING}
+def test_a_loss_that_no_preset_has_is_trls_with_its_settings(resolved, damaged, loss) -> None:
+    known = {"beta": 0.0, "scale_rewards": "none", "delta": None}
+    sidecar = {"loss": known | loss, "sampling": SAMPLING}
     config, (line,) = resolved(sidecar)
     found = config.objective
     assert (found.loss, found.advantage) == ("trl", "mean")
     known = {key: value for key, value in loss.items() if key != "num_iterations"}
-    assert found.settings == known | {"max_completion_length": 24}
+    assert found.settings == known | {"max_completion_length": 24}  # no default of TRL's
     assert f'loss_type = "{loss["loss_type"]}"' in line
     assert choose_loss(config).settings["loss_type"] == loss["loss_type"]
     supplied, _ = resolved(sidecar, rollouts={"update": "u.parquet"})
     assert supplied.objective.advantage == "rollouts"  # a step may have parts of groups
-    mine, _ = resolved(sidecar, objective={"loss": "trl", "settings": {"beta": 1.0}})
-    assert mine.objective.settings == {"beta": 1.0}
+    run = find_sidecar(damaged.adapter)
+    mine, (line,) = resolved(sidecar, objective={"settings": {"beta": 1.0}})
+    assert (mine.objective.loss, mine.objective.settings) == ("trl", found.settings | {"beta": 1.0})
+    assert "beta" not in line
+    assert [x for x in differences(mine, run, None) if "settings.beta is 1.0" in x]
+    assert not [x for x in differences(config, run, None) if "objective.settings" in x]
     preset, _ = resolved(sidecar, objective={"preset": "dapo"})
     assert preset.objective.loss is None
 
