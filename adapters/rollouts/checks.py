@@ -6,7 +6,7 @@ from typing import Any
 
 from funcprobe.types import InputError
 
-from .columns import CONSTANT, COUNTED
+from .columns import COUNTED
 from .files import Columns
 
 
@@ -115,18 +115,30 @@ def check_counts(file: Columns, columns: dict[str, list[Any]]) -> None:
                 raise InputError(f"{file.path}: {place} has {name} {value}: they count from 0")
 
 
-def check_constants(file: Columns, columns: dict[str, list[Any]]) -> None:
-    """InputError unless all rows have the same finite number, of tokens at least 0."""
-    for name in CONSTANT:
-        least = 0.0 if name == "generated_tokens" else -math.inf
-        for place, value in zip(file.place, columns[name], strict=True):
-            if value is None:
-                continue
-            if value != columns[name][0] or not least <= value < math.inf or value == -math.inf:
-                raise InputError(
-                    f"{file.path}: {place} has {name} {value:g}, the first row {columns[name][0]:g}: "
-                    f"one finite number{', at least 0,' if least == 0 else ''} is expected in all rows"
-                )
+def check_generations(file: Columns, columns: dict[str, list[Any]]) -> None:
+    """InputError unless all rows of a micro-batch have the same finite number of tokens, at least 0."""
+    first: dict[int | None, float] = {}
+    for place, value, microbatch in zip(
+        file.place, columns["generated_tokens"], columns["microbatch"], strict=True
+    ):
+        if value is None:
+            continue
+        if value != first.setdefault(microbatch, value) or not 0 <= value < math.inf:
+            raise InputError(
+                f"{file.path}: {place} has generated_tokens {value:g}, the first row of its micro-"
+                f"batch {first[microbatch]:g}: one finite number, at least 0, is expected for a "
+                "micro-batch, which is of one generation"
+            )
+
+
+def check_entropy_coef(file: Columns, values: list[float | None]) -> None:
+    """InputError unless all rows have the same finite number, if any."""
+    for place, value in zip(file.place, values, strict=True):
+        if value is not None and (value != values[0] or not math.isfinite(value)):
+            raise InputError(
+                f"{file.path}: {place} has entropy_coef {value:g}, the first row {values[0]:g}: one "
+                "finite number is expected in all rows"
+            )
 
 
 def check_step(file: Columns, values: list[int | None]) -> None:

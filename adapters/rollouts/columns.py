@@ -28,8 +28,9 @@ ABOUT = {
     "microbatch": "int, optional: which of the step's accumulated micro-batches, from 0; without it "
     "the step is one",
     "process": "int, optional: which of the training's processes, from 0; without it there is one",
-    "generated_tokens": "float, optional: tokens in the loss of the whole generation batch, over all "
-    "processes (TRL's num_items_in_batch); equal in all rows; without it, of these rows",
+    "generated_tokens": "float, optional: tokens in the loss of the row's whole generation batch, over "
+    "all processes (TRL's num_items_in_batch); equal in all rows of a micro-batch; without it, of the "
+    "file's rows",
     "entropy_coef": "float, optional: coefficient of the entropy bonus in effect at this step (per "
     "nat), 0 where there is none; equal in all rows",
 }
@@ -60,8 +61,8 @@ columns are allowed and ignored."""
 
 OF_TOKENS = ("sampler_logp", "old_logp", "ref_logp", "loss_mask")  # optional; one value per token
 COUNTED = ("microbatch", "process")  # optional; from 0
-CONSTANT = ("generated_tokens", "entropy_coef")  # optional; one value in all rows
-OF_LOSS = ("ref_logp", "loss_mask", *COUNTED, *CONSTANT)
+OF_STEP = (*COUNTED, "generated_tokens", "entropy_coef")  # optional; how the loss was called
+OF_LOSS = ("ref_logp", "loss_mask", *OF_STEP)
 
 # Names of these columns in other programs. Under such a name a column would be ignored silently.
 ALIASES = {

@@ -19,7 +19,7 @@ def loss_inputs(rollouts: Rollouts, batch: Batch, advantage_N: Float[Tensor, " N
     Without the columns: all response tokens are in the loss, and the step is one micro-batch of one
     process. Log-probabilities are [N, R] in nats, 0 past the end of a response.
     """
-    mask_NR = response_mask(batch)
+    mask_NR, tokens = response_mask(batch), rollouts.generated_tokens
     if rollouts.loss_mask is not None:
         mask_NR = padded(rollouts.loss_mask, batch) > 0
     return LossInputs(
@@ -31,7 +31,7 @@ def loss_inputs(rollouts: Rollouts, batch: Batch, advantage_N: Float[Tensor, " N
         old_logp_NR=None if rollouts.old_logp is None else padded(rollouts.old_logp, batch),
         ref_logp_NR=None if rollouts.ref_logp is None else padded(rollouts.ref_logp, batch),
         sampler_logp_NR=sampler_logp(rollouts, batch),
-        generated_tokens=rollouts.generated_tokens,
+        generated_tokens_N=None if tokens is None else torch.tensor(tokens, dtype=torch.float64),
     )
 
 

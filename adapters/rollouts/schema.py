@@ -15,15 +15,16 @@ from funcprobe.types import Batch, InputError
 
 from ..strict_json import is_text
 from .checks import (
-    check_constants,
     check_counts,
     check_ends,
+    check_entropy_coef,
+    check_generations,
     check_of_tokens,
     check_step,
     check_temperature,
     check_tokens,
 )
-from .columns import ABOUT, ALIASES, CONSTANT, COUNTED, OF_LOSS, OF_TOKENS, SCHEMA
+from .columns import ABOUT, ALIASES, OF_LOSS, OF_STEP, OF_TOKENS, SCHEMA
 from .files import Columns, read_columns, write_json, write_parquet
 
 REQUIRED = ("prompt_index", "prompt_ids", "response_ids", "temperature")
@@ -51,7 +52,7 @@ class Rollouts(NamedTuple):
     loss_mask: list[list[bool]] | None = None  # None: all response tokens are in the loss
     microbatch: list[int] | None = None
     process: list[int] | None = None
-    generated_tokens: float | None = None
+    generated_tokens: list[float] | None = None  # of each row's generation
     entropy_coef: float | None = None
 
 
@@ -130,7 +131,7 @@ def parse_rollouts(
     columns = {field.name: _typed(file, field) for field in SCHEMA}
     for name in needed:
         _require_whole(file, name, columns[name])
-    optional = ("sampler_logp",) if of_E else (*OF_TOKENS, *COUNTED, *CONSTANT)
+    optional = ("sampler_logp",) if of_E else (*OF_TOKENS, *OF_STEP)
     for name in optional + ("advantage",) * rewards:
         if any(value is not None for value in columns[name]):
             _require_whole(file, name, columns[name])
@@ -145,7 +146,8 @@ def parse_rollouts(
         _require_own_samples(file, columns)
     else:
         check_counts(file, columns)
-        check_constants(file, columns)
+        check_generations(file, columns)
+        check_entropy_coef(file, columns["entropy_coef"])
     check_ends(file, columns, eos_ids, masked=not of_E)
     check_step(file, columns["step"])
     return Rollouts(
@@ -165,7 +167,7 @@ def parse_rollouts(
         loss_mask=_whole(columns["loss_mask"]),
         microbatch=_whole(columns["microbatch"]),
         process=_whole(columns["process"]),
-        generated_tokens=columns["generated_tokens"][0],
+        generated_tokens=_whole(columns["generated_tokens"]),
         entropy_coef=columns["entropy_coef"][0],
     )
 

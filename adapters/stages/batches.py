@@ -73,6 +73,12 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
             f"warning: U has {int(size_M.min())} to {int(size_M.max())} responses per prompt, but "
             "trainers write groups of equal size: check that the file is complete"
         )
+    generated = len(set(update_rollouts.generated_tokens or ()))
+    if generated > 1 and plan.loss is None and plan.objective.normalisation == "token_mean":
+        lines.append(
+            f"warning: U is of {generated} generations, by whose tokens TRL divides each, but "
+            'normalisation "token_mean" by those of all: set objective.loss = "trl"'
+        )
     drawn = [("E", eval_rollouts)] if plan.supplied_eval is None else []
     drawn += [("U", update_rollouts)] if plan.supplied_update is None and not drawn else []
     lines += [response_line(plan.policy, name, of_batch) for name, of_batch in drawn]

@@ -7,9 +7,6 @@ from typing import Any
 
 from funcprobe.types import InputError
 
-# Losses divided by the tokens of the generation, one number only where a step has one generation.
-BY_GENERATION = ("dapo", "cispo", "vespo")
-
 
 def require_recordable(trainer: Any, methods: Sequence[str]) -> None:
     """InputError, one line, for a trainer whose steps cannot be recorded; a warning of a router's loss.
@@ -22,7 +19,7 @@ def require_recordable(trainer: Any, methods: Sequence[str]) -> None:
     if getattr(trainer, "use_adaptive_entropy", False) and not hasattr(trainer, "_last_world_entropy"):
         raise other_trl("with use_adaptive_entropy the trainer has no _last_world_entropy")
     _require_text(trainer)
-    _require_generations(trainer.args)
+    _require_own_samples(trainer.args)
     if getattr(trainer, "aux_loss_enabled", False):
         warnings.warn(
             f"funcprobe: router_aux_loss_coef is {trainer.router_aux_loss_coef:g}: the step has a "
@@ -54,24 +51,17 @@ def _require_text(trainer: Any) -> None:
         raise images()
 
 
-def _require_generations(args: Any) -> None:
-    """InputError where a step is of several generations, and its loss not known without each of them.
+def _require_own_samples(args: Any) -> None:
+    """InputError where a step may use responses of an earlier policy, unless by GRPO.
 
     TRL's RLOOTrainer, which has no loss_type, keeps the old log-probability of a sequence alone.
     """
     per_step = args.gradient_accumulation_steps
     per_generation = getattr(args, "steps_per_generation", per_step)
     iterations = getattr(args, "num_iterations", 1)
-    loss = getattr(args, "loss_type", None)
-    if loss is None and per_step % (per_generation * iterations):
+    if getattr(args, "loss_type", None) is None and per_step % (per_generation * iterations):
         raise InputError(
             f"num_iterations = {iterations}, steps_per_generation = {per_generation} and "
             f"gradient_accumulation_steps = {per_step}: this trainer has old log-probabilities of "
             "sequences, not of tokens; set num_iterations to 1, and the other two equal"
-        )
-    if loss in BY_GENERATION and per_generation * iterations % per_step:
-        raise InputError(
-            f"steps_per_generation = {per_generation} with gradient_accumulation_steps = {per_step}: "
-            f"a step is of several generations, and loss_type {loss} divides by the tokens of each; "
-            f"set steps_per_generation to a multiple of {per_step}"
         )

@@ -1,7 +1,6 @@
 """The rollouts of each optimizer step of TRL's GRPOTrainer, token by token, for rollouts.update."""
 
 # ruff: noqa: ARG002  (the arguments are the trainer's)
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from ..rollouts.files import of_rank
 from ..store import write_whole
 from .dropout import warn_of_dropout
 from .live import tokenizer_of
-from .recordable import BY_GENERATION, images, other_trl, require_recordable
+from .recordable import images, other_trl, require_recordable
 
 # Private methods of TRL (1.16), and the tensors that the first returns for the sequences.
 _GENERATE, _REWARD = "_generate_and_score_completions", "_calculate_rewards"
@@ -29,15 +28,15 @@ def record_rollouts(trainer: Any, folder: str | Path) -> None:
     The number is that of the step that uses them, as in the trainer's logs; the file is a run's
     `rollouts.update`: of every sequence in the step's micro-batches, as the loss was given them, exact
     token ids, reward (the weighted sum), advantage, temperature, finish reason, which tokens are in the
-    loss, micro-batch, process, and log-probabilities of the old policy, the reference and the sampler
-    where the loss has them; prompt_index is the index of the group. Of several processes each writes
-    its own, step-000006.rank-00000-of-00002.parquet; the first name stands for all. Training is
-    unchanged; evaluations are not recorded.
+    loss, those of its generation, micro-batch, process, and log-probabilities of the old policy, the
+    reference and the sampler where the loss has them; prompt_index is the index of the group. Of
+    several processes each writes its own, step-000006.rank-00000-of-00002.parquet; the first name
+    stands for all. Training is unchanged; evaluations are not recorded.
 
-    Raises InputError, one line, for a trainer without TRL's methods, for images, and for settings with
-    which a step is of several generations and its loss divides by the tokens of each (dapo, cispo,
-    vespo). At the first generation: for output other than TRL's. Warns where the model has dropout,
-    since the masks of the step are not recorded, and of a router's loss.
+    Raises InputError, one line, for a trainer without TRL's methods, for images, and for RLOOTrainer
+    where a step may use responses of an earlier policy. At the first generation: for output other than
+    TRL's. Warns where the model has dropout, since the masks of the step are not recorded, and of a
+    router's loss.
     """
     require_recordable(trainer, (_GENERATE, _REWARD, _LOSS))
     warn_of_dropout(
@@ -131,15 +130,7 @@ class _Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step + 1
-        loss, tokens = getattr(args, "loss_type", None), {call.generated_tokens for call in self.calls}
-        if loss in BY_GENERATION and len(tokens) > 1:
-            # Of a trainer that was stopped inside a step and goes on: its steps are out of phase.
-            warnings.warn(
-                f"funcprobe: step {step} is of several generations, and loss_type {loss} divides by "
-                "the tokens of each: its rollouts are not recorded; begin with a new trainer",
-                stacklevel=2,
-            )
-        elif self.calls:
+        if self.calls:
             path = self.folder / f"step-{step:06d}.parquet"
             if (count := self.trainer.accelerator.num_processes) > 1:
                 path = of_rank(path, self.trainer.accelerator.process_index, count)
@@ -221,7 +212,7 @@ class _Recorder(TrainerCallback):
         trainer, found = self.trainer, sorted(self.sequences, key=lambda x: x[:3])
         numbers = sorted({x.generation for x in found})
         first = {number: i * self.calls[0].groups for i, number in enumerate(numbers)}
-        eos, tokens = set(trainer.eos_token_ids), {call.generated_tokens for call in self.calls}
+        eos, calls = set(trainer.eos_token_ids), [self.calls[x.microbatch] for x in found]
 
         def logp(name: str) -> list[list[float]] | None:
             return [x.logp[name] for x in found] if name in found[0].logp else None
@@ -244,9 +235,9 @@ class _Recorder(TrainerCallback):
             loss_mask=[x.loss_mask for x in found],
             microbatch=[x.microbatch for x in found],
             process=[trainer.accelerator.process_index] * len(found),
-            # Of several generations there is no one number.
-            generated_tokens=tokens.pop() if len(tokens) == 1 else None,
-            entropy_coef=self.calls[0].entropy_coef,
+            generated_tokens=[x.generated_tokens for x in calls if x.generated_tokens is not None]
+            or None,
+            entropy_coef=calls[0].entropy_coef,
         )
 
 

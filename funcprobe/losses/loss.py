@@ -38,7 +38,7 @@ class LossInputs(NamedTuple):
     old_logp_NR: Float[Tensor, "N R"] | None = None  # at the policy of the ratio; None: theta itself
     ref_logp_NR: Float[Tensor, "N R"] | None = None  # at the reference policy; None: not known
     sampler_logp_NR: Float[Tensor, "N R"] | None = None  # of the program that sampled; None: theta's
-    generated_tokens: float | None = None  # in the loss, of the generation batch; None: of these rows
+    generated_tokens_N: Float[Tensor, " N"] | None = None  # in the loss, of the row's generation batch
 
 
 class LossValue(NamedTuple):
@@ -173,16 +173,21 @@ def _without(
 ) -> Coefficients:
     """c and d of the loss of the sequences in `kept_N`, as if the others had not been drawn.
 
-    Micro-batches and processes that are left with none are not counted, and the number of generated
-    tokens is smaller in proportion to the tokens in the loss.
+    Micro-batches and processes that are left with none are not counted, and the tokens of a generation
+    are fewer in proportion to its tokens in the loss. Rows of equal numbers count as one generation.
     """
     rows = {name: x[kept_N] for name, x in inputs._asdict().items() if isinstance(x, Tensor)}
     for name in ("microbatch_N", "process_N"):
         rows[name] = rows[name].unique(return_inverse=True)[1]
-    tokens = inputs.generated_tokens
-    if tokens is not None:
-        tokens = tokens * float(rows["mask_NR"].sum() / inputs.mask_NR.sum())
-    kept = inputs._replace(**rows, generated_tokens=tokens)
+    if inputs.generated_tokens_N is not None:
+        generated_G, generation_N = inputs.generated_tokens_N.unique(return_inverse=True)
+        tokens_N, none_G = f64(inputs.mask_NR.sum(1)), 0 * f64(generated_G)
+        all_G = none_G.index_add(0, generation_N, tokens_N)
+        left_G = none_G.index_add(0, generation_N, tokens_N * kept_N)
+        # At least 1, where there is nothing to divide.
+        fewer_G = (generated_G * left_G / all_G.clamp(min=1)).clamp(min=1)
+        rows["generated_tokens_N"] = fewer_G[generation_N[kept_N]]
+    kept = inputs._replace(**rows)
     missing = f"on U without the responses to prompt {int(inputs.prompt_N[~kept_N][0])}"
     try:
         found, *gradients = loss_gradient(function, logp_NR[kept_N], entropy_NR[kept_N], kept)

@@ -87,8 +87,9 @@ def trl_loss(settings: TrlLoss) -> Loss:
         z_i = P K T_b                 bnpo
         z_i = K T / S                 dapo, cispo, vespo: T tokens in a generation of S micro-batches
 
-    T is `inputs.generated_tokens`; without it, the tokens of the step, which requires S = K. Sequences
-    without a token in the loss count in n_b. K is the number of micro-batches in `inputs`, fewer than
+    T is that of the sequence, `inputs.generated_tokens_N`, as a step may be of several generations;
+    without it, the tokens of the step, which requires S = K. Sequences without a token in the loss
+    count in n_b. K is the number of micro-batches in `inputs`, fewer than
     `gradient_accumulation_steps` in an epoch's last step. Metrics are those that TRL logs of the step
     with logging_steps=1: means over processes, then over micro-batches. TRL's `sampling/...` are of the
     generation, and `entropy_coef` is a setting: neither is among them.
@@ -226,15 +227,15 @@ def _divisor_N1(s: TrlLoss, inputs: LossInputs, calls: _Calls, m_NR: Tensor) -> 
     if s.loss_type == "bnpo":
         return (calls.number * _over_call(m_NR.sum(1), calls).clamp(min=1))[:, None]
     steps = s.steps_per_generation or s.gradient_accumulation_steps
-    tokens = inputs.generated_tokens
-    if tokens is None:
+    tokens_N = inputs.generated_tokens_N
+    if tokens_N is None:
         if steps != calls.microbatches:
             raise InputError(
                 f"{s.loss_type} divides by the tokens of a generation, of {steps} micro-batches, and "
                 f"the step has {calls.microbatches}: give generated_tokens, TRL's num_items_in_batch"
             )
-        tokens = float(m_NR.sum())
-    return (torch.ones(len(m_NR), 1).double() * max(tokens, 1.0)) * calls.microbatches / steps
+        tokens_N = m_NR.sum().expand(len(m_NR))
+    return (f64(tokens_N).clamp(min=1) * calls.microbatches / steps)[:, None]
 
 
 def _require_settings(s: TrlLoss) -> None:

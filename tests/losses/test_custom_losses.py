@@ -33,12 +33,12 @@ def drawn(lengths, prompt_of, seed):
         advantage_N=torch.randn(len(lengths), generator=generator, dtype=torch.float64),
         mask_NR=mask_NR,
         prompt_N=U.prompt_N,
-        microbatch_N=torch.arange(len(lengths)) % 2,
+        microbatch_N=(microbatch_N := torch.arange(len(lengths)) % 2),
         process_N=torch.zeros(len(lengths), dtype=torch.long),
         old_logp_NR=stats.logp_NR + 0.2 * table(-1, 1),
         ref_logp_NR=stats.logp_NR + 0.5 * table(-1, 1),
         sampler_logp_NR=stats.logp_NR + 0.1 * table(-1, 1),
-        generated_tokens=float(sum(lengths)) + 3,
+        generated_tokens_N=(sum(lengths) + 3 + microbatch_N).double(),
     )
     return U, stats, inputs
 
@@ -69,8 +69,9 @@ def gated(logp, entropy, batch):
     """A sigmoid of the ratio, by sequences, and a bonus of the entropy's root."""
     gate_NR = torch.sigmoid(3 * ((logp - batch.sampler_logp_NR).exp() - 1))
     sum_N = (gate_NR * batch.advantage_N[:, None] * batch.mask_NR).sum(1)
-    bonus = (torch.where(batch.mask_NR, entropy, 1.0).sqrt() * batch.mask_NR).sum()
-    return LossValue(-(sum_N / batch.mask_NR.sum(1)).mean() - 0.1 * bonus / batch.generated_tokens)
+    bonus_N = (torch.where(batch.mask_NR, entropy, 1.0).sqrt() * batch.mask_NR).sum(1)
+    bonus = (bonus_N / batch.generated_tokens_N).sum()
+    return LossValue(-(sum_N / batch.mask_NR.sum(1)).mean() - 0.1 * bonus)
 
 
 def by_sequence(logp, entropy, batch):

@@ -82,16 +82,17 @@ def by_microbatch(mean, l_NR, h_NR, inputs):
     for process, microbatch in sorted(calls):
         rows_N = (inputs.process_N == process) & (inputs.microbatch_N == microbatch)
         x_NR = (l_NR * inputs.advantage_N[:, None] * inputs.mask_NR)[rows_N]
-        total = total - mean(x_NR, inputs.mask_NR[rows_N], inputs, accumulated) / processes
+        mask_NR, tokens_N = inputs.mask_NR[rows_N], inputs.generated_tokens_N[rows_N]
+        total = total - mean(x_NR, mask_NR, tokens_N / processes, accumulated) / processes
     return LossValue(total)
 
 
-def of_the_step(x_NR, mask_NR, inputs, accumulated):
-    """Every call divides by the tokens of the whole generation batch."""
-    return x_NR.sum() * (int(inputs.process_N.max()) + 1) / inputs.generated_tokens
+def of_the_generation(x_NR, mask_NR, tokens_N, accumulated):
+    """Every call divides by the tokens of its generation batch."""
+    return x_NR.sum() / tokens_N[0]
 
 
-def of_the_call(x_NR, mask_NR, inputs, accumulated):
+def of_the_call(x_NR, mask_NR, tokens_N, accumulated):
     """Every call divides by its own tokens; accumulation by the number of calls."""
     return x_NR.sum() / mask_NR.sum() / accumulated
 
@@ -99,16 +100,17 @@ def of_the_call(x_NR, mask_NR, inputs, accumulated):
 SPLIT = ([3, 1, 4, 2, 5, 2, 1, 6], [0, 0, 1, 1, 2, 2, 3, 3])
 
 
-def split(microbatch_of, process_of=(0,) * 8):
+def split(microbatch_of, process_of=(0,) * 8, generated=(30.0,) * 8):
+    """U has 24 tokens: the generation batch is larger."""
     U, stats, inputs = drawn(*SPLIT)
     rows = {"microbatch_N": torch.tensor(microbatch_of), "process_N": torch.tensor(process_of)}
-    return U, stats, inputs._replace(**rows, generated_tokens=30.0)  # of U 24: the batch is larger
+    return U, stats, inputs._replace(**rows, generated_tokens_N=torch.tensor(generated).double())
 
 
 @pytest.mark.parametrize("process_of", [(0,) * 8, (0, 0, 0, 0, 1, 1, 1, 1)])
 def test_microbatches_that_share_one_divisor(process_of):
     U, stats, inputs = split([0, 1, 0, 1, 1, 0, 1, 0], process_of)
-    update, residual = found(functools.partial(by_microbatch, of_the_step), U, stats, inputs)
+    update, residual = found(functools.partial(by_microbatch, of_the_generation), U, stats, inputs)
     tokens_M = torch.tensor([4, 6, 7, 7]) / 24.0
     assert torch.allclose(shares(update.normaliser_N, U.prompt_N), tokens_M.double(), atol=EXACT)
     assert residual < EXACT
@@ -122,11 +124,12 @@ def test_one_prompt_for_each_microbatch():
     assert residual < EXACT
 
 
-def test_microbatches_with_divisors_of_their_own_have_no_common_one():
+@pytest.mark.parametrize("mean", [of_the_call, of_the_generation])
+def test_microbatches_with_divisors_of_their_own_have_no_common_one(mean):
     """Prompts 0 and 1 in one call, 2 and 3 in the other: without 0, c of 1 alone is multiplied, by
     10 / 6, and the residual is that of (10 / 6, 1, 1) against its projection."""
-    U, stats, inputs = split([0, 0, 0, 0, 1, 1, 1, 1])
-    update, residual = found(functools.partial(by_microbatch, of_the_call), U, stats, inputs)
+    U, stats, inputs = split([0, 0, 0, 0, 1, 1, 1, 1], generated=(30.0,) * 4 + (50.0,) * 4)
+    update, residual = found(functools.partial(by_microbatch, mean), U, stats, inputs)
     square_N = update.coef_NR.square().sum(1)
     square_M = by_unit(square_N, U.prompt_N)
     worst = 0.0
@@ -140,6 +143,15 @@ def test_microbatches_with_divisors_of_their_own_have_no_common_one():
         worst = max(worst, math.sqrt(off / float(weight_M.sum())) / s)
     assert residual == pytest.approx(worst, rel=1e-9)
     assert residual > 0.1
+
+
+def test_a_generation_that_is_left_without_tokens_in_the_loss():
+    """Prompt 2 has all of its generation's: without it the call has nothing to divide, and is 0."""
+    U, stats, inputs = split([0, 0, 0, 0, 1, 1, 1, 1], generated=(30.0,) * 4 + (50.0,) * 4)
+    inputs = inputs._replace(mask_NR=inputs.mask_NR & (U.prompt_N < 3)[:, None])
+    update, _ = found(functools.partial(by_microbatch, of_the_generation), U, stats, inputs)
+    assert bool(update.coef_NR[U.prompt_N == 2].any())
+    assert bool(update.normaliser_N.isfinite().all())
 
 
 def test_the_error_over_u_is_a_jackknife_of_the_loss():

@@ -14,7 +14,8 @@ U = collate([[1]] * 8, [[2] * T for T in (4, 1, 3, 5, 2, 5, 3, 2)], [0, 0, 1, 1,
 REAL = response_mask(U)
 CALL = torch.tensor([0, 0, 2, 2, 1, 1, 3, 3])  # two micro-batches of two processes
 P = K = 2
-S, T_GEN, L = 3, 30.0, 9
+S, L = 3, 9
+T_gen = torch.where(CALL // P == 0, 30.0, 41.0)[:, None].double()  # of two generations
 
 
 def table(low, high):
@@ -27,7 +28,7 @@ m[:, 0] = 1
 l_old, l_ref = logp + 0.6 * table(-1, 1), logp + 0.5 * table(-1, 1)
 A = torch.randn(8, 1, generator=GENERATOR).double()
 INPUTS = LossInputs(
-    A[:, 0], m > 0, U.prompt_N, CALL // P, CALL % P, l_old, l_ref, generated_tokens=T_GEN
+    A[:, 0], m > 0, U.prompt_N, CALL // P, CALL % P, l_old, l_ref, generated_tokens_N=T_gen[:, 0]
 )
 
 T_i = m.sum(1, keepdim=True)
@@ -38,7 +39,7 @@ log_r = logp - l_old
 r, x = log_r.exp(), l_ref - logp
 s = ((log_r * m).sum(1, keepdim=True) / T_i).exp()
 Z = {
-    **dict.fromkeys(("dapo", "cispo", "vespo"), torch.tensor(K * T_GEN / S).double()),
+    **dict.fromkeys(("dapo", "cispo", "vespo"), K * T_gen / S),
     **dict.fromkeys(("grpo", "sapo"), P * K * n_b * T_i),
     "bnpo": P * K * T_b,
     "dr_grpo": P * K * n_b * L,

@@ -121,11 +121,14 @@ def test_coefficients_value_and_metrics_are_trls(loss_type, data):
     # A last step of an epoch may have fewer micro-batches than the setting, a generation may have more.
     last = data.draw(st.sampled_from([1, 2]))
     s = s._replace(gradient_accumulation_steps=last * microbatches)
-    tokens = float(inputs.mask_NR.sum())
     if last == 2 or data.draw(st.booleans()):
         # Powers of two, by which TRL's divisor in float32 is exact.
-        s = s._replace(steps_per_generation=data.draw(st.sampled_from([microbatches, 8])))
-        inputs = inputs._replace(generated_tokens=data.draw(st.sampled_from([tokens, 3 * tokens])))
+        s = s._replace(steps_per_generation=data.draw(st.sampled_from([1, microbatches, 8])))
+        tokens = float(inputs.mask_NR.sum())
+        generation = st.sampled_from([tokens, 3 * tokens, tokens + 7])
+        of_microbatch = [data.draw(generation) for _ in range(microbatches)]
+        tokens_N = torch.tensor(of_microbatch).double()[inputs.microbatch_N]
+        inputs = inputs._replace(generated_tokens_N=tokens_N)
     loss, (l_gradient_NR, h_gradient_NR), logged = trl_step(s, *stats, inputs, batch.response_length_N)
 
     own = inputs._replace(

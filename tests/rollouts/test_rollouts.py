@@ -44,7 +44,7 @@ FULL = Rollouts(
     loss_mask=[[True, False, True], [True], [False, True]],
     microbatch=[1, 0, 1],
     process=[0, 1, 1],
-    generated_tokens=37.0,
+    generated_tokens=[37.0, 41.0, 37.0],  # of micro-batches 1, 0, 1
     entropy_coef=-0.25,
 )
 BARE = Rollouts(
@@ -61,7 +61,7 @@ NAN, INF = float("nan"), float("inf")
 
 def columns(**changes: list | None) -> dict[str, list]:
     found = FULL._asdict() | {"temperature": [0.7] * 3, "finish_reason": ["stop", "length", None]}
-    found |= {k: [found[k]] * 3 for k in ("step", "generated_tokens", "entropy_coef")}
+    found |= {k: [found[k]] * 3 for k in ("step", "entropy_coef")}
     return {k: v for k, v in (found | changes).items() if v is not None}
 
 
@@ -131,6 +131,9 @@ def any_rollouts(draw) -> Rollouts:
         return st.none() | rows.map(list)
 
     sampler = draw(of_tokens(logp))
+    microbatch = draw(st.none() | column(st.integers(0, 2**63 - 1)))
+    calls = microbatch or [0] * count
+    of_call = {call: draw(st.floats(0, allow_nan=False, allow_infinity=False)) for call in set(calls)}
     return Rollouts(
         prompt_index=[numbers[i] for i in which],
         prompt=draw(column(text)),
@@ -145,9 +148,9 @@ def any_rollouts(draw) -> Rollouts:
         old_logp=None if sampler is None else draw(of_tokens(logp)),
         ref_logp=draw(of_tokens(logp)),
         loss_mask=draw(of_tokens(st.booleans())),
-        microbatch=draw(st.none() | column(st.integers(0, 2**63 - 1))),
+        microbatch=microbatch,
         process=draw(st.none() | column(st.integers(0, 2**63 - 1))),
-        generated_tokens=draw(st.none() | st.floats(0, allow_nan=False, allow_infinity=False)),
+        generated_tokens=draw(st.sampled_from([None, [of_call[call] for call in calls]])),
         entropy_coef=draw(st.none() | finite),
     )
 
@@ -216,7 +219,8 @@ def test_what_a_loss_depends_on_besides_the_policy() -> None:
         expected = [[*row, 0, 0][:3] for row in getattr(FULL, name)]
         found_NR = getattr(found, f"{name}_NR")
         assert torch.equal(found_NR, torch.tensor(expected, dtype=torch.float64))
-    assert found.generated_tokens == 37.0
+    assert found.generated_tokens_N.tolist() == [37.0, 41.0, 37.0]
+    assert found.generated_tokens_N.dtype == torch.float64
     require_inputs(batch, found)
     batch = to_batch(BARE)
     bare = loss_inputs(BARE, batch, advantage_N[:2])
@@ -299,10 +303,23 @@ def test_what_a_loss_depends_on_besides_the_policy() -> None:
         ({"process": [0, 0, -2]}, "@2 has process -2: they count from 0"),
         ({"process": [0, None, 1]}, "@1 has no process: fill it in, or drop the whole column"),
         (
-            {"generated_tokens": [37, 37, 38]},
-            "@2 has generated_tokens 38, the first row 37: one finite",
+            {"generated_tokens": [37, 41, 38]},
+            "@2 has generated_tokens 38, the first row of its micro-batch 37: one finite number, at",
         ),
-        ({"generated_tokens": [-1.0] * 3}, "@0 has generated_tokens -1, the first row -1: one finite"),
+        (
+            {"generated_tokens": [37, 41, 37], "microbatch": None},
+            "@1 has generated_tokens 41, the first row of its micro-batch 37",
+        ),
+        (
+            {"generated_tokens": [37, None, 37]},
+            "@1 has no generated_tokens: fill it in, or drop the",
+        ),
+        (
+            {"generated_tokens": [1.0, -1.0, 1.0]},
+            "@1 has generated_tokens -1, the first row of its",
+        ),
+        ({"generated_tokens": [1.0, INF, 1.0]}, "@1 has generated_tokens inf"),
+        ({"generated_tokens": [1.0, NAN, 1.0]}, "@1 has generated_tokens nan"),
         ({"entropy_coef": [0.1, 0.1, 0.2]}, "@2 has entropy_coef 0.2, the first row 0.1: one finite"),
         ({"entropy_coef": [NAN] * 3}, "@0 has entropy_coef nan"),
         ({"entropy_coef": [INF] * 3}, "@0 has entropy_coef inf"),

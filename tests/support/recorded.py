@@ -73,11 +73,11 @@ def require_recorded(found: Rollouts, calls: Calls, rank: int = 0) -> None:
             n = len(found.response_ids[i])
             assert found.loss_mask[i] == mask[j].bool().tolist()[:n]
             assert not call["completion_mask"][j][n:].any()
+        tokens = float(call["num_items_in_batch"])
+        assert [found.generated_tokens[i] for i in rows] == [tokens] * len(rows)
         assert [getattr(found, name) is not None for name in TENSORS] == [
             key in call for key in TENSORS.values()
         ]
-    tokens = {float(call["num_items_in_batch"]) for call in calls}
-    assert found.generated_tokens == (tokens.pop() if len(tokens) == 1 else None)
 
 
 # One process of a training: its steps recorded, and its calls of the loss.

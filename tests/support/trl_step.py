@@ -144,14 +144,14 @@ def trl_step(
             self = trainer(s, Accelerator(ranks, rank), steps)
             own = (inputs.process_N == rank).nonzero()[:, 0]
             batch = generation(self, of_rows(inputs, own), length_N[own], len(length_N))
-            if inputs.generated_tokens is not None:
-                batch["num_items_in_batch"] = torch.tensor(inputs.generated_tokens)
             self._metrics["train"].clear()
             losses = []
             for step in range(steps):
                 rows = inputs.microbatch_N[own] == step
                 of_it = {k: x[rows] if x.dim() else x for k, x in batch.items()}
                 at = own[rows]
+                if inputs.generated_tokens_N is not None:
+                    of_it["num_items_in_batch"] = inputs.generated_tokens_N[at[0]].float()
                 self._get_per_token_logps_and_entropies = lambda *_, at=at, **__: (
                     l_NR[at],
                     h_NR[at],

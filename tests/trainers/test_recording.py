@@ -15,8 +15,11 @@ from trl import GRPOTrainer
 import funcprobe
 from funcprobe import InputError
 from funcprobe.adapters import rollouts
+from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.rollouts.files import of_rank
-from funcprobe.adapters.trainers import record_rollouts
+from funcprobe.adapters.sampling.advantages import update_advantages
+from funcprobe.adapters.stages.run_settings import run_settings
+from funcprobe.adapters.trainers import ParamNamesCallback, record_rollouts
 from support.checkpoints import Checkpoint, sets
 from support.recorded import Calls, calls_of_the_loss, require_recorded, train_in_processes
 from support.trainers import grpo_trainer, outcome, require_same, reward
@@ -104,15 +107,16 @@ def test_a_step_is_what_the_loss_was_given(settings, checkpoint, tmp_path):
         assert files[0].microbatch == files[1].microbatch
     if settings.get("steps_per_generation") == 4:
         # Two halves of one generation, with its groups.
-        assert files[0].generated_tokens == files[1].generated_tokens
+        assert set(files[0].generated_tokens) == set(files[1].generated_tokens)
+        assert len(set(files[0].generated_tokens)) == 1
         assert not Counter(map(str, files[0].old_logp)) & Counter(map(str, files[1].old_logp))
         both = Counter(files[0].prompt_index + files[1].prompt_index)
         assert both == dict.fromkeys(range(4), 4)
 
 
-def test_groups_of_several_generations_are_kept_apart(checkpoint, tmp_path):
-    """A step of two generations: equal numbers for no two, and no one number of tokens."""
-    settings = {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "loss_type": "grpo"}
+def test_the_generations_of_a_step_are_kept_apart(checkpoint, tmp_path):
+    """Two, each with groups and a number of tokens of its own, by which dapo divides."""
+    settings = {"steps_per_generation": 1, "gradient_accumulation_steps": 2}
     trainer, steps = record(checkpoint, tmp_path, **settings)
     trainer.train()
     for number, calls in enumerate(steps, 1):
@@ -121,7 +125,57 @@ def test_groups_of_several_generations_are_kept_apart(checkpoint, tmp_path):
         count = 8 * len(calls)  # three micro-batches to an epoch: the second step has one
         assert found.prompt_index == [i // 4 for i in range(count)]
         assert found.microbatch == [i // 8 for i in range(count)]
-    assert {load(tmp_path, n).generated_tokens for n in range(1, 5)} > {None}
+        for i in range(0, count, 8):
+            tokens = sum(map(len, found.response_ids[i : i + 8]))
+            assert found.generated_tokens[i : i + 8] == [tokens] * 8
+    assert len(set(load(tmp_path, 1).generated_tokens)) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "cispo", "steps_per_generation": 1, "gradient_accumulation_steps": 2},
+        # Out of phase: the second step begins with the second half of a generation.
+        {"loss_type": "vespo", "steps_per_generation": 2, "gradient_accumulation_steps": 3},
+    ],
+)
+def test_a_step_of_several_generations_is_what_the_loss_was_given(settings, checkpoint, tmp_path):
+    trainer, steps = record(checkpoint, tmp_path, per_device_train_batch_size=4, **settings)
+    trainer.train()
+    files = require_steps(tmp_path, steps)
+    assert max(len(set(found.generated_tokens)) for found in files) == 2
+
+
+def test_a_generation_twice_in_a_step_has_the_recorded_advantages(checkpoint, tmp_path):
+    """A group of 4 is then one of 8, of another standard deviation: by (6 / 7)^(1/2), which is said."""
+    twice = {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    trainer, _ = record(checkpoint, tmp_path, **twice, save_steps=1)
+    trainer.add_callback(ParamNamesCallback())
+    trainer.train()
+    found = load(tmp_path, 2)
+    assert found.response_ids[::2] == found.response_ids[1::2]
+    assert (found.microbatch, found.prompt_index) == ([0, 1] * 8, [i // 8 for i in range(16)])
+    recorded_N, lines = update_advantages(found, "rollouts")
+    assert lines == []
+    made_N, (line,) = update_advantages(found, "mean_std")
+    assert "supplied advantages of U" in line
+    assert 'set objective.advantage = "rollouts"' in line
+    ratio_N = (recorded_N / made_N)[recorded_N != 0]
+    expected_N = torch.full_like(ratio_N, (6 / 7) ** 0.5)
+    assert len(ratio_N) > 0
+    # The 1e-4 beside standard deviations of 0.2 and more.
+    torch.testing.assert_close(ratio_N, expected_N, rtol=1e-3, atol=0)
+    # By the sidecar a run has TRL's loss, and the recorded advantages.
+    taken = run_settings(
+        Config.model_validate(
+            {
+                "policy": {"checkpoint": str(tmp_path / "checkpoint-1")},
+                "prompts": {"source": str(checkpoint.prompts)},
+                "rollouts": {"update": str(tmp_path / "rollouts" / "step-000002.parquet")},
+            }
+        )
+    )
+    assert (taken["objective"]["loss"], taken["objective"]["advantage"]) == ("trl", "rollouts")
 
 
 def test_the_coefficient_of_the_entropy_is_the_one_in_effect(checkpoint, tmp_path):
@@ -247,13 +301,9 @@ def test_a_training_that_failed_leaves_nothing_for_the_next(loss, checkpoint, tm
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert not (tmp_path / "rollouts").exists()
-    if loss == "grpo":
-        trainer.train()
-        require_steps(tmp_path, [steps[0][3:]])
-        return
-    with pytest.warns(UserWarning, match="step 1 is of several generations, and loss_type dapo"):
-        trainer.train()
-    assert not (tmp_path / "rollouts").exists()
+    trainer.train()
+    (found,) = require_steps(tmp_path, [steps[0][3:]])
+    assert len(set(found.generated_tokens)) == 2
 
 
 @pytest.mark.parametrize(
@@ -336,27 +386,6 @@ def test_a_reward_that_does_not_apply_is_none(checkpoint, tmp_path):
 
 
 # What is rejected, before the first step.
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"loss_type": "dapo"}, "loss_type dapo divides by the tokens of each; .* multiple of 2"),
-        ({"loss_type": "cispo"}, "loss_type cispo divides by the tokens of each"),
-        ({"loss_type": "vespo"}, "loss_type vespo divides by the tokens of each"),
-        ({"loss_type": "bnpo"}, None),
-        ({"loss_type": "dapo", "num_iterations": 2}, None),  # a generation of its own for every step
-    ],
-)
-def test_a_loss_by_the_tokens_of_several_generations(settings, said, checkpoint, tmp_path):
-    two = {"gradient_accumulation_steps": 2, "steps_per_generation": 1}
-    trainer = grpo_trainer(checkpoint, tmp_path, **(two | settings))
-    if said is None:
-        record_rollouts(trainer, tmp_path)
-        return
-    with pytest.raises(InputError, match=said) as error:
-        record_rollouts(trainer, tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_images_are_refused(checkpoint, tmp_path):
