@@ -152,7 +152,7 @@ CASES = {
     # clipped: it is the entropy that tells whether they are in the loss.
     "truncated": Case(
         CLIPPED | ENTROPY | {"mask_truncated_completions": True},
-        [{"mask_NR": None}, {"generated_tokens": 80.0}],
+        [{"mask_NR": None}, {"generated_tokens_N": 80.0}],
     ),
     "truncated, of grpo": Case(
         NARROW | ENTROPY | {"loss_type": "grpo", "mask_truncated_completions": True},
@@ -232,6 +232,13 @@ LAYOUTS: dict[str, Change] = {
         "gradient_accumulation_steps": 2,
         "steps_per_generation": 4,
         "num_iterations": 2,
+    },
+    # Of the toy's 6 prompts an epoch has three generations of two prompts: a step takes two.
+    "several generations": {
+        "per_device_train_batch_size": 8,
+        "steps_per_generation": 1,
+        "gradient_accumulation_steps": 2,
+        "num_iterations": 1,
     },
 }
 GENERAL = "second, accumulated"  # where a case's changes must be seen

@@ -42,7 +42,7 @@ def sequences(batch: Batch, inputs: LossInputs) -> list[tuple[object, ...]]:
     for i, n in enumerate(batch.response_length_N.tolist()):
         known = {k: repr(x[i, :n].tolist() if x.ndim > 1 else x[i].item()) for k, x in arrays.items()}
         tokens = batch.tokens_NL[i, : int(batch.prompt_length_N[i]) + n].tolist()
-        rows.append((tokens, n, inputs.generated_tokens, known))
+        rows.append((tokens, n, known))
     return sorted(rows, key=repr)
 
 
@@ -71,6 +71,10 @@ def require_the_step(step: Step, seen: Sequence[Change]) -> Distance:
         arrays = {k: x for k, x in change.items() if k in inputs._fields}
         if "mask_NR" in arrays:
             arrays["mask_NR"] = response_mask(batch)
+        if "generated_tokens_N" in arrays:
+            arrays["generated_tokens_N"] = torch.full_like(
+                inputs.advantage_N, arrays["generated_tokens_N"]
+            )
         other, _ = direction(settings, inputs._replace(**arrays))
         assert not distance(other, step.taken).is_the_step, change
     return found

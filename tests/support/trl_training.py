@@ -100,7 +100,12 @@ def captured(calls: Sequence[Call]) -> tuple[Batch, LossInputs]:
     """The sequences of these calls one after the other, and what TRL's loss knew of each."""
     prompts: list[tuple[int, ...]] = []
     responses: list[list[int]] = []
-    columns: dict[str, list[Any]] = {"advantage": [], "microbatch": [], "process": []}
+    columns: dict[str, list[Any]] = {
+        "advantage": [],
+        "microbatch": [],
+        "process": [],
+        "generated_tokens": [],
+    }
     tokens: dict[str, list[Tensor]] = {"mask": [], "old": [], "ref": [], "sampler": []}
     for call in calls:
         x = call.inputs
@@ -114,6 +119,7 @@ def captured(calls: Sequence[Call]) -> tuple[Batch, LossInputs]:
             columns["advantage"].append(float(x["advantages"][i]))
             columns["microbatch"].append(call.microbatch)
             columns["process"].append(call.process)
+            columns["generated_tokens"].append(float(x["num_items_in_batch"]))
             tokens["mask"].append(in_loss_NR[i, :length])
             for name, key in (
                 ("old", "old_per_token_logps"),
@@ -141,7 +147,7 @@ def captured(calls: Sequence[Call]) -> tuple[Batch, LossInputs]:
         old_logp_NR=padded["old"],
         ref_logp_NR=padded["ref"],
         sampler_logp_NR=padded["sampler"],
-        generated_tokens=float(calls[0].inputs["num_items_in_batch"]),
+        generated_tokens_N=torch.tensor(columns["generated_tokens"], dtype=torch.float64),
     )
     return batch, inputs
 

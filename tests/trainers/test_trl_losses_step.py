@@ -19,6 +19,8 @@ from support.trl_training import train
         ("bnpo", GENERAL),
         ("luspo", "second"),
         ("cispo", GENERAL),
+        ("dapo", "several generations"),
+        ("vespo", "several generations"),
         ("sapo", "second"),
         ("vespo", "second"),
         ("kl", "first"),
