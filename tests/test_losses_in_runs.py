@@ -39,7 +39,9 @@ def test_a_loss_without_terms_is_the_preset(probe, preset, loss) -> None:
     advantage = {"objective__advantage": "mean_std"}
     plain, trl = probe("plain", **preset, **advantage), probe("trl", **settings(**loss), **advantage)
     assert numbers(trl) == pytest.approx(numbers(plain), rel=1e-9)
-    assert trl["loss"]["value"]["value"] == pytest.approx(plain["loss"]["value"]["value"], abs=1e-12)
+    assert trl["loss"]["at_theta"]["value"] == pytest.approx(
+        plain["loss"]["at_theta"]["value"], abs=1e-12
+    )
     assert trl["loss"]["metrics"]["entropy"] == pytest.approx(plain["loss"]["metrics"]["entropy"])
     assert (plain["loss"]["name"], trl["loss"]["name"]) == ("preset", "trl")
     assert trl["conventions"]["objective"]["normalisation"] == "of the loss"

@@ -92,8 +92,8 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     "fresh_adam_state": lambda w, a, b: funcprobe.fresh_adam_state(a(w.params), ()).exp_avg,
     "lora_params": lambda w, a, b: funcprobe.lora_params(a(w.params)),
 }
-# These take the registry to bind a model, and the others call what they return.
-BINDING = {"frozen_forward", "masked_forwards"}
+# These take the registry with its model, and the others call what they return.
+BINDING = {"frozen_forward", "masked_forwards", "base_params", "adapter_params"}
 
 
 def backwards(params: Params) -> Params:

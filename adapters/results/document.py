@@ -139,7 +139,7 @@ def _loss(plan: Plan, batches: Batches, prediction: funcprobe.Prediction) -> Los
         return LossSection(
             name=chosen.name,
             settings={key: _finite(value) for key, value in chosen.settings.items()},
-            value=value,
+            at_theta=value,
             reference=batches.reference,
             metrics={name: x if math.isfinite(x) else None for name, x in report.metrics.items()},
             divisor_residual=report.divisor_residual,
@@ -151,7 +151,7 @@ def _loss(plan: Plan, batches: Batches, prediction: funcprobe.Prediction) -> Los
     return LossSection(
         name="preset",
         settings={},
-        value=value,
+        at_theta=value,
         reference=None,
         metrics=metrics,
         divisor_residual=0.0,

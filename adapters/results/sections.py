@@ -76,7 +76,7 @@ class LossSection(Section):
     """preset: minus J of conventions.objective; trl, verl, or the function of objective.loss."""
     settings: dict[str, JsonValue]
     """Of the loss, by the trainer's names, with the defaults; empty for a preset."""
-    value: Quantity
+    at_theta: Quantity
     """The loss of the optimizer step, as logged at this step."""
     reference: str | None
     """Where the reference policy's log-probabilities are from; null: the loss has none."""

@@ -107,9 +107,8 @@ def _loss(loss: LossSection | None) -> list[str]:
     kind = loss.settings.get("loss_type") or loss.settings.get("loss_mode")
     values = {name: x for name, x in loss.metrics.items() if name != "loss" and x is not None}
     logged = "".join(f", {name} {value:.4g}" for name, value in values.items())
-    return [
-        f"Loss of U at theta, {loss.name}{f' {kind}' if kind else ''}: {loss.value.value:.6g}{logged}"
-    ]
+    name = f"{loss.name} {kind}" if kind else loss.name
+    return [f"Loss of U at theta, {name}: {loss.at_theta.value:.6g}{logged}"]
 
 
 def _doubts(results: Results, row: SweepRow) -> list[str]:

@@ -87,7 +87,7 @@ def has_trl_loss(sidecar: Sidecar) -> bool:
     return not (plain and aligned) or bool(terms(settings) + _switched_on(settings, SEQUENCES))
 
 
-def differences(config: Config, sidecar: Sidecar | None, update: Rollouts | None) -> list[str]:
+def differences(config: Config, sidecar: Sidecar | None, update: Rollouts | None = None) -> list[str]:
     """What of the run's step the predicted one does not have, by the sidecar and the supplied U."""
     columns = unused_columns(config, update)
     if sidecar is None:

@@ -108,7 +108,7 @@ def step_lines(
     adam_state: AdamState,
     report: OptimizerReport | None,
     step: Step,
-    update: Rollouts | None,
+    update: Rollouts | None = None,
 ) -> list[str]:
     """Log lines on the optimizer state, warnings included."""
     if report is None:

@@ -1,6 +1,7 @@
 """The reference policy: TRL's own, by its own switch, to the bit and without a second model."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import Mock
@@ -131,7 +132,10 @@ def require_reference(policy: Policy, theirs: Theirs) -> Params:
     return at
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+SLOW = partial(pytest.param, marks=pytest.mark.slow)  # together half a minute
+
+
+@pytest.mark.parametrize("dtype", ["float32", *map(SLOW, ["float64", "bfloat16"])])
 @pytest.mark.parametrize(("adapter", "tied"), KINDS, ids=NAMES)
 def test_a_new_adapter_has_the_base_as_its_reference(bases, tmp_path, adapter, tied, dtype):
     base = bases(tied)
@@ -191,7 +195,7 @@ def of_file(folder: Path, base: Path, **options) -> Theirs:
     return Theirs(model.eval(), "ref")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [SLOW("float32"), "float64"])
 @pytest.mark.parametrize(("adapter", "tied"), COPIED, ids=[NAMES[KINDS.index(k)] for k in COPIED])
 def test_an_adapter_that_is_trained_on_has_its_copy_as_its_reference(
     bases, tmp_path, adapter, tied, dtype
@@ -303,7 +307,7 @@ def test_an_adapter_on_the_parameters_of_experts(experts, tmp_path, begun, dtype
     require_reference(policy, theirs._replace(model=theirs.model.to(getattr(torch, dtype))))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", SLOW("float64")])
 @pytest.mark.parametrize("adapter", ["all-linear", "trained-head", "lora-embedding", "lora-bias"])
 def test_a_base_in_4_bits(bases, tmp_path, adapter, dtype):
     """peft's switch on the same 4-bit layers, which have tests of their own."""

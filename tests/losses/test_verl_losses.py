@@ -129,11 +129,12 @@ def near(found, expected, scale):
     return math.isclose(found, expected, rel_tol=RELATIVE, abs_tol=RELATIVE * max(1.0, scale))
 
 
+@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
-def test_loss_coefficients_and_metrics_are_those_of_the_loops(mode):
-    """On 200 random steps each: lengths of 1, rows without advantage, masked tokens and rows."""
+def test_loss_coefficients_and_metrics_are_those_of_the_loops(mode, steps):
+    """On random steps: lengths of 1, rows without advantage, masked tokens and rows."""
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=steps, deadline=None)
     @given(cases(), asked_of(mode))
     def check(case, asked):
         try:

@@ -51,7 +51,7 @@ def test_the_step_its_loss_and_its_logs(settings, logged, checkpoint, command, t
     assert results["first_order"]["se_over_U"]["value"] == 0  # the step's own batch
     for name in logged:
         # The Trainer rounds its loss to six digits after the point; the others are of float32.
-        mine = found["value"]["value"] if name == "loss" else found["metrics"][name]
+        mine = found["at_theta"]["value"] if name == "loss" else found["metrics"][name]
         assert math.isclose(mine, step.logged[name], rel_tol=2e-5, abs_tol=1e-6), name
     assert step.logged.get("kl", 1.0) > 0
     v = {n: t.double() for n, t in load_file("runs/probe/direction.safetensors").items()}
