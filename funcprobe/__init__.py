@@ -30,6 +30,7 @@ from .step.adam import fresh_adam_state, precondition, preconditioner, update_di
 from .step.evidence import Evidence, state_evidence
 from .step.gradient_scale import GradientScale, gradient_scale
 from .step.objective import PRESETS, Objective, advantages, coefficients, update_batch
+from .step.response import response
 from .types import (
     AdamGroup,
     AdamState,
@@ -98,6 +99,7 @@ __all__ = [
     "precondition",
     "preconditioner",
     "predict",
+    "response",
     "response_mask",
     "second_derivative",
     "second_difference",

@@ -85,6 +85,9 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     "update_direction": lambda w, a, b: funcprobe.update_direction(
         a(w.params), b(w.v), w.adam_state(b), max_grad_norm=0.1
     ),
+    "response": lambda w, a, b: funcprobe.response(
+        a(w.params), b(w.passes.X), b(w.v), w.adam_state(b), max_grad_norm=0.1
+    ),
     "preconditioner": lambda w, a, b: funcprobe.preconditioner(a(w.params), w.adam_state(b)),
     "precondition": lambda w, a, b: funcprobe.precondition(a(w.v), w.adam_state(b)),
     "state_evidence": lambda w, a, b: funcprobe.state_evidence(a(w.passes.Y[0]), w.adam_state(b)),
