@@ -1,4 +1,4 @@
-"""First-order change along a given direction, estimated from E alone."""
+"""First-order change along a given direction, from E alone; gradients and errors of U for `probe`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

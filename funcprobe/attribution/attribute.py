@@ -32,7 +32,7 @@ class Attribution(NamedTuple):
 
     derivative: float  # from the tangents of E along v, as `Prediction.derivative`
     update: TokenShares  # <P X, Y_mk> of U
-    dropout: float  # with masks <X, P Y> less `update.total`, which is without masks; else 0
+    dropout: float  # <X, P Y> less `update.total`, which is without masks; rounding if Y is, too
     marginal: TokenShares  # <D^T X, Y_mk> of U
     modules: ModuleShares
     evaluation: EvaluationShares
@@ -105,7 +105,7 @@ def attribute(
     return Attribution(
         derivative=evaluation.derivative(at, passes.tangent, unit_N).derivative,
         update=update_by_token,
-        dropout=modules.total.update - update_by_token.total if len(passes.Y) > 1 else 0.0,
+        dropout=modules.total.update - update_by_token.total,
         marginal=update_shares(update, along_DX),
         modules=modules,
         evaluation=evaluation_shares(at, passes.tangent, eval_batch, unit_N),

@@ -75,7 +75,7 @@ def attributed(probe: Any, update: UpdateBatch = U, E=E, state=None, **given: An
     return passes, found
 
 
-def require_sums(found: funcprobe.Attribution) -> None:
+def require_sums(found: funcprobe.Attribution, masks: bool = False) -> None:
     """Every family sums to the derivative; 1e-9 is some 1e5 float64 roundings of it, of which
     the tangents' and the gradient's are most."""
     parts = found.parts
@@ -84,7 +84,8 @@ def require_sums(found: funcprobe.Attribution) -> None:
     for tokens in (found.update, found.evaluation.tokens):
         assert float(tokens.token_NR.sum()) == pytest.approx(tokens.total, rel=1e-12)
         assert float(tokens.prompt_M.sum()) == pytest.approx(tokens.total, rel=1e-12)
-    assert parts.momentum + parts.decay + found.update.total + found.dropout == close
+    dropout = found.dropout if masks else 0.0
+    assert parts.momentum + parts.decay + found.update.total + dropout == close
     assert found.evaluation.tokens.total == close
     terms = (found.evaluation.direct, found.evaluation.score, found.evaluation.control)
     assert sum(term.derivative for term in terms) == close
@@ -293,7 +294,7 @@ def test_with_masks_what_dropout_makes_is_a_part_of_its_own():
     probe = funcprobe.bind(policy)
     masks = funcprobe.masked_forwards(policy, probe.params, probe.forward, 3, 0)
     passes, found = attributed(probe, step=CLIPPED, masks=masks)
-    require_sums(found)
+    require_sums(found, masks=True)
     state = adam_state(probe.params)
     predicted = funcprobe.summarise(probe.params, passes, E, U, state, step=CLIPPED)
     assert found.parts.update == pytest.approx(predicted.from_update, rel=1e-12)
@@ -323,7 +324,7 @@ def test_shares_need_no_pass_and_marginals_one_over_U(probe64):
     along = funcprobe.marginal_tangents(params, passes, U, state, forward, step=step)
     assert sorted(seen) == list(range(6))
     found = funcprobe.attribute(params, passes, along, E, U, state, step=step)  # has no forward
-    assert found.dropout == 0.0
+    assert torch.equal(found.marginal.token_NR, funcprobe.update_shares(U, along).token_NR)
 
 
 def test_without_gradient_there_is_nothing_to_share(probe64):
