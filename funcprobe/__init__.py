@@ -3,6 +3,11 @@
 The functional core. Everything here is a pure function of its arguments.
 """
 
+from .along import Passes
+from .attribution.attribute import Attribution, attribute, marginal_tangents
+from .attribution.evaluation_shares import EvaluationShares, Term, evaluation_shares
+from .attribution.module_shares import ModuleShares, Parts, module_shares
+from .attribution.token_shares import TokenShares, update_shares
 from .losses.custom import custom_loss
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
 from .losses.trl import TrlLoss, trl_loss
@@ -16,7 +21,7 @@ from .policy.dropout import masked_forwards
 from .policy.forward import Forward, frozen_forward, lora_params, trainable_params
 from .policy.layout import collate, response_mask, select
 from .policy.reference import adapter_params, base_params
-from .probe import Passes, Prediction, Probe, bind, first_order_passes, measure, predict, summarise
+from .probe import Prediction, Probe, bind, first_order_passes, measure, predict, summarise
 from .statistics.estimators import (
     entropy_value,
     first_order,
@@ -30,6 +35,7 @@ from .step.adam import fresh_adam_state, precondition, preconditioner, update_di
 from .step.evidence import Evidence, state_evidence
 from .step.gradient_scale import GradientScale, gradient_scale
 from .step.objective import PRESETS, Objective, advantages, coefficients, update_batch
+from .step.response import response
 from .types import (
     AdamGroup,
     AdamState,
@@ -46,9 +52,11 @@ __all__ = [
     "PRESETS",
     "AdamGroup",
     "AdamState",
+    "Attribution",
     "Batch",
     "Entropy",
     "Evaluation",
+    "EvaluationShares",
     "Evidence",
     "Forward",
     "GradientScale",
@@ -57,12 +65,16 @@ __all__ = [
     "LossInputs",
     "LossReport",
     "LossValue",
+    "ModuleShares",
     "Objective",
     "Params",
+    "Parts",
     "Passes",
     "Prediction",
     "Probe",
     "Step",
+    "Term",
+    "TokenShares",
     "TokenStats",
     "TrlLoss",
     "UpdateBatch",
@@ -70,6 +82,7 @@ __all__ = [
     "adapter_params",
     "advantages",
     "alpha_vjp",
+    "attribute",
     "base_params",
     "bind",
     "change",
@@ -81,6 +94,7 @@ __all__ = [
     "entropy_value",
     "eta_star",
     "evaluate",
+    "evaluation_shares",
     "first_order",
     "first_order_passes",
     "fresh_adam_state",
@@ -92,12 +106,15 @@ __all__ = [
     "gradient_scale",
     "lora_params",
     "loss_update",
+    "marginal_tangents",
     "masked_forwards",
     "measure",
     "measured_change",
+    "module_shares",
     "precondition",
     "preconditioner",
     "predict",
+    "response",
     "response_mask",
     "second_derivative",
     "second_difference",
@@ -114,6 +131,7 @@ __all__ = [
     "update_batch",
     "update_direction",
     "update_influence",
+    "update_shares",
     "verl_loss",
     "weighted_grad",
 ]

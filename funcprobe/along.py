@@ -1,4 +1,4 @@
-"""First-order change along a given direction, estimated from E alone."""
+"""First-order change along a given direction, from E alone; gradients and errors of U for `probe`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -52,6 +52,19 @@ class EvalPasses(NamedTuple):
     tangent: TokenStats  # along the direction
     X: Params  # grad of the entropy estimator
     baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
+
+
+class Passes(NamedTuple):
+    """Results of all passes through the model, tensors only; the rest follows by arithmetic."""
+
+    Y: tuple[Params, ...]  # grad of J on U: one, or with masks that of each
+    stats: TokenStats  # of E at theta
+    tangent: TokenStats  # of E along v
+    X: Params  # grad of the entropy estimator on E
+    baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
+    update_stats: TokenStats  # of U at theta
+    along_PX: TokenStats  # tangents of U along P X
+    along_Y: TokenStats  # of U along Y, where the step clips it; else 0
 
 
 def eval_passes(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import tree
 from .along import (
     EvalPasses,
+    Passes,
     error_over_u,
     eval_passes,
     require_normaliser,
@@ -74,19 +75,6 @@ class Prediction(NamedTuple):
     def stats(self) -> TokenStats:
         """Token statistics of E at theta."""
         return self.at.stats
-
-
-class Passes(NamedTuple):
-    """Results of all passes through the model, tensors only; the rest follows by arithmetic."""
-
-    Y: tuple[Params, ...]  # grad of J on U: one, or with masks that of each
-    stats: TokenStats  # of E at theta
-    tangent: TokenStats  # of E along v
-    X: Params  # grad of the entropy estimator on E
-    baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
-    update_stats: TokenStats  # of U at theta
-    along_PX: TokenStats  # tangents of U along P X
-    along_Y: TokenStats  # of U along Y, where the step clips it; else 0
 
 
 def first_order_passes(

@@ -82,8 +82,20 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     "summarise": lambda w, a, b: funcprobe.summarise(
         a(w.params), w.passes_in(b), E, w.update, w.adam_state(b)
     ),
+    "marginal_tangents": lambda w, a, b: funcprobe.marginal_tangents(
+        a(w.params), w.passes_in(b), w.update, w.adam_state(b), w.forward
+    ),
+    "attribute": lambda w, a, b: funcprobe.attribute(
+        a(w.params), w.passes_in(b), w.passes.along_PX, E, w.update, w.adam_state(b)
+    ),
+    "module_shares": lambda w, a, b: funcprobe.module_shares(
+        b(w.passes.X), a(w.params), w.passes_in(b).Y, w.adam_state(b), funcprobe.Step()
+    ),
     "update_direction": lambda w, a, b: funcprobe.update_direction(
         a(w.params), b(w.v), w.adam_state(b), max_grad_norm=0.1
+    ),
+    "response": lambda w, a, b: funcprobe.response(
+        a(w.params), b(w.passes.X), b(w.v), w.adam_state(b), max_grad_norm=0.1
     ),
     "preconditioner": lambda w, a, b: funcprobe.preconditioner(a(w.params), w.adam_state(b)),
     "precondition": lambda w, a, b: funcprobe.precondition(a(w.v), w.adam_state(b)),

@@ -28,6 +28,7 @@ ESTIMATORS = ("statistics/test_estimators.py",)
 OBJECTIVE = ("step/test_objective.py",)
 MODEL = ("passes/test_tangents.py",)
 ADAM = ("step/test_adam.py", "test_run.py::test_the_direction_is_what_torchs_adamw_does")
+RESPONSE = ("step/test_response.py",)
 
 FAULTS = {
     # Weights and sums
@@ -101,8 +102,8 @@ FAULTS = {
     ),
     "no bias correction of exp_avg_sq": Fault(
         "step/adam.py",
-        "denominator = (nu / (1 - group.beta2**step)).sqrt() + group.eps",
-        "denominator = nu.sqrt() + group.eps",
+        "return nu / (1 - group.beta2**step)",
+        "return nu",
         ADAM,
     ),
     "no bias correction of the preconditioner": Fault(
@@ -119,6 +120,25 @@ FAULTS = {
     ),
     "momentum of the other sign": Fault(
         "step/adam.py", "momentum[name] = -group.beta1", "momentum[name] = group.beta1", ADAM
+    ),
+    # The step's derivative, and the attribution
+    "the second moment does not answer": Fault(
+        "step/response.py",
+        "return direction.scale[name] - moving * slope / (nu_hat.sqrt() + group.eps)",
+        "return direction.scale[name]",
+        RESPONSE,
+    ),
+    "clipping enters the second moment once": Fault(
+        "step/response.py", "slope = clip**2 *", "slope = clip *", RESPONSE
+    ),
+    "clipping takes nothing": Fault(
+        "step/response.py", "if direction.clip_coefficient == 1:", "if True:", RESPONSE
+    ),
+    "shares of U lack the entropy's coefficients": Fault(
+        "attribution/token_shares.py",
+        "if update.entropy_coef_NR is not None:",
+        "if False:",
+        ("attribution/test_attribute.py",),
     ),
     # The objective
     "a response is compared with itself, too": Fault(

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import tree
 from ..types import AdamGroup, AdamState, InputError, Params, Rule
@@ -50,7 +51,7 @@ def preconditioner(params: Params, adam_state: AdamState) -> tuple[Params, Preco
     scale: Params = {}
     identity, without_step = [], []
     largest, smallest, zero, tiny = 0.0, math.inf, 0, 0
-    group_of = _group_of(adam_state)
+    group_of = groups_by_name(adam_state)
     for name, param in params.items():
         nu = adam_state.exp_avg_sq.get(name)
         if nu is not None and nu.shape != param.shape:
@@ -141,18 +142,24 @@ def _adamw(
     params: Params, grads: Params, adam_state: AdamState, clip: float
 ) -> tuple[Params, Params, Params]:
     momentum, decay, scale = {}, {}, {}
-    group_of = _group_of(adam_state)
+    group_of = groups_by_name(adam_state)
     for name, grad in grads.items():
         group, step = group_of[name], adam_state.step[name] + 1
         g = clip * tree.f64(grad)
-        nu = group.beta2 * tree.f64(adam_state.exp_avg_sq[name]) + (1 - group.beta2) * g.square()
-        denominator = (nu / (1 - group.beta2**step)).sqrt() + group.eps
+        nu_hat = next_nu_hat(g, adam_state.exp_avg_sq[name], group, step)
+        denominator = nu_hat.sqrt() + group.eps
         per_moment = 1 / ((1 - group.beta1**step) * denominator)
         # exp_avg averages the gradient of the loss, -J; v ascends J.
         momentum[name] = -group.beta1 * tree.f64(adam_state.exp_avg[name]) * per_moment
         decay[name] = -group.weight_decay * tree.f64(params[name])
         scale[name] = (1 - group.beta1) * clip * per_moment
     return momentum, decay, scale
+
+
+def next_nu_hat(g: Tensor, exp_avg_sq: Tensor, group: AdamGroup, step: int) -> Tensor:
+    """(beta2 exp_avg_sq + (1 - beta2) g^2) / (1 - beta2^step), g the clipped gradient of that step."""
+    nu = group.beta2 * tree.f64(exp_avg_sq) + (1 - group.beta2) * g.square()
+    return nu / (1 - group.beta2**step)
 
 
 def require_state(params: Params, adam_state: AdamState, rule: Rule) -> None:
@@ -203,7 +210,7 @@ def clip_coefficient(grads: Params, max_grad_norm: float | None) -> float:
 
 
 def _lr_ratios(params: Params, adam_state: AdamState) -> dict[str, float]:
-    group_of = _group_of(adam_state)
+    group_of = groups_by_name(adam_state)
     if missing := [n for n in params if n not in group_of]:
         raise InputError(
             f"{missing[0]} is in no optimizer group: the state belongs to other parameters; use the "
@@ -219,7 +226,7 @@ def _lr_ratios(params: Params, adam_state: AdamState) -> dict[str, float]:
     return {n: lr / first if first else 1.0 for n, lr in lrs.items()}
 
 
-def _group_of(adam_state: AdamState) -> dict[str, AdamGroup]:
+def groups_by_name(adam_state: AdamState) -> dict[str, AdamGroup]:
     group_of = {name: group for group in adam_state.groups for name in group.names}
     if len(group_of) < sum(len(group.names) for group in adam_state.groups):
         raise ValueError("a parameter is in two optimizer groups, each must be in one")

@@ -9,6 +9,7 @@ from .. import tree
 from ..types import AdamState, Params, Step
 from . import adam
 from .adam import UpdateDirection
+from .response import response
 
 
 class OverMasks(NamedTuple):
@@ -45,6 +46,20 @@ def mean_direction(
             clip_coefficient=(1 - share) * mean.clip_coefficient + share * one.clip_coefficient,
         )
     return mean._replace(total={n: t.to(first[n].dtype) for n, t in mean.total.items()})
+
+
+def mean_response(
+    X: Params, params: Params, Y_masks: Sequence[Params], adam_state: AdamState, step: Step
+) -> Params:
+    """D^T X with D the mean over masks of dv_k / dY_k; of one gradient it is `response`.
+
+    A change Z of every Y_k, as of gradients without masks, changes <X, mean of v_k> by <D^T X, Z>.
+    """
+    first, *others = Y_masks
+    mean = response(params, X, first, adam_state, **step._asdict())
+    for count, Y in enumerate(others, start=2):
+        mean = _towards(mean, response(params, X, Y, adam_state, **step._asdict()), 1 / count)
+    return mean
 
 
 def over_masks(
