@@ -165,8 +165,8 @@ FAULTS = {
     ),
     "the temperature is left out": Fault(
         "policy/forward.py",
-        "return call(head, given, hidden_TD) / temperature",
-        "return call(head, given, hidden_TD)",
+        "return call(Head(model, path), given, hidden_TD) / temperature",
+        "return call(Head(model, path), given, hidden_TD)",
         ("passes/test_tangents.py", "policy/test_forward.py"),
     ),
     "the entropy of the token that was sampled": Fault(
