@@ -101,11 +101,11 @@ def in_words(results: Results) -> list[str]:
 
 
 def _loss(loss: LossSection | None) -> list[str]:
-    """The loss of U and what its trainer logs; no line for a preset."""
+    """The loss of U and what its trainer logs, unless 0; no line for a preset."""
     if loss is None or loss.name == "preset":
         return []
     kind = loss.settings.get("loss_type") or loss.settings.get("loss_mode")
-    values = {name: x for name, x in loss.metrics.items() if name != "loss" and x is not None}
+    values = {name: x for name, x in loss.metrics.items() if name != "loss" and x}
     logged = "".join(f", {name} {value:.4g}" for name, value in values.items())
     name = f"{loss.name} {kind}" if kind else loss.name
     return [f"Loss of U at theta, {name}: {loss.at_theta.value:.6g}{logged}"]
