@@ -207,7 +207,10 @@ def _print_plan(plan: "Plan", folder: Path) -> None:
         longest = max(len(ids) for ids in plan.prompt_ids)
         typer.echo(f"longest prompt: {longest} tokens; responses: up to {sampling.max_new_tokens}")
     divisor = plan.objective.normalisation
-    by = f"normalisation {divisor}" if plan.loss is None else f"loss {plan.loss.name}"
+    by = f"normalisation {divisor}"
+    if plan.loss is not None:
+        kind = plan.loss.settings.get("loss_type") or plan.loss.settings.get("loss_mode") or ""
+        by = f"loss {plan.loss.name} {kind}".rstrip()
     objective = f"advantage {plan.objective.advantage}, {by}"
     typer.echo(f"step: {plan.step.rule}, next lr {plan.next_lr:g}; objective: {objective}")
     typer.echo(f"measured at eta = {', '.join(f'{eta:g}' for eta in plan.etas)}")

@@ -216,8 +216,8 @@ def _objective(recorded: Mapping[str, Any], sidecar: Sidecar | None) -> list[Cho
     kind = loss_type(sidecar) if sidecar else None
     names = {
         "preset": "loss_type",
-        "loss": "trainer",
-        "settings": "loss",
+        "loss": "kind of loss",
+        "settings": "settings of its loss",
         "advantage": "scale_rewards",
         "constant": "max_completion_length",
     }
