@@ -13,6 +13,7 @@ from funcprobe.types import InputError
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # of prompts
 
+# os.path.exists is used for names that are too long for a file, of which Path.exists raises.
 _FILES = ("optimizer.state", "rollouts.eval", "rollouts.update")
 _FILES_OR_HUB = ("policy.checkpoint", "policy.base", "prompts.source")
 _FUNCTIONS, _OUTPUT = ("reward.function", "objective.loss"), "run.folder"
@@ -50,8 +51,8 @@ def _resolved(key: str, value: str, folder: Path, written_in: str) -> str:
     if key in _FILES_OR_HUB:
         if value == "toy":  # the built-in policy, its prompts
             return value
-        local = looks_local(value) or Path(value).suffix in FILE_TYPES or (folder / value).exists()
-        if not (local or Path(value).exists()):
+        local = looks_local(value) or Path(value).suffix in FILE_TYPES or os.path.exists(folder / value)
+        if not (local or os.path.exists(value)):
             return value
     return _joined(key, value, folder, written_in)
 
@@ -61,7 +62,7 @@ def _joined(key: str, value: str, folder: Path, written_in: str) -> str:
         return value  # rejected by the model, with the key
     path = Path(os.path.expanduser(value))  # Path's own raises for an unknown user
     there = folder / path
-    if key != _OUTPUT and not path.is_absolute() and not there.exists() and path.exists():
+    if key != _OUTPUT and not path.is_absolute() and not os.path.exists(there) and os.path.exists(path):
         raise InputError(
             f"{written_in}: {key} = {value}: a path in a configuration is relative to its folder, and "
             f"{there} does not exist; {value} in the current directory does: set it to "

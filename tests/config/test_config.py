@@ -317,3 +317,8 @@ def test_a_named_precision_is_a_dtype(tmp_path) -> None:
     assert read(tmp_path, "", "policy.dtype=bfloat16").policy.precision is None
     said = refusal(tmp_path, "", "policy.precision=reference", "policy.dtype=float32")
     assert 'precision = "reference" implies dtype = "float64", found "float32": set one' in said
+
+
+def test_a_name_that_is_too_long_for_a_file_is_a_name(tmp_path) -> None:
+    """256 bytes and more, of which the file system raises an error; it may be a hub id."""
+    assert read(tmp_path, f'[prompts]\nsource = "{"a" * 300}"').prompts.source == "a" * 300
