@@ -71,7 +71,9 @@ def in_words(results: Results) -> list[str]:
     counts, average = results.counts, ", on an average U"
     if counts.U_groups_without_gradient == counts.U_prompts:
         over_U = "no gradient in U, so no error over it: another U may have one"
-        lines.append("Every advantage of U is 0: the step is by momentum and weight decay alone")
+        loss = results.loss is not None and results.loss.name != "preset"
+        why = "The loss has no gradient on U" if loss else "Every advantage of U is 0"
+        lines.append(f"{why}: the step is by momentum and weight decay alone")
         next_U = update = ""
     elif not first.se_over_U.value:  # exactly 0 only where U is the batch of the next step itself
         over_U, next_U, update, average = OWN_BATCH, "", "", ""

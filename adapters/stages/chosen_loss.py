@@ -19,7 +19,7 @@ from ..rollouts import Rollouts
 from ..sampling.functions import load_function
 from .trl_settings import Rows
 
-# Where infinity is no bound; "inf" is how a sidecar and a resolved configuration have it.
+# Settings of which infinity means that there is no bound; sidecars and configurations have it as "inf".
 _BOUNDS = ("delta", "vllm_importance_sampling_clip_max", "epsilon_high", "clip_ratio_c")
 
 

@@ -31,8 +31,6 @@ SEQUENCES = {"num_iterations": 1, "mask_truncated_completions": False}
 # On by default, without effect unless vLLM is used: the loss of each token times the ratio of the
 # policy's probability to vLLM's, of the token or of its sequence, clipped or masked.
 _CORRECTION = "vllm_importance_sampling_correction"
-
-
 # A term of the loss of a mixture of experts that is no function of the tokens' probabilities.
 _ROUTER = "router_aux_loss_coef"
 

@@ -49,7 +49,7 @@ def trl_settings(sidecar: Sidecar) -> dict[str, Any]:
 def unlike_settings(config: Config, sidecar: Sidecar) -> list[str]:
     """Settings of objective.loss = "trl" that differ from those of the run."""
     recorded, chosen = _recorded(sidecar), config.objective.settings
-    ran, here = _resolved(_DEFAULTS | recorded), _resolved(_DEFAULTS | chosen)
+    ran, here = _resolved(recorded), _resolved(chosen)
     unused = set() if "dr_grpo" in (ran["loss_type"], here["loss_type"]) else {"max_completion_length"}
     if config.rollouts.update is not None:
         unused |= set(Rows._fields)  # as recorded
@@ -62,7 +62,7 @@ def unlike_settings(config: Config, sidecar: Sidecar) -> list[str]:
 
 def not_known(sidecar: Sidecar, update: Rollouts | None) -> list[str]:
     """What the run's step depends on that neither the sidecar nor U, sampled or supplied, has."""
-    ran = _resolved(_DEFAULTS | _recorded(sidecar))
+    ran = _resolved(_recorded(sidecar))
     sampled = update is None
     lines = []
     steps = _steps_on_a_generation(sidecar)
@@ -124,7 +124,7 @@ def _recorded(sidecar: Sidecar) -> dict[str, Any]:
 
 
 def _resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the values that None stands for; infinity as the sidecar has it."""
+    """With the defaults, and the values that None stands for; infinity as the sidecar has it."""
     found = _DEFAULTS | {k: "inf" if v == float("inf") else v for k, v in settings.items()}
     for name, other in _STANDS_FOR.items():
         found[name] = found[other] if found[name] is None else found[name]

@@ -30,6 +30,7 @@ def require_recordable(trainer: Any, methods: Sequence[str]) -> None:
 
 
 def other_trl(what: str) -> InputError:
+    """Of a trainer that is not TRL 1.16's: `what` differs."""
     return InputError(
         f"{what} (trl {importlib.metadata.version('trl')}): rollouts are recorded from the GRPOTrainer "
         "of trl 1.16; install that version, or write rollouts in the documented schema"
@@ -37,6 +38,7 @@ def other_trl(what: str) -> InputError:
 
 
 def images() -> InputError:
+    """Of rollouts that contain images."""
     return InputError(
         "the rollouts contain images, and only tokens can be recorded: train without images, or "
         "without record_rollouts"

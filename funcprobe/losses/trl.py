@@ -28,7 +28,6 @@ from .trl_terms import (
 LossType: TypeAlias = Literal[
     "grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"
 ]  # fmt: skip
-CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")
 WHOLE_STEP = ("dapo", "cispo", "vespo")  # divided by the tokens of the whole step
 
 

@@ -36,6 +36,6 @@ def logged_means(
 
     found = {name: mean(f64(x)) for name, x in logged.items()}
     if "clip_ratio/low_mean" in logged:
-        found["clip_ratio/low_min"] = -largest(-f64(logged["clip_ratio/low_mean"]))
+        found["clip_ratio/low_min"] = 0 - largest(-f64(logged["clip_ratio/low_mean"]))
         found["clip_ratio/high_max"] = largest(f64(logged["clip_ratio/high_mean"]))
     return found

@@ -227,6 +227,7 @@ def _lr_ratios(params: Params, adam_state: AdamState) -> dict[str, float]:
 
 
 def groups_by_name(adam_state: AdamState) -> dict[str, AdamGroup]:
+    """The optimizer group of every parameter. ValueError for one that is in two."""
     group_of = {name: group for group in adam_state.groups for name in group.names}
     if len(group_of) < sum(len(group.names) for group in adam_state.groups):
         raise ValueError("a parameter is in two optimizer groups, each must be in one")
