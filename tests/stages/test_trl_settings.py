@@ -43,6 +43,17 @@ def test_what_is_trls_default_is_not_repeated() -> None:
     }
 
 
+def test_none_is_what_it_stands_for() -> None:
+    """The settings of a run that leave out what equals another are the run's."""
+    run = sidecar(
+        epsilon=0.3, epsilon_high=0.3, gradient_accumulation_steps=4, steps_per_generation=4, beta=0.1
+    )
+    mine = {"loss_type": "dapo", "epsilon": 0.3, "gradient_accumulation_steps": 4, "beta": 0.1}
+    assert differences(config("u.parquet", loss="trl", settings=mine), run, update()) == []
+    (line,) = differences(config("u.parquet", loss="trl", settings=mine | {"epsilon_high": 0.4}), run)
+    assert "epsilon_high was 0.3, objective.settings.epsilon_high is 0.4" in line
+
+
 OLD = {"old_logp": [[-1.0, -1.0]] * 2}
 
 
