@@ -5,27 +5,24 @@ from pathlib import Path
 import torch
 
 import funcprobe
-from funcprobe import checks, sampler_checks, tree
+from funcprobe import checks, sampler_checks
 from funcprobe.policy.layout import response_mask, select
 from funcprobe.policy.reference import LAST_FACTOR
-from funcprobe.statistics import baselines
-from funcprobe.types import Params, TokenStats
+from funcprobe.types import TokenStats
 
 from . import rollouts, store
-from .checkpoint.padding import as_trained
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
-from .machine.cost import Stage, counted
+from .machine.cost import counted
 from .machine.precision import products
 from .results.document import document
 from .results.manifest import manifest
 from .results.schema import Results
-from .stages.batches import Batches, sample
-from .stages.gradient import gradients_on_U, verify_state
-from .stages.loss import with_loss
+from .stages.batches import Batches
+from .stages.first_order import predicted
 from .stages.plan import Plan, load
-from .stages.sweep import LEAVES, STATS, measure_sweep, state_inputs
+from .stages.sweep import measure_sweep
 from .store import Stages
 
 
@@ -37,8 +34,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
-        plan, batches, evidence, prediction = _predicted(plan, stages, narrator)
-        unit_N = _units(plan, batches)
+        plan, batches, evidence, _, prediction, unit_N = predicted(plan, stages, narrator)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
     seen.append(_untouched(versions, plan.policy.model))
@@ -72,7 +68,7 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
     plan = load(config, narrator)
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
-        plan, batches, evidence, prediction = _predicted(plan, Stages(None), narrator)
+        plan, batches, evidence, _, prediction, _ = predicted(plan, Stages(None), narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
     return [*seen, _untouched(versions, plan.policy.model)]
 
@@ -97,7 +93,7 @@ def check(
     if few_logp_NR is not None:
         few_logp_NR = few_logp_NR[:, : response_mask(part).shape[1]]
     v = prediction.direction.total
-    moves = _moves(batches)
+    moves = batches.update.moves
     if not moves:
         narrator.say("every advantage is 0: the checks of the gradient Y are left out")
     with narrator.phase("sanity checks") as stage:
@@ -179,103 +175,9 @@ def _is_own_sample(plan: Plan, batches: Batches) -> bool:
     It is not if it has log-probabilities of the policy before, or tokens that no policy sampled.
     """
     found = plan.supplied_update
-    if found is None or not _moves(batches) or found.old_logp is not None:
+    if found is None or not batches.update.moves or found.old_logp is not None:
         return False
     return found.loss_mask is None or all(map(all, found.loss_mask))
-
-
-def _sampled(plan: Plan, stages: Stages, narrator: Narrator) -> tuple[Plan, Batches]:
-    """E and U, and the plan with its baseline resolved for E."""
-    batches = with_loss(plan, sample(plan, stages, narrator), stages, narrator)
-    own = batches.sampler_logp_NR is None
-    entropy = baselines.resolve(plan.entropy, batches.eval_batch, own_samples=own)
-    return plan._replace(entropy=entropy), batches
-
-
-def _predicted(
-    plan: Plan, stages: Stages, narrator: Narrator
-) -> tuple[Plan, Batches, funcprobe.Evidence | None, funcprobe.Prediction]:
-    """From sampling to the prediction; the optimizer's state is verified before it is used."""
-    plan, batches = _sampled(plan, stages, narrator)
-    Y = gradients_on_U(plan, batches, stages, narrator)
-    evidence = verify_state(plan, tree.mean(Y), narrator)
-    return plan, batches, evidence, _predict(plan, batches, Y, stages, narrator)
-
-
-def _predict(
-    plan: Plan, batches: Batches, Y: tuple[Params, ...], stages: Stages, narrator: Narrator
-) -> funcprobe.Prediction:
-    with narrator.phase("first order", _sequences(batches)) as stage:
-        return funcprobe.summarise(
-            plan.policy.params,
-            _passes(plan, batches, Y, stages, stage),
-            batches.eval_batch,
-            batches.update,
-            plan.adam_state,
-            entropy=plan.entropy,
-            step=plan.step,
-            sampler_logp_NR=batches.sampler_logp_NR,
-            unit_N=_units(plan, batches),
-        )
-
-
-def _sequences(batches: Batches) -> int:
-    """Sequences in the passes of first order: along v and X on E, along P X on U if Y is not 0."""
-    over_U = len(batches.update.batch.prompt_N) if _moves(batches) else 0
-    return 2 * len(batches.eval_batch.prompt_N) + over_U
-
-
-def _moves(batches: Batches) -> bool:
-    """Whether some advantage of U is not 0."""
-    return batches.update.moves
-
-
-def _units(plan: Plan, batches: Batches) -> torch.Tensor:
-    """Sampling units of E: its draws, independent where it was sampled here; else its prompts.
-
-    Drawn with replacement, two responses to one prompt are as independent as any two; prompts as units
-    would count the variance between prompts twice if few prompts are drawn often.
-    """
-    prompt_N = batches.eval_batch.prompt_N
-    return torch.arange(len(prompt_N)) if plan.supplied_eval is None else prompt_N
-
-
-def _passes(
-    plan: Plan, batches: Batches, Y: tuple[Params, ...], stages: Stages, stage: Stage
-) -> funcprobe.Passes:
-    params = plan.policy.params
-    leaves = dict.fromkeys(params, LEAVES)
-    baseline = None if plan.entropy.baseline == "none" else LEAVES
-    like = funcprobe.Passes((leaves,) * len(Y), STATS, STATS, leaves, baseline, STATS, STATS, STATS)
-    inputs = {
-        **state_inputs(plan, batches),
-        "coef": [batches.update.coef_NR, batches.update.entropy_coef_NR],
-        "update": batches.update.batch,
-        "optimizer": [plan.adam_state.exp_avg, plan.adam_state.exp_avg_sq, plan.adam_state.step],
-        "groups": plan.adam_state.groups,
-        "step": plan.step,
-        "masks": [len(plan.masks), plan.config.run.seed] if plan.masks else 0,
-        "entropy": plan.entropy,
-        "passes": funcprobe.Passes._fields,
-    }
-
-    def compute() -> funcprobe.Passes:
-        return funcprobe.first_order_passes(
-            params,
-            batches.eval_batch,
-            batches.update,
-            plan.adam_state,
-            counted(plan.forward, stage, "E"),
-            entropy=plan.entropy,
-            step=plan.step,
-            max_tokens=plan.max_tokens,
-            sampler_logp_NR=batches.sampler_logp_NR,
-            update_forward=counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
-            Y=Y,
-        )
-
-    passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute, stage.found)
-    return passes
 
 
 def _versions(model: torch.nn.Module) -> dict[str, int]:

@@ -1,0 +1,117 @@
+"""From sampling to the prediction: the batches, the gradient of U, the passes of first order."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+import funcprobe
+from funcprobe import tree
+from funcprobe.statistics import baselines
+from funcprobe.types import Params
+
+from ..checkpoint.padding import as_trained
+from ..console import Narrator
+from ..machine.cost import Stage, counted
+from ..store import Stages
+from .batches import Batches, sample
+from .gradient import gradients_on_U, verify_state
+from .loss import with_loss
+from .plan import Plan
+from .sweep import LEAVES, STATS, state_inputs
+
+
+class Predicted(NamedTuple):
+    """A prediction, with everything that it was made from."""
+
+    plan: Plan  # its baseline resolved for E
+    batches: Batches
+    evidence: funcprobe.Evidence | None  # None: the rule reads no optimizer state
+    passes: funcprobe.Passes
+    prediction: funcprobe.Prediction
+    unit_N: torch.Tensor  # sampling unit of every sequence of E
+
+
+def predicted(plan: Plan, stages: Stages, narrator: Narrator) -> Predicted:
+    """Sample, verify the optimizer's state by the gradient of U, predict.
+
+    InputError as `batches.sample`, `verify_state` and `funcprobe.predict` raise it.
+    """
+    batches = with_loss(plan, sample(plan, stages, narrator), stages, narrator)
+    own = batches.sampler_logp_NR is None
+    entropy = baselines.resolve(plan.entropy, batches.eval_batch, own_samples=own)
+    plan = plan._replace(entropy=entropy)
+    Y = gradients_on_U(plan, batches, stages, narrator)
+    evidence = verify_state(plan, tree.mean(Y), narrator)
+    unit_N = _units(plan, batches)
+    with narrator.phase("first order", _sequences(batches)) as stage:
+        passes = _passes(plan, batches, Y, stages, stage)
+        prediction = funcprobe.summarise(
+            plan.policy.params,
+            passes,
+            batches.eval_batch,
+            batches.update,
+            plan.adam_state,
+            entropy=plan.entropy,
+            step=plan.step,
+            sampler_logp_NR=batches.sampler_logp_NR,
+            unit_N=unit_N,
+        )
+    return Predicted(plan, batches, evidence, passes, prediction, unit_N)
+
+
+def _sequences(batches: Batches) -> int:
+    """Sequences in the passes of first order: along v and X on E, along P X on U if Y is not 0."""
+    over_U = len(batches.update.batch.prompt_N) if batches.update.moves else 0
+    return 2 * len(batches.eval_batch.prompt_N) + over_U
+
+
+def _units(plan: Plan, batches: Batches) -> torch.Tensor:
+    """Sampling units of E: its draws, independent where it was sampled here; else its prompts.
+
+    Drawn with replacement, two responses to one prompt are as independent as any two; prompts as units
+    would count the variance between prompts twice if few prompts are drawn often.
+    """
+    prompt_N = batches.eval_batch.prompt_N
+    return torch.arange(len(prompt_N)) if plan.supplied_eval is None else prompt_N
+
+
+def _passes(
+    plan: Plan, batches: Batches, Y: tuple[Params, ...], stages: Stages, stage: Stage
+) -> funcprobe.Passes:
+    params = plan.policy.params
+    leaves = dict.fromkeys(params, LEAVES)
+    baseline = None if plan.entropy.baseline == "none" else LEAVES
+    like = funcprobe.Passes((leaves,) * len(Y), STATS, STATS, leaves, baseline, STATS, STATS, STATS)
+    inputs = {**step_inputs(plan, batches), "passes": funcprobe.Passes._fields}
+
+    def compute() -> funcprobe.Passes:
+        return funcprobe.first_order_passes(
+            params,
+            batches.eval_batch,
+            batches.update,
+            plan.adam_state,
+            counted(plan.forward, stage, "E"),
+            entropy=plan.entropy,
+            step=plan.step,
+            max_tokens=plan.max_tokens,
+            sampler_logp_NR=batches.sampler_logp_NR,
+            update_forward=counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
+            Y=Y,
+        )
+
+    passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute, stage.found)
+    return passes
+
+
+def step_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
+    """The inputs of what depends on E, U and the step, for the keys of stages."""
+    return {
+        **state_inputs(plan, batches),
+        "coef": [batches.update.coef_NR, batches.update.entropy_coef_NR],
+        "update": batches.update.batch,
+        "optimizer": [plan.adam_state.exp_avg, plan.adam_state.exp_avg_sq, plan.adam_state.step],
+        "groups": plan.adam_state.groups,
+        "step": plan.step,
+        "masks": [len(plan.masks), plan.config.run.seed] if plan.masks else 0,
+        "entropy": plan.entropy,
+    }
