@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from funcprobe.losses.loss import LossReport
 from funcprobe.step.objective import update_batch
@@ -24,7 +26,7 @@ from ..sampling.advantages import (
 )
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import Prompt, draw_distinct, draw_with_replacement
-from ..sampling.rewards import Text
+from ..sampling.rewards import Reward, Text
 from ..store import Stages
 from .plan import Plan, vocabulary
 from .prompts import response_line
@@ -115,11 +117,16 @@ def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
     drawn = _sampled(plan, "U", index, seed, stages, narrator)
     assert plan.reward is not None  # loaded unless U is supplied
     with narrator.phase("rewards of U"):
-        rows = [plan.prompts[i].row for i in drawn.prompt_index]
-        conversational = plan.config.reward.conversational
-        prompts = [_for_reward(plan.prompts[i], conversational) for i in drawn.prompt_index]
-        reward_N = plan.reward(prompts, drawn.response, drawn.response_ids, rows)
+        reward_N = rewards_of_drawn(plan, plan.reward, drawn)
     return drawn._replace(reward=reward_N.tolist())
+
+
+def rewards_of_drawn(plan: Plan, reward: Reward, drawn: Rollouts) -> Float64[Tensor, " N"]:
+    """Of responses to the plan's prompts, with the prompts' rows. InputError as `reward` raises it."""
+    rows = [plan.prompts[i].row for i in drawn.prompt_index]
+    conversational = plan.config.reward.conversational
+    prompts = [_for_reward(plan.prompts[i], conversational) for i in drawn.prompt_index]
+    return reward(prompts, drawn.response, drawn.response_ids, rows)
 
 
 def _for_reward(prompt: Prompt, conversational: bool | None) -> Text:

@@ -86,7 +86,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
     checkpoint = Path(config.policy.checkpoint).expanduser()
     config = with_run_settings(config, narrator.say)
     objective, loss = choose_objective(config), choose_loss(config)
-    reward = _reward(config) if config.rollouts.update is None else None
+    reward = configured_reward(config) if config.rollouts.update is None else None
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
         policy, ending = ended_by(load_policy(config.policy, device), config.sampling.eos_ids)
@@ -250,7 +250,8 @@ def _with_base(config: Config, policy: Policy) -> Config:
     return config.model_copy(update={"policy": chosen})
 
 
-def _reward(config: Config) -> Reward:
+def configured_reward(config: Config) -> Reward:
+    """That of the table reward. InputError if there is none such."""
     chosen = config.reward
     return load_reward(
         chosen.function, answer_column=chosen.answer_column, conversational=chosen.conversational

@@ -1,0 +1,69 @@
+"""Functions of E's responses that a run observes beside the entropy: their rewards."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from funcprobe.types import InputError
+
+from ..console import Narrator
+from ..rollouts import SCHEMA, Rollouts
+from ..rollouts.files import read_columns
+from ..sampling.rewards import Reward
+from .batches import Batches, rewards_of_drawn
+from .plan import Plan, configured_reward
+
+
+def rewards_of_E(plan: Plan, batches: Batches, narrator: Narrator) -> Float64[Tensor, " N"]:
+    """The reward of every response of E; NaN where it does not apply (TRL's None).
+
+    E's own column reward, where it has one. Else by reward.function: of a sampled E as the rewards of a
+    sampled U, with the rows of prompts.source; of a supplied E on its text, with the file's columns
+    beside SCHEMA as rows. Nothing is stored, as the function may depend on anything.
+
+    InputError, one line, where a supplied E has neither rewards nor what the function needs; where no
+    response has a reward; for an infinite one; and as the reward raises it.
+    """
+    found = batches.eval_rollouts
+    if found.reward is None:
+        reward = plan.reward or configured_reward(plan.config)
+        with narrator.phase("rewards of E"):
+            if plan.supplied_eval is None:
+                return rewards_of_drawn(plan, reward, found)
+            return _of_supplied(plan, reward, found)
+    reward_N = torch.tensor(found.reward, dtype=torch.float64)
+    if bool(reward_N.isinf().any()):
+        row = int(reward_N.isinf().nonzero()[0])
+        raise InputError(
+            f"response {row} of E has reward {float(reward_N[row])}, a finite number is expected: "
+            "correct it, or leave it out where the reward does not apply"
+        )
+    if bool(reward_N.isnan().all()):
+        raise InputError("no response of E has a reward: fill in the column reward, or remove it")
+    return reward_N
+
+
+def _of_supplied(plan: Plan, reward: Reward, found: Rollouts) -> Float64[Tensor, " N"]:
+    path, chosen = Path(str(plan.config.rollouts.eval)).expanduser(), plan.config.reward
+    add = f"add a column reward to {path}, null where the reward does not apply"
+    if chosen.conversational:
+        raise InputError(
+            f"E is supplied without rewards, and reward.conversational = true needs messages: {add}"
+        )
+    columns = {k: v for k, v in read_columns(path).values.items() if k not in SCHEMA.names}
+    rows = [{k: v[i] for k, v in columns.items()} for i in range(len(found.response_ids))]
+    decode = plan.policy.tokenizer.decode
+    responses = [decode(y, skip_special_tokens=True) for y in found.response_ids]
+    prompts = [
+        text or decode(x, skip_special_tokens=True)
+        for text, x in zip(found.prompt, found.prompt_ids, strict=True)
+    ]
+    try:
+        return reward(prompts, responses, found.response_ids, rows)
+    except InputError as error:
+        raise InputError(
+            f"E is supplied without rewards, and reward.function = {chosen.function!r} does not apply "
+            f"to its columns ({error}): {add}, or the columns that the function reads"
+        ) from error
