@@ -1,13 +1,16 @@
 """What a rule reads of U, and what it returns: J with other coefficients."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..types import ResponseMask, TokenStats, UpdateBatch
+from ..types import InputError, ResponseMask, TokenStats, UpdateBatch
+
+# A coefficient that was divided and multiplied again is off by a few units in the last place.
+ROUNDING = 1e-12
 
 
 class RuleInputs(NamedTuple):
@@ -32,10 +35,46 @@ class RuleInputs(NamedTuple):
 Rule: TypeAlias = Callable[[RuleInputs], UpdateBatch]
 """J under another rule. InputError where an input that it needs is None, stating how to supply it."""
 
+SUPPLIES: dict[str, str] = {
+    "reward_N": "rewards of U: responses with the column reward, or a reward function",
+    "old_logp_NR": "log-probabilities at the policy that sampled U: responses with the column old_logp",
+    "ref_logp_NR": "log-probabilities at the reference policy: responses with the column ref_logp",
+    "share_NR": "shares of the prediction by token, from funcprobe.attribute",
+    "marginal_NR": "marginals of the prediction by token, from funcprobe.attribute",
+}
+"""The optional inputs, and what supplies them."""
+
 
 def touched(rule: UpdateBatch, own: UpdateBatch, mask_NR: ResponseMask) -> float:
-    """Share of the tokens of `mask_NR` whose coefficients differ from the run's own."""
-    differs_NR = rule.coef_NR != own.coef_NR
+    """Share of the tokens of `mask_NR` whose coefficients are not the run's own, to rounding."""
     zero_NR = torch.zeros_like(own.coef_NR)
     d_NR, own_d_NR = (zero_NR if u.entropy_coef_NR is None else u.entropy_coef_NR for u in (rule, own))
-    return float((differs_NR | (d_NR != own_d_NR))[mask_NR].double().mean())
+    differs_NR = _differs(rule.coef_NR, own.coef_NR) | _differs(d_NR, own_d_NR)
+    return float(differs_NR[mask_NR].double().mean())
+
+
+def required(inputs: RuleInputs, name: str, needed_by: str) -> Tensor:
+    """An optional input, float64, 0 off the mask; InputError if None, or not finite on the mask."""
+    found: Any = getattr(inputs, name)
+    if found is None:
+        raise InputError(f"{needed_by} needs {name}, which is None: supply {SUPPLIES[name]}")
+    kept = inputs.mask_NR if found.ndim == 2 else torch.ones_like(found, dtype=torch.bool)
+    if bool((bad := kept & ~found.isfinite()).any()):
+        where = bad.nonzero()[0].tolist()
+        raise InputError(
+            f"{needed_by} needs {name}, which is {float(found[tuple(where)])} at {where}, expected a "
+            f"finite number: supply {SUPPLIES[name]}"
+        )
+    return torch.where(kept, found, 0.0).double()
+
+
+def reweighted(update: UpdateBatch, weight_NR: Tensor, bonus: bool) -> UpdateBatch:
+    """J with every token's c times its weight, and d too where `bonus`; the divisors are those of J."""
+    coef_NR, d_NR = update.coef_NR * weight_NR, update.entropy_coef_NR
+    if bonus and d_NR is not None:
+        return update._replace(coef_NR=coef_NR, entropy_coef_NR=d_NR * weight_NR)
+    return update._replace(coef_NR=coef_NR)
+
+
+def _differs(x_NR: Tensor, own_NR: Tensor) -> Tensor:
+    return (x_NR - own_NR).abs() > ROUNDING * torch.maximum(x_NR.abs(), own_NR.abs())
