@@ -171,10 +171,10 @@ def write_json(value: Any, path: Path) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def save_params(params: Params, path: Path) -> None:
-    """Write parameters by name, in safetensors format."""
+def save_params(params: Params, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write parameters by name, in safetensors format, with `metadata` in its header."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in params.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in params.items()}, path, metadata)
     except SafetensorError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
 

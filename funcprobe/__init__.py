@@ -6,7 +6,17 @@ The functional core. Everything here is a pure function of its arguments.
 from .along import Passes
 from .attribution.attribute import Attribution, attribute, marginal_tangents
 from .attribution.evaluation_shares import EvaluationShares, Term, evaluation_shares
+from .attribution.lifetime import Lifetime, later_factors, lifetime
 from .attribution.module_shares import ModuleShares, Parts, module_shares
+from .attribution.momentum import (
+    MomentumSince,
+    MomentumSteps,
+    RecomputedStep,
+    moment_scale,
+    momentum_by_step,
+    momentum_since,
+    recomputed_step,
+)
 from .attribution.token_shares import TokenShares, update_shares
 from .losses.custom import custom_loss
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
@@ -61,17 +71,21 @@ __all__ = [
     "Forward",
     "GradientScale",
     "InputError",
+    "Lifetime",
     "Loss",
     "LossInputs",
     "LossReport",
     "LossValue",
     "ModuleShares",
+    "MomentumSince",
+    "MomentumSteps",
     "Objective",
     "Params",
     "Parts",
     "Passes",
     "Prediction",
     "Probe",
+    "RecomputedStep",
     "Step",
     "Term",
     "TokenShares",
@@ -104,6 +118,8 @@ __all__ = [
     "grad_dots",
     "gradient_coefficients",
     "gradient_scale",
+    "later_factors",
+    "lifetime",
     "lora_params",
     "loss_update",
     "marginal_tangents",
@@ -111,9 +127,13 @@ __all__ = [
     "measure",
     "measured_change",
     "module_shares",
+    "moment_scale",
+    "momentum_by_step",
+    "momentum_since",
     "precondition",
     "preconditioner",
     "predict",
+    "recomputed_step",
     "response",
     "response_mask",
     "second_derivative",

@@ -50,6 +50,9 @@ class World:
         group = AdamGroup(tuple(self.params), 1e-3, 0.9, 0.99, 1e-8, 0.01)
         return AdamState(order(self.v), order(self.nu), steps, (group,))
 
+    def earlier_state(self, order: Callable[[Params], Params]) -> AdamState:
+        return self.adam_state(order)._replace(step=dict.fromkeys(order(self.params), 1))
+
     def step(self, order: Callable[[Params], Params]) -> tuple[Any, ...]:
         return order(self.params), E, self.update, self.adam_state(order)
 
@@ -91,6 +94,20 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     "module_shares": lambda w, a, b: funcprobe.module_shares(
         b(w.passes.X), a(w.params), w.passes_in(b).Y, w.adam_state(b), funcprobe.Step()
     ),
+    "moment_scale": lambda w, a, b: funcprobe.moment_scale(
+        a(w.params), w.passes_in(b).Y, w.adam_state(b), funcprobe.Step()
+    ),
+    "momentum_by_step": lambda w, a, b: funcprobe.momentum_by_step(
+        b(w.passes.X), a(w.params), w.passes_in(b).Y, w.adam_state(b), [a(w.v), b(w.nu)]
+    ),
+    "momentum_since": lambda w, a, b: funcprobe.momentum_since(
+        b(w.passes.X), a(w.params), w.passes_in(b).Y, w.adam_state(b), w.earlier_state(a)
+    ),
+    "recomputed_step": lambda w, a, b: funcprobe.recomputed_step(
+        b(w.passes.X), a(w.nu), w.adam_state(b), b(w.v), 1, a(w.params), w.update, w.forward
+    ),
+    "later_factors": lambda w, a, b: funcprobe.later_factors(w.adam_state(b)),
+    "lifetime": lambda w, a, b: funcprobe.lifetime(dict.fromkeys(a(w.params), 0.5), w.adam_state(b)),
     "update_direction": lambda w, a, b: funcprobe.update_direction(
         a(w.params), b(w.v), w.adam_state(b), max_grad_norm=0.1
     ),

@@ -12,6 +12,7 @@ from ..rollouts import Rollouts, save_rollouts
 from ..rollouts.files import of_rank
 from ..store import write_whole
 from .dropout import warn_of_dropout
+from .gradients import GradientRing, require_count
 from .live import tokenizer_of
 from .recordable import images, other_trl, require_recordable
 
@@ -22,7 +23,7 @@ _TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "a
 _ROW = "funcprobe_row"  # place in the generation; TRL shuffles and splits it with the sequences
 
 
-def record_rollouts(trainer: Any, folder: str | Path) -> None:
+def record_rollouts(trainer: Any, folder: str | Path, *, gradients: int | None = None) -> None:
     """Write the rollouts of each following training step to folder/step-000006.parquet.
 
     The number is that of the step that uses them, as in the trainer's logs; the file is a run's
@@ -33,12 +34,18 @@ def record_rollouts(trainer: Any, folder: str | Path) -> None:
     several processes each writes its own, step-000006.rank-00000-of-00002.parquet; the first name
     stands for all. Training is unchanged; evaluations are not recorded.
 
+    With `gradients` = K, folder/step-000006.safetensors has what the optimizer made the step from: the
+    accumulated, clipped gradient of the loss and the parameters before the step, by name. The last K
+    steps' are kept there, and linked into checkpoint-N/gradients as it is saved; two adapters each.
+
     Raises InputError, one line, for a trainer without TRL's methods, for images, and for RLOOTrainer
     where a step may use responses of an earlier policy. At the first generation: for output other than
-    TRL's. Warns where the model has dropout, since the masks of the step are not recorded, and of a
-    router's loss.
+    TRL's. With `gradients`, before the first step: for sharded models, float16 with a scaler, and an
+    optimizer other than AdamW. Warns where the model has dropout, since the masks of the step are not
+    recorded, and of a router's loss.
     """
     require_recordable(trainer, (_GENERATE, _REWARD, _LOSS))
+    require_count(gradients)
     warn_of_dropout(
         trainer.model,
         "the step has random masks, which rollouts do not contain, so that no run on them can repeat "
@@ -52,6 +59,8 @@ def record_rollouts(trainer: Any, folder: str | Path) -> None:
     ):
         setattr(trainer, name, method)
     trainer.add_callback(recorder)
+    if gradients is not None:
+        trainer.add_callback(GradientRing(trainer, Path(folder), gradients))
 
 
 class _Generation(NamedTuple):

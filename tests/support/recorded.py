@@ -91,10 +91,11 @@ from support.recorded import calls_of_the_loss
 from support.trainers import grpo_trainer
 
 folder, places, settings = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+gradients = settings.pop("gradients", None)
 trainer = grpo_trainer(Checkpoint(*map(Path, places)), folder, **settings)
 steps = calls_of_the_loss(trainer)
 trainer.add_callback(ParamNamesCallback())
-record_rollouts(trainer, folder / "rollouts")
+record_rollouts(trainer, folder / "rollouts", gradients=gradients)
 trainer.train()
 torch.save(steps, folder / f"calls-{trainer.accelerator.process_index}.pt")
 torch.distributed.destroy_process_group()
@@ -104,7 +105,10 @@ torch.distributed.destroy_process_group()
 def train_in_processes(
     checkpoint: Checkpoint, folder: Path, count: int = 2, **settings: Any
 ) -> list[list[Calls]]:
-    """A training by gloo on the CPU, recorded in folder/rollouts; every rank's calls of the loss."""
+    """A training by gloo on the CPU, recorded in folder/rollouts; every rank's calls of the loss.
+
+    `gradients` is record_rollouts'.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
