@@ -10,6 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .machine.cost import Cost, Stage
 from .machine.memory import device_peak, process_peak, reset_peaks
 
+EVERY = 30.0  # seconds between the lines of a stage where no progress bar is seen
+LONG = 10.0  # seconds from which a stage without a number of sequences has a line there
+
 
 def excerpt(text: str, *, beginning: int = 240, end: int = 120) -> str:
     """Text of a data set or a model on one line of bounded length, in quotes.
@@ -35,11 +38,17 @@ class Narrator:
     def say(self, line: str) -> None:
         """Print a line and add it to the log."""
         self.lines.append(line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         self.console.print(line, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        """A stage of about `total` sequences, whose cost is recorded; stages do not nest."""
+        """A stage of about `total` sequences, whose cost is recorded; stages do not nest.
+
+        On a terminal a progress bar; in a log file a line every half minute, and one at the end.
+        """
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,13 +59,34 @@ class Narrator:
         cost.peak_of_stage = reset_peaks()
         start = time.perf_counter()
         quiet = not self.console.is_terminal
+        due, done = EVERY, 0
         with Progress(*columns, console=self.console, transient=True, disable=quiet) as progress:
             task = progress.add_task(name, total=total)
-            yield Stage(cost, lambda done: progress.advance(task, done))
+
+            def advance(sequences: int) -> None:
+                nonlocal due, done
+                progress.advance(task, sequences)
+                done += sequences
+                elapsed = time.perf_counter() - start
+                if quiet and elapsed >= due:
+                    due = elapsed + EVERY
+                    self._print(f"{name}: {_so_far(done, total, elapsed)}")
+
+            yield Stage(cost, advance)
         seconds = time.perf_counter() - start
+        if quiet and (total is not None or seconds >= LONG):
+            self._print(f"{name}: {seconds:.1f} s")
         cost.seconds += seconds
         cost.process_peak = max(cost.process_peak, process_peak())
         peak = device_peak()
         cost.device_peak = peak if cost.device_peak is None else max(cost.device_peak, peak or 0)
         reused = f" ({cost.reused} of {cost.reused + cost.computed} from runs/.stages)"
         self.lines.append(f"{name}: {seconds:.1f} s{reused if cost.reused else ''}")
+
+
+def _so_far(done: int, total: int | None, elapsed: float) -> str:
+    """Sequences passed, seconds, and what is left at that rate."""
+    if not total:
+        return f"{elapsed:.0f} s"
+    left = f", about {elapsed * (total - done) / done:.0f} s left" if 0 < done < total else ""
+    return f"{done} of {total} sequences, {elapsed:.0f} s{left}"

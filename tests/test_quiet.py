@@ -21,7 +21,7 @@ from rich.console import Console
 from funcprobe.adapters import cli
 from funcprobe.adapters.console import Narrator
 
-Narrator.say = lambda self, line: self.lines.append(line)
+Narrator._print = lambda self, line: None
 cli._stdout = lambda: Console(file=io.StringIO(), width=120)
 typer.echo = lambda *_, **__: None
 """
