@@ -1,4 +1,4 @@
-"""The command line: run, check, inspect, init."""
+"""The command line: run, whatif, check, inspect, init."""
 
 import json
 import sys
@@ -86,6 +86,73 @@ def run(
     print_results(results, _stdout())
     total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {folder} in {total:.1f} s")
+
+
+@app.command()
+def whatif(
+    config: ConfigPath,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            metavar="NAME[:ARG]",
+            help="A rule to compare, as entropy_bonus:0.01 or top_entropy:0.2 (docs/rules.md). May be "
+            "repeated. Default: whatif.rules of the configuration.",
+        ),
+    ] = None,
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mask",
+            metavar="CONDITION",
+            help='Keep the tokens for which it holds, as "advantage > 0 or surprisal < 4". Short for '
+            "--rule mask:CONDITION. May be repeated.",
+        ),
+    ] = None,
+    solve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="entropy=VALUE",
+            help="Find the coefficient at which this change of the entropy is predicted, as entropy=0.",
+        ),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--with",
+            metavar="NAME",
+            help="With --solve: whose coefficient; entropy_bonus, kl_penalty, kl_penalty_k2, or of a "
+            "share, top_entropy, steer.",
+        ),
+    ] = "entropy_bonus",
+    eta: Annotated[
+        float | None, typer.Option(help="Learning rate of the step. Default: that of the next step.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write. Default: RUN.FOLDER/RUN.NAME.whatif.json.")
+    ] = None,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compute every stage again, also those already stored.")
+    ] = False,
+) -> None:
+    """Compare rules of the next step on the same E and U: entropy and reward, predicted and measured.
+
+    A gradient pass over U and a forward over E for each rule; what a run of the same configuration
+    stored, and rules that were asked for before, are read from RUN.FOLDER/.stages.
+    """
+    parsed = read_config(config, overrides or ())
+    narrator = Narrator()
+    with narrator.phase("import"):
+        from . import whatif as command
+        from .results.whatif_table import print_whatif
+
+    asked = (*(rules or ()), *(f"mask:{condition}" for condition in masks or ()))
+    question = command.Question(asked, solve, by, eta, out)
+    document, path = command.whatif(parsed, question, narrator, fresh=fresh)
+    print_whatif(document, _stdout())
+    total = sum(cost.seconds for cost in narrator.costs.values())
+    narrator.say(f"wrote {path} in {total:.1f} s")
 
 
 @app.command()

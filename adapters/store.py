@@ -61,6 +61,12 @@ class Stages(NamedTuple):
         write_whole(path, lambda target: save_file(leaves, target))
         return value
 
+    def has(self, stage: str, inputs: Any) -> bool:
+        """Whether tensors of these inputs are stored, and would be read."""
+        if self.folder is None or self.fresh:
+            return False
+        return _stage_path(self.folder, stage, inputs, "safetensors").is_file()
+
     @contextmanager
     def file(
         self,
@@ -102,6 +108,17 @@ def require_writable(final: Path) -> None:
         raise InputError(
             f"{final} cannot be written: {parent}: {error.strerror}; set run.folder or run.name"
         ) from error
+
+
+def require_place(file: Path) -> None:
+    """InputError unless a file can be written there; called before the computation starts."""
+    try:
+        if file.is_dir():
+            raise InputError(f"{file} is a folder: give the name of a file in it")
+        parent = next(p for p in file.absolute().parents if p.exists())
+        Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=parent)).rmdir()
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}; give another path") from error
 
 
 @contextmanager

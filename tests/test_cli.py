@@ -30,7 +30,8 @@ def test_usage_errors(command, arguments) -> None:
 @pytest.mark.parametrize(
     ("verb", "words"),
     [
-        ((), ("run", "check", "init", "without taking the step")),
+        ((), ("run", "whatif", "check", "init", "without taking the step")),
+        (("whatif",), ("--rule", "--mask", "entropy=VALUE", "--with", "--eta", "same E and U")),
         (("run",), ("--set", "KEY=VALUE", "--dry-run", "--fresh", "sampling.B_E=64", "CFG.TOML")),
         (("check",), ("sanity checks", "write nothing", "Exit status 1", "--set")),
         (("init",), ("every key", "default")),

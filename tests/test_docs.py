@@ -46,7 +46,7 @@ FOLDERS = ("funcprobe/", "adapters/", "tests/", "benchmarks/", "configs/", "docs
 DOTTED = re.compile(r"funcprobe(?:\.[A-Za-z_]\w*)+")
 KEY = re.compile(r"(\w+)\.(\w+)(?: ?= ?.+)?")
 OTHER_TOOLS = {"pytest", "ruff", "mypy", "lint-imports", "mkdocs", "git", "pip"}
-SUFFIXES = {"log", "pt", "bin", "py"}  # of files whose names begin as a section's, as run.log
+SUFFIXES = {"log", "pt", "bin", "py", "json"}  # of files whose names begin as a section's, as run.log
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer has a copy of
 # Words that docs/terms.md has better ones for.
 AVOIDED = re.compile(

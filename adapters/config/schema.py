@@ -8,6 +8,7 @@ from pydantic import model_validator
 from .batches import PromptsConfig, RewardConfig, RolloutsConfig, SamplingConfig
 from .estimation import EntropyConfig, MeasureConfig, ObjectiveConfig, StepConfig
 from .policy import OptimizerConfig, PolicyConfig, RunConfig
+from .rules import WhatifConfig
 from .section import Section
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "StepConfig",
+    "WhatifConfig",
 ]
 
 
@@ -41,6 +43,7 @@ class Config(Section):
     step: StepConfig = StepConfig()
     entropy: EntropyConfig = EntropyConfig()
     measure: MeasureConfig = MeasureConfig()
+    whatif: WhatifConfig = WhatifConfig()
 
     @model_validator(mode="after")
     def _sampled_from_the_policy(self) -> "Config":

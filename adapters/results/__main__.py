@@ -1,4 +1,4 @@
-"""JSON schemas of results.json and manifest.json: python -m funcprobe.adapters.results docs"""
+"""JSON schemas of what is written: python -m funcprobe.adapters.results docs"""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from .manifest import Manifest
 from .quantity import Section
 from .schema import Results
+from .whatif_sections import WhatIf
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -16,6 +17,7 @@ def schemas() -> dict[str, str]:
     models: dict[str, type[Section]] = {
         "results.schema.json": Results,
         "manifest.schema.json": Manifest,
+        "whatif.schema.json": WhatIf,
     }
     return {
         name: json.dumps({"$schema": DIALECT} | model.model_json_schema(mode="serialization"), indent=2)
@@ -25,7 +27,7 @@ def schemas() -> dict[str, str]:
 
 
 def main() -> None:
-    """Write both into a folder."""
+    """Write them into a folder."""
     parser = argparse.ArgumentParser(prog="python -m funcprobe.adapters.results", description=__doc__)
     parser.add_argument("folder", type=Path, help="where to write, as docs")
     folder = parser.parse_args().folder

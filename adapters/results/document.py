@@ -59,10 +59,10 @@ def document(
     errors = errors_of(prediction, unit_N, known_step=plan.known_step)
     results = Results(
         schema_version=SCHEMA_VERSION,
-        conventions=_conventions(plan),
-        counts=_counts(plan, batches),
+        conventions=conventions(plan),
+        counts=counts(plan, batches),
         entropy=quantity(prediction.entropy, unit, f"per {plan.entropy.per}, over E"),
-        entropy_interval=student_interval(prediction.entropy, _entropy_error(prediction, unit_N)),
+        entropy_interval=student_interval(prediction.entropy, entropy_error(prediction, unit_N)),
         unlike_the_run=plan.unlike_the_run,
         loss=_loss(plan, batches, prediction),
         mean_reward=_mean_reward(batches.update_rollouts.reward),
@@ -78,7 +78,7 @@ def document(
         sweep=sweep_rows(prediction, unit_N, sweep, errors, unit, plan.next_lr),
         fit=fits(prediction, sweep, unit),
         checks=tuple(CheckResult(**check._asdict()) for check in checks),
-        cost=cost_section(costs.values(), _sizes(batches)),
+        cost=cost_section(costs.values(), sizes(batches)),
     )
     store.require_finite(results.model_dump(mode="json"), "results.json")
     return results
@@ -103,7 +103,8 @@ def _require_change(prediction: funcprobe.Prediction, sweep: Sweep) -> None:
             )
 
 
-def _conventions(plan: Plan) -> Conventions:
+def conventions(plan: Plan) -> Conventions:
+    """Signs, normalisation and settings of every number."""
     divisor = {} if plan.loss is None else {"normalisation": "of the loss"}
     return Conventions(
         sign="positive: the step raises the entropy; v is theta_next - theta per unit of lr",
@@ -163,7 +164,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Error:
+def entropy_error(prediction: funcprobe.Prediction, unit_N: torch.Tensor) -> Error:
     """Of H(theta) on E, over E's sampling units."""
     at = prediction.at
     influence_N = entropy_influence(at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
@@ -181,13 +182,14 @@ def _norms(prediction: funcprobe.Prediction, unit: str) -> Norms:
     )
 
 
-def _sizes(batches: Batches) -> dict[str, int]:
+def sizes(batches: Batches) -> dict[str, int]:
     """Sequences of each batch; those resampled at theta + eta v are as many as E's."""
     count = len(batches.eval_batch.prompt_N)
     return {"E": count, "fresh": count, "U": len(batches.update.batch.prompt_N)}
 
 
-def _counts(plan: Plan, batches: Batches) -> Counts:
+def counts(plan: Plan, batches: Batches) -> Counts:
+    """Sizes of E, U and the adapter."""
     update_batch = batches.update.batch
     return Counts(
         E_sequences=len(batches.eval_batch.prompt_N),

@@ -10,10 +10,11 @@ from funcprobe.types import InputError
 
 from .. import strict_json
 from ..store import require_finite
-from . import manifest, schema
+from . import manifest, schema, whatif_sections
 from .manifest import Manifest
 from .quantity import Section
 from .schema import Results
+from .whatif_sections import WhatIf
 
 Document = TypeVar("Document", bound=Section)
 
@@ -24,16 +25,21 @@ def load(run_folder: Path | str) -> Results:
     A file written before structures had versions has that of version 1. Raises InputError, one line,
     where there is no such file, where it is no JSON, or where its structure is another.
     """
-    return _read(Path(run_folder), "results.json", Results, schema.SCHEMA_VERSION)
+    return _read(Path(run_folder) / "results.json", Results, schema.SCHEMA_VERSION)
 
 
 def load_manifest(run_folder: Path | str) -> Manifest:
     """manifest.json of a run folder; raises InputError as `load` does."""
-    return _read(Path(run_folder), "manifest.json", Manifest, manifest.SCHEMA_VERSION)
+    return _read(Path(run_folder) / "manifest.json", Manifest, manifest.SCHEMA_VERSION)
 
 
-def _read(folder: Path, name: str, model: type[Document], newest: int) -> Document:
-    path = folder.expanduser() / name
+def load_whatif(file: Path | str) -> WhatIf:
+    """What `funcprobe whatif` wrote, as runs/one.whatif.json; raises InputError as `load` does."""
+    return _read(Path(file), WhatIf, whatif_sections.SCHEMA_VERSION)
+
+
+def _read(path: Path, model: type[Document], newest: int) -> Document:
+    path = path.expanduser()
     try:
         document = strict_json.parse(path.read_text(encoding="utf-8"))
     except OSError as error:

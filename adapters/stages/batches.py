@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from funcprobe.losses.loss import LossReport
+from funcprobe.losses.loss import LossInputs, LossReport
 from funcprobe.step.objective import update_batch
 from funcprobe.types import Batch, InputError, UpdateBatch
 
@@ -42,6 +42,7 @@ class Batches(NamedTuple):
     sampler_logp_NR: torch.Tensor | None
     equal_groups: int
     loss: LossReport | None = None  # of the chosen loss at theta
+    loss_inputs: LossInputs | None = None  # that it was given; None: J of the preset
     reference: str | None = None  # the reference policy of that loss; None: it has none
 
 

@@ -31,7 +31,7 @@ def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) 
     chosen, rollouts, batch = plan.loss, batches.update_rollouts, batches.update.batch
     if chosen is None:
         return batches
-    stats = _statistics(plan, batch, plan.policy.params, "loss on U", stages, narrator)
+    stats = update_statistics(plan, batch, plan.policy.params, "loss on U", stages, narrator)
     inputs = loss_inputs(rollouts, batch, torch.tensor(rollouts.advantage, dtype=torch.float64))
     if plan.supplied_update is None:
         inputs = _as_called(inputs, rollouts, chosen, plan.config.run.seed)
@@ -39,7 +39,7 @@ def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) 
     reference = None if inputs.ref_logp_NR is None else "column ref_logp of the rollouts"
     if chosen.reference and reference is None and not _without_reference(plan, chosen):
         found, reference = reference_params(plan.policy), _reference(plan)
-        at = _statistics(plan, batch, found, "reference policy on U", stages, narrator)
+        at = update_statistics(plan, batch, found, "reference policy on U", stages, narrator)
         inputs = inputs._replace(ref_logp_NR=at.logp_NR)
     loss = chosen.loss
     if plan.known_step and loss.divisor is None:  # v has no error over U: no need to derive it
@@ -50,6 +50,7 @@ def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) 
     return batches._replace(
         update=update,
         loss=report,
+        loss_inputs=inputs,
         reference=reference if chosen.reference else None,
         equal_groups=groups_without_coefficients(update),
     )
@@ -79,9 +80,10 @@ def _lines(reference: str | None, report: LossReport) -> list[str]:
     return lines
 
 
-def _statistics(
+def update_statistics(
     plan: Plan, batch: Batch, params: Params, phase: str, stages: Stages, narrator: Narrator
 ) -> TokenStats:
+    """l and h of U's tokens at `params`, as in training: by a phase of this name, or stored."""
     inputs = {
         "policy": plan.inputs["policy"],
         "params": params,

@@ -97,7 +97,7 @@ def measure_sweep(
         up_half, up, down_half, down = (found[eta].delta for eta in signed)
         noise = rounding_noise((up_half, up), (down_half, down))
     if pair:
-        curvature = _by_difference(found[pair[0]], found[pair[1]], pair[0], unit_N)
+        curvature = by_difference(found[pair[0]], found[pair[1]], pair[0], unit_N)
     if mode == "exact":
         curvature = _exact(plan, batches, v, at, unit_N, stages, narrator)
     points = []
@@ -141,7 +141,7 @@ def _second_order(plan: Plan, narrator: Narrator) -> str:
     return chosen
 
 
-def _by_difference(plus: Measured, minus: Measured, eta: float, unit_N: torch.Tensor) -> Curvature:
+def by_difference(plus: Measured, minus: Measured, eta: float, unit_N: torch.Tensor) -> Curvature:
     """H'' and its influence values are the same linear function of the two changes."""
     influence_N = (plus.influence_N + minus.influence_N) / eta**2
     second = second_difference(plus.delta, minus.delta, eta)
