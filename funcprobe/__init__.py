@@ -6,6 +6,8 @@ The functional core. Everything here is a pure function of its arguments.
 from .along import Passes
 from .attribution.attribute import Attribution, attribute, marginal_tangents
 from .attribution.evaluation_shares import EvaluationShares, Term, evaluation_shares
+from .attribution.influence import Influence, Pair, influence, top_pairs
+from .attribution.leave_out import LeftOut, leave_out
 from .attribution.lifetime import Lifetime, later_factors, lifetime
 from .attribution.module_shares import ModuleShares, Parts, module_shares
 from .attribution.momentum import (
@@ -17,6 +19,7 @@ from .attribution.momentum import (
     momentum_since,
     recomputed_step,
 )
+from .attribution.subset import subset
 from .attribution.token_shares import TokenShares, update_shares
 from .losses.custom import custom_loss
 from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
@@ -70,7 +73,9 @@ __all__ = [
     "Evidence",
     "Forward",
     "GradientScale",
+    "Influence",
     "InputError",
+    "LeftOut",
     "Lifetime",
     "Loss",
     "LossInputs",
@@ -80,6 +85,7 @@ __all__ = [
     "MomentumSince",
     "MomentumSteps",
     "Objective",
+    "Pair",
     "Params",
     "Parts",
     "Passes",
@@ -118,7 +124,9 @@ __all__ = [
     "grad_dots",
     "gradient_coefficients",
     "gradient_scale",
+    "influence",
     "later_factors",
+    "leave_out",
     "lifetime",
     "lora_params",
     "loss_update",
@@ -143,9 +151,11 @@ __all__ = [
     "select",
     "seq_logprobs",
     "state_evidence",
+    "subset",
     "summarise",
     "tangents",
     "token_stats",
+    "top_pairs",
     "trainable_params",
     "trl_loss",
     "update_batch",

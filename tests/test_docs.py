@@ -394,7 +394,7 @@ def test_the_inspection_that_is_shown_has_the_lines_of_one(command, checkpoint):
 
 
 def test_the_notebook_runs(checkpoint, capsys):
-    (code,) = blocks((DOCS / "notebook.md").read_text(encoding="utf-8"), "python")
+    code = "\n".join(blocks((DOCS / "notebook.md").read_text(encoding="utf-8"), "python"))
     assert "checkpoint-500" in code
     code = code.replace("checkpoint-500", str(checkpoint.adapter))
     base = AutoModelForCausalLM.from_pretrained(checkpoint.base, dtype=torch.float64)
@@ -422,6 +422,9 @@ def test_the_notebook_runs(checkpoint, capsys):
     assert abs(missed / measured) == pytest.approx(1e-5 / star, rel=0.1)  # the quadratic term
     assert printed[2].startswith("Interval(low=")
     assert float((names["tangent"].logp_NR.sum(1) - names["s"]).abs().max()) < 1e-9
+    left = names["left"]
+    assert float(printed[-1]) / (1e-5 * left.without) == pytest.approx(1, abs=0.05)
+    assert left.share == pytest.approx(names["found"].share_M[0].derivative, rel=1e-9)
 
 
 def test_the_loss_of_the_page_is_trls():

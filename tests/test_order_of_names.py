@@ -91,6 +91,17 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     "attribute": lambda w, a, b: funcprobe.attribute(
         a(w.params), w.passes_in(b), w.passes.along_PX, E, w.update, w.adam_state(b)
     ),
+    "influence": lambda w, a, b: funcprobe.influence(
+        a(w.params), w.passes_in(b), E, w.update, w.adam_state(b), w.forward, route="columns"
+    ),
+    "leave_out": lambda w, a, b: funcprobe.leave_out(
+        a(w.params),
+        w.passes_in(b),
+        w.update,
+        funcprobe.subset(w.update, prompts=[1]),
+        w.adam_state(b),
+        w.forward,
+    ),
     "module_shares": lambda w, a, b: funcprobe.module_shares(
         b(w.passes.X), a(w.params), w.passes_in(b).Y, w.adam_state(b), funcprobe.Step()
     ),

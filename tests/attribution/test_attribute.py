@@ -9,88 +9,55 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 import funcprobe
-from funcprobe import AdamGroup, AdamState, Entropy, Step, UpdateBatch, tree
+from funcprobe import AdamGroup, Step, tree
 from funcprobe.statistics import evaluation
-from support.policies import random_batch, random_like, tiny_policy
-
-# Prompt 1 is drawn three times into E; lengths, group sizes and coefficients are all unequal.
-E = random_batch([(0, 3, 5), (1, 4, 2), (1, 4, 7), (2, 2, 1), (3, 5, 4), (1, 4, 3)], seed=1)
-LENGTHS_U = [(0, 2, 3), (0, 2, 6), (1, 5, 1), (4, 5, 4), (1, 5, 2), (2, 3, 5)]
-PROMPTS_U = ((0, 1), (2, 4), (5,), (3,))  # rows of each prompt, by the prompt's index
-
-
-def update_of(lengths: Any, seed: int = 2, entropy: bool = True) -> UpdateBatch:
-    batch = random_batch(lengths, seed=seed)
-    mask = funcprobe.response_mask(batch)
-    draws = {n: torch.zeros(mask.shape, dtype=torch.float64) for n in ("c", "d")}
-    c, d = (0.1 * t * mask for t in random_like(draws, seed).values())
-    ones = torch.ones(len(mask)).double()
-    fields = {"entropy_coef_NR": d, "entropy_normaliser_N": ones} if entropy else {}
-    return UpdateBatch(batch, c, batch.response_length_N.double(), **fields)
-
-
-U = update_of(LENGTHS_U)
-PLAIN = Step("adamw")
-CLIPPED = Step("adamw", max_grad_norm=0.05)
-BOUNDED = Step("precondition", max_update=0.01)
-STEPS = [PLAIN, CLIPPED, Step("precondition"), BOUNDED, Step("sgd")]
-each_step = pytest.mark.parametrize(
-    "step", STEPS, ids=lambda s: "-".join(str(x) for x in s if x is not None)
+from support.attribution import (
+    CLIPPED,
+    ENTROPIES,
+    PLAIN,
+    PROMPTS_U,
+    STEPS,
+    E,
+    U,
+    adam_state,
+    attributed,
+    difference,
+    each_entropy,
+    each_step,
+    no_model,
+    update_of,
+    update_on,
 )
-ENTROPIES = [
-    Entropy(per, integrand, weights)
-    for per in ("token", "sequence")
-    for integrand in ("rao_blackwell", "sampled")
-    for weights in ("per_decision", "sequence")
-]
-each_entropy = pytest.mark.parametrize("entropy", ENTROPIES, ids=lambda e: "-".join(e[:3]))
+from support.policies import random_batch, tiny_policy
 
 
-def adam_state(params: funcprobe.Params, steps: int = 9, size: float = 0.1) -> AdamState:
-    """Two groups of unequal everything, at 0 steps without moments; `size` of the gradients so far."""
-    names = list(params)
-    groups = (
-        AdamGroup(tuple(names[::2]), 2e-4, 0.8, 0.95, 1e-3, 0.3),
-        AdamGroup(tuple(names[1::2]), 5e-4, 0.9, 0.99, 2e-3, 0.0),
-    )
-    if steps == 0:
-        return funcprobe.fresh_adam_state(params, groups)
-    nu = {n: (size * t).square() for n, t in random_like(params, 5).items()}
-    m = tree.scale(0.3 * size, random_like(params, 4))
-    return AdamState(m, nu, dict.fromkeys(names, steps), groups)
+def require_sums(found: funcprobe.Attribution, masks: bool = False, wide: bool = True) -> None:
+    """Every family sums to the derivative.
 
+    In float64 to 1e-9, some 1e5 roundings of it, of which the tangents' and the gradient's are most; in
+    float32 (not `wide`) to 1e-4 of the family's sum of absolute values, some 1e3 roundings of them.
+    """
+    parts, derivative = found.parts, found.derivative
 
-def attributed(probe: Any, update: UpdateBatch = U, E=E, state=None, **given: Any):
-    """(passes, attribution), with the prediction's own settings."""
-    params, step = probe.params, given.pop("step", PLAIN)
-    state = adam_state(params) if state is None else state
-    masks, unit_N = given.pop("masks", ()), given.pop("unit_N", None)
-    passes = funcprobe.first_order_passes(
-        params, E, update, state, probe.forward, step=step, masks=masks, **given
-    )
-    along_DX = funcprobe.marginal_tangents(params, passes, update, state, probe.forward, step=step)
-    found = funcprobe.attribute(
-        params, passes, along_DX, E, update, state, step=step, unit_N=unit_N, **given
-    )
-    return passes, found
+    def require(total: float, values: Any) -> None:
+        size = sum(map(abs, values))
+        bound = 1e-9 * abs(derivative) if wide else 1e-4 * size
+        assert total == pytest.approx(derivative, rel=0, abs=bound)
 
-
-def require_sums(found: funcprobe.Attribution, masks: bool = False) -> None:
-    """Every family sums to the derivative; 1e-9 is some 1e5 float64 roundings of it, of which
-    the tangents' and the gradient's are most."""
-    parts = found.parts
-    close = pytest.approx(found.derivative, rel=1e-9)
-    assert parts.total == close
+    require(parts.total, parts)
     for tokens in (found.update, found.evaluation.tokens):
-        assert float(tokens.token_NR.sum()) == pytest.approx(tokens.total, rel=1e-12)
-        assert float(tokens.prompt_M.sum()) == pytest.approx(tokens.total, rel=1e-12)
+        assert float(tokens.token_NR.sum()) == pytest.approx(tokens.total, rel=1e-9, abs=1e-14)
+        assert float(tokens.prompt_M.sum()) == pytest.approx(tokens.total, rel=1e-9, abs=1e-14)
     dropout = found.dropout if masks else 0.0
-    assert parts.momentum + parts.decay + found.update.total + dropout == close
-    assert found.evaluation.tokens.total == close
+    of_U = [parts.momentum, parts.decay, dropout, *found.update.sequence_N.tolist()]
+    require(sum(of_U), of_U)
+    require(found.evaluation.tokens.total, found.evaluation.tokens.sequence_N.tolist())
     terms = (found.evaluation.direct, found.evaluation.score, found.evaluation.control)
-    assert sum(term.derivative for term in terms) == close
+    of_terms = [term.derivative for term in terms]
+    require(sum(of_terms), of_terms)
     for grouping in found.modules[:-1]:
-        assert sum(part.total for part in grouping.values()) == close
+        of_modules = [part.total for part in grouping.values()]
+        require(sum(of_modules), of_modules)
 
 
 @each_step
@@ -135,6 +102,37 @@ def test_families_sum_for_any_shapes_groups_and_shared_prompts(
 
 
 @pytest.fixture(scope="module")
+def probe32():
+    return funcprobe.bind(tiny_policy(dtype=torch.float32), max_tokens=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@settings(max_examples=6)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 5), st.booleans()), min_size=3, max_size=8
+    ),
+    seed=st.integers(0, 1000),
+    step=st.sampled_from(STEPS),
+    has_entropy=st.booleans(),
+)
+def test_families_sum_where_E_and_U_have_prompts_in_common(
+    probe64, probe32, dtype, rows, seed, step, has_entropy
+):
+    """Rows are (prompt, length of the response, whether it is U's); a prompt's tokens are the same."""
+    rows = [*rows, (0, 2, False), (1, 3, False), (0, 4, True), (2, 1, True)]
+    both = random_batch([(m, m + 1, t) for m, t, _ in rows], seed=seed)
+    of_U = torch.tensor([own for *_, own in rows])
+    batch = funcprobe.select(both, (~of_U).nonzero()[:, 0])
+    update = update_on(funcprobe.select(both, of_U.nonzero()[:, 0]), seed, has_entropy)
+    wide = dtype == torch.float64
+    _, found = attributed(probe64 if wide else probe32, update, batch, step=step)
+    require_sums(found, wide=wide)
+    assert set(found.update.prompt_index_M.tolist()) >= {0, 2}
+    assert set(found.evaluation.tokens.prompt_index_M.tolist()) >= {0, 1}
+
+
+@pytest.fixture(scope="module")
 def token_gradients(probe64) -> dict[tuple[int, int], funcprobe.Params]:
     """Y_mk of every token of U, each by a reverse pass of its own."""
     zero = torch.zeros_like(U.coef_NR)
@@ -159,11 +157,6 @@ def test_shares_of_tokens_are_those_of_their_gradients(probe64, token_gradients,
         assert float(found.update.token_NR[at]) == pytest.approx(expected, rel=1e-9, abs=1e-13)
     prompts = torch.stack([found.update.sequence_N[list(rows)].sum() for rows in PROMPTS_U])
     torch.testing.assert_close(found.update.prompt_M, prompts, rtol=1e-12, atol=1e-14)
-
-
-def difference(f: Any, e: float) -> float:
-    """Central differences of fourth order: an error of e^4, and of 1e-16 / e by rounding."""
-    return (8 * (f(e) - f(-e)) - (f(2 * e) - f(-2 * e))) / (12 * e)
 
 
 @each_step
@@ -335,7 +328,3 @@ def test_without_gradient_there_is_nothing_to_share(probe64):
     along = funcprobe.marginal_tangents(params, passes, still, state, no_model)
     assert not along.logp_NR.any()
     assert found.parts.update == found.update.total == found.marginal.total == 0.0
-
-
-def no_model(*_: Any) -> None:
-    raise AssertionError("a pass was made")
