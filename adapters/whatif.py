@@ -70,7 +70,9 @@ def whatif(
             applied(given, rule)  # what is wrong is found before the passes
         outcomes = [own(given, stages, narrator)]
         there = None if solve is None else solved(given, solve[1], solve[0], stages, narrator)
-        outcomes += [outcome(given, rule, stages, narrator) for rule in rules]
+        for count, rule in enumerate(rules, start=1):
+            narrator.say(f"rule {count} of {len(rules)}: {rule.text}")
+            outcomes.append(outcome(given, rule, stages, narrator))
     until = linear_until(found, stages)
     if there is not None:
         rules = [rule for rule in rules if rule.text != there.outcome.name]
@@ -125,7 +127,7 @@ def _impossible(given: Given, rules: Sequence[BoundRule]) -> dict[str, str]:
         try:
             applied(given, rule)
         except InputError as error:
-            reasons[rule.text] = str(error)
+            reasons[rule.text] = str(error).removeprefix(f"rule {rule.text}: ")
     return reasons
 
 

@@ -55,7 +55,7 @@ def _table(document: WhatIf) -> Table:
     title = f"Change by one step, eta {document.learning_rate.value:.3g}{which}; entropy in "
     title += f"{entropy.unit}{document.entropy.unit}"
     if document.reward is not None:
-        title += f", reward in {reward.unit}of its unit"
+        title += f", reward in {reward.unit.strip() or 'its unit'}"
     table = Table(title=f"{title} (±: 95 %, over E)", title_justify="left")
     table.add_column("rule", overflow="fold", max_width=34)
     of_reward = () if document.reward is None else ("reward pred.", "measured", "±")

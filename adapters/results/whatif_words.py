@@ -35,9 +35,13 @@ def findings(
     """The run's own rule, the rule that keeps the entropy at the least price, and disagreements."""
     own, *others = rows
     lines = [f"The run's own rule: entropy {_shown(own.entropy)} {unit}{_reward(own)}"]
-    reliable = [row for row in others if row.entropy.measured_interval_given_U and not row.chosen_on_E]
-    if reliable:
-        lines.append(_keeps(reliable, unit))
+    possible = [
+        row
+        for row in others
+        if row.entropy.measured_interval_given_U and row.touched.value and not row.chosen_on_E
+    ]
+    if possible:
+        lines.append(_keeps(possible, unit))
     lines.append(_agreement("entropy", {row.rule: row.entropy for row in rows}))
     if own.reward is not None:
         lines.append(_agreement("reward", {row.rule: row.reward for row in rows if row.reward}))
