@@ -15,6 +15,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.results import load_whatif
 from funcprobe.adapters.results.whatif_sections import RuleRow, WhatIf
+from funcprobe.adapters.rollouts import save_rollouts
 from funcprobe.adapters.stages.first_order import Predicted, predicted
 from funcprobe.adapters.stages.observed import rewards_of_E
 from funcprobe.adapters.stages.plan import load
@@ -361,6 +362,42 @@ def test_a_loss_without_advantages_has_no_unit(checkpoint, tmp_path) -> None:
     for rule in ("entropy_bonus:0.1", "kl_penalty"):
         with pytest.raises(InputError, match="does not depend on the advantages"):
             ask(tmp_path, settings, rule, eta=1e-3)
+
+
+def test_columns_of_a_supplied_U_are_what_rules_read(ran, checkpoint, tmp_path) -> None:
+    """Ratios to old_logp, and the reference's log-probabilities, without a forward for them."""
+    rollouts, logp_NR = ran.found.batches.update_rollouts, ran.found.prediction.update_stats.logp_NR
+    logp = [row[: len(ids)] for row, ids in zip(logp_NR.tolist(), rollouts.response_ids, strict=True)]
+    old, reference = ([[x + shift for x in row] for row in logp] for shift in (-0.5, 0.25))
+    file = tmp_path / "update.parquet"
+    save_rollouts(rollouts._replace(old_logp=old, ref_logp=reference), file)
+    settings = small(checkpoint, tmp_path, rollouts__update=str(file))
+    document = ask(tmp_path, settings, "clip:0.2,0.28", "kl_penalty:0.1", eta=1e-3)
+    # A ratio of exp(0.5) is clipped where A > 0, and counts where A < 0.
+    positive, negative = (
+        ask(tmp_path, settings, f"weight:{weight}", eta=1e-3).rules[1]
+        for weight in ("where(advantage > 0, 1, 0)", "where(advantage < 0, exp(0.5), 0)")
+    )
+    clipped = document.rules[1]
+    assert clipped.entropy.measured.value == pytest.approx(negative.entropy.measured.value, rel=1e-6)
+    assert clipped.weight.value == pytest.approx(negative.weight.value, rel=1e-9)
+    assert clipped.weight.value != pytest.approx(positive.weight.value, rel=0.01)
+    assert passes(document)["U"] <= 5  # Y, first order, clipping; and one for each of the two rules
+
+
+def test_a_U_without_gradient_has_rules_that_move(checkpoint, tmp_path) -> None:
+    equal = {"reward__function": f"{checkpoint.rewards}:equal"}
+    settings = small(checkpoint, tmp_path, **equal)
+    document = ask(
+        tmp_path, settings, "negative_only", "entropy_bonus:0.1", eta=1e-3, solve="entropy=0"
+    )
+    own, negative, bonus, solution = document.rules
+    assert negative.entropy.difference.value == negative.touched.value == 0
+    assert bonus.entropy.difference.value > 0
+    assert solution.entropy.predicted.value == pytest.approx(0, abs=1e-12)
+    assert own.reward is not None  # equal rewards do not change
+    assert own.reward.predicted.value == own.reward.measured.value == 0
+    assert not any("negative_only keeps" in line for line in document.findings)
 
 
 # The default list

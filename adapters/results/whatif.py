@@ -79,7 +79,7 @@ def whatif_document(
         frontier=None if rewarded is None else _frontier(rows, unit, dominated),
         solution=None if solved is None else _solution(solved, rows, unit),
         limits=limits(given, rows),
-        findings=findings(rows, unit, given.eta, linear_until),
+        findings=findings(given, rows, unit, linear_until),
         cost=cost_section(costs.values(), sizes(found.batches)),
     )
     store.require_finite(document.model_dump(mode="json"), "whatif.json")

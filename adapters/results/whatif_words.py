@@ -30,11 +30,17 @@ def limits(given: Given, rows: Sequence[RuleRow]) -> tuple[str, ...]:
 
 
 def findings(
-    rows: Sequence[RuleRow], unit: str, eta: float, linear_until: float | None
+    given: Given, rows: Sequence[RuleRow], unit: str, linear_until: float | None
 ) -> tuple[str, ...]:
     """The run's own rule, the rule that keeps the entropy at the least price, and disagreements."""
     own, *others = rows
+    prediction, eta = given.found.prediction, given.eta
     lines = [f"The run's own rule: entropy {_shown(own.entropy)} {unit}{_reward(own)}"]
+    if earlier := eta * (prediction.from_momentum + prediction.from_decay):
+        lines.append(
+            f"Of its predicted {own.entropy.predicted.value:+.2e} momentum and weight decay make "
+            f"{earlier:+.2e}, which a rule for this batch changes through the second moment alone"
+        )
     possible = [
         row
         for row in others
