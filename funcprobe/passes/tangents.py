@@ -41,7 +41,7 @@ def tangents(
     params, direction = aligned(params, direction)
 
     def one(rows: Rows) -> tuple[Tensor, ...]:
-        hidden_TD, dhidden_TD = _hidden_along(params, rows, direction, forward)
+        hidden_TD, dhidden_TD = hidden_along(params, rows, direction, forward)
         return head_tangents(params, hidden_TD, dhidden_TD, rows.target_T, direction, forward)
 
     done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
@@ -126,7 +126,7 @@ def require_derivatives(params: Params, forward: Forward) -> None:
         )
 
 
-def _hidden_along(
+def hidden_along(
     params: Params, rows: Rows, direction: Params, forward: Forward
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]:
     """Hidden states and their tangents; by torch.func.jvp, which wraps every tensor, in a transform."""

@@ -45,9 +45,13 @@ def baseline(
     mask_NR: ResponseMask,
     entropy: Entropy,
     log_ratio_NR: Float[Tensor, "N R"] | None = None,
+    prefix: TokenStats | None = None,
 ) -> Float[Tensor, "N R"]:
     """b_ij, nats: 0; the token's entropy h_ij; the mean of Q at position j over other prompts; or ridge
     regression of Q on `prefix_features`, cross-fitted by prompt.
+
+    `prefix` are the statistics from which entropy and features are taken, those of the policy's tokens
+    where another observable has the entropy's place in `stats`.
 
     Raises InputError if the estimator admits no baseline (`score_target`), for "ridge" with fewer than
     three prompts, and for "auto" (see `resolve`).
@@ -59,14 +63,15 @@ def baseline(
     target_NR = score_target(stats, mask_NR, entropy, log_ratio_NR)
     if kind == "none":
         return torch.zeros_like(target_NR)
+    prefix = stats if prefix is None else prefix
     if kind == "entropy":
-        return stats.entropy_NR * mask_NR
+        return prefix.entropy_NR * mask_NR
     if kind == "position":
         return position_mean(target_NR, mask_NR, batch.prompt_N)
     # The factor of Q - b in the derivative; equal for all tokens of the policy's own samples.
     _, q_NR = estimators.gradient_coefficients(stats, mask_NR, entropy, log_ratio_NR)
     enters_NR = q_NR * _token_ratio(mask_NR, entropy, log_ratio_NR)
-    features = prefix_features(batch, stats, mask_NR)
+    features = prefix_features(batch, prefix, mask_NR)
     return ridge(target_NR, mask_NR, batch.prompt_N, features, enters_NR.square())
 
 
