@@ -21,6 +21,7 @@ from .results.manifest import manifest
 from .results.schema import Results
 from .stages.batches import Batches
 from .stages.first_order import predicted
+from .stages.observables import asked_for, functions_of_E, observe
 from .stages.plan import Plan, load
 from .stages.sweep import measure_sweep
 from .store import Stages
@@ -31,18 +32,27 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     folder = run_folder(config)
     store.require_writable(folder)
     plan = load(config, narrator)
+    asked = asked_for(plan)
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
-        plan, batches, evidence, _, prediction, unit_N = predicted(plan, stages, narrator)
+        found = predicted(plan, stages, narrator)
+        plan, batches, evidence, _, prediction, unit_N = found
+        f = functions_of_E(found, asked, narrator)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
+        observed = observe(found, asked, f, sweep, stages, narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
     seen.append(_untouched(versions, plan.policy.model))
-    results = document(plan, batches, prediction, evidence, unit_N, sweep, seen, narrator.costs)
+    results = document(
+        plan, batches, prediction, evidence, unit_N, sweep, seen, narrator.costs, observed
+    )
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()
-        rollouts.save_rollouts(batches.eval_rollouts, target / "rollouts" / "eval.parquet")
+        evaluated = batches.eval_rollouts
+        if "reward" in f:
+            evaluated = evaluated._replace(reward=f["reward"].tolist())
+        rollouts.save_rollouts(evaluated, target / "rollouts" / "eval.parquet")
         rollouts.save_rollouts(batches.update_rollouts, target / "rollouts" / "update.parquet")
         for point in sweep.points:
             if point.fresh is not None:
@@ -58,7 +68,9 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
 def dry_run(config: Config, narrator: Narrator) -> Plan:
     """Everything that can be rejected before sampling; writes nothing."""
     store.require_writable(run_folder(config))
-    return load(config, narrator)
+    plan = load(config, narrator)
+    asked_for(plan)
+    return plan
 
 
 def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:

@@ -27,6 +27,7 @@ from .losses.trl import TrlLoss, trl_loss
 from .losses.verl import VerlLoss, verl_loss
 from .passes.grad_dots import grad_dots
 from .passes.gradients import grad_X, grad_Y, weighted_grad
+from .passes.kl import KlAlong, kl_along, token_kl
 from .passes.logprobs import seq_logprobs, token_stats
 from .passes.second_tangents import second_tangents
 from .passes.tangents import alpha_vjp, tangents
@@ -43,6 +44,13 @@ from .statistics.estimators import (
     update_influence,
 )
 from .statistics.evaluation import Evaluation, change, derivative, evaluate, second_derivative
+from .statistics.observables import (
+    of_response,
+    of_sampled_tokens,
+    of_tokens,
+    response_change,
+    response_derivative,
+)
 from .statistics.second_order import difference_eta, eta_star, second_difference, second_order
 from .step.adam import fresh_adam_state, precondition, preconditioner, update_direction
 from .step.evidence import Evidence, state_evidence
@@ -75,6 +83,7 @@ __all__ = [
     "GradientScale",
     "Influence",
     "InputError",
+    "KlAlong",
     "LeftOut",
     "Lifetime",
     "Loss",
@@ -125,6 +134,7 @@ __all__ = [
     "gradient_coefficients",
     "gradient_scale",
     "influence",
+    "kl_along",
     "later_factors",
     "leave_out",
     "lifetime",
@@ -138,11 +148,16 @@ __all__ = [
     "moment_scale",
     "momentum_by_step",
     "momentum_since",
+    "of_response",
+    "of_sampled_tokens",
+    "of_tokens",
     "precondition",
     "preconditioner",
     "predict",
     "recomputed_step",
     "response",
+    "response_change",
+    "response_derivative",
     "response_mask",
     "second_derivative",
     "second_difference",
@@ -154,6 +169,7 @@ __all__ = [
     "subset",
     "summarise",
     "tangents",
+    "token_kl",
     "token_stats",
     "top_pairs",
     "trainable_params",

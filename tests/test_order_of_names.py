@@ -72,6 +72,8 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     "grad_X": lambda w, a, b: funcprobe.grad_X(a(w.params), E, funcprobe.Entropy(), w.forward),
     "grad_Y": lambda w, a, b: funcprobe.grad_Y(a(w.params), w.update, w.forward),
     "tangents": lambda w, a, b: funcprobe.tangents(a(w.params), E, b(w.v), w.forward),
+    "token_kl": lambda w, a, b: funcprobe.token_kl(a(w.params), b(w.v), E, w.forward),
+    "kl_along": lambda w, a, b: funcprobe.kl_along(a(w.params), b(w.v), E, b(w.v), w.forward, (1e-3,)),
     "second_tangents": lambda w, a, b: funcprobe.second_tangents(a(w.params), E, b(w.v), w.forward),
     "alpha_vjp": lambda w, a, b: funcprobe.alpha_vjp(a(w.params), E, b(w.v), w.forward),
     "grad_dots": lambda w, a, b: funcprobe.grad_dots(a(w.params), E, b(w.v), w.forward),

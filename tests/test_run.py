@@ -403,6 +403,8 @@ def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> No
 def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
     probe("one", sampling__temperature=0.5)
     update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)
+    drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
+    save_rollouts(drawn._replace(reward=None), Path("unscored.parquet"))
     firsts = slice(0, None, 3)
     single = update._replace(
         **{k: v[firsts] for k, v in update._asdict().items() if isinstance(v, list)}
@@ -446,7 +448,7 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
             {"rollouts.update": "huge.parquet", "sampling.temperature": 0.5},
             "a reward of U has magnitude 1e+200",
         ),
-        ({"rollouts.update": "runs/one/rollouts/eval.parquet"}, "row 0 has no reward"),
+        ({"rollouts.update": "unscored.parquet"}, "row 0 has no reward"),
         (
             {"rollouts.eval": "padded.parquet", "sampling.temperature": 0.5},
             "row 1 has tokens after its first end-of-sequence token",

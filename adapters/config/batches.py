@@ -56,7 +56,7 @@ class PromptsConfig(Section):
 
 
 class RewardConfig(Section):
-    """Rewards of the responses of U."""
+    """Rewards of the responses of U, and of E where they are observed."""
 
     function: str = Field(
         "numeric",
@@ -71,6 +71,9 @@ class RewardConfig(Section):
         description="A function with TRL's signature takes messages. Default: as in TRL, if the "
         "prompts of the data set are messages.",
         examples=[True],
+    )
+    correct_at: float = Field(
+        1.0, description='Reward from which a response is right, for the observable "correct".'
     )
 
 

@@ -1,6 +1,7 @@
 """Configuration of the objective, the entropy estimator and the measurement."""
 
 import math
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from funcprobe.types import Baseline, Integrand, Per, Weights
 
 from .section import Section, Text
+
+OBSERVABLES = ("reward", "correct", "length", "stop", "kl_base", "kl_base_sampled")
+
+
+def observable_label(name: str) -> str:
+    """An observable as it is printed: of a function its own name."""
+    return name.rpartition(":")[2]
 
 
 class ObjectiveConfig(Section):
@@ -134,6 +142,31 @@ class MeasureConfig(Section):
     resample: bool = Field(
         False, description='Where the verdict is "resample", sample responses at theta + eta v.'
     )
+
+    observables: tuple[Text, ...] | None = Field(
+        None,
+        description='What else to observe on E: "reward", "correct", "length" (tokens), "stop" (share '
+        'that ends with an EOS), "kl_base" (KL to the base policy, the adapter off), '
+        '"kl_base_sampled", "path/to/file.py:function". Default: reward where E has '
+        "one, or where it is sampled and the function of U's rewards, or one's own, scores it; length.",
+        examples=[["reward", "length", "kl_base"]],
+    )
+
+    @field_validator("observables")
+    @classmethod
+    def _known_and_distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for i, name in enumerate(names or ()):
+            if observable_label(name) == "entropy":
+                raise ValueError(f"{name} is always observed: remove it, or rename the function")
+            if name not in OBSERVABLES and ":" not in name:
+                near = [f"did you mean {c}? " for c in get_close_matches(name, OBSERVABLES, n=1)]
+                raise ValueError(
+                    f"{name!r} is no observable: {''.join(near)}known are {', '.join(OBSERVABLES)}, "
+                    '"module:function" and "path/to/file.py:function"'
+                )
+            if observable_label(name) in map(observable_label, (names or ())[:i]):
+                raise ValueError(f"{observable_label(name)} occurs twice, distinct names are expected")
+        return names
 
     @field_validator("etas")
     @classmethod

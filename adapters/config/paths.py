@@ -16,7 +16,8 @@ FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # of prompts
 # os.path.exists is used for names that are too long for a file, of which Path.exists raises.
 _FILES = ("optimizer.state", "rollouts.eval", "rollouts.update")
 _FILES_OR_HUB = ("policy.checkpoint", "policy.base", "prompts.source")
-_FUNCTIONS, _OUTPUT = ("reward.function", "objective.loss"), "run.folder"
+_FUNCTIONS = ("reward.function", "objective.loss", "measure.observables")  # the last is a list of them
+_OUTPUT = "run.folder"
 KEYS = (*_FILES, *_FILES_OR_HUB, *_FUNCTIONS, _OUTPUT)
 
 
@@ -36,9 +37,16 @@ def resolve(tables: dict[str, Any], folder: Path, *, written_in: str) -> dict[st
     for key in KEYS:
         section, _, name = key.partition(".")
         table = found.get(section)
-        if isinstance(table, dict) and isinstance(table.get(name), str):
-            value = _resolved(key, table[name], folder, written_in)
-            found[section] = {**table, name: value}
+        if not isinstance(table, dict):
+            continue
+        given = table.get(name)
+        if isinstance(given, str):
+            value: str | list[Any] = _resolved(key, given, folder, written_in)
+        elif isinstance(given, list):
+            value = [_resolved(key, x, folder, written_in) if isinstance(x, str) else x for x in given]
+        else:
+            continue
+        found[section] = {**table, name: value}
     return found
 
 

@@ -1,6 +1,7 @@
 """A run's batches, prediction and sweep -> results.json."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from funcprobe.types import InputError
 from .. import store
 from ..machine.cost import Cost
 from ..stages.batches import Batches
+from ..stages.observables import Observed
 from ..stages.plan import Plan
 from ..stages.sweep import Sweep
 from .cost import cost_section
+from .observables import observables
 from .quantity import Quantity, quantity, student_interval
 from .schema import SCHEMA_VERSION, Results
 from .sections import (
@@ -48,6 +51,7 @@ def document(
     sweep: Sweep,
     checks: list[Check],
     costs: dict[str, Cost],
+    observed: Iterable[Observed] = (),
 ) -> Results:
     """The content of results.json. Of two runs of one seed on one machine, only "cost" differs.
 
@@ -76,6 +80,7 @@ def document(
             plan.next_lr, "learning rate", "of the next step, by the optimizer state or optimizer.lr"
         ),
         sweep=sweep_rows(prediction, unit_N, sweep, errors, unit, plan.next_lr),
+        observables=observables(observed, sweep, plan.next_lr),
         fit=fits(prediction, sweep, unit),
         checks=tuple(CheckResult(**check._asdict()) for check in checks),
         cost=cost_section(costs.values(), sizes(batches)),

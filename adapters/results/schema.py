@@ -1,8 +1,11 @@
 """results.json as one typed object, and the table of its sweep."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
+from ..config.estimation import observable_label
 from .cost import CostSection
+from .observable_sections import Observable
 from .quantity import Quantity, Section, StudentInterval
 from .sections import (
     CheckResult,
@@ -57,6 +60,8 @@ class Results(Section):
     """Learning rate of the next step, by the optimizer state or the configuration; 0: not known."""
     sweep: tuple[SweepRow, ...]
     """By ascending learning rate."""
+    observables: tuple[Observable, ...] = ()
+    """Beside the entropy, in the order of measure.observables."""
     fit: Fits
     """Fits over the sweep, and the numerical floor."""
     checks: tuple[CheckResult, ...]
@@ -69,24 +74,43 @@ class Results(Section):
 
         Changes, standard errors and interval bounds are in that unit; predicted_low and predicted_high
         bound the interval over E and U, measured_low, measured_high, difference_low and difference_high
-        those over E given U. What is null in results.json is NaN.
+        those over E given U. Of an observable, reward say, reward_predicted and reward_measured with
+        their bounds over E given U, in `attrs["units"]["reward"]`. What is null in results.json is NaN.
         """
         import pandas as pd
 
-        frame = pd.DataFrame([_record(row) for row in self.sweep])
+        frame = pd.DataFrame(
+            [{**_record(row), **_of_observables(self.observables, row.eta)} for row in self.sweep]
+        )
         numbers = frame.columns.difference(["is_next_lr", "rounding", "verdict", "verdict_reason"])
         frame = frame.astype(dict.fromkeys(numbers, float))
         frame.attrs["unit"] = self.entropy.unit
+        frame.attrs["units"] = {observable_label(o.name): o.at_theta.unit for o in self.observables}
         return frame
 
 
-def _record(row: SweepRow) -> dict[str, float | bool | str | None]:
-    def bounds(name: str, interval: StudentInterval | None) -> dict[str, float | None]:
-        return {
-            f"{name}_low": interval.low if interval else None,
-            f"{name}_high": interval.high if interval else None,
-        }
+def _bounds(name: str, interval: StudentInterval | None) -> dict[str, float | None]:
+    return {
+        f"{name}_low": interval.low if interval else None,
+        f"{name}_high": interval.high if interval else None,
+    }
 
+
+def _of_observables(observables: Iterable[Observable], eta: float) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for one in observables:
+        name = observable_label(one.name)
+        for row in (row for row in one.sweep if row.eta == eta):
+            found |= {
+                f"{name}_predicted": row.predicted.value,
+                **_bounds(f"{name}_predicted", row.interval_given_U),
+                f"{name}_measured": row.measured.value,
+                **_bounds(f"{name}_measured", row.measured_interval_given_U),
+            }
+    return found
+
+
+def _record(row: SweepRow) -> dict[str, float | bool | str | None]:
     resampled = row.resampled
     return {
         "eta": row.eta,
@@ -94,14 +118,14 @@ def _record(row: SweepRow) -> dict[str, float | bool | str | None]:
         "predicted": row.predicted.value,
         "predicted_se_given_U": row.se_given_U.value,
         "predicted_se_total": row.se_total.value,
-        **bounds("predicted", row.interval_total),
+        **_bounds("predicted", row.interval_total),
         "second_order": row.second_order.value if row.second_order else None,
         "measured": row.measured.value,
         "measured_se_given_U": row.measured_se_given_U.value,
-        **bounds("measured", row.measured_interval_given_U),
+        **_bounds("measured", row.measured_interval_given_U),
         "difference": row.difference.value,
         "difference_se": row.difference_se.value,
-        **bounds("difference", row.difference_interval),
+        **_bounds("difference", row.difference_interval),
         "ratio": row.ratio.value,
         "ess": row.ess.value,
         "max_weight": row.max_weight.value,
@@ -111,5 +135,5 @@ def _record(row: SweepRow) -> dict[str, float | bool | str | None]:
         "verdict_reason": row.verdict_reason,
         "rounding": row.rounding,
         "resampled": resampled.change.value if resampled else None,
-        **bounds("resampled", resampled.interval if resampled else None),
+        **_bounds("resampled", resampled.interval if resampled else None),
     }

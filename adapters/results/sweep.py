@@ -105,7 +105,7 @@ def sweep_rows(
             pareto_k=diagnostics.pareto_k,
             verdict=diagnostics.verdict,
             verdict_reason=diagnostics.reason,
-            rounding=_is_rounding(measured.delta, sweep.rounding_noise),
+            rounding=is_rounding(measured.delta, sweep.rounding_noise),
             resampled=_resampled(point, unit),
         )
 
@@ -164,14 +164,14 @@ def fits(prediction: funcprobe.Prediction, sweep: Sweep, unit: str) -> Fits:
     line = linear_fit(
         [p.eta for p in sweep.points],
         [p.measured.delta for p in sweep.points],
-        [_is_rounding(p.measured.delta, noise) for p in sweep.points],
+        [is_rounding(p.measured.delta, noise) for p in sweep.points],
         prediction.derivative,
         None if sweep.curvature is None else sweep.curvature.second,
     )
     kept = [
         (p.eta, p.measured.delta)
         for p in sweep.points
-        if not _is_rounding(p.measured.delta, noise) and p.eta <= (line.eta_high or math.inf)
+        if not is_rounding(p.measured.delta, noise) and p.eta <= (line.eta_high or math.inf)
     ]
     # |ratio - 1| is informative where rounding is a small share of the deviation itself.
     deviations = [
@@ -205,7 +205,8 @@ def _resampled(point: Point, unit: str) -> Resampled | None:
     )
 
 
-def _is_rounding(delta: float, noise: float | None) -> bool:
+def is_rounding(delta: float, noise: float | None) -> bool:
+    """Whether rounding is more than a tenth of a measured change."""
     return noise is not None and noise > ROUNDING_SHARE * abs(delta)
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
+from . import observable_tables
 from .cost import cost_line
 from .quantity import Interval
 from .schema import Results
@@ -37,9 +38,11 @@ class Checked(Protocol):
 def print_results(results: Results, console: Console) -> None:
     """The sanity checks, the finding in words, the table of the sweep, and the lines under it."""
     print_checks(results.checks, console, meanings=False)
-    for line in in_words(results):
+    for line in (*observable_tables.headline(results), *in_words(results)):
         console.print(line, soft_wrap=True, markup=False)
     console.print(_table(results, console.width))
+    if (others := observable_tables.table(results)) is not None:
+        console.print(others)
     for line in (*_under_the_table(results), cost_line(results.cost)):
         console.print(line, soft_wrap=True, markup=False)
 

@@ -66,10 +66,20 @@ def load_reward(
         _require_text(spec, conversational)
         return _built_in(score, answer_column)
     function = load_function(spec, "reward", f"one of {', '.join(BUILT_IN)}")
-    if {"solution_str", "ground_truth"} <= _signature(function, f"reward {spec!r}").keys():
+    name = f"reward {spec!r}"
+    if {"solution_str", "ground_truth"} <= _signature(function, name).keys():
         _require_text(spec, conversational)
-        return _verl_reward(spec, function, answer_column=answer_column)
-    return _trl_reward(spec, function, conversational=conversational)
+        return _verl_reward(name, function, answer_column=answer_column)
+    return _trl_reward(name, function, conversational=conversational)
+
+
+def load_observable(spec: str, *, conversational: bool | None = None) -> Reward:
+    """A function of the response that `spec` names, called as TRL calls a reward (`_trl_reward`).
+
+    It returns a number, or None where it does not apply, for every response. Errors as `load_reward`.
+    """
+    function = load_function(spec, "observable", "a name in the table of measure.observables")
+    return _trl_reward(f"observable {spec!r}", function, conversational=conversational)
 
 
 def _built_in(score: Callable[[str, str, str], float], answer_column: str) -> Reward:
@@ -87,7 +97,7 @@ def _built_in(score: Callable[[str, str, str], float], answer_column: str) -> Re
     return reward
 
 
-def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool | None) -> Reward:
+def _trl_reward(name: str, function: Callable[..., Any], *, conversational: bool | None) -> Reward:
     """f(prompts, completions, completion_ids, **columns) -> list of float or None, called once.
 
     As by TRL 1.16's GRPOTrainer (`_calculate_rewards`), with the keywords that it accepts; the columns
@@ -115,13 +125,13 @@ def _trl_reward(spec: str, function: Callable[..., Any], *, conversational: bool
         }
         if taken := arguments.keys() & offered.keys():
             raise InputError(f"column {min(taken)!r} has the name of an argument: rename the column")
-        call = _call(function, offered | arguments, columns, f"reward {spec!r}: the dataset")
-        return _checked(spec, users_code(call, f"reward {spec!r}"), len(completions))
+        call = _call(function, offered | arguments, columns, f"{name}: the dataset")
+        return _checked(name, users_code(call, name), len(completions))
 
     return reward
 
 
-def _verl_reward(spec: str, function: Callable[..., Any], *, answer_column: str) -> Reward:
+def _verl_reward(name: str, function: Callable[..., Any], *, answer_column: str) -> Reward:
     """compute_score(data_source, solution_str, ground_truth, extra_info) for each completion.
 
     As by verl 0.9.1's reward managers, with the keywords that it accepts; the score is the returned
@@ -141,15 +151,15 @@ def _verl_reward(spec: str, function: Callable[..., Any], *, answer_column: str)
                 "ground_truth": _ground_truth(row, i, answer_column),
                 "extra_info": _extra_info(row, i),
             } | {key: row[key] for key in ("data_source",) if key in row}
-            call = _call(function, offered, row, f"reward {spec!r}: the row of response {i}")
-            result = users_code(call, f"reward {spec!r}, response {i},")
+            call = _call(function, offered, row, f"{name}: the row of response {i}")
+            result = users_code(call, f"{name}, response {i},")
             if isinstance(result, dict) and "score" not in result:
                 raise InputError(
-                    f"reward {spec!r} returned a dict without score for response {i}, its keys are: "
+                    f"{name} returned a dict without score for response {i}, its keys are: "
                     f"{', '.join(map(str, result)) or 'none'}; expected a number or a dict with score"
                 )
             score = result["score"] if isinstance(result, dict) else result
-            scores.append(_number(spec, score, i))
+            scores.append(_number(name, score, i))
         return torch.tensor(scores, dtype=torch.float64)
 
     return reward
@@ -212,34 +222,32 @@ def _extra_info(row: dict[str, object], i: int) -> dict[str, object]:
     return {**(found or {}), "num_turns": None, "rollout_reward_scores": {}}
 
 
-def _checked(spec: str, result: Any, count: int) -> Tensor:
+def _checked(name: str, result: Any, count: int) -> Tensor:
     values = result.tolist() if hasattr(result, "tolist") else result  # a tensor, an array
     if not isinstance(values, list | tuple) or len(values) != count:
         found = f"{len(values)} values" if isinstance(values, list | tuple) else type(values)
-        raise InputError(f"reward {spec!r} returned {found}, expected a list of {count} numbers")
+        raise InputError(f"{name} returned {found}, expected a list of {count} numbers")
     if all(value is None for value in values):
         raise InputError(
-            f'reward {spec!r} returned None ("not applicable" in TRL) for all {count} responses, '
+            f'{name} returned None ("not applicable" in TRL) for all {count} responses, '
             "expected numbers: use prompts to which it applies"
         )
     numbers = [
-        float("nan") if value is None else _number(spec, value, i) for i, value in enumerate(values)
+        float("nan") if value is None else _number(name, value, i) for i, value in enumerate(values)
     ]
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _number(spec: str, value: Any, i: int) -> float:
+def _number(name: str, value: Any, i: int) -> float:
     size = value.numel() if torch.is_tensor(value) else getattr(value, "size", 0)
     if size == 1:  # a number of torch or numpy; numpy's bool is not a Real
         value = value.item()
     if not isinstance(value, Real):
-        raise InputError(
-            f"reward {spec!r} returned {type(value).__name__} for response {i}, expected a number"
-        )
+        raise InputError(f"{name} returned {type(value).__name__} for response {i}, expected a number")
     # NaN compares false; an integer may be too large for a float, and too long to print.
     if not bool(abs(value) <= sys.float_info.max):  # type: ignore[operator]
         found = value if isinstance(value, float) else "a number out of range"
-        raise InputError(f"reward {spec!r} returned {found} for response {i}, expected a finite number")
+        raise InputError(f"{name} returned {found} for response {i}, expected a finite number")
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""Functions of E's responses that a run observes beside the entropy: their rewards."""
+"""Functions of E's responses that a run observes beside the entropy, rewards among them."""
 
 from pathlib import Path
 
@@ -29,10 +29,12 @@ def rewards_of_E(plan: Plan, batches: Batches, narrator: Narrator) -> Float64[Te
     found = batches.eval_rollouts
     if found.reward is None:
         reward = plan.reward or configured_reward(plan.config)
+        add = (
+            f"add a column reward to {plan.config.rollouts.eval}, null where the reward does not apply"
+        )
+        what = f"reward.function = {plan.config.reward.function!r}"
         with narrator.phase("rewards of E"):
-            if plan.supplied_eval is None:
-                return rewards_of_drawn(plan, reward, found)
-            return _of_supplied(plan, reward, found)
+            return values_on_E(plan, found, reward, f"E is supplied without rewards, and {what}", add)
     reward_N = torch.tensor(found.reward, dtype=torch.float64)
     if bool(reward_N.isinf().any()):
         row = int(reward_N.isinf().nonzero()[0])
@@ -45,13 +47,19 @@ def rewards_of_E(plan: Plan, batches: Batches, narrator: Narrator) -> Float64[Te
     return reward_N
 
 
-def _of_supplied(plan: Plan, reward: Reward, found: Rollouts) -> Float64[Tensor, " N"]:
-    path, chosen = Path(str(plan.config.rollouts.eval)).expanduser(), plan.config.reward
-    add = f"add a column reward to {path}, null where the reward does not apply"
-    if chosen.conversational:
-        raise InputError(
-            f"E is supplied without rewards, and reward.conversational = true needs messages: {add}"
-        )
+def values_on_E(
+    plan: Plan, found: Rollouts, function: Reward, what: str, remedy: str
+) -> Float64[Tensor, " N"]:
+    """The function on E's responses; NaN where it does not apply.
+
+    Of a supplied E with the file's own columns as rows; InputError if these do not suffice, which
+    begins with `what` and ends with the `remedy`.
+    """
+    if plan.supplied_eval is None:
+        return rewards_of_drawn(plan, function, found)
+    if plan.config.reward.conversational:
+        raise InputError(f"{what} needs messages (reward.conversational = true): {remedy}")
+    path = Path(str(plan.config.rollouts.eval)).expanduser()
     columns = {k: v for k, v in read_columns(path).values.items() if k not in SCHEMA.names}
     rows = [{k: v[i] for k, v in columns.items()} for i in range(len(found.response_ids))]
     decode = plan.policy.tokenizer.decode
@@ -61,9 +69,9 @@ def _of_supplied(plan: Plan, reward: Reward, found: Rollouts) -> Float64[Tensor,
         for text, x in zip(found.prompt, found.prompt_ids, strict=True)
     ]
     try:
-        return reward(prompts, responses, found.response_ids, rows)
+        return function(prompts, responses, found.response_ids, rows)
     except InputError as error:
         raise InputError(
-            f"E is supplied without rewards, and reward.function = {chosen.function!r} does not apply "
-            f"to its columns ({error}): {add}, or the columns that the function reads"
+            f"{what} does not apply to its columns ({error}): {remedy}, or the columns that the "
+            "function reads"
         ) from error

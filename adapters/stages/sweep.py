@@ -33,6 +33,7 @@ class Point(NamedTuple):
     measured: Measured
     diagnostics: WeightDiagnostics
     fresh: Fresh | None
+    moved: TokenStats | None = None  # E's statistics at theta + eta v
 
 
 class Curvature(NamedTuple):
@@ -49,6 +50,7 @@ class Sweep(NamedTuple):
     points: tuple[Point, ...]
     rounding_noise: float | None  # sd of one measured change; None if v changes no log-probability
     curvature: Curvature | None
+    tiny: tuple[TokenStats, ...] = ()  # of E at the etas of the noise: half and whole, up, then down
 
 
 def measure_sweep(
@@ -76,8 +78,8 @@ def measure_sweep(
     inputs = {**state_inputs(plan, batches), "direction": v}
     with narrator.phase("measure", len(etas) * len(batches.eval_batch.prompt_N)) as stage:
 
-        def change(eta: float) -> Measured:
-            moved = stages.tensors(
+        def at_eta(eta: float) -> TokenStats:
+            moved: TokenStats = stages.tensors(
                 "moved",
                 {**inputs, "eta": eta},
                 STATS,
@@ -89,9 +91,10 @@ def measure_sweep(
                 ),
                 stage.found,
             )
-            return funcprobe.change(at, moved)
+            return moved
 
-        found = {eta: change(eta) for eta in etas}
+        moved = {eta: at_eta(eta) for eta in etas}
+    found = {eta: funcprobe.change(at, stats) for eta, stats in moved.items()}
     noise, curvature = None, None
     if signed:
         up_half, up, down_half, down = (found[eta].delta for eta in signed)
@@ -106,8 +109,8 @@ def measure_sweep(
         judged, fresh = verdict(found[eta].weight_N, found[eta].clipped), None
         if judged.verdict == "resample" and plan.config.measure.resample:
             fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
-        points.append(Point(eta, found[eta], judged, fresh))
-    return Sweep(tuple(points), noise, curvature)
+        points.append(Point(eta, found[eta], judged, fresh, moved[eta]))
+    return Sweep(tuple(points), noise, curvature, tuple(moved[eta] for eta in signed))
 
 
 def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
