@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from funcprobe.adapters import results
+from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.rollouts import load_rollouts
+from funcprobe.adapters.stages.observables import asked_for
+from funcprobe.types import InputError
 from support.checkpoints import sets
 
 ALL = ["reward", "correct", "length", "stop", "kl_base", "kl_base_sampled", "own.py:digits"]
@@ -157,6 +162,13 @@ def test_what_cannot_be_observed_is_refused_in_a_line(command, checkpoint, asked
     last = outcome.err.strip().splitlines()[-1]
     assert why in last
     assert not Path("runs").exists() or not Path("runs/probe").exists()
+
+
+def test_a_model_trained_whole_has_no_base():
+    config = Config.model_validate({"measure": {"observables": ["kl_base"]}})
+    plan = SimpleNamespace(config=config, policy=SimpleNamespace(model=torch.nn.Linear(1, 1)))
+    with pytest.raises(InputError, match="the whole model was trained"):
+        asked_for(plan)
 
 
 def test_paths_are_relative_to_the_configuration(command, checkpoint, tmp_path):

@@ -9,6 +9,7 @@ from ..config.estimation import observable_label
 from .observable_sections import Observable, ObservableRow
 from .quantity import Interval
 from .schema import Results
+from .sweep_sections import SweepRow
 
 
 def headline(results: Results) -> list[str]:
@@ -16,7 +17,8 @@ def headline(results: Results) -> list[str]:
     found = _shown(results)
     if found is None:
         return []
-    eta, is_next, entropy, rows = found
+    here, rows = found
+    entropy = _with_error(here.predicted.value, here.interval_given_U)
     parts = [f"entropy {entropy} {results.entropy.unit}"]
     for one, row in rows:
         unit = row.predicted.unit
@@ -24,7 +26,7 @@ def headline(results: Results) -> list[str]:
             f"{observable_label(one.name)} {_with_error(row.predicted.value, row.interval_given_U)}"
             + ("" if unit == observable_label(one.name) else f" {unit}")
         )
-    step = f"This step (lr {eta:g})" if is_next else f"A step of lr {eta:g}"
+    step = f"This step (lr {here.eta:g})" if here.is_next_lr else f"A step of lr {here.eta:g}"
     return [f"{step}: {', '.join(parts)} (predicted, ±: 95 % over E, given U)"]
 
 
@@ -33,16 +35,17 @@ def table(results: Results) -> Table | None:
     found = _shown(results)
     if found is None:
         return None
-    eta, is_next, _, rows = found
+    here, rows = found
+    coming = ", the next lr" if here.is_next_lr else ""
     shown = Table(
-        title=f"Other observables at eta = {eta:.3g}{', the next lr' if is_next else ''} "
-        "(±: 95 % over E, given U)",
+        title=f"Other observables at eta = {here.eta:.3g}{coming} (±: 95 % over E, given U)",
         title_justify="left",
     )
     for column in ("", "at theta", "±", "predicted", "±", "measured", "±", "ratio", "unit"):
         shown.add_column(column, justify="left" if column in {"", "unit"} else "right", no_wrap=True)
     for one, row in rows:
-        measured = None if row.rounding else row.measured_interval_given_U
+        rounding = here.rounding if row.rounding is None else row.rounding  # of KL as of the entropy
+        measured = None if rounding else row.measured_interval_given_U
         some = one.responses < results.counts.E_sequences
         shown.add_row(
             escape(observable_label(one.name)),
@@ -58,20 +61,14 @@ def table(results: Results) -> Table | None:
     return shown
 
 
-def _shown(
-    results: Results,
-) -> tuple[float, bool, str, list[tuple[Observable, ObservableRow]]] | None:
-    """The learning rate to show: the next step's, else the largest that the weights allow; its rows."""
+def _shown(results: Results) -> tuple[SweepRow, list[tuple[Observable, ObservableRow]]] | None:
+    """The row of the next step's learning rate, else of the largest that the weights allow."""
     if not results.observables:
         return None
-    rows = results.sweep
-    chosen = [row for row in rows if row.is_next_lr] or [
-        row for row in rows if row.verdict != "resample"
-    ]
-    row = (chosen or list(rows))[-1]
-    entropy = _with_error(row.predicted.value, row.interval_given_U)
-    shown = [(one, at) for one in results.observables for at in one.sweep if at.eta == row.eta]
-    return row.eta, row.is_next_lr, entropy, shown
+    coming = [row for row in results.sweep if row.is_next_lr]
+    reliable = [row for row in results.sweep if row.verdict != "resample"]
+    here = (coming or reliable or list(results.sweep))[-1]
+    return here, [(one, at) for one in results.observables for at in one.sweep if at.eta == here.eta]
 
 
 def _with_error(value: float, interval: Interval) -> str:
