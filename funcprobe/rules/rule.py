@@ -69,10 +69,17 @@ def required(inputs: RuleInputs, name: str, needed_by: str) -> Tensor:
 
 
 def reweighted(update: UpdateBatch, weight_NR: Tensor, bonus: bool) -> UpdateBatch:
-    """J with every token's c times its weight, and d too where `bonus`; the divisors are those of J."""
-    coef_NR, d_NR = update.coef_NR * weight_NR, update.entropy_coef_NR
+    """J with every token's c times its weight, and d too where `bonus`; the divisors are those of J.
+
+    Coefficients that are 0 stay so, whatever the weight there.
+    """
+
+    def times(x_NR: Tensor) -> Tensor:
+        return torch.where(x_NR == 0, x_NR, x_NR * weight_NR)
+
+    coef_NR, d_NR = times(update.coef_NR), update.entropy_coef_NR
     if bonus and d_NR is not None:
-        return update._replace(coef_NR=coef_NR, entropy_coef_NR=d_NR * weight_NR)
+        return update._replace(coef_NR=coef_NR, entropy_coef_NR=times(d_NR))
     return update._replace(coef_NR=coef_NR)
 
 
