@@ -36,6 +36,9 @@ from .policy.forward import Forward, frozen_forward, lora_params, trainable_para
 from .policy.layout import collate, response_mask, select
 from .policy.reference import adapter_params, base_params
 from .probe import Prediction, Probe, bind, first_order_passes, measure, predict, summarise
+from .rules.named import BoundRule, NamedRule
+from .rules.registry import rule
+from .rules.rule import RuleInputs
 from .statistics.estimators import (
     entropy_value,
     first_order,
@@ -75,6 +78,7 @@ __all__ = [
     "AdamState",
     "Attribution",
     "Batch",
+    "BoundRule",
     "Entropy",
     "Evaluation",
     "EvaluationShares",
@@ -93,6 +97,7 @@ __all__ = [
     "ModuleShares",
     "MomentumSince",
     "MomentumSteps",
+    "NamedRule",
     "Objective",
     "Pair",
     "Params",
@@ -101,6 +106,7 @@ __all__ = [
     "Prediction",
     "Probe",
     "RecomputedStep",
+    "RuleInputs",
     "Step",
     "Term",
     "TokenShares",
@@ -159,6 +165,7 @@ __all__ = [
     "response_change",
     "response_derivative",
     "response_mask",
+    "rule",
     "second_derivative",
     "second_difference",
     "second_order",

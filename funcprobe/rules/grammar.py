@@ -131,9 +131,18 @@ def _parts(node: ast.expr, text: str) -> Iterator[tuple[ast.expr, Kind]]:
             number(node, text)
         case _:
             raise InputError(
-                f"expression {shown(text)}: {type(node).__name__} is not part of an expression; write "
+                f"expression {shown(text)}: {_operation(node)} is not part of an expression; write "
                 "numbers, columns, comparisons, and, or, not, + - * / ** and functions"
             )
+
+
+def _operation(node: ast.expr) -> str:
+    """What a node does, by the name that Python's grammar has for it."""
+    if isinstance(node, ast.BinOp | ast.UnaryOp):
+        return type(node.op).__name__
+    if isinstance(node, ast.Compare):
+        return next(type(op).__name__ for op in node.ops if not isinstance(op, _COMPARISONS))
+    return type(node).__name__
 
 
 def _arguments(name: str, args: list[ast.expr], text: str) -> Iterator[tuple[ast.expr, Kind]]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from ..types import InputError
 from .columns import COLUMNS
 from .grammar import Expression, nearest, parse, shown
-from .rule import Rule
+from .rule import SUPPLIES, Rule
 
 Kind: TypeAlias = Literal["none", "numbers", "condition", "number expression", "prompt index", "choice"]
 
@@ -81,24 +81,25 @@ def bind(named: NamedRule, argument: str | float | None = None) -> BoundRule:
     """
     given = argument if argument is None or isinstance(argument, str) else repr(float(argument))
     value, text = _read(named, given)
-    expression = value if isinstance(value, Expression) else None
-    needs = named.needs
-    if expression is not None:
-        of_columns = {COLUMNS[name].needs for name in expression.columns}
-        needs = tuple(sorted({*needs, *(need for need in of_columns if need is not None)}))
+    needs = set(named.needs)
+    if isinstance(value, Expression):
+        of_columns = (COLUMNS[name].needs for name in value.columns)
+        needs |= {need for need in of_columns if need is not None}
     return BoundRule(
         named=named,
         argument=value,
         text=named.name if text is None else f"{named.name}:{text}",
-        label=_label(named, text),
-        needs=needs,
+        label=_label(named, value, text),
+        needs=tuple(name for name in SUPPLIES if name in needs),
         temperature=value[0] if named.temperature else None,
         apply=named.make(value),
     )
 
 
-def _label(named: NamedRule, text: str | None) -> str:
-    label = named.name.replace("_", " ") if text is None else f"{named.name.replace('_', ' ')} {text}"
+def _label(named: NamedRule, value: Any, text: str | None) -> str:
+    if named.kind == "numbers" and value is not None:
+        text = ", ".join(f"{x:.4g}" for x in value)
+    label = named.name.replace("_", " ") + ("" if text is None else f" {text}")
     return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
 
 
@@ -118,7 +119,7 @@ def _read(named: NamedRule, given: str | None) -> tuple[Any, str | None]:
         )
     if named.kind == "numbers":
         numbers = _numbers(named, text)
-        return numbers, ",".join(f"{x:.12g}" for x in numbers)
+        return numbers, ",".join(repr(x).removesuffix(".0") for x in numbers)
     if named.kind == "prompt index":
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise InputError(f"rule {named.name}: {shown(text)} is no index of a prompt, from 0 on")

@@ -59,14 +59,14 @@ def test_one_sign_of_the_advantages(sign):
 
 
 @seeds
-@pytest.mark.parametrize("low, high", [(0.2, 0.28), (0.05, 0.0), (0.0, 0.4), (5.0, 50.0)])
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.28), (0.05, 0.0), (0.0, 0.4), (5.0, 50.0)])
 def test_clip_is_a_loop(seed, low, high):
     c = case(seed=seed)
-    l, _, A, unit = lists(c)
+    logp, _, A, unit = lists(c)
     old = c.inputs.old_logp_NR.tolist()
 
     def value(i, k):
-        r = math.exp(l[i][k] - old[i][k])
+        r = math.exp(logp[i][k] - old[i][k])
         beyond = r > 1 + high if A[i][k] > 0 else r < 1 - low
         return 0.0 if beyond else A[i][k] * r * unit[i][k]
 
@@ -100,8 +100,8 @@ def test_clip_has_the_gradient_of_ppos_objective(seed):
     c = case(seed=seed)
     i = c.inputs
 
-    def objective(l, h):
-        r = (l - i.old_logp_NR).exp()
+    def objective(logp, h):
+        r = (logp - i.old_logp_NR).exp()
         surrogate = torch.minimum(r * i.advantage_NR, r.clamp(0.8, 1.28) * i.advantage_NR)
         return (i.unit_NR * surrogate).sum() + (i.update.entropy_coef_NR * h).sum()
 
@@ -109,7 +109,7 @@ def test_clip_has_the_gradient_of_ppos_objective(seed):
 
 
 @seeds
-@pytest.mark.parametrize("mode, ratio", [("clip_cov", 0.0002), ("clip_cov", 0.2), ("kl_cov", 0.15)])
+@pytest.mark.parametrize(("mode", "ratio"), [("clip_cov", 0.0002), ("clip_cov", 0.2), ("kl_cov", 0.15)])
 @pytest.mark.parametrize("has_old", [True, False])
 def test_covariance_rules_are_verls_loops(seed, mode, ratio, has_old):
     c = case(lengths=[9] * 8, prompts=[0] * 8, masked=[(0, 1), (3, 3)], seed=seed)
@@ -121,12 +121,12 @@ def test_covariance_rules_are_verls_loops(seed, mode, ratio, has_old):
             with pytest.raises(InputError, match=r"kl_cov needs old_logp_NR, which is None: supply"):
                 rule("kl_cov").apply(c.inputs)
             return
-    l, _, A, unit = lists(c)
-    old = l if not has_old else c.inputs.old_logp_NR.tolist()
+    logp, _, A, unit = lists(c)
+    old = logp if not has_old else c.inputs.old_logp_NR.tolist()
     settings = VerlLoss(loss_mode=mode, clip_cov_ratio=ratio, kl_cov_ratio=ratio)
-    rows = list(range(len(l)))
+    rows = list(range(len(logp)))
     A_i = [a[0] or a[2] for a in A]
-    _, slopes, log = verl_loops.token_losses(settings, rows, c.tokens, l, old, A_i)
+    _, slopes, log = verl_loops.token_losses(settings, rows, c.tokens, logp, old, A_i)
     found = rule(f"{mode}:{ratio}").apply(c.inputs)
     same(found.coef_NR, loop(c, lambda i, k: -slopes[i, k] * unit[i][k]))
     keeps(c, found)
@@ -153,17 +153,18 @@ def test_top_entropy_keeps_what_trl_keeps(seed, share):
     if share == 0.2:
         h = i.stats.entropy_NR
         left, out = h[theirs], h[i.mask_NR & ~theirs]
-        assert len(left) == math.ceil(0.2 * (len(c.tokens) - 1)) and float(left.min()) > float(out.max())
+        assert len(left) == math.ceil(0.2 * (len(c.tokens) - 1))
+        assert float(left.min()) > float(out.max())
 
 
 def omega(c):
     """|A / p_old p (1 - p) (log p + h)| by token."""
-    l, h, A, _ = lists(c)
-    old = l if c.inputs.old_logp_NR is None else c.inputs.old_logp_NR.tolist()
+    logp, h, A, _ = lists(c)
+    old = logp if c.inputs.old_logp_NR is None else c.inputs.old_logp_NR.tolist()
     found = {}
     for i, k in c.tokens:
-        p = math.exp(l[i][k])
-        found[i, k] = abs(A[i][k] / math.exp(old[i][k]) * p * (1 - p) * (l[i][k] + h[i][k]))
+        p = math.exp(logp[i][k])
+        found[i, k] = abs(A[i][k] / math.exp(old[i][k]) * p * (1 - p) * (logp[i][k] + h[i][k]))
     return found
 
 
@@ -176,7 +177,7 @@ def test_steer_is_a_loop(seed, has_old, scale):
     c = c if has_old else c.with_(old_logp_NR=None)
     each = omega(c)
     own = c.inputs.update.coef_NR
-    k_ = -math.log(0.7) / max(max(each.values()), 0.02)
+    k_ = -math.log(0.7) / max(*each.values(), 0.02)
     found = rule("steer:0.7").apply(c.inputs)
     same(found.coef_NR, loop(c, lambda i, k: float(own[i, k]) * math.exp(-k_ * each[i, k])))
     keeps(c, found)
@@ -208,13 +209,13 @@ def test_steer_with_equal_metrics():
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.34, 1.0])
 def test_stare_is_a_loop(seed, share):
     c = case(seed=seed)
-    l, _, A, _ = lists(c)
+    logp, _, A, _ = lists(c)
     own = c.inputs.update.coef_NR
 
     def top(sign):
         of_sign = [at for at in c.tokens if sign * A[at[0]][at[1]] > 0]
         number = math.ceil(share * len(of_sign) - 1e-6)
-        return set(sorted(of_sign, key=lambda at: l[at[0]][at[1]])[:number])
+        return set(sorted(of_sign, key=lambda at: logp[at[0]][at[1]])[:number])
 
     high, low = top(1), top(-1)
     assert (share == 0) == (not high)
@@ -277,7 +278,8 @@ def test_touched_counts_what_differs():
 
 
 @pytest.mark.parametrize(
-    "text", ["clip", "clip_cov:0.3", "kl_cov:0.3", "steer", "steer_linear", "stare:2,0.3", "top_entropy"]
+    "text",
+    ["clip", "clip_cov:0.3", "kl_cov:0.3", "steer", "steer_linear", "stare:2,0.3", "top_entropy"],
 )
 def test_values_off_the_mask_do_not_matter(text):
     """Not even where they are not numbers, as past the end of a response."""

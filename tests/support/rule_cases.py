@@ -29,10 +29,10 @@ class Case(NamedTuple):
         return statistics(logits_NRV, self.token_NR)
 
     def gradient(self, update: UpdateBatch) -> Tensor:
-        """Of J = sum c l + d h in the logits."""
+        """Of sum c l + d h in the logits."""
         d_NR = update.entropy_coef_NR
         return self.ascent(
-            lambda l, h: (update.coef_NR * l).sum() + (0 if d_NR is None else (d_NR * h).sum())
+            lambda logp, h: (update.coef_NR * logp).sum() + (0 if d_NR is None else (d_NR * h).sum())
         )
 
     def ascent(self, objective) -> Tensor:
