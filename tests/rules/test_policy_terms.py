@@ -187,14 +187,34 @@ def test_steer_is_a_loop(seed, has_old, scale):
     same(linear.coef_NR, loop(c, lambda i, k: float(own[i, k]) * w[i, k]))
 
 
-def test_steer_where_a_token_is_certain():
-    """p = 1 exactly: log p + h and 1 - p are bounded as in STEER's code, and c is finite."""
-    c = case()
-    l_NR = c.inputs.stats.logp_NR.clone()
-    l_NR[0, 0] = 0.0
-    c = c.with_(stats=TokenStats(l_NR, c.inputs.stats.entropy_NR))
-    for name in ("steer", "steer_linear"):
-        assert rule(name).apply(c.inputs).coef_NR.isfinite().all()
+def test_steer_bounds_probabilities():
+    """p and p_old at least 1e-8, and p at most 1 - 1e-8, as in STEER's code."""
+    c = case(masked=[])
+    l_NR, old_NR = c.inputs.stats.logp_NR.clone(), c.inputs.old_logp_NR.clone()
+    l_NR[0, 0], l_NR[1, 0], old_NR[2, 0] = 0.0, -30.0, -19.0
+    c = c.with_(stats=TokenStats(l_NR, c.inputs.stats.entropy_NR), old_logp_NR=old_NR)
+    logp, h, A, _ = lists(c)
+
+    def metric(i, k):
+        p = min(max(math.exp(logp[i][k]), 1e-8), 1 - 1e-8)
+        p_old = max(math.exp(float(old_NR[i, k])), 1e-8)
+        return abs(A[i][k] / p_old * p * (1 - p) * (math.log(p) + h[i][k]))
+
+    each = {at: metric(*at) for at in c.tokens}
+    k_ = -math.log(0.8) / max(*each.values(), 0.02)
+    own = c.inputs.update.coef_NR
+    found = rule("steer").apply(c.inputs)
+    same(found.coef_NR, loop(c, lambda i, k: float(own[i, k]) * math.exp(-k_ * each[i, k])))
+    assert max(each, key=each.__getitem__) == (2, 0)  # by its bounded p_old
+    # The largest less than p_old = 1e-8: the bounds of p matter to the last bit alone.
+    each = {at: x for at, x in each.items() if at != (2, 0)}
+    old_NR[2, 0] = l_NR[2, 0]
+    old_NR[1, 0] = -30.0
+    found = rule("steer").apply(c.with_(old_logp_NR=old_NR).inputs)
+    each |= {(2, 0): metric(2, 0), (1, 0): metric(1, 0)}
+    k_ = -math.log(0.8) / max(*each.values(), 0.02)
+    same(found.coef_NR, loop(c, lambda i, k: float(own[i, k]) * math.exp(-k_ * each[i, k])))
+    assert each[1, 0] == max(each.values())  # A (log p + h), with p / p_old = 1
 
 
 def test_steer_with_equal_metrics():
@@ -208,7 +228,7 @@ def test_steer_with_equal_metrics():
 @seeds
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.34, 1.0])
 def test_stare_is_a_loop(seed, share):
-    c = case(seed=seed)
+    c = case(lengths=(5, 6, 6, 7, 9, 6), seed=seed)
     logp, _, A, _ = lists(c)
     own = c.inputs.update.coef_NR
 
@@ -270,7 +290,6 @@ def test_touched_counts_what_differs():
     coef[0, 0] *= 1 + 1e-9
     coef[1, 0] *= 1 + 1e-15  # rounding
     d = own.entropy_coef_NR.clone()
-    d[0, 0] += 1
     d[2, 0] += 1
     changed = own._replace(coef_NR=coef, entropy_coef_NR=d)
     assert touched(changed, own, mask) == pytest.approx(2 / len(c.tokens))

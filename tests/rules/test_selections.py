@@ -47,7 +47,7 @@ def test_a_prompt_that_is_not_in_u():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("amount", "number"), [("0.25", 6), ("1", 1), ("5", 5), ("1e-9", 1), ("999", 99)]
+    ("amount", "number"), [("0.24", 6), ("0.27", 6), ("1", 1), ("5", 5), ("1e-9", 1), ("999", 99)]
 )
 def test_drop_tokens_takes_the_lowest_shares(seed, amount, number):
     c = case(seed=seed)

@@ -34,6 +34,12 @@ def test_entropy_bonus_has_the_gradient_of_the_entropy(seed, coef, own_bonus):
     same(found.entropy_normaliser_N, i.update.normaliser_N)
 
 
+def test_no_bonus_is_none():
+    i = case().inputs
+    bare = i._replace(update=i.update._replace(entropy_coef_NR=None, entropy_normaliser_N=None))
+    assert rule("entropy_bonus:0").apply(bare) is bare.update
+
+
 def test_entropy_bonus_is_trls():
     """Where J is the mean over all tokens, as TRL's bonus is."""
     c = case()
@@ -176,7 +182,7 @@ PRESET_MODES = {"grpo": "mean_std", "dapo": "mean_std", "dr_grpo": "mean", "rloo
 @pytest.mark.parametrize("empty", [False, True])  # a response with no token in the loss
 def test_presets_are_loops(name, empty):
     masked = [(0, 1), (4, 3), *([(3, 0), (3, 1)] if empty else [])]
-    c = case(masked=masked)
+    c = case(lengths=(5, 3, 6, 2, 4, 1), masked=masked)
     tokens = [0] * 6
     for i, _ in c.tokens:
         tokens[i] += 1
