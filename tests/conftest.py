@@ -1,5 +1,6 @@
 """Settings of the suite, and what its tests start from: policies, checkpoints, commands."""
 
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from support.policies import random_like, tiny_policy
 settings.register_profile("funcprobe", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("funcprobe")
 
+TESTS = Path(__file__).parent
+
 # For tensors this small a second thread costs more than it gives, and on busy cores many times as
 # much: the two wait for each other. OMP_NUM_THREADS=2 shows that no test depends on it.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -29,6 +32,26 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests of -m device, as cuda")
+
+
+# Folders and files of the core's own tests, by which coverage, of the core alone, is measured.
+OF_THE_CORE = {
+    *("attribution", "autodiff", "losses", "passes", "policy", "rules", "statistics", "step"),
+    *("test_order_of_names.py", "test_probe.py", "test_sampler_checks.py", "test_tree.py"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tracing makes a whole run half as long again; what a run alone reaches has no test of its own."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] not in OF_THE_CORE:
+            item.add_marker("no_cover")
+
+
+def pytest_collection_finish() -> None:
+    """accelerate collects garbage after each training: half of a small one's time, if imports count."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
