@@ -248,6 +248,13 @@ def test_the_coefficient_that_is_solved_for_predicts_the_target(ran, by) -> None
     assert 1e-3 * found.derivative == pytest.approx(target, rel=1e-6)
     assert abs(solution.predicted_missed.value) < 1e-9 * abs(target)
     assert solution.within_error
+    interval, measured = solution.coefficient_interval, document.rules[-1].entropy
+    assert interval is not None
+    assert measured.measured_interval_given_U is not None
+    # The slope between the run's own rule and the solution, which is near.
+    slope = (target - own) / solution.coefficient
+    half = measured.measured_interval_given_U.half_width / abs(slope)
+    assert interval.half_width == pytest.approx(half, rel=0.5)
     assert solution.reachable[0] <= target <= solution.reachable[1]
     assert passes(document)["U"] <= 2  # one gradient; for the penalty the reference policy's forward
 

@@ -12,10 +12,10 @@ from funcprobe.statistics.intervals import delta_error
 from .. import store
 from ..machine.cost import Cost
 from ..stages.rules import Change, Given, Outcome
-from ..stages.solve import LINEAR, Solved
+from ..stages.solve import Solved
 from .cost import cost_section
 from .document import conventions, counts, entropy_error, entropy_unit, sizes
-from .quantity import Quantity, quantity, student_interval
+from .quantity import Interval, Quantity, quantity, student_interval
 from .whatif_sections import (
     SCHEMA_VERSION,
     ChangeSection,
@@ -199,12 +199,13 @@ def _solution(solved: Solved, rows: Sequence[RuleRow], unit: str) -> Solution:
     row = next(row for row in rows if row.rule == solved.outcome.name)
     interval = row.entropy.measured_interval_given_U
     method = "Y + b Y_b, with v exact for every b; Brent's method"
-    if solved.rule not in LINEAR:
+    if solved.slope is None:
         method = "bisection, a gradient pass over U each; the nearest of those tried"
     return Solution(
         rule=solved.rule,
         target=quantity(solved.target, unit, "predicted change at this eta"),
         coefficient=solved.coefficient,
+        coefficient_interval=_of_coefficient(solved, interval),
         row=row.rule,
         method=method,
         reachable=(solved.low, solved.high),
@@ -213,3 +214,11 @@ def _solution(solved: Solved, rows: Sequence[RuleRow], unit: str) -> Solution:
         measured_missed=quantity(row.entropy.measured.value - solved.target, unit, "less target"),
         within_error=None if interval is None else interval.low <= solved.target <= interval.high,
     )
+
+
+def _of_coefficient(solved: Solved, interval: Interval | None) -> Interval | None:
+    """Where the coefficient may lie, as the change is known to within its interval."""
+    if interval is None or not solved.slope:
+        return None
+    half = interval.half_width / abs(solved.slope)
+    return Interval(low=solved.coefficient - half, high=solved.coefficient + half)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from .cost import CostSection
-from .quantity import Quantity, Section, StudentInterval
+from .quantity import Interval, Quantity, Section, StudentInterval
 from .sections import Conventions, Counts
 
 SCHEMA_VERSION = 1
@@ -115,6 +115,9 @@ class Solution(Section):
     """The value asked for."""
     coefficient: float
     """Of the rule; the row of the table that has it is `row`."""
+    coefficient_interval: Interval | None
+    """95 %, over E given U: of the measured change there, over the slope of the predicted change in the
+    coefficient; null for a share, which changes in steps."""
     row: str
     """Name of its row."""
     method: str

@@ -105,8 +105,11 @@ def _solution(found: Solution) -> str:
     verdict = "the weights are not reliable there"
     if found.within_error is not None:
         verdict = "within its error" if found.within_error else "beyond its error: curvature"
+    known, coefficient = found.coefficient_interval, ""
+    if known is not None:
+        coefficient = f" (95 %, over E: {known.low:.3g} to {known.high:.3g})"
     return (
-        f"Solved, entropy change {found.target.value:g}: {found.row}; predicted off by "
+        f"Solved, entropy change {found.target.value:g}: {found.row}{coefficient}; predicted off by "
         f"{found.predicted_missed.value:+.1e}, measured by {found.measured_missed.value:+.1e} "
         f"{found.target.unit} ({verdict}); reachable {low:+.2e} to {high:+.2e}"
     )

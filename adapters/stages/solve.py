@@ -24,6 +24,9 @@ STEPPED = ("top_entropy", "steer")  # of a share in (0, 1], with 1 the run's own
 FINEST, COARSEST, FACTOR = 1e-3, 1e6, 4.0  # |b Y_b| / |Y| on the grid that brackets a root
 SHARES = (1.0, 0.7, 0.4, 0.2, 0.1, 0.05, 0.02)  # tried first, from the run's own rule
 HALVINGS = 5
+NEAR = (
+    1e-3  # |b Y_b| / |Y| of the difference that gives the slope: far above rounding, and nearly linear
+)
 
 
 class Solved(NamedTuple):
@@ -32,7 +35,7 @@ class Solved(NamedTuple):
     rule: str
     target: float  # predicted change of the entropy at eta
     coefficient: float
-    exact: bool  # else the nearest of those tried, of a rule that changes in steps
+    slope: float | None  # of the predicted change in the coefficient; None: a share, found in steps
     low: float  # predicted changes over the coefficients tried
     high: float
     passes: int  # over U
@@ -94,7 +97,8 @@ def _linear(given: Given, rule: NamedRule, target: float, stages: Stages, narrat
     update = _plus(own, b, part)
     share = touched(update, own, given.inputs.mask_NR)
     there = along(given, f"{rule.name}:{b:.6g}", update, direction(b), share, stages, narrator)
-    return Solved(rule.name, target, b, True, low, high, 1, there)
+    slope = (missed(b + NEAR * unit) - missed(b - NEAR * unit)) / (2 * NEAR * unit)
+    return Solved(rule.name, target, b, slope, low, high, 1, there)
 
 
 def _root(missed: Callable[[float], float], unit: float) -> float | None:
@@ -150,7 +154,7 @@ def _by_steps(
     best = min(seen, key=lambda share: abs(seen[share] - target))
     there = outcome(given, bind(rule, best), stages, narrator)
     low, high = min(seen.values()), max(seen.values())
-    return Solved(rule.name, target, best, False, low, high, len(seen), there)
+    return Solved(rule.name, target, best, None, low, high, len(seen), there)
 
 
 def _unreachable(name: str, target: float, low: float, high: float) -> str:
