@@ -46,8 +46,8 @@ class NamedRule(NamedTuple):
     name: str
     about: str  # in one sentence
     equation: str
-    source: str
     make: Callable[[Any], Rule]
+    source: str = ""  # paper, trainer; none of a selection of one's own
     argument: str | None = None
     default: str | None = None
     kind: Kind = "none"

@@ -29,13 +29,31 @@ def own() -> Rule:
 
 
 def positive_only() -> Rule:
-    """c of tokens with A > 0 alone: PSR, positive sample reinforcement (arXiv:2506.01347)."""
+    """c of tokens with A > 0 alone: positive sample reinforcement (PSR, arXiv:2506.01347).
+
+    The paper parts responses by a reward of 1 or -1, here the sign of A does: with `mean` and like
+    advantages, that of the reward against its group's.
+    """
     return lambda inputs: reweighted(inputs.update, inputs.advantage_NR > 0, bonus=False)
 
 
 def negative_only() -> Rule:
-    """c of tokens with A < 0 alone: NSR, negative sample reinforcement (arXiv:2506.01347)."""
+    """c of tokens with A < 0 alone: negative sample reinforcement (NSR, arXiv:2506.01347).
+
+    By the sign of A, as in `positive_only`.
+    """
     return lambda inputs: reweighted(inputs.update, inputs.advantage_NR < 0, bonus=False)
+
+
+def weighted_reinforce(weight: float) -> Rule:
+    """c times `weight` where A > 0: `weight` PSR + NSR, 0.1 in the paper (arXiv:2506.01347)."""
+
+    def rule(inputs: RuleInputs) -> UpdateBatch:
+        A_NR = inputs.advantage_NR
+        weight_NR = torch.ones_like(A_NR).masked_fill(A_NR > 0, weight)
+        return reweighted(inputs.update, weight_NR, bonus=False)
+
+    return rule
 
 
 def clip(low: float, high: float) -> Rule:

@@ -16,8 +16,7 @@ from .rule import Rule
 def rule(text: str) -> BoundRule:
     """The rule of "name" or "name:argument".
 
-    InputError, one line, for an unknown name, with the nearest one; for an argument that is missing,
-    not asked for, not of the kind or out of range.
+    InputError, one line: an unknown name, with the nearest; an argument that is missing or wrong.
     """
     name, colon, given = text.partition(":")
     name = name.strip()
@@ -35,15 +34,12 @@ def _alone(make: Callable[[], Rule]) -> Callable[[Any], Rule]:
     return lambda _: make()
 
 
-SHARE, POSITIVE = Range(0, 1), Range(0, math.inf, open=True)
+SHARE, OPEN, POSITIVE = Range(0, 1), Range(0, 1, open=True), Range(0, math.inf, open=True)
 ANY, FROM_0 = Range(-math.inf, math.inf), Range(0, math.inf)
 
-_CUI, _STEER, _STARE = (
-    "Cui et al., arXiv:2505.22617",
-    "STEER, arXiv:2510.10150",
-    "STARE, arXiv:2606.19236",
-)
-_SIGNS, _TRL = "Zhu et al., arXiv:2506.01347", "TRL 1.16"
+_CUI, _SIGNS = "Cui et al., arXiv:2505.22617", "Zhu et al., arXiv:2506.01347"
+_STEER, _STARE = "STEER, arXiv:2510.10150", "STARE, arXiv:2606.19236"
+_TRL = "TRL 1.16"
 
 _RULES = (
     NamedRule(
@@ -68,6 +64,17 @@ _RULES = (
         make=_alone(policy_terms.negative_only),
     ),
     NamedRule(
+        name="weighted_reinforce",
+        about="weights the responses of positive advantage, and keeps the others whole",
+        equation="c · weight, A > 0",
+        source=f"Weighted-REINFORCE, {_SIGNS}",
+        make=_spread(policy_terms.weighted_reinforce),
+        argument="weight",
+        default="0.1",
+        kind="numbers",
+        ranges=(FROM_0,),
+    ),
+    NamedRule(
         name="clip",
         about="clips the ratio to the policy that sampled below 1 - low and above 1 + high",
         equation="A r unit; 0 if r > 1 + high, A > 0, or r < 1 − low, A < 0",
@@ -88,7 +95,7 @@ _RULES = (
         argument="ratio",
         default="0.0002",
         kind="numbers",
-        ranges=(Range(0, 1, open=True),),
+        ranges=(OPEN,),
     ),
     NamedRule(
         name="kl_cov",
@@ -99,7 +106,7 @@ _RULES = (
         argument="ratio,coef",
         default="0.0002,0.1",
         kind="numbers",
-        ranges=(Range(0, 1, open=True), FROM_0),
+        ranges=(OPEN, FROM_0),
         needs=("old_logp_NR",),
     ),
     NamedRule(
@@ -122,7 +129,7 @@ _RULES = (
         argument="smallest",
         default="0.8",
         kind="numbers",
-        ranges=(Range(0, 1, open=True),),
+        ranges=(OPEN,),
     ),
     NamedRule(
         name="steer_linear",
@@ -234,7 +241,6 @@ _RULES = (
         name="drop_prompt",
         about="leaves out the responses to a prompt",
         equation="c, d · 1[prompt ≠ index]",
-        source="",
         make=selections.drop_prompt,
         argument="index",
         kind="prompt index",
@@ -243,7 +249,6 @@ _RULES = (
         name="drop_tokens",
         about="leaves out the tokens whose shares lower the predicted entropy most",
         equation="c, d · 1[not among the lowest shares]",
-        source="",
         make=_spread(selections.drop_tokens),
         argument="amount",
         default="0.05",
@@ -255,7 +260,6 @@ _RULES = (
         name="random_tokens",
         about="leaves out tokens at random, the control of drop_tokens",
         equation="c, d · 1[not drawn]",
-        source="",
         make=_spread(selections.random_tokens),
         argument="amount,seed",
         default="0.05,0",
@@ -266,7 +270,6 @@ _RULES = (
         name="temperature",
         about="takes the log-probabilities in J at another temperature, with the same coefficients",
         equation="c, d; l and h at temperature T",
-        source="",
         make=_alone(policy_terms.own),
         argument="T",
         kind="numbers",
@@ -277,7 +280,6 @@ _RULES = (
         name="mask",
         about="keeps the tokens for which a condition on the columns holds",
         equation="c, d · 1[condition]",
-        source="",
         make=selections.weighted,
         argument="condition",
         kind="condition",
@@ -286,7 +288,6 @@ _RULES = (
         name="weight",
         about="multiplies the tokens by a number computed from the columns",
         equation="c, d · expression",
-        source="",
         make=selections.weighted,
         argument="expression",
         kind="number expression",

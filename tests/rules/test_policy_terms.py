@@ -56,6 +56,9 @@ def test_one_sign_of_the_advantages(sign):
     keeps(c, found)
     both = sum(rule(n).apply(c.inputs).coef_NR for n in ("positive_only", "negative_only"))
     same(both, own)
+    found = rule("weighted_reinforce:0.3").apply(c.inputs)
+    same(found.coef_NR, loop(c, lambda i, k: float(own[i, k]) * (0.3 if float(own[i, k]) > 0 else 1)))
+    keeps(c, found)
 
 
 @seeds
@@ -255,6 +258,7 @@ def test_stare_is_a_loop(seed, share):
 
 IDENTITIES = [
     "own",
+    "weighted_reinforce:1",
     "temperature:0.5",
     "clip:5,1e9",
     "steer:1",
