@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import tree
 from .passes import gradients
+from .passes.block_gradients import Blocks, block_gradients
 from .passes.tangents import tangents
 from .policy.forward import Forward, lora_params
 from .policy.layout import MAX_TOKENS
@@ -52,6 +53,7 @@ class EvalPasses(NamedTuple):
     tangent: TokenStats  # along the direction
     X: Params  # grad of the entropy estimator
     baseline_NR: Float[Tensor, "N R"] | None  # of E at theta; None: no baseline
+    blocks: Blocks | None = None  # of X; None: not asked for
 
 
 class Passes(NamedTuple):
@@ -65,6 +67,7 @@ class Passes(NamedTuple):
     update_stats: TokenStats  # of U at theta
     along_PX: TokenStats  # tangents of U along P X
     along_Y: TokenStats  # of U along Y, where the step clips it; else 0
+    blocks: Blocks | None = None  # of X, along the parts of v (`masked.StepParts`); None: not asked for
 
 
 def eval_passes(
@@ -76,15 +79,26 @@ def eval_passes(
     entropy: Entropy = Entropy(),
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
+    parts: Sequence[Params] = (),
+    block_N: Int[Tensor, " N"] | None = None,
 ) -> EvalPasses:
-    """Two passes over E: statistics with tangents, X. InputError if X is zero or not finite."""
+    """Two passes over E: statistics with tangents, X. InputError if X is zero or not finite.
+
+    With `block_N`, X is the sum of the gradients of these blocks of E's sequences, whose products with
+    `parts` by tensor are kept, at no further pass.
+    """
     # The values that come with tangents are bit-identical to token_stats': ratios at eta = 0 are 1.
     stats, tangent = tangents(params, eval_batch, direction, forward, max_tokens)
     at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR)
     p_NR, q_NR = evaluation.gradient_coefficients(at)
-    X = gradients.weighted_grad(params, eval_batch, p_NR, q_NR, forward, max_tokens)
+    coefficients, blocks = (p_NR, q_NR), None
+    if block_N is None:
+        X = gradients.weighted_grad(params, eval_batch, *coefficients, forward, max_tokens)
+    else:
+        given = (eval_batch, *coefficients, block_N, parts)
+        X, blocks = block_gradients(params, *given, forward, max_tokens)
     require_gradients("X (of the entropy on E)", X)
-    return EvalPasses(stats, tangent, X, at.baseline_NR)
+    return EvalPasses(stats, tangent, X, at.baseline_NR, blocks)
 
 
 def summarise_along(
@@ -101,7 +115,7 @@ def summarise_along(
 
     `unit_N` as in `summarise`.
     """
-    stats, tangent, X, baseline_NR = passes
+    stats, tangent, X, baseline_NR, _ = passes
     at = evaluation.evaluate(eval_batch, stats, entropy, sampler_logp_NR, baseline_NR)
     unit_N = eval_batch.prompt_N if unit_N is None else unit_N
     first = evaluation.derivative(at, tangent, unit_N)

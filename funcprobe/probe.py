@@ -91,6 +91,7 @@ def first_order_passes(
     update_forward: Forward | None = None,
     Y: Sequence[Params] | None = None,
     masks: Sequence[Forward] = (),
+    block_N: Int[Tensor, " N"] | None = None,
 ) -> Passes:
     """Four passes: Y on U, statistics with tangents along v on E, X on E, tangents along P X on U; and
     where Y is clipped a fifth, tangents along Y on U.
@@ -98,7 +99,9 @@ def first_order_passes(
     `update_forward` (default `forward`) is used for the passes over U, so that a caller can count them;
     with `Y`, from `update_gradients`, the first pass is omitted. If Y is of several dropout masks, v is
     the mean of their steps; the tangents along P X are without masks. If every coefficient is 0, so is
-    Y, without a pass over U. Raises InputError as `update_gradients`, and if no step is left then.
+    Y, without a pass over U. With `block_N`, the index of a block of every sequence of E, X is summed
+    over blocks, for errors of its products with the parts of v (`statistics.blocks.random_blocks`).
+    Raises InputError as `update_gradients`, and if no step is left then.
     """
     over_U = forward if update_forward is None else update_forward
     if Y is None:
@@ -106,7 +109,8 @@ def first_order_passes(
     direction = masked.mean_direction(params, Y, adam_state, step)
     if not update.moves:
         require_step(direction, step)
-    stats, tangent, X, baseline_NR = eval_passes(
+    parts = () if block_N is None else masked.parts(params, Y, adam_state, step)
+    stats, tangent, X, baseline_NR, blocks = eval_passes(
         params,
         eval_batch,
         direction.total,
@@ -114,6 +118,8 @@ def first_order_passes(
         entropy=entropy,
         max_tokens=max_tokens,
         sampler_logp_NR=sampler_logp_NR,
+        parts=parts,
+        block_N=block_N,
     )
     update_stats, along_PX, along_Y = (
         TokenStats(*(torch.zeros_like(update.coef_NR) for _ in TokenStats._fields)) for _ in range(3)
@@ -123,7 +129,7 @@ def first_order_passes(
         update_stats, along_PX = tangents(params, update.batch, PX, over_U, max_tokens)
     if update.moves and direction.clip_coefficient < 1:
         _, along_Y = tangents(params, update.batch, tree.mean(Y), over_U, max_tokens)
-    return Passes(tuple(Y), stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y)
+    return Passes(tuple(Y), stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y, blocks)
 
 
 def summarise(
@@ -146,7 +152,7 @@ def summarise(
     an update without normaliser.
     """
     require_normaliser(update)
-    Y_masks, stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y = passes
+    Y_masks, stats, tangent, X, baseline_NR, update_stats, along_PX, along_Y, _ = passes
     Y = tree.mean(Y_masks)
     direction = masked.mean_direction(params, Y_masks, adam_state, step)
     along = summarise_along(

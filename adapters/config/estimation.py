@@ -1,4 +1,4 @@
-"""Configuration of the objective, the entropy estimator and the measurement."""
+"""Configuration of the objective, the entropy estimator, the measurement and the attribution."""
 
 import math
 from difflib import get_close_matches
@@ -125,6 +125,16 @@ class EntropyConfig(Section):
                 'one of the two, or set baseline = "none"'
             )
         return self
+
+
+class AttributionConfig(Section):
+    """Who makes the predicted change: prompts and tokens of U and E, modules, momentum."""
+
+    level: Literal["summary", "tokens", "off"] = Field(
+        "summary",
+        description='"summary": shares and marginals by part of the step, prompt, sequence and module, '
+        'by one more pass over U; "tokens": also a table of every token (docs/results.md); or "off".',
+    )
 
 
 class MeasureConfig(Section):

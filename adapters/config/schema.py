@@ -6,12 +6,13 @@
 from pydantic import model_validator
 
 from .batches import PromptsConfig, RewardConfig, RolloutsConfig, SamplingConfig
-from .estimation import EntropyConfig, MeasureConfig, ObjectiveConfig, StepConfig
+from .estimation import AttributionConfig, EntropyConfig, MeasureConfig, ObjectiveConfig, StepConfig
 from .policy import OptimizerConfig, PolicyConfig, RunConfig
 from .rules import WhatifConfig
 from .section import Section
 
 __all__ = [
+    "AttributionConfig",
     "Config",
     "EntropyConfig",
     "MeasureConfig",
@@ -43,6 +44,7 @@ class Config(Section):
     step: StepConfig = StepConfig()
     entropy: EntropyConfig = EntropyConfig()
     measure: MeasureConfig = MeasureConfig()
+    attribution: AttributionConfig = AttributionConfig()
     whatif: WhatifConfig = WhatifConfig()
 
     @model_validator(mode="after")

@@ -6,14 +6,16 @@ import torch
 
 import funcprobe
 from funcprobe import tree
+from funcprobe.passes.block_gradients import Blocks
 from funcprobe.statistics import baselines
+from funcprobe.statistics.blocks import random_blocks
 from funcprobe.types import Params
 
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
 from ..machine.cost import Stage, counted
 from ..store import Stages
-from .batches import Batches, sample
+from .batches import Batches, derived_seed, sample
 from .gradient import gradients_on_U, verify_state
 from .loss import with_loss
 from .plan import Plan
@@ -44,7 +46,7 @@ def predicted(plan: Plan, stages: Stages, narrator: Narrator) -> Predicted:
     evidence = verify_state(plan, tree.mean(Y), narrator)
     unit_N = _units(plan, batches)
     with narrator.phase("first order", _sequences(batches)) as stage:
-        passes = _passes(plan, batches, Y, stages, stage)
+        passes = _passes(plan, batches, Y, unit_N, stages, stage)
         prediction = funcprobe.summarise(
             plan.policy.params,
             passes,
@@ -75,14 +77,30 @@ def _units(plan: Plan, batches: Batches) -> torch.Tensor:
     return torch.arange(len(prompt_N)) if plan.supplied_eval is None else prompt_N
 
 
+def _blocks(plan: Plan, unit_N: torch.Tensor) -> torch.Tensor | None:
+    """Random blocks of E, for the errors of shares; None without attribution."""
+    if plan.config.attribution.level == "off":
+        return None
+    seed = derived_seed(plan.config.run.seed, "blocks")
+    return random_blocks(unit_N, torch.Generator().manual_seed(seed))
+
+
 def _passes(
-    plan: Plan, batches: Batches, Y: tuple[Params, ...], stages: Stages, stage: Stage
+    plan: Plan,
+    batches: Batches,
+    Y: tuple[Params, ...],
+    unit_N: torch.Tensor,
+    stages: Stages,
+    stage: Stage,
 ) -> funcprobe.Passes:
     params = plan.policy.params
     leaves = dict.fromkeys(params, LEAVES)
+    block_N = _blocks(plan, unit_N)
+    blocks = None if block_N is None else Blocks(LEAVES, LEAVES)
     baseline = None if plan.entropy.baseline == "none" else LEAVES
-    like = funcprobe.Passes((leaves,) * len(Y), STATS, STATS, leaves, baseline, STATS, STATS, STATS)
-    inputs = {**step_inputs(plan, batches), "passes": funcprobe.Passes._fields}
+    masks = (leaves,) * len(Y)
+    like = funcprobe.Passes(masks, STATS, STATS, leaves, baseline, STATS, STATS, STATS, blocks)
+    inputs = {**step_inputs(plan, batches), "passes": funcprobe.Passes._fields, "blocks": block_N}
 
     def compute() -> funcprobe.Passes:
         return funcprobe.first_order_passes(
@@ -97,6 +115,7 @@ def _passes(
             sampler_logp_NR=batches.sampler_logp_NR,
             update_forward=counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
             Y=Y,
+            block_N=block_N,
         )
 
     passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute, stage.found)

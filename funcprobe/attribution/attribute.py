@@ -14,6 +14,7 @@ from ..statistics import evaluation
 from ..step import masked
 from ..types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
 from .evaluation_shares import EvaluationShares, evaluation_shares
+from .module_errors import ModuleErrors, module_errors
 from .module_shares import ModuleShares, Parts, module_shares
 from .token_shares import TokenShares, update_shares
 
@@ -36,6 +37,7 @@ class Attribution(NamedTuple):
     marginal: TokenShares  # <D^T X, Y_mk> of U
     modules: ModuleShares
     evaluation: EvaluationShares
+    errors: ModuleErrors | None = None  # of `modules`, over E; None: passes without blocks
 
     @property
     def parts(self) -> Parts:
@@ -90,8 +92,9 @@ def attribute(
     prompt it is that of all its tokens, whose marginals add up. For the rule "sgd" marginals are
     shares, as v is linear in Y.
 
-    Errors given U: over E's units, for the terms and prompts of `evaluation`. Those of other shares
-    would each need E's tangents along one part of v, a further pass for each of them
+    Errors given U: over E's units, for the terms and prompts of `evaluation`; over blocks of them, for
+    `modules` and the parts of v, if the passes were made with `block_N`. Those of U's prompts
+    would each need E's tangents along one part of P Y, a further pass for each of them
     (`along.eval_passes` and `along.summarise_along` give it for any direction); they are not
     approximated. The arguments are those of `summarise`. Raises InputError for fewer than two units in
     E, and as `update_direction`.
@@ -109,4 +112,5 @@ def attribute(
         marginal=update_shares(update, along_DX),
         modules=modules,
         evaluation=evaluation_shares(at, passes.tangent, eval_batch, unit_N),
+        errors=None if passes.blocks is None else module_errors(at, passes.blocks, passes.X),
     )

@@ -44,8 +44,7 @@ def module_shares(
 
     v is the step from the gradient Y, or the mean of the steps from several masks' gradients, of
     `update_direction`; the parts are <X, v_momentum>, <X, v_decay> and <X, P Y>, in the unit of the
-    prediction per unit of eta. Without errors: the error of a tensor's share given U needs E's tangents
-    along v restricted to it, one pass over E for each tensor. Raises as `update_direction`, and
+    prediction per unit of eta; `module_errors` has their errors. Raises as `update_direction`, and
     ValueError if X has other names or shapes than `params`.
     """
     tree.require_same(params, X, "X")
@@ -66,7 +65,7 @@ def module_shares(
         tensor,
         module=_grouped(tensor, module_of),
         layer=_grouped(tensor, layer_of),
-        projection=_grouped(tensor, lambda name: module_of(name).rpartition(".")[2]),
+        projection=_grouped(tensor, projection_of),
         factor=_grouped(tensor, factor_of),
         total=_summed(list(tensor.values())),
     )
@@ -83,6 +82,11 @@ def layer_of(name: str) -> str:
     """The path up to its first number; the module's, if it has none."""
     numbered = re.match(r"(.*?\.)?\d+(?=\.)", name)
     return numbered[0] if numbered else module_of(name)
+
+
+def projection_of(name: str) -> str:
+    """The last part of the module's name."""
+    return module_of(name).rpartition(".")[2]
 
 
 def factor_of(name: str) -> str:

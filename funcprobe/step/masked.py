@@ -9,7 +9,7 @@ from .. import tree
 from ..types import AdamState, Params, Step
 from . import adam
 from .adam import UpdateDirection
-from .response import response
+from .response import response, response_along
 
 
 class OverMasks(NamedTuple):
@@ -46,6 +46,30 @@ def mean_direction(
             clip_coefficient=(1 - share) * mean.clip_coefficient + share * one.clip_coefficient,
         )
     return mean._replace(total={n: t.to(first[n].dtype) for n, t in mean.total.items()})
+
+
+class StepParts(NamedTuple):
+    """The parts of v, which sum to it, and its response to Y itself; float64, means over masks."""
+
+    momentum: Params
+    decay: Params
+    update: Params  # P Y
+    common: Params  # D Y, D = dv/dY: dv/dw of a common weight w of all of U in J
+
+
+def parts(params: Params, Y_masks: Sequence[Params], adam_state: AdamState, step: Step) -> StepParts:
+    """v_momentum, v_decay, P_k Y_k and D_k Y_k of `update_direction`, means over the gradients Y_k."""
+    mean: StepParts | None = None
+    for count, Y in enumerate(Y_masks, start=1):
+        given = step._asdict()
+        one = adam.update_direction(params, Y, adam_state, **given)
+        update = {n: p * tree.f64(Y[n]) for n, p in one.scale.items()}
+        common = response_along(params, Y, Y, adam_state, **given)
+        each = StepParts(one.momentum, one.decay, update, common)
+        old = each if mean is None else mean
+        mean = StepParts(*(_towards(a, b, 1 / count) for a, b in zip(old, each, strict=True)))
+    assert mean is not None  # at least one gradient
+    return mean
 
 
 def mean_response(

@@ -1,4 +1,6 @@
-"""The derivative of the next step with respect to its gradient, transposed."""
+"""The derivative of the next step with respect to its gradient, and its transpose."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,50 @@ def response(
     """
     tree.require_same(params, X, "X")
     bounds = {"max_grad_norm": max_grad_norm, "max_update": max_update}
+    D = _derivative(params, grads, adam_state, rule, **bounds)
+    along = {n: a * tree.f64(X[n]) for n, a in D.diagonal.items()}
+    return tree.axpy(-D.kappa * tree.dot(grads, along), grads, along) if D.kappa else along
+
+
+def response_along(
+    params: Params,
+    Z: Params,
+    grads: Params,
+    adam_state: AdamState,
+    *,
+    rule: Rule = "adamw",
+    max_grad_norm: float | None = None,
+    max_update: float | None = None,
+) -> Params:
+    """D Z = d/de v(Y + e Z) at e = 0, Y = `grads`: A Z - kappa A Y <Y, Z>, with A, kappa of `response`.
+
+    With Z = Y it is the answer to a common weight of all tokens of U: <X, D Y> is the sum of their
+    marginals. In the unit of v; float64 on the CPU. Raises as `update_direction`; ValueError if Z has
+    other names or shapes.
+    """
+    tree.require_same(params, Z, "Z")
+    bounds = {"max_grad_norm": max_grad_norm, "max_update": max_update}
+    D = _derivative(params, grads, adam_state, rule, **bounds)
+    clipped = D.kappa * tree.dot(grads, Z) if D.kappa else 0.0
+    return {n: a * (tree.f64(Z[n]) - clipped * tree.f64(grads[n])) for n, a in D.diagonal.items()}
+
+
+class _Derivative(NamedTuple):
+    """D = A (1 - kappa Y Y^T), A diagonal."""
+
+    diagonal: Params  # A
+    kappa: float  # 0 where Y is not clipped
+
+
+def _derivative(
+    params: Params,
+    grads: Params,
+    adam_state: AdamState,
+    rule: Rule,
+    max_grad_norm: float | None,
+    max_update: float | None,
+) -> _Derivative:
+    bounds = {"max_grad_norm": max_grad_norm, "max_update": max_update}
     direction = adam.update_direction(params, grads, adam_state, rule=rule, **bounds)
     diagonal = direction.scale
     if rule == "adamw":
@@ -46,12 +92,10 @@ def response(
             n: torch.where(unbounded[n] * tree.f64(grads[n]).abs() > max_update, 0.0, p)
             for n, p in diagonal.items()
         }
-    along = {n: a * tree.f64(X[n]) for n, a in diagonal.items()}
     if direction.clip_coefficient == 1:
-        return along
+        return _Derivative(diagonal, 0.0)
     norm = tree.norm(grads)
-    kappa = 1 / (norm * (norm + adam.CLIP_EPS))
-    return tree.axpy(-kappa * tree.dot(grads, along), grads, along)
+    return _Derivative(diagonal, 1 / (norm * (norm + adam.CLIP_EPS)))
 
 
 def _adamw_diagonal(grads: Params, direction: UpdateDirection, adam_state: AdamState) -> Params:
