@@ -16,9 +16,12 @@ from .config.schema import Config
 from .console import Narrator
 from .machine.cost import counted
 from .machine.precision import products
+from .results.attribution import attribution_section
+from .results.attribution_tables import write_tables
 from .results.document import document
 from .results.manifest import manifest
 from .results.schema import Results
+from .stages.attribution import attributed
 from .stages.batches import Batches
 from .stages.first_order import predicted
 from .stages.observables import asked_for, functions_of_E, observe
@@ -39,12 +42,16 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
         found = predicted(plan, stages, narrator)
         plan, batches, evidence, _, prediction, unit_N = found
         f = functions_of_E(found, asked, narrator)
+        attribution = attributed(found, stages, narrator)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
         observed = observe(found, asked, f, sweep, stages, narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
     seen.append(_untouched(versions, plan.policy.model))
+    section = attribution_section(found, attribution)
     results = document(
-        plan, batches, prediction, evidence, unit_N, sweep, seen, narrator.costs, observed
+        *(plan, batches, prediction, evidence, unit_N, sweep, seen, narrator.costs),
+        observed,
+        section,
     )
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
@@ -58,6 +65,8 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
             if point.fresh is not None:
                 path = target / "rollouts" / f"eval-at-{point.eta:g}.parquet"
                 rollouts.save_rollouts(point.fresh.rollouts, path)
+        if attribution is not None:
+            write_tables(found, attribution, target)
         store.save_params(prediction.direction.total, target / "direction.safetensors")
         store.write_json(results.model_dump(mode="json"), target / "results.json")
         store.write_json(manifest(plan).model_dump(mode="json"), target / "manifest.json")

@@ -44,10 +44,12 @@ def test_the_run_folder_holds_what_was_run(probe, checkpoint) -> None:
         "config.toml",
         "direction.safetensors",
         "manifest.json",
+        "modules.parquet",
         "results.json",
         "rollouts/eval.parquet",
         "rollouts/update.parquet",
         "run.log",
+        "sequences.parquet",
     ]
     config = read_config(folder / "config.toml")
     assert (config.run.seed, config.run.name) == (3, "one")

@@ -21,6 +21,7 @@ from ..stages.batches import Batches
 from ..stages.observables import Observed
 from ..stages.plan import Plan
 from ..stages.sweep import Sweep
+from .attribution_sections import AttributionSection
 from .cost import cost_section
 from .observables import observables
 from .quantity import Quantity, quantity, student_interval
@@ -52,6 +53,7 @@ def document(
     checks: list[Check],
     costs: dict[str, Cost],
     observed: Iterable[Observed] = (),
+    attribution: AttributionSection | None = None,
 ) -> Results:
     """The content of results.json. Of two runs of one seed on one machine, only "cost" differs.
 
@@ -71,6 +73,7 @@ def document(
         loss=_loss(plan, batches, prediction),
         mean_reward=_mean_reward(batches.update_rollouts.reward),
         first_order=_first_order(plan, prediction, errors),
+        attribution=attribution,
         second_order=second_order(prediction, sweep, unit),
         norms=_norms(prediction, unit),
         clip_coefficient=prediction.direction.clip_coefficient,

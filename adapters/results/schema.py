@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from ..config.estimation import observable_label
+from .attribution_sections import AttributionSection
 from .cost import CostSection
 from .observable_sections import Observable
 from .quantity import Quantity, Section, StudentInterval
@@ -46,6 +47,8 @@ class Results(Section):
     """null: no response of U has a reward."""
     first_order: FirstOrder
     """d/d eta of the entropy along v at eta = 0."""
+    attribution: AttributionSection | None = None
+    """Who makes the derivative; null: attribution.level = "off", or a file of an earlier version."""
     second_order: SecondOrder | None
     """null: measure.second_order = "none", or half precision, which cannot resolve it."""
     norms: Norms

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import observable_tables
+from .attribution_words import causes
 from .cost import cost_line
 from .quantity import Interval
 from .schema import Results
@@ -43,7 +44,7 @@ def print_results(results: Results, console: Console) -> None:
     console.print(_table(results, console.width))
     if (others := observable_tables.table(results)) is not None:
         console.print(others)
-    for line in (*_under_the_table(results), cost_line(results.cost)):
+    for line in (*_under_the_table(results), *causes(results), cost_line(results.cost)):
         console.print(line, soft_wrap=True, markup=False)
 
 

@@ -1,0 +1,145 @@
+"""The largest causes of the predicted change in words: only what the numbers and their errors allow."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .attribution_sections import AttributionSection, Family, PromptOfU, Region, Share
+from .schema import Results
+
+ONE_SIGN = 1.25  # sum of absolute shares over their sum, up to which percentages are said
+SMALL = 0.005  # of the sum of absolute shares: a part that is not mentioned
+MARK = " (indistinguishable from 0)"
+
+
+class Scale(NamedTuple):
+    """From shares to amounts of change: the learning rate of the next step, or 1."""
+
+    eta: float
+    unit: str
+
+
+def causes(results: Results) -> list[str]:
+    """Who makes the change, where the batch's answer differs from its part, and what shares lack.
+
+    Percentages are of sums whose shares have one sign, nearly; where they have not, amounts with their
+    signs are said instead, at the next learning rate or, where that is not known, per unit of it. No
+    line without an attribution.
+    """
+    section = results.attribution
+    if section is None:
+        return []
+    eta, unit = results.next_lr.value, results.entropy.unit
+    scale = Scale(eta, unit) if eta else Scale(1.0, section.unit)
+    rule, clipped = results.conventions.step.rule, results.clip_coefficient < 1
+    return [
+        f"Causes of the predicted change: {_sentence(section, scale)}",
+        *_marginals(section, scale, rule, clipped),
+        _residuals(section.families),
+    ]
+
+
+def _sentence(section: AttributionSection, scale: Scale) -> str:
+    parts = {
+        "momentum of earlier steps": section.momentum,
+        "weight decay": section.decay,
+        "this batch": section.update,
+    }
+    absolute = sum(abs(part.share) for part in parts.values())
+    whole = sum(part.share for part in parts.values())
+    said = {n: p for n, p in parts.items() if abs(p.share) > SMALL * absolute}
+    ordered = sorted(said.items(), key=lambda item: -abs(item[1].share))
+    if all(p.share / whole > 0 for p in said.values()):
+        first, *rest = [f"{_percent(p.share / whole)} is {n}{_mark(p)}" for n, p in ordered]
+        clauses = [", ".join([first, *rest])]
+        batch = f"this batch's {_percent(section.update.share / whole)}"
+    else:
+        listed = _join([f"{n} {_amount(p.share, scale)}{_mark(p)}" for n, p in ordered])
+        clauses = [f"{listed} {scale.unit}, {_amount(whole, scale)} in all"]
+        batch = f"this batch's {_amount(section.update.share, scale)}"
+    if not any(prompt.share for prompt in section.U_prompts):
+        clauses.append("this batch has no gradient")
+    elif "this batch" in said:
+        if list(said) == ["this batch"]:
+            clauses, batch = ["all of it is this batch"], "it"
+        clauses.append(_prompts(section.U_prompts, section.update.share, batch, scale))
+        clauses += _where(section.update_region, "the batch's part")
+        return "; ".join(clauses)
+    return "; ".join([*clauses, *_where(section.region, "the whole")])
+
+
+def _prompts(prompts: Sequence[PromptOfU], whole: float, batch: str, scale: Scale) -> str:
+    """The largest prompt as a share of the batch, or the largest of either sign in amounts."""
+    first = prompts[0]
+    rest = whole - sum(prompt.share for prompt in prompts)
+    absolute = sum(abs(prompt.share) for prompt in prompts) + abs(rest)
+    if absolute <= ONE_SIGN * abs(whole) and 0 < first.share / whole <= 1:
+        return f"of {batch}, {_called(first)} makes {_percent(first.share / whole)}"
+    other = next((p for p in prompts if p.share * first.share < 0), None)
+    named = [first] if other is None else [first, other]
+    listed = _join([f"{_called(p)} makes {_amount(p.share, scale)}" for p in named])
+    return f"within {batch}, {listed} {scale.unit}"
+
+
+def _called(prompt: PromptOfU) -> str:
+    """prompt 17 ('What is 8 + 4?', 7 of 8 right)."""
+    rewards = ""
+    if prompt.right is not None:
+        rewards = f", {prompt.right} of {prompt.responses} right"
+    elif prompt.mean_reward is not None:
+        rewards = f", mean reward {prompt.mean_reward:.3g}"
+    return f"prompt {prompt.prompt_index} ({prompt.text}{rewards})"
+
+
+def _where(region: Region | None, whole: str) -> list[str]:
+    if region is None or region.total.indistinguishable_from_0:
+        return []
+    return [
+        f"{_percent(region.fraction)} of {whole} is in {region.name} "
+        f"({region.modules} of {region.of_modules} modules)"
+    ]
+
+
+def _marginals(section: AttributionSection, scale: Scale, rule: str, clipped: bool) -> list[str]:
+    """Shares and marginals of the batch, where they differ by more than their error."""
+    if not section.marginals_differ:
+        return []
+    share, marginal = section.update.share, section.marginals.share
+    why = "its second moment, which divides the whole step, grows with its gradient"
+    if rule != "adamw":
+        why = "entries of the step are bounded"
+    elif clipped:
+        why += ", and clipping fixes its norm"
+    return [
+        f"This batch's shares sum to {_amount(share, scale)}{_half(section.update, scale)} and its "
+        f"marginals, the change if all of it counted more, to {_amount(marginal, scale)}"
+        f"{_half(section.marginals, scale)} {scale.unit}: {why}"
+    ]
+
+
+def _residuals(families: Sequence[Family]) -> str:
+    listed = ", ".join(f"{family.name} {family.relative:.0e}" for family in families)
+    return f"shares sum to the prediction; residual, relative to the sum of absolute shares: {listed}"
+
+
+def _percent(fraction: float) -> str:
+    percent = 100 * fraction
+    if 0 < abs(percent) < 1:
+        return "under 1 %"
+    return f"{percent:.0f} %"
+
+
+def _amount(share: float, scale: Scale) -> str:
+    return f"{scale.eta * share:+.1e}"
+
+
+def _half(share: Share, scale: Scale) -> str:
+    """With the half width of its interval."""
+    return f" ± {scale.eta * share.interval.half_width:.1e}" if share.interval else ""
+
+
+def _mark(share: Share) -> str:
+    return MARK if share.share and share.indistinguishable_from_0 else ""
+
+
+def _join(items: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
