@@ -56,6 +56,7 @@ def attribution_section(
         momentum=share_of(parts.momentum, errors.total.momentum),
         decay=share_of(parts.decay, errors.total.decay),
         update=share_of(parts.update, errors.total.update),
+        whole=share_of(parts.total, errors.total.total),
         dropout=attribution.dropout,
         marginals=share_of(attribution.marginal.total, errors.marginal),
         marginals_less_shares=difference,

@@ -119,6 +119,8 @@ class AttributionSection(Section):
     """<X, v_decay>: weight decay."""
     update: Share
     """<X, P Y>: this batch, P fixed."""
+    whole: Share
+    """<X, v>, with the error by blocks; that by draws is first_order.se_given_U."""
     dropout: float
     """What masks of dropout make of `update`; rounding without masks. With U's shares it sums to it."""
     marginals: Share

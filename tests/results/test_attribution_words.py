@@ -44,6 +44,7 @@ def section(**fields) -> AttributionSection:
         "unit": "nats per token per unit of learning rate",
         "momentum": share(-440.0, 20.0),
         "update": share(-60.0, 5.0),
+        "whole": share(-500.0, 21.0),
         "dropout": 0.0,
         "marginals": share(3.0, 4.0),
         "marginals_less_shares": share(63.0, 5.0),
