@@ -38,11 +38,11 @@ def run(config: Path, level: str, folder: Path, changes: list[str]) -> dict[str,
         "processor": sum(after[2:4]) - sum(before[2:4]),
         "passes": cost["total"]["passes"],
         "stages": {stage["stage"]: stage["seconds"] for stage in cost["stages"]},
-        "errors": errors(results, folder / name),
+        "errors": errors(results),
     }
 
 
-def errors(results: dict[str, Any], folder: Path) -> dict[str, float] | None:
+def errors(results: dict[str, Any]) -> dict[str, float] | None:
     """The error of the derivative by draws and by blocks; the latter lacks the term of D'."""
     if results["attribution"] is None:
         return None
