@@ -351,9 +351,12 @@ def test_another_temperature_of_the_same_rollouts_is_another_state(probe) -> Non
 
 
 def test_brought_rollouts_are_as_good_as_the_sampled_ones_they_are(probe, calls) -> None:
-    sampled = probe("one", sampling__temperature=0.8)
+    # Blocks of prompts are others than those of draws, and X is summed over them: it rounds otherwise.
+    off = {"attribution__level": "off"}
+    sampled = probe("one", sampling__temperature=0.8, **off)
     calls.clear()
     brought = {
+        **off,
         "rollouts__eval": "runs/one/rollouts/eval.parquet",
         "rollouts__update": "runs/one/rollouts/update.parquet",
         "prompts__source": "/gone.jsonl",  # not needed any more, nor is the reward
@@ -368,13 +371,14 @@ def test_brought_rollouts_are_as_good_as_the_sampled_ones_they_are(probe, calls)
     assert without_errors(again) == without_errors(sampled)
     assert again["first_order"]["se_given_U"] != sampled["first_order"]["se_given_U"]
     assert rollout_bytes("one") == rollout_bytes("two")
-    half = probe("three", rollouts__eval=brought["rollouts__eval"], sampling__temperature=0.8)
+    half = probe("three", rollouts__eval=brought["rollouts__eval"], sampling__temperature=0.8, **off)
     assert without_errors(half) == without_errors(sampled)
 
 
 def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> None:
     # Without a baseline, as E with sampler_logp has none.
-    sampled = probe("one", entropy__baseline="none")
+    off = {"attribution__level": "off"}  # see above
+    sampled = probe("one", entropy__baseline="none", **off)
     path = Path("runs/one/rollouts/eval.parquet")
     drawn = load_rollouts(path, 14, rewards=False)
     config = read_config(Path("runs/one/config.toml"))
@@ -383,14 +387,14 @@ def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> No
     logp_NR = bound.token_stats(bound.params, to_batch(drawn)).logp_NR
     own = [row[: len(y)].tolist() for row, y in zip(logp_NR, drawn.response_ids, strict=True)]
     save_rollouts(drawn._replace(sampler_logp=own), Path("own.parquet"))
-    same = probe("two", rollouts__eval="own.parquet")
+    same = probe("two", rollouts__eval="own.parquet", **off)
     for part in ("first_order", "sweep"):  # every ratio is exp(0), and 1.0 changes no product
         assert without_errors(same[part]) == without_errors(sampled[part])
 
     # A sampler that was half as sure of every first token: ratios of 2 for all, which cancel.
     halved = [[row[0] - 0.6931471805599453, *row[1:]] for row in own]
     save_rollouts(drawn._replace(sampler_logp=halved), Path("halved.parquet"))
-    even = probe("three", rollouts__eval="halved.parquet", entropy__weights="sequence")
+    even = probe("three", rollouts__eval="halved.parquet", entropy__weights="sequence", **off)
     plain = probe("four", entropy__weights="sequence", entropy__baseline="none")
     assert derivative(even) == pytest.approx(derivative(plain), rel=1e-9)
 
