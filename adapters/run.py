@@ -19,11 +19,13 @@ from .machine.precision import products
 from .results.attribution import attribution_section
 from .results.attribution_tables import write_tables
 from .results.document import document
+from .results.influence import influence_section
 from .results.manifest import manifest
 from .results.schema import Results
 from .stages.attribution import attributed
 from .stages.batches import Batches
 from .stages.first_order import predicted
+from .stages.influence import influences
 from .stages.observables import asked_for, functions_of_E, observe
 from .stages.plan import Plan, load
 from .stages.sweep import measure_sweep
@@ -43,6 +45,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
         plan, batches, evidence, _, prediction, unit_N = found
         f = functions_of_E(found, asked, narrator)
         attribution = attributed(found, stages, narrator)
+        influence = influences(found, attribution, stages, narrator)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
         observed = observe(found, asked, f, sweep, stages, narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
@@ -53,6 +56,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
         observed,
         section,
     )
+    results = results.model_copy(update={"influence": influence_section(found, influence)})
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()

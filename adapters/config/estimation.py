@@ -135,6 +135,21 @@ class AttributionConfig(Section):
         description='"summary": shares and marginals by part of the step, prompt, sequence and module, '
         'by one more pass over U; "tokens": also a table of every token (docs/results.md); or "off".',
     )
+    influence: int = Field(
+        0,
+        ge=0,
+        description="Number of prompts of U, those of the largest shares, whose influence on every "
+        "prompt of E is computed, with the share's interval and modules: a pass over E each.",
+    )
+
+    @model_validator(mode="after")
+    def _influence_needs_shares(self) -> "AttributionConfig":
+        if self.influence and self.level == "off":
+            raise ValueError(
+                f"influence = {self.influence} is of the prompts of the largest shares, and level is "
+                '"off": set level to "summary", or influence to 0'
+            )
+        return self
 
 
 class MeasureConfig(Section):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from ..config.estimation import observable_label
 from .attribution_sections import AttributionSection
 from .cost import CostSection
+from .influence_sections import InfluenceSection
 from .observable_sections import Observable
 from .quantity import Quantity, Section, StudentInterval
 from .sections import (
@@ -49,6 +50,9 @@ class Results(Section):
     """d/d eta of the entropy along v at eta = 0."""
     attribution: AttributionSection | None = None
     """Who makes the derivative; null: attribution.level = "off", or a file of an earlier version."""
+    influence: InfluenceSection | None = None
+    """Which prompts of E the largest prompts of U change; null: attribution.influence = 0, no gradient,
+    or a file of an earlier version."""
     second_order: SecondOrder | None
     """null: measure.second_order = "none", or half precision, which cannot resolve it."""
     norms: Norms

@@ -10,6 +10,7 @@ from rich.table import Table
 from . import observable_tables
 from .attribution_words import causes
 from .cost import cost_line
+from .influence_words import influence_lines
 from .quantity import Interval
 from .schema import Results
 from .sections import LossSection
@@ -44,8 +45,9 @@ def print_results(results: Results, console: Console) -> None:
     console.print(_table(results, console.width))
     if (others := observable_tables.table(results)) is not None:
         console.print(others)
-    for line in (*_under_the_table(results), *causes(results), cost_line(results.cost)):
+    for line in (*_under_the_table(results), *causes(results), *influence_lines(results)):
         console.print(line, soft_wrap=True, markup=False)
+    console.print(cost_line(results.cost), soft_wrap=True, markup=False)
 
 
 def in_words(results: Results) -> list[str]:

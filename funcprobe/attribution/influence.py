@@ -57,6 +57,7 @@ class _Given(NamedTuple):
     E: Batch
     update: UpdateBatch
     forward: Forward
+    over_U: Forward
     max_tokens: int
 
 
@@ -78,6 +79,7 @@ def influence(
     max_tokens: int = MAX_TOKENS,
     sampler_logp_NR: Float[Tensor, "N R"] | None = None,
     unit_N: Int[Tensor, " N"] | None = None,
+    update_forward: Forward | None = None,
 ) -> Influence:
     """K_nm = <X_n, P Y_m> of chosen rows of E and columns of U, by default all; no gradient is stored.
 
@@ -97,9 +99,10 @@ def influence(
     its prompts) is exact. By rows both are empty.
 
     P is that of the passes' step. With masks of dropout it is the mean of P_k, and Y_m is without
-    masks, as in `token_shares`. Columns without coefficients are 0 without a pass. The other arguments
-    are those of `summarise`. Raises InputError for a row or column that is not in E or U, for none, for
-    one named twice, and where `update_direction` does.
+    masks, as in `token_shares`. Columns without coefficients are 0 without a pass. `update_forward`
+    (default `forward`) is used over U; the other arguments are those of `summarise`. Raises InputError
+    for a row or column that is not in E or U, for none, for one named twice, and where
+    `update_direction` does.
     """
     at = evaluation.evaluate(
         eval_batch, passes.stats, entropy, sampler_logp_NR, baseline_NR=passes.baseline_NR
@@ -113,7 +116,8 @@ def influence(
     if route == "auto":
         route = _cheaper(eval_batch, row_N, row_unit, update.batch, column_M, column_unit)
     scale = masked.mean_direction(params, passes.Y, adam_state, step).scale
-    given = _Given(params, scale, passes.X, at, eval_batch, update, forward, max_tokens)
+    over_U = forward if update_forward is None else update_forward
+    given = _Given(params, scale, passes.X, at, eval_batch, update, forward, over_U, max_tokens)
     if route == "rows":
         part = _part(update, column_unit, column_M.tolist())
         own_N, name_N = of_unit(eval_batch, row_unit), of_unit(update.batch, column_unit)
@@ -162,7 +166,7 @@ def _column(
     given: _Given, part: UpdateBatch, chosen_n: Int[Tensor, " n"], unit_N: Int[Tensor, " N"]
 ) -> _Column:
     """One gradient over the part of U, tangents of the chosen sequences of E along P times it."""
-    Y = grad_Y(given.params, moving_rows(part), given.forward, given.max_tokens)
+    Y = grad_Y(given.params, moving_rows(part), given.over_U, given.max_tokens)
     PY = {name: scale * tree.f64(Y[name]) for name, scale in given.scale.items()}
     own = select(given.E, chosen_n)
     p_nR, q_nR = _coefficients(given, own, chosen_n)
@@ -190,7 +194,7 @@ def _row(
     X = weighted_grad(given.params, own, p_nR, q_nR, given.forward, given.max_tokens)
     PX = {name: scale * tree.f64(X[name]) for name, scale in given.scale.items()}
     moving = moving_rows(part)
-    tangent = tangents(given.params, moving.batch, PX, given.forward, given.max_tokens)[1]
+    tangent = tangents(given.params, moving.batch, PX, given.over_U, given.max_tokens)[1]
     return update_shares(moving, tangent).sequence_N, name_N[moves(part)]
 
 
