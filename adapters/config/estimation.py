@@ -139,7 +139,7 @@ class AttributionConfig(Section):
         0,
         ge=0,
         description="Number of prompts of U, those of the largest shares, whose influence on every "
-        "prompt of E is computed, with the share's interval and modules: a pass over E each.",
+        "prompt of E is computed, with the share's interval and modules; a pass over E each, 0: none.",
     )
 
     @model_validator(mode="after")
