@@ -19,7 +19,7 @@ def influence_lines(results: Results) -> list[str]:
         interval = prompt.share.interval
         assert interval is not None  # with influence all of E is passed along the prompt's part
         mark = " (indistinguishable from 0)" if prompt.share.indistinguishable_from_0 else ""
-        where = "" if prompt.region is None else f", half of it in {prompt.region}"
+        where = "" if prompt.region is None else f", at least half of it in {prompt.region}"
         made = f"{eta * prompt.share.share:+.1e} ± {eta * interval.half_width:.1e} {unit}"
         lines.append(f"Prompt {prompt.prompt_index} of U ({prompt.text}) makes {made}{mark}{where}")
     lines.append(f"The pairs of prompts that matter most, U on E, {unit}:")
