@@ -190,11 +190,13 @@ def test_a_baseline_changes_no_gradient_in_expectation_and_agrees_with_the_chang
     assert abs(float(control)) < 1e-12
 
 
-def test_a_baseline_is_a_function_of_the_prefix(world, observables):
+@pytest.mark.parametrize("name", ["reward", "sampled kl sequence sequence"])
+def test_a_baseline_is_a_function_of_the_prefix(world, observables, name):
     """In a fold, responses with equal prefixes have equal baselines, whatever the observables are."""
     index = torch.multinomial(world.probability, 60, True, generator=torch.Generator().manual_seed(0))
-    batch, at = drawn(world, index), observables["reward"].at(index, baseline="ridge")
+    batch, at = drawn(world, index), observables[name].at(index, baseline="ridge")
     assert at.entropy.baseline == "ridge"
+    z_N = at.stats.entropy_NR.sum(1)
     same = 0
     for i in range(0, 60, 5):  # draws of one fold
         for j in range(0, i, 5):
@@ -203,7 +205,7 @@ def test_a_baseline_is_a_function_of_the_prefix(world, observables):
                     continue
                 end = int(batch.prompt_length_N[i]) + k
                 if torch.equal(batch.tokens_NL[i, :end], batch.tokens_NL[j, :end]):
-                    same += float(at.stats.entropy_NR[i, 0]) != float(at.stats.entropy_NR[j, 0])
+                    same += float(z_N[i]) != float(z_N[j])
                     assert float(at.baseline_NR[i, k]) == pytest.approx(
                         float(at.baseline_NR[j, k]), abs=1e-12
                     )
@@ -250,18 +252,29 @@ def test_the_z_scores_of_200_batches(world, observables, name, baseline):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*RESPONSE, "kl token per_decision", "sampled kl token sequence"])
-def test_a_baseline_narrows_the_interval(world, observables, name):
-    """By the spread of the estimates over 200 batches, whose ratio is known to 7 %."""
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("length", 0.75),
+        ("stop", 0.85),
+        # Of these the prefixes of four tokens reveal nothing; the fit costs no more than its noise.
+        ("reward", 1.15),
+        ("kl token per_decision", 1.15),
+        ("sampled kl token sequence", 1.15),
+    ],
+)
+def test_a_baseline_narrows_the_interval(world, observables, name, most):
+    """By the spread of the estimates over 200 batches, on the same draws: their ratio is known to
+    some 5 %, as the two are correlated."""
     spread = {
         baseline: torch.tensor(
             [estimates(world, observables[name], seed, 300, baseline)[0] for seed in range(200)]
-        ).std()
+        ).var()
         for baseline in ("none", "ridge")
     }
-    ratio = float((spread["ridge"] / spread["none"]).square())
+    ratio = float(spread["ridge"] / spread["none"])
     print(f"{name}: variance with ridge {ratio:.2f} of that without")
-    assert ratio < 1.05
+    assert ratio < most
 
 
 def test_one_that_is_not_finite_is_refused(world):
