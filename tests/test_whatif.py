@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from funcprobe.step import masked
 from funcprobe.types import InputError
 from support.checkpoints import edit_json, sets
 from support.commands import left_in
+from support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -438,6 +440,12 @@ def test_the_command_prints_the_table_and_writes_the_file(command, ran) -> None:
     assert "keeps" in outcome.out or "loses the least" in outcome.out
     assert "indistinguishable from 0" in outcome.out
     assert "wrote here/w.json" in outcome.err
+    shown = (ROOT / "docs" / "whatif.md").read_text(encoding="utf-8")
+    (head,) = [line for line in shown.splitlines() if line.startswith("┃")]
+    assert head.split() in [line.split() for line in outcome.out.splitlines()]
+    explained = re.findall(r"^\| (`.+?`(?:, `.+?`)*) \|", shown, re.MULTILINE)
+    columns = [name.strip("`") for cell in explained for name in cell.split(", ")]
+    assert columns == [cell.strip() for cell in head.strip("┃").split("┃")]
     document = load_whatif("here/w.json")
     assert [one.rule for one in document.rules[:3]] == ["own", "negative_only", "mask:surprisal < 2"]
 
