@@ -43,8 +43,9 @@ def lines(
         values, errors = zip(*(one[key] for one in by_seed), strict=True)
         for value, error in zip(values, errors, strict=True):
             # The error is that of the number: the same estimate by forward mode. The parts' gradients
-            # are by the model's own forward, in which transformers computes norms in float32.
-            assert error.derivative == pytest.approx(value, rel=1e-5, abs=1e-5 * error.se + 1e-6)
+            # are by the model's own forward, in which transformers computes norms in float32; P of a
+            # first step, up to 1e3, multiplies its rounding of 1e-7.
+            assert error.derivative == pytest.approx(value, rel=1e-4, abs=1e-4 * error.se)
         intervals = [student(e.derivative, delta_error(e.influence_N, draws)) for e in errors]
         found[key] = Line(
             z=(mean(values) - exact) / (stdev(values) / math.sqrt(seeds)),

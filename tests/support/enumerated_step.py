@@ -47,7 +47,7 @@ class EnumeratedStep(NamedTuple):
 
     def exact_marginal(self, per: str, name: str) -> float:
         """d/dw of the exact first-order change <grad H, v(w)> at w = 1, by differences."""
-        return difference(lambda e: tree.dot(self.gradient[per], self.v(1 + e, name)), 1e-4)
+        return difference(lambda e: tree.dot(self.gradient[per], self.v(1 + e, name)), 1e-6)
 
     def exact(self, kind: str, per: str, name: str) -> float:
         return (self.exact_share if kind == "share" else self.exact_marginal)(per, name)
@@ -95,7 +95,8 @@ def enumerated_step(step: Step, steps: int) -> EnumeratedStep:
 
     given = (probe, everything, stats, tangents(direction.total), probability)
     made = EnumeratedStep(*given, update, state, step, direction, Y, gradient, part, {})
-    e, along = 1e-4, {}
+    # At a first step v turns within |Y| + eps = 1e-3, so that e |Y_a| must be far smaller.
+    e, along = 1e-6, {}
     for name, (_, Y_a) in part.items():
         dv = tree.scale(1 / (2 * e), tree.axpy(-1.0, made.v(1 - e, name), made.v(1 + e, name)))
         along[name] = (tangents(tree.multiply(direction.scale, Y_a)), tangents(dv))
