@@ -21,13 +21,16 @@ from .results.attribution_tables import write_tables
 from .results.document import document
 from .results.influence import influence_section
 from .results.manifest import manifest
+from .results.momentum import momentum_section
 from .results.schema import Results
 from .stages.attribution import attributed
 from .stages.batches import Batches
 from .stages.first_order import predicted
 from .stages.influence import influences
+from .stages.momentum import momentum_of
 from .stages.observables import asked_for, functions_of_E, observe
 from .stages.plan import Plan, load
+from .stages.recorded_steps import recorded_steps
 from .stages.sweep import measure_sweep
 from .store import Stages
 
@@ -38,6 +41,8 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     store.require_writable(folder)
     plan = load(config, narrator)
     asked = asked_for(plan)
+    recorded = recorded_steps(plan, narrator)
+    plan = plan._replace(inputs=plan.inputs | {"momentum": recorded.inputs if recorded else {}})
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
@@ -46,6 +51,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
         f = functions_of_E(found, asked, narrator)
         attribution = attributed(found, stages, narrator)
         influence = influences(found, attribution, stages, narrator)
+        momentum = momentum_of(found, recorded, stages, narrator)
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
         observed = observe(found, asked, f, sweep, stages, narrator)
         seen = check(plan, batches, prediction, evidence, narrator)
@@ -55,6 +61,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
         *(plan, batches, prediction, evidence, unit_N, sweep, seen, narrator.costs),
         observed,
         section,
+        momentum_section(found, momentum),
     )
     results = results.model_copy(update={"influence": influence_section(found, influence)})
     with store.run_folder(folder) as target:
@@ -83,6 +90,7 @@ def dry_run(config: Config, narrator: Narrator) -> Plan:
     store.require_writable(run_folder(config))
     plan = load(config, narrator)
     asked_for(plan)
+    recorded_steps(plan, narrator)
     return plan
 
 

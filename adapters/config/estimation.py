@@ -141,6 +141,24 @@ class AttributionConfig(Section):
         description="Number of prompts of U, those of the largest shares, whose influence on every "
         "prompt of E is computed, with the share's interval and modules; a pass over E each, 0: none.",
     )
+    gradients: Text | None = Field(
+        None,
+        description="Folder with the gradients of the steps before (record_rollouts with gradients=K), "
+        "which split momentum by step. Default: beside rollouts.update, or in the checkpoint, if any.",
+        examples=["rollouts"],
+    )
+    momentum_prompts: int = Field(
+        0,
+        ge=0,
+        description="Recorded steps, from the last one, whose part in momentum is split by their "
+        "prompts, by two passes over the rollouts of each.",
+    )
+    earlier_checkpoint: Text | None = Field(
+        None,
+        description="An earlier checkpoint of the same run, which splits momentum into before and "
+        "after it.",
+        examples=["outputs/checkpoint-5"],
+    )
 
     @model_validator(mode="after")
     def _influence_needs_shares(self) -> "AttributionConfig":

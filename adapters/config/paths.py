@@ -14,7 +14,13 @@ from funcprobe.types import InputError
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # of prompts
 
 # os.path.exists is used for names that are too long for a file, of which Path.exists raises.
-_FILES = ("optimizer.state", "rollouts.eval", "rollouts.update")
+_FILES = (
+    "optimizer.state",
+    "rollouts.eval",
+    "rollouts.update",
+    "attribution.gradients",
+    "attribution.earlier_checkpoint",
+)
 _FILES_OR_HUB = ("policy.checkpoint", "policy.base", "prompts.source")
 _FUNCTIONS = ("reward.function", "objective.loss", "measure.observables")  # the last is a list of them
 _OUTPUT = "run.folder"

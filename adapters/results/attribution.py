@@ -23,6 +23,7 @@ from .attribution_sections import (
     Region,
     Share,
 )
+from .lifetime import lifetime_section
 from .module_region import region
 from .prompt_texts import prompt_texts, shortened
 from .quantity import student_interval
@@ -49,6 +50,7 @@ def attribution_section(
         attribution.evaluation.score,
         attribution.evaluation.control,
     )
+    lifetime = lifetime_section(found, attribution)
     direct, score, control = (share_of(term.derivative, term.error) for term in terms)
     return AttributionSection(
         level=level,
@@ -57,11 +59,12 @@ def attribution_section(
         decay=share_of(parts.decay, errors.total.decay),
         update=share_of(parts.update, errors.total.update),
         whole=share_of(parts.total, errors.total.total),
+        lifetime=lifetime,
         dropout=attribution.dropout,
         marginals=share_of(attribution.marginal.total, errors.marginal),
         marginals_less_shares=difference,
         marginals_differ=abs(less) > NEGLIGIBLE * larger and not difference.indistinguishable_from_0,
-        U_prompts=_prompts_of_U(found, attribution),
+        U_prompts=_prompts_of_U(found, attribution, lifetime.factor),
         modules=_largest(_groups(modules.module, errors.module)),
         layers=_groups(modules.layer, errors.layer),
         projections=_groups(modules.projection, errors.projection),
@@ -140,7 +143,9 @@ def _region(value: Mapping[str, float], errors: ModuleErrors, parts: slice) -> R
     )
 
 
-def _prompts_of_U(found: Predicted, attribution: funcprobe.Attribution) -> tuple[PromptOfU, ...]:
+def _prompts_of_U(
+    found: Predicted, attribution: funcprobe.Attribution, factor: float | None
+) -> tuple[PromptOfU, ...]:
     batch = found.batches.update_rollouts
     text = prompt_texts(found.plan, batch, found.plan.supplied_update is not None)
     known = [r for r in batch.reward or [] if not math.isnan(r)]
@@ -167,6 +172,7 @@ def _prompts_of_U(found: Predicted, attribution: funcprobe.Attribution) -> tuple
                 advantage_high=max(advantages, default=None),
                 share=float(shares[m]),
                 marginal=float(marginals[m]),
+                later=None if factor is None else factor * float(shares[m]),
             )
         )
     return tuple(prompts)

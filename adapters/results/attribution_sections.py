@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from .lifetime import LifetimeSection
 from .quantity import Section, StudentInterval
 
 
@@ -73,6 +74,9 @@ class PromptOfU(Section):
     """Sum of its tokens' shares."""
     marginal: float
     """Derivative of the prediction in the weight of all its tokens."""
+    later: float | None = None
+    """What its gradient does through momentum in later steps, if nothing else changes; null: as
+    `lifetime.factor`."""
 
 
 class PromptOfE(Section):
@@ -121,6 +125,9 @@ class AttributionSection(Section):
     """<X, P Y>: this batch, P fixed."""
     whole: Share
     """<X, v>, with the error by blocks; that by draws is first_order.se_given_U."""
+    lifetime: LifetimeSection | None = None
+    """The part of this batch now, and what its gradient does through momentum in later steps; null: a
+    file of an earlier version."""
     dropout: float
     """What masks of dropout make of `update`; rounding without masks. With U's shares it sums to it."""
     marginals: Share

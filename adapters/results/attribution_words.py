@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .attribution_sections import AttributionSection, Family, PromptOfU, Region, Share
+from .lifetime import lifetime_lines
+from .momentum import momentum_lines
 from .schema import Results
 
 ONE_SIGN = 1.25  # sum of absolute shares over their sum, up to which percentages are said
@@ -22,18 +24,20 @@ def causes(results: Results) -> list[str]:
     """Who makes the change, where the batch's answer differs from its part, and what shares lack.
 
     Percentages are of sums whose shares have one sign, nearly; where they have not, amounts with their
-    signs are said instead, at the next learning rate or, where that is not known, per unit of it. No
-    line without an attribution.
+    signs are said instead, at the next learning rate or, where that is not known, per unit of it.
+    Without an attribution there is a line on momentum at most.
     """
-    section = results.attribution
+    section, whose = results.attribution, momentum_lines(results.momentum, results.next_lr.value)
     if section is None:
-        return []
+        return whose
     eta, unit = results.next_lr.value, results.entropy.unit
     scale = Scale(eta, unit) if eta else Scale(1.0, section.unit)
     rule, clipped = results.conventions.step.rule, results.clip_coefficient < 1
     return [
         f"Causes of the predicted change: {_sentence(section, scale)}",
+        *whose,
         *_marginals(section, scale, rule, clipped),
+        *lifetime_lines(section.lifetime, results.next_lr, unit),
         _residuals(section.families),
     ]
 

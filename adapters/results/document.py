@@ -23,6 +23,7 @@ from ..stages.plan import Plan
 from ..stages.sweep import Sweep
 from .attribution_sections import AttributionSection
 from .cost import cost_section
+from .momentum_sections import MomentumSection
 from .observables import observables
 from .quantity import Quantity, quantity, student_interval
 from .schema import SCHEMA_VERSION, Results
@@ -54,6 +55,7 @@ def document(
     costs: dict[str, Cost],
     observed: Iterable[Observed] = (),
     attribution: AttributionSection | None = None,
+    momentum: MomentumSection | None = None,
 ) -> Results:
     """The content of results.json. Of two runs of one seed on one machine, only "cost" differs.
 
@@ -74,6 +76,7 @@ def document(
         mean_reward=_mean_reward(batches.update_rollouts.reward),
         first_order=_first_order(plan, prediction, errors),
         attribution=attribution,
+        momentum=momentum,
         second_order=second_order(prediction, sweep, unit),
         norms=_norms(prediction, unit),
         clip_coefficient=prediction.direction.clip_coefficient,

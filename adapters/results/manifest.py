@@ -55,6 +55,9 @@ class Inputs(Section):
     """Of all prompts and their columns."""
     rollouts: dict[str, dict[str, str]]
     """Of supplied rollouts: key of the configuration -> file name -> hash."""
+    momentum: dict[str, str] | None = None
+    """File name -> hash, of recorded gradients and of attribution.earlier_checkpoint's state; null: a
+    file of an earlier version."""
 
 
 class Manifest(Section):

@@ -7,6 +7,7 @@ from ..config.estimation import observable_label
 from .attribution_sections import AttributionSection
 from .cost import CostSection
 from .influence_sections import InfluenceSection
+from .momentum_sections import MomentumSection
 from .observable_sections import Observable
 from .quantity import Quantity, Section, StudentInterval
 from .sections import (
@@ -53,6 +54,8 @@ class Results(Section):
     influence: InfluenceSection | None = None
     """Which prompts of E the largest prompts of U change; null: attribution.influence = 0, no gradient,
     or a file of an earlier version."""
+    momentum: MomentumSection | None = None
+    """Whose momentum; null: nothing is recorded of the steps before."""
     second_order: SecondOrder | None
     """null: measure.second_order = "none", or half precision, which cannot resolve it."""
     norms: Norms

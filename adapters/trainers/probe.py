@@ -28,6 +28,7 @@ from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
 from ..stages.plan import EvalSource, load_eval
 from .dropout import OF_STEP, warn_of_dropout
+from .headline import causes, headline
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
 
@@ -65,7 +66,8 @@ class ProbeCallback(TrainerCallback):
     half precision, rounding exceeds most measured changes: `measured` and `ratio` are omitted, with a
     warning. A 4-bit model needs `quantised.freeze_quantised(model)` before it is passed to the trainer.
 
-    The results are in the trainer's log as funcprobe/*, at their step. Weights, gradients, modes, hooks
+    The results are in the trainer's log as funcprobe/*, at their step, and one line of the logger of
+    this module says who makes the change (level INFO). Weights, gradients, modes, hooks
     and random states are restored, so that training continues bit for bit. Raises InputError, one line,
     here or before the first step, if the trainer cannot be probed. At a step that cannot be probed (a
     gradient or probability that is not finite; memory that runs out) the reason is a warning,
@@ -132,9 +134,9 @@ class ProbeCallback(TrainerCallback):
             warnings.warn(f"funcprobe: step {step} is not probed: {reason}", stacklevel=2)
             self._numbers = {"funcprobe/skipped": 1.0}
             return
-        seconds = time.perf_counter() - start
-        self._numbers = {f"funcprobe/{key}": value for key, value in numbers(found).items()}
-        self._numbers["funcprobe/seconds"] = seconds
+        logged = numbers(found) | {"seconds": time.perf_counter() - start}
+        logger.info("step %d: %s", step, headline(logged))
+        self._numbers = {f"funcprobe/{key}": value for key, value in logged.items()}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -178,16 +180,8 @@ def probe_step(
         of_E: dict[str, Any] = {"entropy": entropy, "sampler_logp_NR": sampler_logp_NR}
         passes = eval_passes(params, batch, direction.total, forward, max_tokens=max_tokens, **of_E)
         along = summarise_along(passes, Y, direction, batch, unit_N=unit_N, **of_E)
-        measured = funcprobe.measure(
-            params,
-            batch,
-            direction.total,
-            lr,
-            along.stats,
-            forward,
-            max_tokens=max_tokens,
-            **of_E,
-        )
+        at = (params, batch, direction.total, lr, along.stats, forward)
+        measured = funcprobe.measure(*at, max_tokens=max_tokens, **of_E)
     return StepProbe(lr, direction, along, measured, forward.coarsest)
 
 
@@ -210,7 +204,7 @@ def numbers(found: StepProbe) -> dict[str, float]:
         "derivative": along.derivative,
         "derivative_reverse": along.bars_dot,
         "direction_norm": tree.norm(found.direction.total),
-    }
+    } | causes(along, found.direction, lr)
     if _is_half(found.coarsest):
         return logged
     ratio = {"ratio": measured.delta / predicted} if predicted else {}

@@ -46,7 +46,11 @@ class Step(NamedTuple):
 
 
 def train(
-    checkpoint: Checkpoint, folder: Path, prepare: Prepare = lambda _: None, **settings: Any
+    checkpoint: Checkpoint,
+    folder: Path,
+    prepare: Prepare = lambda _: None,
+    gradients: int | None = None,
+    **settings: Any,
 ) -> Step:
     """STEPS steps, recorded; `prepare` may change the trainer first.
 
@@ -67,7 +71,7 @@ def train(
         return compute(model, inputs)
 
     trainer._compute_loss = computing  # inside what records, so as it is without it
-    record_rollouts(trainer, folder / "rollouts")
+    record_rollouts(trainer, folder / "rollouts", gradients=gradients)
     trainer.train()
     args = trainer.args
     named = {name: getattr(args, name) for name in TrlLoss._fields}

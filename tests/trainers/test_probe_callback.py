@@ -208,6 +208,11 @@ def test_logged_numbers_agree_with_each_other(checkpoint, tmp_path):
         shares = of["from_update"] + of["from_momentum"] + of["from_decay"]
         # Forward against reverse mode, in float32.
         assert shares == pytest.approx(of["predicted"], rel=1e-3, abs=1e-7)
+        parts = [part for key, part in of.items() if key.startswith("from_projection/")]
+        assert len(parts) == 3
+        assert sum(parts) == pytest.approx(shares, rel=1e-5, abs=1e-9)
+        assert of["momentum_share"] == pytest.approx(of["from_momentum"] / shares, rel=1e-5)
+        assert of["top_layer"] in {0, 1}
         assert of["derivative_reverse"] == pytest.approx(of["derivative"], rel=1e-3, abs=1e-3)
         # At this lr the quadratic term is about a hundredth of the largest slopes seen here.
         assert of["measured"] == pytest.approx(of["predicted"], rel=0.02, abs=2e-5)
@@ -227,7 +232,9 @@ def test_predictions_are_in_the_unit_of_the_step(checkpoint, tmp_path, monkeypat
     trainer.train()
     once, twice = (probe.numbers(found[0]._replace(lr=lr)) for lr in (0.25, 0.5))
     per_step = {k for k in once if k.startswith(("predicted", "from_"))}
-    assert len(per_step) == 5
+    parts = {k for k in per_step if k.startswith("from_projection/")}
+    assert len(per_step - parts) == 6
+    assert len(parts) == 7
     assert all(twice[k] == 2 * once[k] for k in per_step)
     assert once["predicted_se_given_update"] > 0
     assert all(twice[k] == once[k] for k in once.keys() - per_step - {"ratio"})
@@ -366,6 +373,7 @@ def test_other_processes_do_not_probe(checkpoint, tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(probe, "probe_step", lambda *a: called.append(a))
     monkeypatch.setattr(probe, "numbers", lambda _: {})
+    monkeypatch.setattr(probe, "headline", lambda _: "")
     given = {"model": trainer.model, "optimizer": trainer.optimizer}
     for is_zero, times in ((False, 0), (True, 1)):
         trainer.state.is_world_process_zero = is_zero
