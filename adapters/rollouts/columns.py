@@ -12,7 +12,8 @@ ABOUT = {
     "finish_reason": "text, optional: stop (ends in an EOS) or length (cut off); checked against "
     "response_ids; null for another reason, such as a stop string",
     "temperature": "float, required: of sampling from softmax(logits / temperature); equal in all rows",
-    "reward": 'float: required for U unless objective.advantage = "rollouts"; null: not applicable',
+    "reward": 'float: required for U unless objective.advantage = "rollouts", of E '
+    "observed; null: not applicable",
     "advantage": 'float, optional: required for U with objective.advantage = "rollouts"',
     "sampler_logp": "floats, optional: log-probability of every response token under the program "
     "that sampled it (nats, at this temperature); in E it gives the importance ratios; in U, where NaN "
