@@ -425,6 +425,10 @@ def test_the_notebook_runs(checkpoint, capsys):
     left = names["left"]
     assert float(printed[-1]) / (1e-5 * left.without) == pytest.approx(1, abs=0.05)
     assert left.share == pytest.approx(names["found"].share_M[0].derivative, rel=1e-9)
+    assert names["who"].derivative == pytest.approx(derivative, rel=1e-12)
+    lowest = names["who"].marginal.token_NR[names["lowest_NR"]]
+    assert len(lowest)
+    assert float(lowest.max()) < 0
 
 
 def test_the_loss_of_the_page_is_trls():
