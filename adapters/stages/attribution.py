@@ -1,13 +1,11 @@
 """Who makes the predicted change: the tangents of U for marginals, and the shares, by arithmetic."""
 
-from typing import Any
-
 import funcprobe
 from funcprobe.types import TokenStats
 
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
 from ..store import Stages
 from .first_order import Predicted, step_inputs
 from .sweep import STATS
@@ -18,27 +16,38 @@ def attributed(found: Predicted, stages: Stages, narrator: Narrator) -> funcprob
     plan, batches, passes = found.plan, found.batches, found.passes
     if plan.config.attribution.level == "off":
         return None
-    params, update = plan.policy.params, batches.update
-    given: dict[str, Any] = {"adam_state": plan.adam_state, "step": plan.step}
-    inputs = {**step_inputs(plan, batches), "X": passes.X}
+    update = batches.update
     sequences = len(update.batch.prompt_N) if update.moves else 0
     with narrator.phase("attribution", sequences) as stage:
-
-        def compute() -> TokenStats:
-            forward = counted(as_trained(plan.forward, plan.policy.padding), stage, "U")
-            return funcprobe.marginal_tangents(
-                params, passes, update, forward=forward, max_tokens=plan.max_tokens, **given
-            )
-
-        along_DX: TokenStats = stages.tensors("marginals", inputs, STATS, compute, stage.found)
         return funcprobe.attribute(
-            params,
+            plan.policy.params,
             passes,
-            along_DX,
+            marginals(found, stages, stage),
             batches.eval_batch,
             update,
+            plan.adam_state,
+            step=plan.step,
             entropy=plan.entropy,
             sampler_logp_NR=batches.sampler_logp_NR,
             unit_N=found.unit_N,
-            **given,
         )
+
+
+def marginals(found: Predicted, stages: Stages, stage: Stage) -> TokenStats:
+    """`funcprobe.marginal_tangents` of a prediction: one pass over U, or stored."""
+    plan, batches, passes = found.plan, found.batches, found.passes
+
+    def compute() -> TokenStats:
+        return funcprobe.marginal_tangents(
+            plan.policy.params,
+            passes,
+            batches.update,
+            plan.adam_state,
+            counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
+            step=plan.step,
+            max_tokens=plan.max_tokens,
+        )
+
+    inputs = {**step_inputs(plan, batches), "X": passes.X}
+    along_DX: TokenStats = stages.tensors("marginals", inputs, STATS, compute, stage.found)
+    return along_DX

@@ -5,7 +5,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from funcprobe.attribution.attribute import marginal_tangents
 from funcprobe.attribution.token_shares import update_shares
 from funcprobe.losses.loss import loss_gradient
 from funcprobe.policy.layout import response_mask
@@ -14,15 +13,13 @@ from funcprobe.step.objective import coefficients
 from funcprobe.tree import f64
 from funcprobe.types import InputError, TokenStats
 
-from ..checkpoint.padding import as_trained
 from ..checkpoint.reference import reference_params
 from ..console import Narrator
-from ..machine.cost import counted
 from ..rollouts.schema import padded
 from ..store import Stages
-from .first_order import Predicted, step_inputs
+from .attribution import marginals
+from .first_order import Predicted
 from .loss import update_statistics
-from .sweep import STATS
 
 
 def rule_inputs(
@@ -58,7 +55,8 @@ def rule_inputs(
         why["unit_NR"] = "the loss does not depend on the advantages, and no unit of it is known"
     marginal_NR = None
     if "marginal_NR" in needs:
-        marginal_NR = update_shares(update, _along_DX(found, stages, narrator)).token_NR
+        with narrator.phase("attribution", len(batch.prompt_N)) as stage:
+            marginal_NR = update_shares(update, marginals(found, stages, stage)).token_NR
     reward_N = rollouts.reward
     return RuleInputs(
         update=update,
@@ -111,24 +109,3 @@ def _unit(found: Predicted, stats: TokenStats) -> Tensor | None:
 
     unit_NR = gradient(0 * ones_N) - gradient(ones_N)  # of the loss, -J
     return unit_NR if bool(unit_NR.isfinite().all() and unit_NR.any()) else None
-
-
-def _along_DX(found: Predicted, stages: Stages, narrator: Narrator) -> TokenStats:
-    plan, batches = found.plan, found.batches
-    count = len(batches.update.batch.prompt_N) if batches.update.moves else 0
-    with narrator.phase("marginals on U", count) as stage:
-
-        def compute() -> TokenStats:
-            return marginal_tangents(
-                plan.policy.params,
-                found.passes,
-                batches.update,
-                plan.adam_state,
-                counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
-                step=plan.step,
-                max_tokens=plan.max_tokens,
-            )
-
-        inputs = step_inputs(plan, batches)
-        along: TokenStats = stages.tensors("marginals", inputs, STATS, compute, stage.found)
-        return along

@@ -30,7 +30,7 @@ from .first_order import Predicted
 from .fit import CURVED
 from .gradient import gradients_on_U
 from .plan import Plan
-from .sweep import LEAVES, STATS, by_difference, state_inputs
+from .sweep import LEAVES, STATS, by_difference, moved_inputs, state_inputs, statistics_at
 from .weight_diagnostics import WeightDiagnostics, verdict
 
 
@@ -167,7 +167,8 @@ def along(
 ) -> Outcome:
     """The outcome of a step in direction v, by one forward over E at theta + eta v."""
     found, eta, of_reward = given.found, given.eta, given.rewarded
-    moved = statistics_at(found, v.total, eta, stages, narrator)
+    with narrator.phase("measure", len(found.batches.eval_batch.prompt_N)) as stage:
+        moved = statistics_at(found.plan, found.batches, v.total, eta, stages, stage)
     prediction, reward = found.prediction, None
     measured = funcprobe.change(prediction.at, moved)
     if of_reward is not None:
@@ -187,40 +188,19 @@ def along(
     )
 
 
-def statistics_at(
-    found: Predicted, v: Params, eta: float, stages: Stages, narrator: Narrator
-) -> TokenStats:
-    """E's statistics at theta + eta v: computed, or stored by this command or a run's sweep."""
-    plan, batches = found.plan, found.batches
-    inputs = {**state_inputs(plan, batches), "direction": v, "eta": eta}
-    with narrator.phase("measure", len(batches.eval_batch.prompt_N)) as stage:
-        moved: TokenStats = stages.tensors(
-            "moved",
-            inputs,
-            STATS,
-            lambda: funcprobe.token_stats(
-                tree.axpy(eta, v, plan.policy.params),
-                batches.eval_batch,
-                counted(plan.forward, stage, "E"),
-                plan.max_tokens,
-            ),
-            stage.found,
-        )
-    return moved
-
-
 def linear_until(found: Predicted, stages: Stages) -> float | None:
     """The eta at which the quadratic term of the run's own step is CURVED of the linear one.
 
     From the symmetric difference of a run's sweep, where that is stored; None: not known.
     """
-    prediction, state = found.prediction, state_inputs(found.plan, found.batches)
+    plan, batches, prediction = found.plan, found.batches, found.prediction
+    v = prediction.direction.total
     if not bool(prediction.tangent.logp_NR.any()):
         return None
-    wide = difference_eta(prediction.tangent, prediction.at.mask_NR, found.plan.forward.coarsest)
+    wide = difference_eta(prediction.tangent, prediction.at.mask_NR, plan.forward.coarsest)
     changes = []
     for eta in (wide, -wide):
-        inputs = {**state, "direction": prediction.direction.total, "eta": eta}
+        inputs = moved_inputs(plan, batches, v, eta)
         if not stages.has("moved", inputs):
             return None
         changes.append(funcprobe.change(prediction.at, stages.tensors("moved", inputs, STATS, _never)))

@@ -11,11 +11,11 @@ from funcprobe.statistics.estimators import Measured
 from funcprobe.statistics.evaluation import Evaluation
 from funcprobe.statistics.intervals import Error, delta_error
 from funcprobe.statistics.second_order import difference_eta, rounding_noise, second_difference
-from funcprobe.types import TokenStats
+from funcprobe.types import Params, TokenStats
 
 from .. import store
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
 from ..store import Stages
 from .batches import Batches
 from .fresh import Fresh, sample_again
@@ -66,7 +66,7 @@ def measure_sweep(
     If the verdict is "resample" and `measure.resample` is set, responses are sampled at theta + eta v
     as well. `unit_N` is the index of the sampling unit of every sequence of E.
     """
-    params, v, at = plan.policy.params, prediction.direction.total, prediction.at
+    v, at = prediction.direction.total, prediction.at
     tiny = _rounding_eta(prediction, plan.forward)
     signed = [sign * part * tiny for sign in (1, -1) for part in (0.5, 1)] if tiny else []
     mode = _second_order(plan, narrator)
@@ -75,25 +75,8 @@ def measure_sweep(
         wide = difference_eta(prediction.tangent, at.mask_NR, plan.forward.coarsest)
         pair = [wide, -wide]
     etas = [*plan.etas, *signed, *pair]
-    inputs = {**state_inputs(plan, batches), "direction": v}
     with narrator.phase("measure", len(etas) * len(batches.eval_batch.prompt_N)) as stage:
-
-        def at_eta(eta: float) -> TokenStats:
-            moved: TokenStats = stages.tensors(
-                "moved",
-                {**inputs, "eta": eta},
-                STATS,
-                lambda: funcprobe.token_stats(
-                    tree.axpy(eta, v, params),
-                    batches.eval_batch,
-                    counted(plan.forward, stage, "E"),
-                    plan.max_tokens,
-                ),
-                stage.found,
-            )
-            return moved
-
-        moved = {eta: at_eta(eta) for eta in etas}
+        moved = {eta: statistics_at(plan, batches, v, eta, stages, stage) for eta in etas}
     found = {eta: funcprobe.change(at, stats) for eta, stats in moved.items()}
     noise, curvature = None, None
     if signed:
@@ -111,6 +94,26 @@ def measure_sweep(
             fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
         points.append(Point(eta, found[eta], judged, fresh, moved[eta]))
     return Sweep(tuple(points), noise, curvature, tuple(moved[eta] for eta in signed))
+
+
+def statistics_at(
+    plan: Plan, batches: Batches, v: Params, eta: float, stages: Stages, stage: Stage
+) -> TokenStats:
+    """E's statistics at theta + eta v: one forward, or stored."""
+
+    def compute() -> TokenStats:
+        moved, forward = tree.axpy(eta, v, plan.policy.params), counted(plan.forward, stage, "E")
+        return funcprobe.token_stats(moved, batches.eval_batch, forward, plan.max_tokens)
+
+    found: TokenStats = stages.tensors(
+        "moved", moved_inputs(plan, batches, v, eta), STATS, compute, stage.found
+    )
+    return found
+
+
+def moved_inputs(plan: Plan, batches: Batches, v: Params, eta: float) -> dict[str, Any]:
+    """The inputs of `statistics_at`, for the keys of stages."""
+    return {**state_inputs(plan, batches), "direction": v, "eta": eta}
 
 
 def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
