@@ -53,7 +53,8 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
             patch.setattr(Path, "write_text", failing(Path.write_text))
             patch.setattr(Path, "replace", failing(Path.replace))
             given = checkpoint.settings() | {"run.folder": f"runs{fail_at}", "measure.next_lr": False}
-            outcome = command("run", "c.toml", *sets(given | {"measure.etas": [1e-4]}))
+            given |= {"measure.etas": [1e-4], "sampling.max_new_tokens": 2, "sampling.B_E": 6}
+            outcome = command("run", "c.toml", *sets(given))
         if count < fail_at:
             break
         assert (outcome.status, outcome.out) == (2, "")
@@ -65,7 +66,8 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
     assert outcome.status == 0
 
 
-def test_in_a_process_of_its_own_one_line_stands_alone(tmp_path, damaged, other) -> None:
+def test_in_a_process_of_its_own_one_line_stands_alone(tmp_path, checkpoint, damaged, other) -> None:
+    """RLIMIT_FSIZE stops real writes in the middle: the Parquet of E, then the first-order file."""
     (tmp_path / "c.toml").touch()
     edit_json(damaged.base / "config.json", quantization_config={"quant_method": "gptq"})
     wider = damaged.settings() | {"policy.base": str(other["wider"].base)}
@@ -74,23 +76,18 @@ def test_in_a_process_of_its_own_one_line_stands_alone(tmp_path, damaged, other)
         (wider, "has shape (2, 16), the base expects (2, 32)"),
         (damaged.settings(), "is quantised"),
     )
-    ended = children([["run", "c.toml", *sets(given)] for given, _ in cases], cwd=tmp_path)
-    for outcome, (_, said) in zip(ended, cases, strict=True):
+    limits = (1000, 12_000)
+    given = [given for given, _ in cases]
+    given += [checkpoint.settings() | {"run.folder": f"runs{limit}"} for limit in limits]
+    commands = [["run", "c.toml", *sets(one)] for one in given]
+    ended = children(commands, cwd=tmp_path, limits=[None] * len(cases) + [*limits])
+    for outcome, (_, said) in zip(ended[: len(cases)], cases, strict=True):
         assert (outcome.status, outcome.out) == (2, "")
         (line,) = outcome.err.splitlines()
         assert line.startswith("funcprobe: ")
         assert said in line
     assert not (tmp_path / "runs").exists()
-
-
-def test_in_a_process_that_may_write_little(tmp_path, checkpoint) -> None:
-    """RLIMIT_FSIZE stops real writes in the middle: the Parquet of E, then the first-order file."""
-    (tmp_path / "c.toml").touch()
-    limits = (1000, 12_000)
-    given = [checkpoint.settings() | {"run.folder": f"runs{limit}"} for limit in limits]
-    commands = [["run", "c.toml", *sets(one)] for one in given]
-    ended = children(commands, cwd=tmp_path, limits=limits)
-    for limit, outcome in zip(limits, ended, strict=True):
+    for limit, outcome in zip(limits, ended[len(cases) :], strict=True):
         assert (outcome.status, outcome.out) == (2, "")
         last = outcome.err.splitlines()[-1]
         assert last.startswith("funcprobe: ")

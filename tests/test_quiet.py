@@ -54,9 +54,8 @@ def run(settings: dict[str, Any], **changes: Any) -> list[str]:
     return ["run", "c.toml", *sets(settings | {k.replace("__", "."): v for k, v in changes.items()})]
 
 
-@pytest.mark.parametrize("module", ["funcprobe", "funcprobe.adapters.trainers"])
-def test_import_says_nothing(module) -> None:
-    script = f"import {module}"
+def test_import_says_nothing() -> None:
+    script = "import funcprobe, funcprobe.adapters.trainers"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 
@@ -98,7 +97,7 @@ def ended(
 
 def test_commands_say_nothing_but_what_is_ours(checkpoint, tmp_path) -> None:
     """A run in 4 bits is a run, too, and has bitsandbytes at work."""
-    found = ended(["init", "inspect", "check", "run", "qlora"], checkpoint, tmp_path)
+    found = ended(["init", "inspect", "check", "qlora"], checkpoint, tmp_path)
     assert found == dict.fromkeys(found, Outcome(0, "", ""))
     assert (tmp_path / "new.toml").is_file()
     assert json.loads((tmp_path / "runs/two/results.json").read_text())

@@ -196,8 +196,14 @@ def test_the_same_seed_gives_the_same_results(probe) -> None:
     "entropy",
     [
         {},
-        {"entropy__per": "sequence", "entropy__weights": "sequence"},
-        {"entropy__integrand": "sampled", "optimizer__rule": "precondition"},
+        # In the default suite test_a_batch_of_many_microbatches has the passes, before any estimator.
+        *(
+            pytest.param(given, marks=pytest.mark.slow)
+            for given in (
+                {"entropy__per": "sequence", "entropy__weights": "sequence"},
+                {"entropy__integrand": "sampled", "optimizer__rule": "precondition"},
+            )
+        ),
     ],
 )
 def test_the_size_of_a_microbatch_does_not_matter(probe, entropy) -> None:

@@ -1,5 +1,6 @@
 """Versions of the packages that the numbers depend on."""
 
+from functools import cache
 from importlib import metadata
 
 PACKAGES = (
@@ -19,4 +20,10 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of the packages the numbers depend on."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(package: str) -> str:
+    """Parsed from its whole metadata, the README among them."""
+    return metadata.version(package)

@@ -32,8 +32,8 @@ class StayFloat64(TorchFunctionMode):
             # Float32 by default; float64's least number, as a mask's, would overflow there.
             kwargs = {"dtype": torch.float64} | dict(kwargs or {})
         widen = _wide_model if func in (torch.Tensor.to, torch.Tensor.type_as) else _wide
-        wide = {k: widen(v) for k, v in (kwargs or {}).items()}
-        return func(*args[:1], *(widen(a) for a in args[1:]), **wide)
+        wide = {k: widen(v) for k, v in kwargs.items()} if kwargs else {}
+        return func(*args[:1], *map(widen, args[1:]), **wide)
 
 
 def arithmetic_of(params: Params) -> AbstractContextManager[Any]:

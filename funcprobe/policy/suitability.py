@@ -28,12 +28,14 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
     """InputError for what may change between calls: modes, hooks, compiled or merged layers."""
     if not params:
         raise InputError("the model has no trainable parameters: load the adapter as trainable")
-    if any(module.training for module in model.modules()):
+    named = list(model.named_modules())  # once, as this precedes every forward
+    modules = [module for _, module in named]
+    if any(module.training for module in modules):
         raise InputError(
             "the model, or one of its modules, is in training mode, so that dropout is active: call "
             "model.eval()"
         )
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
         raise InputError(
             "gradient checkpointing is on, which torch.func cannot differentiate: "
             "call gradient_checkpointing_disable() and disable_input_require_grads()"
@@ -56,7 +58,7 @@ def refuse_unsuitable(model: nn.Module, params: Params) -> None:
             f"{unknown[0]} is not a parameter of this model: use names of model.named_parameters()"
         )
     prefixes = {p for n in params for p in accumulate(n.split("."), "{}.{}".format)}
-    for name, module in model.named_modules():
+    for name, module in named:
         if not hasattr(module, "active_adapters"):
             continue
         # lora_A, lora_embedding_A, modules_to_save, ...: each a dict of adapters.

@@ -22,7 +22,6 @@ from support.attribution import (
     adam_state,
     attributed,
     difference,
-    each_entropy,
     each_step,
     no_model,
     update_of,
@@ -60,8 +59,17 @@ def require_sums(found: funcprobe.Attribution, masks: bool = False, wide: bool =
         require(sum(of_modules), of_modules)
 
 
-@each_step
-@each_entropy
+@pytest.mark.parametrize(
+    ("step", "entropy"),
+    [
+        # The step moves v, the entropy X: each of one with one of the other, all pairs with -m slow.
+        pytest.param(
+            *(s, e), marks=() if s is CLIPPED or e is ENTROPIES[0] else pytest.mark.slow, id=f"{i}-{k}"
+        )
+        for i, s in enumerate(STEPS)
+        for k, e in enumerate(ENTROPIES)
+    ],
+)
 def test_every_family_sums_to_the_derivative(probe64, step, entropy):
     passes, found = attributed(probe64, step=step, entropy=entropy)
     require_sums(found)
@@ -184,7 +192,9 @@ def test_marginals_are_differences_of_the_prediction(probe64, token_gradients, s
     assert (differs > 1e-3) == (step.rule == "adamw" or step.max_update is not None)
 
 
-@pytest.mark.parametrize("step", [CLIPPED, PLAIN], ids=["clipped", "plain"])
+@pytest.mark.parametrize(
+    "step", [CLIPPED, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=["clipped", "plain"]
+)
 def test_marginals_of_sequences_and_prompts_are_those_of_the_whole_prediction(probe64, step):
     """A whole prediction with the weight of a token, a sequence, a prompt changed in J."""
     passes, found = attributed(probe64, step=step)

@@ -94,17 +94,37 @@ def test_logits_are_pefts_to_the_bit(bases, tmp_path, case):
     assert torch.equal(funcprobe.seq_logprobs(policy.params, BATCH, forward), stats.logp_NR.sum(1))
 
 
-@pytest.mark.parametrize("case", TABLE)
-def test_derivatives(bases, tmp_path, case):
+# Some hundred roundings on the way, and curvature that magnifies them.
+TOLERANCES = {"float32": 1e-4, "float64": 1e-12}
+
+
+def is_first(case, dtype) -> bool:
+    """In float32 each architecture: no kind of adapter rounds otherwise than another."""
+    return case in FIRST and (dtype == "float64" or case[1] == "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(
+            *(c, dtype),
+            marks=() if is_first(c, dtype) else pytest.mark.slow,
+            id=f"{case_id(c)}-{dtype}",
+        )
+        for c in CASES
+        for dtype in TOLERANCES
+    ],
+)
+def test_derivatives(bases, tmp_path, case, dtype):
     architecture, adapter, tied = case
     base = bases(architecture, tied)
     save_adapter(plain(base), lora_config(architecture, adapter), base, tmp_path)
-    # Some hundred roundings on the way, and curvature that magnifies them.
-    for dtype, tolerance in (("float32", 1e-4), ("float64", 1e-12)):
-        probe = funcprobe.bind(load(tmp_path, dtype=dtype).model, max_tokens=64)
-        v = random_like(probe.params)
-        routes = three_routes(probe, v)
-        routes.require_equal(tolerance)
+    probe = funcprobe.bind(load(tmp_path, dtype=dtype).model, max_tokens=64)
+    v = random_like(probe.params)
+    routes = three_routes(probe, v)
+    routes.require_equal(TOLERANCES[dtype])
+    if dtype == "float32":
+        return
     # eta^2 times a third derivative some thousand times the first; rounding 1e-15 / eta.
     measured = central_difference(probe, v, 1e-6)
     assert measured == pytest.approx(routes.forward, abs=1e-6 * routes.size)

@@ -43,7 +43,6 @@ ENTROPIES = [
     for integrand in ("rao_blackwell", "sampled")
     for weights in ("per_decision", "sequence")
 ]
-each_entropy = pytest.mark.parametrize("entropy", ENTROPIES, ids=lambda e: "-".join(e[:3]))
 
 
 def adam_state(params: funcprobe.Params, steps: int = 9, size: float = 0.1) -> AdamState:
