@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ OF_THE_CORE = {
     *("attribution", "autodiff", "losses", "passes", "policy", "rules", "statistics", "step"),
     *("test_order_of_names.py", "test_probe.py", "test_sampler_checks.py", "test_tree.py"),
 }
-CASES = 3  # of a parametrised test, that are traced
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,12 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     First the files of no folder: what is long, whole runs and processes, must not be left for the end.
     """
     items.sort(key=lambda item: len(item.path.relative_to(TESTS).parts))
-    cases: Counter[str] = Counter()
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        cases[function] += 1
-        of_the_core = item.path.relative_to(TESTS).parts[0] in OF_THE_CORE
-        if not of_the_core or cases[function] > CASES:
+        if item.path.relative_to(TESTS).parts[0] not in OF_THE_CORE:
             item.add_marker("no_cover")
 
 

@@ -39,6 +39,8 @@ from support.architectures import (
 from support.checkpoints import edit_json
 from support.policies import random_like
 
+pytestmark = pytest.mark.no_cover  # of other models, what others of this folder cover
+
 # Each architecture and each adapter, in the default suite; the whole table with -m slow.
 FIRST = [c for c in CASES if c[0] == "llama" or c[1] == "all-linear"]
 TABLE = [pytest.param(c, marks=() if c in FIRST else pytest.mark.slow, id=case_id(c)) for c in CASES]

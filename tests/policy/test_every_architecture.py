@@ -9,6 +9,8 @@ import transformers
 from support.every_architecture import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, model_types
 from support.verdicts import Verdict
 
+pytestmark = pytest.mark.no_cover  # of other models, what others of this folder cover
+
 GENERATOR = Path(__file__).parents[2] / "docs" / "generate_architectures.py"
 PAGE = GENERATOR.with_name("architectures.md")
 # A scale of logits and a window; chunks, and a backbone of another name; fused experts with LoRA on
