@@ -9,6 +9,7 @@ from .attribution.evaluation_shares import EvaluationShares, Term, evaluation_sh
 from .attribution.influence import Influence, Pair, influence, top_pairs
 from .attribution.leave_out import LeftOut, leave_out
 from .attribution.lifetime import Lifetime, later_factors, lifetime
+from .attribution.module_errors import ModuleErrors, PartErrors
 from .attribution.module_shares import ModuleShares, Parts, module_shares
 from .attribution.momentum import (
     MomentumSince,
@@ -39,6 +40,7 @@ from .probe import Prediction, Probe, bind, first_order_passes, measure, predict
 from .rules.named import BoundRule, NamedRule
 from .rules.registry import rule
 from .rules.rule import RuleInputs
+from .statistics.blocks import random_blocks
 from .statistics.estimators import (
     entropy_value,
     first_order,
@@ -94,6 +96,7 @@ __all__ = [
     "LossInputs",
     "LossReport",
     "LossValue",
+    "ModuleErrors",
     "ModuleShares",
     "MomentumSince",
     "MomentumSteps",
@@ -101,6 +104,7 @@ __all__ = [
     "Objective",
     "Pair",
     "Params",
+    "PartErrors",
     "Parts",
     "Passes",
     "Prediction",
@@ -160,6 +164,7 @@ __all__ = [
     "precondition",
     "preconditioner",
     "predict",
+    "random_blocks",
     "recomputed_step",
     "response",
     "response_change",

@@ -58,7 +58,7 @@ def _sentence(section: AttributionSection, scale: Scale) -> str:
         batch = f"this batch's {_percent(section.update.share / whole)}"
     else:
         listed = _join([f"{n} {_amount(p.share, scale)}{_mark(p)}" for n, p in ordered])
-        clauses = [f"{listed} {scale.unit}, {_amount(whole, scale)} in all"]
+        clauses = [f"{_amount(whole, scale)} {scale.unit} in all, {listed}"]
         batch = f"this batch's {_amount(section.update.share, scale)}"
     if not any(prompt.share for prompt in section.U_prompts):
         clauses.append("this batch has no gradient")
@@ -115,7 +115,7 @@ def _marginals(section: AttributionSection, scale: Scale, rule: str, clipped: bo
         why += ", and clipping fixes its norm"
     return [
         f"This batch's shares sum to {_amount(share, scale)}{_half(section.update, scale)} and its "
-        f"marginals, the change if all of it counted more, to {_amount(marginal, scale)}"
+        f"marginals, the derivative in a common weight of all of it, to {_amount(marginal, scale)}"
         f"{_half(section.marginals, scale)} {scale.unit}: {why}"
     ]
 

@@ -82,9 +82,9 @@ def test_shares_of_one_sign_are_percentages(said):
         "in mlp.down_proj of layers 20 to 29 (10 of 210 modules)"
     )
     assert marginals == (
-        "This batch's shares sum to -6.0e-04 ± 1.0e-04 and its marginals, the change if all of it "
-        "counted more, to +3.0e-05 ± 8.0e-05 nats per token: its second moment, which divides the "
-        "whole step, grows with its gradient"
+        "This batch's shares sum to -6.0e-04 ± 1.0e-04 and its marginals, the derivative in a "
+        "common weight of all of it, to +3.0e-05 ± 8.0e-05 nats per token: its second "
+        "moment, which divides the whole step, grows with its gradient"
     )
     assert residuals.endswith("sum of absolute shares: tensors 5e-08, tokens of E 0e+00")
     assert said(clip=0.5)[1].endswith("grows with its gradient, and clipping fixes its norm")
@@ -94,11 +94,11 @@ def test_shares_of_one_sign_are_percentages(said):
 def test_parts_of_opposite_sign_are_amounts(said):
     first = said(momentum=share(100.0, 60.0))[0]
     assert first.startswith(
-        "Causes of the predicted change: momentum of earlier steps +1.0e-03 (indistinguishable from 0) "
-        "and this batch -6.0e-04 nats per token, +4.0e-04 in all; of this batch's -6.0e-04, prompt 17 "
+        "Causes of the predicted change: +4.0e-04 nats per token in all, momentum of earlier steps "
+        "+1.0e-03 (indistinguishable from 0) and this batch -6.0e-04; of this batch's -6.0e-04, prompt "
     )
     three = said(momentum=share(100.0), decay=share(-10.0))[0]
-    assert "+1.0e-03, this batch -6.0e-04 and weight decay -1.0e-04 nats per token, +3.0e-04" in three
+    assert "+1.0e-03, this batch -6.0e-04 and weight decay -1.0e-04; " in three
 
 
 def test_prompts_of_opposite_sign_are_amounts(said):
@@ -137,7 +137,7 @@ def test_nothing_is_said_of_nothing(said):
 
 def test_without_a_learning_rate_amounts_are_per_unit_of_it(said):
     first = said(eta=0.0, momentum=share(100.0))[0]
-    assert "momentum of earlier steps +1.0e+02 and this batch -6.0e+01 nats per token per unit" in first
+    assert "+4.0e+01 nats per token per unit of learning rate in all, momentum of earlier" in first
 
 
 def test_without_rewards_none_are_said(said):
