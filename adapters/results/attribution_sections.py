@@ -148,7 +148,7 @@ class AttributionSection(Section):
     factors: tuple[GroupShare, ...]
     """By A and B of LoRA, and what else the adapter has."""
     region: Region | None
-    """Where the derivative is; null: spread over more than half of the modules."""
+    """Where the derivative is; null: spread over more than two fifths of the modules."""
     update_region: Region | None
     """Where the part of this batch is; null: spread, or nothing."""
     E_prompts: tuple[PromptOfE, ...]

@@ -56,23 +56,28 @@ def _sentence(section: AttributionSection, scale: Scale) -> str:
         first, *rest = [f"{_percent(p.share / whole)} is {n}{_mark(p)}" for n, p in ordered]
         clauses = [", ".join([first, *rest])]
         batch = f"this batch's {_percent(section.update.share / whole)}"
+        own = f"{batch} ({_amount(section.update.share, scale)})"
     else:
         listed = _join([f"{n} {_amount(p.share, scale)}{_mark(p)}" for n, p in ordered])
         clauses = [f"{_amount(whole, scale)} {scale.unit} in all, {listed}"]
-        batch = f"this batch's {_amount(section.update.share, scale)}"
+        batch = own = f"this batch's {_amount(section.update.share, scale)}"
     if not any(prompt.share for prompt in section.U_prompts):
         clauses.append("this batch has no gradient")
     elif "this batch" in said:
         if list(said) == ["this batch"]:
             clauses, batch = ["all of it is this batch"], "it"
-        clauses.append(_prompts(section.U_prompts, section.update.share, batch, scale))
+            own = f"its {_amount(section.update.share, scale)}"
+        clauses.append(_prompts(section.U_prompts, section.update.share, batch, own, scale))
         clauses += _where(section.update_region, "the batch's part")
         return "; ".join(clauses)
     return "; ".join([*clauses, *_where(section.region, "the whole")])
 
 
-def _prompts(prompts: Sequence[PromptOfU], whole: float, batch: str, scale: Scale) -> str:
-    """The largest prompt as a share of the batch, or the largest of either sign in amounts."""
+def _prompts(prompts: Sequence[PromptOfU], whole: float, batch: str, own: str, scale: Scale) -> str:
+    """The largest prompt as a share of the batch, or the largest of either sign in amounts.
+
+    `batch` and `own` are what the batch is called, the latter with its amount.
+    """
     first = prompts[0]
     rest = whole - sum(prompt.share for prompt in prompts)
     absolute = sum(abs(prompt.share) for prompt in prompts) + abs(rest)
@@ -81,7 +86,7 @@ def _prompts(prompts: Sequence[PromptOfU], whole: float, batch: str, scale: Scal
     other = next((p for p in prompts if p.share * first.share < 0), None)
     named = [first] if other is None else [first, other]
     listed = _join([f"{_called(p)} makes {_amount(p.share, scale)}" for p in named])
-    return f"within {batch}, {listed} {scale.unit}"
+    return f"within {own}, {listed} {scale.unit}"
 
 
 def _called(prompt: PromptOfU) -> str:

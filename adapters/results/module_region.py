@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 HALF = 0.5  # of the part, which a region holds at least
-SPREAD = 0.5  # of the modules: a larger region says nothing
+SPREAD = 0.4  # of the modules: a larger region says nothing
 
 
 class Found(NamedTuple):
@@ -27,7 +27,7 @@ def region(value: Mapping[str, float]) -> Found | None:
     """The fewest modules that hold at least half of the values' sum, and not more than all of it.
 
     Candidates are a single module, and one kind of module (mlp.down_proj), one block (mlp) or all
-    modules of adjacent layers. None if only more than half of the modules would do, or the sum is 0.
+    modules of adjacent layers. None if that is more than two fifths of the modules, or the sum is 0.
     """
     total = sum(value.values())
     if not total:

@@ -105,8 +105,8 @@ def test_prompts_of_opposite_sign_are_amounts(said):
     prompts = (prompt(2, -91.0, right=7), prompt(9, 44.0, right=3), prompt(1, -13.0))
     first = said(U_prompts=prompts)[0]
     assert (
-        "; within this batch's 12 %, prompt 2 ('8 + 4?', 7 of 8 right) makes -9.1e-04 and prompt 9 "
-        "('8 + 4?', 3 of 8 right) makes +4.4e-04 nats per token; 61 %"
+        "; within this batch's 12 % (-6.0e-04), prompt 2 ('8 + 4?', 7 of 8 right) makes -9.1e-04 and "
+        "prompt 9 ('8 + 4?', 3 of 8 right) makes +4.4e-04 nats per token; 61 %"
     ) in first
     # One prompt more than all of it, with another that lacks in the list of ten.
     assert (
