@@ -78,6 +78,8 @@ def whatif(
         rules = [rule for rule in rules if rule.text != there.outcome.name]
         outcomes = [one for one in outcomes if one.name != there.outcome.name] + [there.outcome]
     bound = {rule.text: rule for rule in rules}
+    if there is not None:
+        bound[there.outcome.name] = there.rule
     document = whatif_document(given, outcomes, bound, left_out, there, until, narrator.costs)
     store.write_whole(path, partial(store.write_json, document.model_dump(mode="json")))
     return document, path

@@ -236,6 +236,7 @@ def test_the_coefficient_that_is_solved_for_predicts_the_target(ran, by) -> None
     solution, plan = document.solution, ran.found.plan
     assert solution is not None
     assert document.rules[-1].rule == solution.row == f"{by}:{solution.coefficient:.6g}"
+    assert registry.NAMED[by].about in document.rules[-1].about
     bound = registry.rule(f"{by}:{solution.coefficient!r}")
     inputs, _ = rule_inputs(ran.found, bound.needs, Stages(None), Narrator())
     found = funcprobe.predict(

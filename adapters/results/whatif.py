@@ -202,7 +202,7 @@ def _solution(solved: Solved, rows: Sequence[RuleRow], unit: str) -> Solution:
     if solved.slope is None:
         method = "bisection, a gradient pass over U each; the nearest of those tried"
     return Solution(
-        rule=solved.rule,
+        rule=solved.rule.name,
         target=quantity(solved.target, unit, "predicted change at this eta"),
         coefficient=solved.coefficient,
         coefficient_interval=_of_coefficient(solved, interval),

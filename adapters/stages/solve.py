@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import brentq
 
 from funcprobe import tree
-from funcprobe.rules.named import NamedRule, bind
+from funcprobe.rules.named import BoundRule, NamedRule, bind
 from funcprobe.rules.rule import touched
 from funcprobe.step import masked
 from funcprobe.step.adam import UpdateDirection
@@ -32,7 +32,7 @@ NEAR = (
 class Solved(NamedTuple):
     """The coefficient nearest to the run's own rule, and what the step does there."""
 
-    rule: str
+    rule: BoundRule  # with the coefficient
     target: float  # predicted change of the entropy at eta
     coefficient: float
     slope: float | None  # of the predicted change in the coefficient; None: a share, found in steps
@@ -98,7 +98,7 @@ def _linear(given: Given, rule: NamedRule, target: float, stages: Stages, narrat
     share = touched(update, own, given.inputs.mask_NR)
     there = along(given, f"{rule.name}:{b:.6g}", update, direction(b), share, stages, narrator)
     slope = (missed(b + NEAR * unit) - missed(b - NEAR * unit)) / (2 * NEAR * unit)
-    return Solved(rule.name, target, b, slope, low, high, 1, there)
+    return Solved(bind(rule, b), target, b, slope, low, high, 1, there)
 
 
 def _root(missed: Callable[[float], float], unit: float) -> float | None:
@@ -154,7 +154,7 @@ def _by_steps(
     best = min(seen, key=lambda share: abs(seen[share] - target))
     there = outcome(given, bind(rule, best), stages, narrator)
     low, high = min(seen.values()), max(seen.values())
-    return Solved(rule.name, target, best, None, low, high, len(seen), there)
+    return Solved(bind(rule, best), target, best, None, low, high, len(seen), there)
 
 
 def _unreachable(name: str, target: float, low: float, high: float) -> str:
