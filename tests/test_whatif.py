@@ -404,6 +404,8 @@ def test_a_U_without_gradient_has_rules_that_move(checkpoint, tmp_path) -> None:
     own, negative, bonus, solution = document.rules
     assert negative.entropy.difference.value == negative.touched.value == 0
     assert bonus.entropy.difference.value > 0
+    assert bonus.entropy_weight.value > 0
+    assert bonus.entropy_weight.normalised_by.startswith("sum over U itself")
     assert solution.entropy.predicted.value == pytest.approx(0, abs=1e-12)
     assert own.reward is not None  # equal rewards do not change
     assert own.reward.predicted.value == own.reward.measured.value == 0

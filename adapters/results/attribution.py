@@ -1,7 +1,7 @@
 """An attribution and its batches -> the section of results.json on who makes the predicted change."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -65,6 +65,7 @@ def attribution_section(
         marginals_less_shares=difference,
         marginals_differ=abs(less) > NEGLIGIBLE * larger and not difference.indistinguishable_from_0,
         U_prompts=_prompts_of_U(found, attribution, lifetime.factor),
+        U_prompts_absolute=float(attribution.update.prompt_M.abs().sum()),
         modules=_largest(_groups(modules.module, errors.module)),
         layers=_groups(modules.layer, errors.layer),
         projections=_groups(modules.projection, errors.projection),
@@ -134,12 +135,14 @@ def _region(value: Mapping[str, float], errors: ModuleErrors, parts: slice) -> R
         return None
     inside = [name for name in errors.influence.names if module_of(name) in set(found.modules)]
     error = block_error(errors.influence.of(inside)[:, parts].sum(1))
+    absolute = math.fsum(map(abs, value.values()))
     return Region(
         name=found.name,
         modules=len(found.modules),
         of_modules=len(value),
         fraction=found.fraction,
         total=share_of(math.fsum(value[m] for m in found.modules), error),
+        spread=absolute / abs(math.fsum(value.values())),
     )
 
 
@@ -148,9 +151,8 @@ def _prompts_of_U(
 ) -> tuple[PromptOfU, ...]:
     batch = found.batches.update_rollouts
     text = prompt_texts(found.plan, batch, found.plan.supplied_update is not None)
-    known = [r for r in batch.reward or [] if not math.isnan(r)]
-    values = sorted(set(known))
-    best = values[1] if len(values) == 2 else None
+    values = {r for r in batch.reward or [] if not math.isnan(r)}
+    least = found.plan.config.reward.correct_at
     shares, marginals = attribution.update.prompt_M, attribution.marginal.prompt_M
     prompts = []
     for m in shares.abs().argsort(descending=True, stable=True)[:LARGEST].tolist():
@@ -166,7 +168,7 @@ def _prompts_of_U(
                 responses=len(rows),
                 tokens=sum(len(batch.response_ids[i]) for i in rows),
                 mean_reward=mean,
-                right=None if best is None or not rewards else rewards.count(best),
+                right=_right(rewards, values, least) if len(rewards) == len(rows) else None,
                 above_mean=None if mean is None else sum(r > mean for r in rewards),
                 advantage_low=min(advantages, default=None),
                 advantage_high=max(advantages, default=None),
@@ -176,6 +178,13 @@ def _prompts_of_U(
             )
         )
     return tuple(prompts)
+
+
+def _right(rewards: Sequence[float], values: Collection[float], correct_at: float) -> int | None:
+    """How many of a prompt's rewards are the larger of U's two; None unless only that one is right."""
+    if len(values) != 2 or not min(values) < correct_at <= max(values):
+        return None
+    return sum(r >= correct_at for r in rewards)
 
 
 def _prompts_of_E(found: Predicted, attribution: funcprobe.Attribution) -> tuple[PromptOfE, ...]:

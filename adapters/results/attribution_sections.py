@@ -47,6 +47,9 @@ class Region(Section):
     """Its share over the whole part's."""
     total: Share
     """Its share."""
+    spread: float = 1.0
+    """Sum of the absolute shares of all modules over that of their sum: above 1 they have either sign,
+    and `fraction` is of a difference."""
 
 
 class PromptOfU(Section):
@@ -63,7 +66,8 @@ class PromptOfU(Section):
     mean_reward: float | None
     """Of its responses; null: none has a reward."""
     right: int | None
-    """Responses with the larger reward, where all rewards of U are one of two; else null."""
+    """Responses with the larger reward, where all rewards of U are one of two and reward.correct_at is
+    between them; else null."""
     above_mean: int | None
     """Responses with a reward above the prompt's mean; null: none has a reward."""
     advantage_low: float | None
@@ -139,6 +143,8 @@ class AttributionSection(Section):
     """Whether they differ by more than that error, and by more than 1 %."""
     U_prompts: tuple[PromptOfU, ...]
     """The ten largest, by absolute share."""
+    U_prompts_absolute: float = 0.0
+    """Sum of the absolute shares of all prompts of U; 0: an earlier version's file, or no gradient."""
     modules: tuple[GroupShare, ...]
     """The ten largest, by absolute share; modules.parquet has all."""
     layers: tuple[GroupShare, ...]

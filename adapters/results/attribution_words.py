@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from .attribution_sections import AttributionSection, Family, PromptOfU, Region, Share
 from .lifetime import lifetime_lines
+from .module_region import ONE_SIGN
 from .momentum import momentum_lines
 from .schema import Results
 
-ONE_SIGN = 1.25  # sum of absolute shares over their sum, up to which percentages are said
 SMALL = 0.005  # of the sum of absolute shares: a part that is not mentioned
 MARK = " (indistinguishable from 0)"
 
@@ -52,7 +52,10 @@ def _sentence(section: AttributionSection, scale: Scale) -> str:
     whole = sum(part.share for part in parts.values())
     said = {n: p for n, p in parts.items() if abs(p.share) > SMALL * absolute}
     ordered = sorted(said.items(), key=lambda item: -abs(item[1].share))
-    if all(p.share / whole > 0 for p in said.values()):
+    if not said:
+        clauses = ["nothing changes to first order"]
+        batch = own = "this batch"
+    elif all(p.share * whole > 0 for p in said.values()):
         first, *rest = [f"{_percent(p.share / whole)} is {n}{_mark(p)}" for n, p in ordered]
         clauses = [", ".join([first, *rest])]
         batch = f"this batch's {_percent(section.update.share / whole)}"
@@ -67,20 +70,22 @@ def _sentence(section: AttributionSection, scale: Scale) -> str:
         if list(said) == ["this batch"]:
             clauses, batch = ["all of it is this batch"], "it"
             own = f"its {_amount(section.update.share, scale)}"
-        clauses.append(_prompts(section.U_prompts, section.update.share, batch, own, scale))
-        clauses += _where(section.update_region, "the batch's part")
+        clauses.append(_prompts(section, batch, own, scale))
+        clauses += _where(section.update_region, "the batch's part", scale)
         return "; ".join(clauses)
-    return "; ".join([*clauses, *_where(section.region, "the whole")])
+    return "; ".join([*clauses, *_where(section.region, "the whole", scale)])
 
 
-def _prompts(prompts: Sequence[PromptOfU], whole: float, batch: str, own: str, scale: Scale) -> str:
+def _prompts(section: AttributionSection, batch: str, own: str, scale: Scale) -> str:
     """The largest prompt as a share of the batch, or the largest of either sign in amounts.
 
     `batch` and `own` are what the batch is called, the latter with its amount.
     """
+    prompts, whole = section.U_prompts, section.update.share
     first = prompts[0]
     rest = whole - sum(prompt.share for prompt in prompts)
     absolute = sum(abs(prompt.share) for prompt in prompts) + abs(rest)
+    absolute = max(absolute, section.U_prompts_absolute)  # the rest may have either sign
     if absolute <= ONE_SIGN * abs(whole) and 0 < first.share / whole <= 1:
         return f"of {batch}, {_called(first)} makes {_percent(first.share / whole)}"
     other = next((p for p in prompts if p.share * first.share < 0), None)
@@ -99,13 +104,14 @@ def _called(prompt: PromptOfU) -> str:
     return f"prompt {prompt.prompt_index} ({prompt.text}{rewards})"
 
 
-def _where(region: Region | None, whole: str) -> list[str]:
+def _where(region: Region | None, whole: str, scale: Scale) -> list[str]:
     if region is None or region.total.indistinguishable_from_0:
         return []
-    return [
-        f"{_percent(region.fraction)} of {whole} is in {region.name} "
-        f"({region.modules} of {region.of_modules} modules)"
-    ]
+    place = f"{region.name} ({region.modules} of {region.of_modules} modules)"
+    if region.spread > ONE_SIGN:
+        amount = f"{_amount(region.total.share, scale)} {scale.unit}"
+        return [f"in {whole}, of modules of either sign, {place} makes {amount}"]
+    return [f"{_percent(region.fraction)} of {whole} is in {place}"]
 
 
 def _marginals(section: AttributionSection, scale: Scale, rule: str, clipped: bool) -> list[str]:

@@ -1,5 +1,7 @@
 """The influence of U's prompts on E's -> the section of results.json on it."""
 
+import math
+
 import funcprobe
 from funcprobe.attribution.module_shares import module_of
 from funcprobe.statistics.intervals import delta_error
@@ -7,7 +9,7 @@ from funcprobe.statistics.intervals import delta_error
 from ..stages.first_order import Predicted
 from .attribution import LARGEST, share_of
 from .influence_sections import InfluenceSection, InfluentialPrompt, ModuleOfShare, PairOfPrompts
-from .module_region import region
+from .module_region import ONE_SIGN, region
 from .prompt_texts import prompt_texts, shortened
 
 
@@ -27,7 +29,8 @@ def influence_section(
         modules = dict.fromkeys(map(module_of, tensors), 0.0)
         for name, value in tensors.items():
             modules[module_of(name)] += value
-        where = region(modules)
+        alike = math.fsum(map(abs, modules.values())) <= ONE_SIGN * abs(math.fsum(modules.values()))
+        where = region(modules) if alike else None
         ordered = sorted(modules.items(), key=lambda item: -abs(item[1]))[:LARGEST]
         prompts.append(
             InfluentialPrompt(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 HALF = 0.5  # of the part, which a region holds at least
+ONE_SIGN = 1.25  # sum of absolute shares over their sum, up to which a fraction of it is said
 SPREAD = 0.4  # of the modules: a larger region says nothing
 
 

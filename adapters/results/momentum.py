@@ -8,6 +8,7 @@ import torch
 from ..stages.first_order import Predicted
 from ..stages.momentum import Momentum, StepPrompts
 from ..stages.plan import Plan
+from .module_region import ONE_SIGN
 from .momentum_sections import (
     MomentumPrompt,
     MomentumSection,
@@ -20,7 +21,6 @@ from .prompt_texts import prompt_texts, shortened
 PER_LR = " per unit of learning rate"
 MOST = 10  # prompts of a step
 NAMED = 5  # steps in a line
-ONE_SIGN = 1.25  # sum of absolute shares over their sum, up to which percentages are said
 
 
 def momentum_section(found: Predicted, momentum: Momentum | None) -> MomentumSection | None:
@@ -61,6 +61,7 @@ def _prompts(plan: Plan, one: StepPrompts) -> MomentumStepPrompts:
         residual=one.found.residual,
         gradient_residual=one.found.gradient_residual,
         clip_coefficient=one.found.clip_coefficient,
+        absolute=float(shares.prompt_M.abs().sum()),
         prompts=tuple(
             MomentumPrompt(
                 prompt_index=(index := int(shares.prompt_index_M[m])),
@@ -92,7 +93,7 @@ def momentum_lines(section: MomentumSection | None, eta: float) -> list[str]:
     for one in section.by_prompt:
         shown = one.prompts[:3]
         parts = [prompt.share for prompt in shown]
-        listed = said([prompt.text for prompt in shown], parts, one.recorded)
+        listed = said([prompt.text for prompt in shown], parts, one.recorded, one.absolute)
         lines.append(
             f"momentum of step {one.step} by prompt: {listed}; residual {one.residual:+.1e} of "
             f"{one.recorded:+.3e} (gradient recomputed to {one.gradient_residual:.1e})"
@@ -106,9 +107,12 @@ class _Said(NamedTuple):
     eta: float
     unit: str  # per unit of learning rate
 
-    def __call__(self, names: Sequence[str], parts: Sequence[float], whole: float) -> str:
+    def __call__(
+        self, names: Sequence[str], parts: Sequence[float], whole: float, absolute: float = 0.0
+    ) -> str:
+        """`absolute`: the sum of all absolute parts, where more than those named are known."""
         left = whole - sum(parts)
-        if 0 < sum(map(abs, [*parts, left])) <= ONE_SIGN * abs(whole):
+        if 0 < max(sum(map(abs, [*parts, left])), absolute) <= ONE_SIGN * abs(whole):
             pairs = zip(names, parts, strict=True)
             return ", ".join(f"{name} {100 * part / whole:.0f} %" for name, part in pairs)
         amounts = [f"{(self.eta or 1.0) * part:+.1e}" for part in parts]

@@ -44,6 +44,8 @@ class MomentumStepPrompts(Section):
     """|recorded - recomputed| over |recorded|, of the gradients themselves."""
     clip_coefficient: float
     """Factor by which that step clipped its gradient."""
+    absolute: float = 0.0
+    """Sum of the absolute shares of all its prompts; 0: an earlier version's file, or no gradient."""
     prompts: tuple[MomentumPrompt, ...]
     """The ten largest, by absolute share."""
 

@@ -106,6 +106,8 @@ def _row(
         unit_n = given.rewarded.unit_n
         reward = _change(one.reward, own.reward, unit_n, "reward", holds=holds, both=both)
     relative = "of the run's own sum of |c| over U"
+    if not found.batches.update.coef_NR.any():
+        relative = "sum over U itself, as the run's own |c| are all 0"
     return RuleRow(
         rule=one.name,
         about=_about(rule),

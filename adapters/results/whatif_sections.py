@@ -44,9 +44,11 @@ class RuleRow(Section):
     touched: Quantity
     """Share of the tokens of J whose coefficients differ from the run's own."""
     weight: Quantity
-    """Sum of |c| over U's tokens, relative to the run's own; c: coefficients of log-probabilities."""
+    """Sum of |c| over U's tokens, relative to the run's own, or itself where that is 0; c: coefficients
+    of log-probabilities."""
     entropy_weight: Quantity
-    """Sum of |d| over U's tokens, relative to the run's sum of |c|; d: coefficients of entropies."""
+    """Sum of |d| over U's tokens, relative to the run's sum of |c|, or itself where that is 0; d:
+    coefficients of entropies."""
     clip_coefficient: float
     """Factor by which clipping scales the rule's Y; 1: not clipped."""
     entropy: ChangeSection

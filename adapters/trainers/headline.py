@@ -46,7 +46,9 @@ def headline(logged: dict[str, float]) -> str:
     where = _said({top: projections[top]}, whole if alike else None)
     if "top_layer" in logged:
         layer = {f"layer {logged['top_layer']:.0f}": logged["from_top_layer"]}
-        where += f", {_said(layer, whole if alike else None)}"
+        # Layers may have either sign where projections have one: no layer makes more than all of it.
+        inside = alike and 0 <= logged["from_top_layer"] * whole <= whole**2
+        where += f", {_said(layer, whole if inside else None)}"
     return f"predicted change of the entropy {logged['predicted']:+.2e}: {of_parts}; most in {where}"
 
 

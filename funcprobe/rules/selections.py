@@ -48,7 +48,10 @@ def drop_tokens(amount: float) -> Rule:
 
 
 def random_tokens(amount: float, seed: float) -> Rule:
-    """J without as many tokens of the mask as `drop_tokens` drops, drawn at random: its control."""
+    """J without `amount` tokens of the mask, counted as in `drop_tokens`, drawn at random: its control.
+
+    `drop_tokens` drops fewer where fewer lower the entropy: compare the tokens touched.
+    """
     _require_amount(amount)
 
     def rule(inputs: RuleInputs) -> UpdateBatch:

@@ -3,6 +3,7 @@
 import pytest
 
 from funcprobe.adapters.results import Results, load
+from funcprobe.adapters.results.attribution import _right
 from funcprobe.adapters.results.attribution_sections import (
     AttributionSection,
     Family,
@@ -112,6 +113,42 @@ def test_prompts_of_opposite_sign_are_amounts(said):
     assert (
         "prompt 2 ('8 + 4?', mean reward 0.5) makes -6.3e-04 nats"
         in said(U_prompts=(prompt(2, -63.0),))[0]
+    )
+
+
+def test_prompts_that_are_not_listed_may_cancel(said):
+    """Ten prompts of -5 and a rest of -10, whose prompts make 300 in absolute value."""
+    prompts = tuple(prompt(i, -5.0) for i in range(10))
+    assert "prompt 0 ('8 + 4?', mean reward 0.5) makes 8 %" in said(U_prompts=prompts)[0]
+    assert (
+        "prompt 0 ('8 + 4?', mean reward 0.5) makes -5.0e-05 nats per token"
+        in (said(U_prompts=prompts, U_prompts_absolute=350.0)[0])
+    )
+
+
+def test_a_region_among_modules_of_either_sign_is_an_amount(said):
+    opposed = Region(**DOWN.model_dump() | {"spread": 7.6})
+    assert said(update_region=opposed)[0].endswith(
+        "; in the batch's part, of modules of either sign, mlp.down_proj of layers 20 to 29 (10 of 210 "
+        "modules) makes -3.6e-04 nats per token"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [({0.0, 1.0}, 2), ({0.0, 0.5}, None), ({1.0, 2.0}, None), ({1.0}, None)]
+)
+def test_a_response_is_right_from_the_configured_reward_on(values, expected):
+    """A partial credit is no right answer, and two degrees of right are not right and wrong."""
+    rewards = [min(values), max(values), max(values)]
+    assert _right(rewards, values, 1.0) == expected
+
+
+def test_no_part_at_all(said):
+    """As where the policy is certain of every token, and X is 0."""
+    none = dict.fromkeys(("momentum", "update", "whole"), share(0.0))
+    first = said(**none, update_region=None, U_prompts=(prompt(1, 0.0),))[0]
+    assert first.endswith(
+        "predicted change: nothing changes to first order; this batch has no gradient"
     )
 
 

@@ -69,6 +69,23 @@ def test_an_earlier_checkpoint_alone():
     assert momentum_lines(None, 0.1) == []
 
 
+def test_prompts_that_cancel_beyond_the_named_are_amounts():
+    index = list(range(9))
+    ids = [[2, 3]] * 9
+    share_N = torch.tensor([6.0, 5.0, 5.0, 4.0, -4.0, 4.0, -4.0, 4.0, -4.0]).double()
+    shares = token_shares(
+        share_N[:, None] / 2 * torch.ones(9, 2).double(), funcprobe.collate(ids, ids, index)
+    )
+    found = funcprobe.RecomputedStep(shares.total, shares, 0.0, 1.0)
+    texts = [f"{i} ?" for i in index]
+    rows = Rollouts(index, texts, texts, ids, ids, ["stop"] * 9, 1.0)
+    made = section([shares.total], 0.0, prompts=[StepPrompts(9, rows, found)])
+    assert made.by_prompt[0].absolute == 40
+    line = momentum_lines(made, 1e-3)[-1]
+    assert line.startswith("momentum of step 9 by prompt: '0 ?' +6.0e-03, ")
+    assert "%" not in line
+
+
 @pytest.mark.parametrize("count", [2, 12])
 def test_prompts_of_a_step(count):
     """The largest first, at most ten; text of a data set does nothing in a terminal. The line that all

@@ -57,6 +57,12 @@ def test_the_line_in_percent_and_in_amounts():
     assert "momentum -4.0e-01, this batch +9.0e-01, weight decay +0.0e+00; most in" in said
 
 
+def test_a_layer_that_others_oppose_is_an_amount():
+    one = {f"model.layers.{i}.q_proj.lora_A.default.weight": x for i, x in enumerate((9.0, -8.0))}
+    said = headline(found(0.6, 0.4, names=one))
+    assert said.endswith("most in q_proj 100 %, layer 0 +9.0e-01")
+
+
 def test_no_change_and_no_layers():
     alone = {"lm_head.weight": 0.0}
     made = found(0.0, 0.0, names=alone)
