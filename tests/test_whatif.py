@@ -17,6 +17,7 @@ from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.results import load_whatif
 from funcprobe.adapters.results.whatif_sections import RuleRow, WhatIf
 from funcprobe.adapters.rollouts import save_rollouts
+from funcprobe.adapters.run import run
 from funcprobe.adapters.stages.first_order import Predicted, predicted
 from funcprobe.adapters.stages.observed import rewards_of_E
 from funcprobe.adapters.stages.plan import load
@@ -58,7 +59,7 @@ def ask(folder: Path, settings: list[str], *rules: str, **question: Any) -> What
 @pytest.fixture(scope="module")
 def ran(checkpoint, tmp_path_factory) -> Ran:
     folder = tmp_path_factory.mktemp("whatif")
-    settings = small(checkpoint, folder)
+    settings = small(checkpoint, folder, entropy__baseline="none")  # as the loops over E have none
     document = ask(folder, settings, *RULES, eta=1e-3)
     config = read_config(folder / "c.toml", settings)
     found = predicted(load(config, Narrator()), Stages(folder / ".stages"), Narrator())
@@ -111,6 +112,20 @@ def test_a_rule_is_what_the_core_predicts_and_measures(ran, rule) -> None:
     S_N = tangent.logp_NR.sum(1)
     covariance = float(((reward_N - reward_N.mean()) * S_N).mean())
     assert found.reward.predicted.value == pytest.approx(1e-3 * covariance, rel=1e-8, abs=0)
+
+
+def test_the_runs_own_rule_has_the_runs_numbers(checkpoint, tmp_path) -> None:
+    """With the default baseline, of the entropy and of the reward."""
+    settings = small(checkpoint, tmp_path)
+    (tmp_path / "c.toml").touch()
+    results, _ = run(read_config(tmp_path / "c.toml", settings), Narrator())
+    own = row(ask(tmp_path, settings, "steer", eta=1e-4), "own")
+    reward = next(one for one in results.observables if one.name == "reward")
+    assert own.reward is not None
+    for found, ran in ((own.entropy, results), (own.reward, reward)):
+        at = next(one for one in ran.sweep if one.eta == 1e-4)
+        assert found.predicted.value == pytest.approx(at.predicted.value, rel=1e-6)  # two routes
+        assert found.measured.value == pytest.approx(at.measured.value, rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", RULES[:3])

@@ -163,7 +163,7 @@ def _of_response(predicted: Predicted, name: str, f_N: Float64[Tensor, " N"], sw
         f_N[row_n] - first,
         None if logp_NR is None else logp_NR[row_n, :width],
         plan.entropy.clip,
-        _baseline(plan.entropy) if whole else "none",
+        baseline_of(plan.entropy) if whole else "none",
     )
     f_nR = at.stats.entropy_NR
     found = _observed(
@@ -196,7 +196,7 @@ def _of_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator: Narrato
             ),
             stage.found,
         )
-    entropy = plan.entropy._replace(baseline=_baseline(plan.entropy))
+    entropy = plan.entropy._replace(baseline=baseline_of(plan.entropy))
     return _observed(
         "kl_base",
         _per(entropy),
@@ -226,7 +226,7 @@ def _of_sampled_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator:
     def divergence(stats: TokenStats) -> TokenStats:
         return TokenStats(stats.logp_NR, stats.logp_NR - found.logp_NR)
 
-    entropy = plan.entropy._replace(baseline=_baseline(plan.entropy))
+    entropy = plan.entropy._replace(baseline=baseline_of(plan.entropy))
     here, sampler_NR = divergence(prediction.stats), predicted.batches.sampler_logp_NR
     slope_NR = prediction.tangent.logp_NR
     return _observed(
@@ -274,8 +274,8 @@ def _per(entropy: Entropy) -> tuple[str, str]:
     return f"nats per {entropy.per}", f"per {entropy.per}, over E"
 
 
-def _baseline(entropy: Entropy) -> Baseline:
-    """The entropy's own; none where it is the entropy itself."""
+def baseline_of(entropy: Entropy) -> Baseline:
+    """Of an observable: the entropy's own; none where that is the entropy itself."""
     return "none" if entropy.baseline == "entropy" else entropy.baseline
 
 

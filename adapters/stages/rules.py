@@ -29,6 +29,7 @@ from ..store import Stages
 from .first_order import Predicted
 from .fit import CURVED
 from .gradient import gradients_on_U
+from .observables import baseline_of
 from .plan import Plan
 from .sweep import LEAVES, STATS, by_difference, moved_inputs, state_inputs, statistics_at
 from .weight_diagnostics import WeightDiagnostics, verdict
@@ -77,6 +78,8 @@ def rewarded(
 ) -> Rewarded:
     """E[reward] at theta, and its gradient by one pass over E; NaN: the reward does not apply.
 
+    With the baseline that the observable "reward" of a run has.
+
     InputError for fewer than two sampling units with a reward.
     """
     plan, batches = found.plan, found.batches
@@ -93,6 +96,7 @@ def rewarded(
         reward_N[row_n],
         None if logp_NR is None else logp_NR[row_n, : int(part.response_length_N.max())],
         plan.entropy.clip,
+        baseline_of(plan.entropy) if len(row_n) == len(reward_N) else "none",
     )
     p_nR, q_nR = evaluation.gradient_coefficients(at)
     inputs = {**state_inputs(plan, batches), "p": p_nR, "rows": row_n}
