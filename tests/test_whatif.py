@@ -1,5 +1,6 @@
 """`funcprobe whatif`: rules against the core called directly, what is reused, solved and refused."""
 
+import io
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 
 import funcprobe
 from funcprobe import tree
@@ -16,6 +18,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.results import load_whatif
 from funcprobe.adapters.results.whatif_sections import RuleRow, WhatIf
+from funcprobe.adapters.results.whatif_table import Scale, print_whatif
 from funcprobe.adapters.rollouts import save_rollouts
 from funcprobe.adapters.run import run
 from funcprobe.adapters.stages.first_order import Predicted, predicted
@@ -433,13 +436,34 @@ def test_a_U_without_gradient_has_rules_that_move(checkpoint, tmp_path) -> None:
 def test_the_default_leaves_out_what_a_run_cannot_have(ran) -> None:
     document = ask(ran.folder, ran.settings, eta=1e-3)
     assert [one.rule.partition(":")[0] for one in document.left_out] == ["clip", "kl_cov"]
-    assert "old_logp" in document.left_out[0].reason
+    lacking = (
+        "U has no log-probabilities at the policy that sampled it: supply them as the column old_logp"
+    )
+    assert document.left_out[0].reason == f"{lacking} of rollouts.update"
     assert len(document.rules) >= 13
     assert {one.verdict for one in document.rules} == {"trust"}
     for rules in ((), ("clip",)):  # asked for, in the configuration or by an option
         settings = [*ran.settings, 'whatif.rules=["clip"]'] if not rules else ran.settings
-        with pytest.raises(InputError, match="clip needs old_logp_NR"):
+        with pytest.raises(InputError, match=f"^rule clip:0.2,0.28: {lacking}"):
             ask(ran.folder, settings, *rules, eta=1e-3)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_number_of_the_table_is_cut_off(ran, width) -> None:
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    print_whatif(ran.document, console)
+    lines = console.file.getvalue().splitlines()
+    table = [line for line in lines if line.startswith(("┃", "│"))]
+    assert len(table) > len(ran.document.rules)
+    assert not any("…" in line for line in table)
+    assert {len(line) for line in table} == {len(table[0])}
+    assert len(table[0]) <= width
+    assert ("touched" in table[0]) is (width == 120)
+
+
+def test_zero_has_one_sign() -> None:
+    assert Scale(-3, 3).signed(-6.8e-21) == "+0.000"
+    assert Scale(-3, 3).signed(-1e-6) == "-0.001"
 
 
 # The command
@@ -456,6 +480,8 @@ def test_the_command_prints_the_table_and_writes_the_file(command, ran) -> None:
     for words in ("negative_only", "surprisal < 2", "Solved, entropy change -0.0001: entropy_bonus:"):
         assert words in outcome.out
     assert "keeps" in outcome.out or "loses the least" in outcome.out
+    places = [outcome.out.index(words) for words in ("The run's own rule: ", "Solved, ", "┏")]
+    assert places == sorted(places)
     assert "indistinguishable from 0" in outcome.out
     assert "wrote here/w.json" in outcome.err
     shown = (ROOT / "docs" / "whatif.md").read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ class Scale(NamedTuple):
 
 
 def causes(results: Results) -> list[str]:
-    """Who makes the change, where the batch's answer differs from its part, and what shares lack.
+    """Who makes the predicted change, and whose gradients are in its momentum.
 
     Percentages are of sums whose shares have one sign, nearly; where they have not, amounts with their
     signs are said instead, at the next learning rate or, where that is not known, per unit of it.
@@ -32,12 +32,23 @@ def causes(results: Results) -> list[str]:
         return whose
     eta, unit = results.next_lr.value, results.entropy.unit
     scale = Scale(eta, unit) if eta else Scale(1.0, section.unit)
+    return [f"Causes of the predicted change: {_sentence(section, scale)}", *whose]
+
+
+def beyond_shares(results: Results) -> list[str]:
+    """Where the batch's marginals differ from its shares, what it does later, and what the shares lack.
+
+    No line without an attribution.
+    """
+    section = results.attribution
+    if section is None:
+        return []
+    eta, unit = results.next_lr.value, results.entropy.unit
+    scale = Scale(eta, unit) if eta else Scale(1.0, section.unit)
     rule, clipped = results.conventions.step.rule, results.clip_coefficient < 1
     return [
-        f"Causes of the predicted change: {_sentence(section, scale)}",
-        *whose,
         *_marginals(section, scale, rule, clipped),
-        *lifetime_lines(section.lifetime, results.next_lr, unit),
+        *lifetime_lines(section.lifetime, results.next_lr, unit, _mark(section.update)),
         _residuals(section.families),
     ]
 
@@ -119,15 +130,17 @@ def _marginals(section: AttributionSection, scale: Scale, rule: str, clipped: bo
     if not section.marginals_differ:
         return []
     share, marginal = section.update.share, section.marginals.share
-    why = "its second moment, which divides the whole step, grows with its gradient"
+    why = "Adam's second moment, which divides the whole step, grows with the gradient"
     if rule != "adamw":
         why = "entries of the step are bounded"
     elif clipped:
         why += ", and clipping fixes its norm"
+    apart = section.marginals_less_shares
     return [
-        f"This batch's shares sum to {_amount(share, scale)}{_half(section.update, scale)} and its "
+        f"This batch's shares sum to {_amount(share, scale)}{_half(section.update, scale)}, its "
         f"marginals, the derivative in a common weight of all of it, to {_amount(marginal, scale)}"
-        f"{_half(section.marginals, scale)} {scale.unit}: {why}"
+        f"{_half(section.marginals, scale)} {scale.unit} (difference {_amount(apart.share, scale)}"
+        f"{_half(apart, scale)} on the same samples): {why}"
     ]
 
 

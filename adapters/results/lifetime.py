@@ -27,16 +27,19 @@ def lifetime_section(found: Predicted, attribution: funcprobe.Attribution) -> Li
     return LifetimeSection(**made._asdict())
 
 
-def lifetime_lines(lifetime: LifetimeSection | None, next_lr: Quantity, unit: str) -> list[str]:
+def lifetime_lines(
+    lifetime: LifetimeSection | None, next_lr: Quantity, unit: str, mark: str = ""
+) -> list[str]:
     """This batch in this step and later, at the next learning rate or, where it is 0, per unit of it.
 
-    No line without momentum, and for a batch without gradient. `unit` is the entropy's.
+    No line without momentum, and for a batch without gradient. `unit` is the entropy's; `mark` says
+    that the batch's part is indistinguishable from 0, and with it what it does later.
     """
     if lifetime is None or not lifetime.later:
         return []
     eta = next_lr.value or 1.0
     per = f"at lr {eta:g}" if next_lr.value else "per unit of learning rate"
     return [
-        f"this batch: {eta * lifetime.now:+.2e} in this step, {eta * lifetime.later:+.2e} more through "
-        f"momentum later, if nothing else changed ({unit} {per})"
+        f"This batch: {eta * lifetime.now:+.2e} in this step{mark}, {eta * lifetime.later:+.2e} more "
+        f"in later steps through momentum{mark}, if nothing else changes ({unit} {per})"
     ]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import observable_tables
-from .attribution_words import causes
+from .attribution_words import beyond_shares, causes
 from .cost import cost_line
 from .influence_words import influence_lines
 from .quantity import Interval
@@ -45,7 +45,7 @@ def print_results(results: Results, console: Console) -> None:
     console.print(_table(results, console.width))
     if (others := observable_tables.table(results)) is not None:
         console.print(others)
-    for line in (*_under_the_table(results), *causes(results), *influence_lines(results)):
+    for line in (*_under_the_table(results), *beyond_shares(results), *influence_lines(results)):
         console.print(line, soft_wrap=True, markup=False)
     console.print(cost_line(results.cost), soft_wrap=True, markup=False)
 
@@ -64,14 +64,14 @@ def in_words(results: Results) -> list[str]:
         if row.rounding:
             measured += " (rounding)"
         elif row.measured_interval_given_U:
-            measured += f" ± {_half(row.measured_interval_given_U)}"
+            measured += f" ± {_half(row.measured_interval_given_U)} over E"
         else:
             measured += " (not reliable: see its weights)"
         lines.append(
             f"{step} (lr {row.eta:g}) is predicted to {effect}: from {entropy.value:.4f} ± "
             f"{_half(results.entropy_interval)} {entropy.unit}, predicted change "
-            f"{row.predicted.value:+.2e} ± {_half(row.interval_total)}{_share(row, entropy.value)}, "
-            f"{measured}"
+            f"{row.predicted.value:+.2e} ± {_half(row.interval_total)} over {_over(results)}"
+            f"{_share(row, entropy.value)}, {measured}"
         )
         lines += _doubts(results, row)
     counts, average = results.counts, ", on an average U"
@@ -96,6 +96,7 @@ def in_words(results: Results) -> list[str]:
         )
     return [
         *lines,
+        *causes(results),
         *(f"Not the step of the run: {line}" for line in results.unlike_the_run),
         *_loss(results.loss),
         f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
@@ -138,13 +139,8 @@ def print_checks(checks: Iterable[Checked], console: Console, *, meanings: bool 
     """Every check, what it found and its bound; the usual cause of a failure, of all or the failed."""
     checks = list(checks)
     table = Table(title="Sanity checks", title_justify="left")
-    for column in (
-        "",
-        "check",
-        "found",
-        "required",
-        *(("usual cause of a failure",) if meanings else ()),
-    ):
+    last = ("usual cause of a failure",) if meanings else ()
+    for column in ("", "check", "found", "required", *last):
         table.add_column(column)
     for one in checks:
         meaning = (one.failure_means,) if meanings else ()
@@ -178,6 +174,12 @@ def _share(row: SweepRow, entropy: float) -> str:
     return f" ({row.predicted.value / entropy:+.2%})" if entropy else ""
 
 
+def _over(results: Results) -> str:
+    """What the interval of the prediction covers."""
+    first = results.first_order
+    return "E, U and masks" if first.masks else "E and U" if first.se_over_U.value else "E"
+
+
 def _half(interval: Interval | None) -> str:
     """Half the width of a symmetric interval."""
     return "-" if interval is None else f"{interval.half_width:.1e}"
@@ -186,10 +188,8 @@ def _half(interval: Interval | None) -> str:
 def _table(results: Results, width: int) -> Table:
     """The sweep, a row a learning rate."""
     unit = results.entropy.unit
-    known = not results.first_order.se_over_U.value
-    over = "E, U and masks" if results.first_order.masks else "E" if known else "E and U"
     table = Table(
-        title=f"Entropy change, {unit} (±: 95 %; predicted over {over}, measured over E)",
+        title=f"Entropy change, {unit} (±: 95 %; predicted over {_over(results)}, measured over E)",
         title_justify="left",
     )
     quadratic = results.second_order is not None and width >= WIDE

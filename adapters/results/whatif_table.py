@@ -12,6 +12,8 @@ from .cost import cost_line
 from .quantity import Interval
 from .whatif_sections import ChangeSection, Solution, WhatIf
 
+WIDE = 112  # columns of the whole table; a narrower one leaves out predictions and the tokens touched
+
 
 class Scale(NamedTuple):
     """A common power of ten of a table's columns, and the decimals that leave four digits."""
@@ -24,7 +26,7 @@ class Scale(NamedTuple):
         return f"1e{self.power} " if self.power else ""
 
     def signed(self, value: float) -> str:
-        return f"{value / 10**self.power:+.{self.decimals}f}"
+        return f"{round(value / 10**self.power, self.decimals) + 0.0:+.{self.decimals}f}"  # no -0.000
 
     def half(self, interval: Interval | None) -> str:
         return "-" if interval is None else f"{interval.half_width / 10**self.power:.{self.decimals}f}"
@@ -41,13 +43,19 @@ def scale_of(values: Sequence[float]) -> Scale:
 
 
 def print_whatif(document: WhatIf, console: Console) -> None:
-    """The table, then what was left out, solved for and found, in words."""
-    console.print(_table(document))
-    for line in (*_under(document), cost_line(document.cost)):
+    """What was found and solved for, in words; the table; what was left out, and the limits."""
+    solution = [] if document.solution is None else [_solution(document.solution)]
+    _print([*document.findings, *solution], console)
+    console.print(_table(document, wide=console.width >= WIDE))
+    _print([*_under(document), cost_line(document.cost)], console)
+
+
+def _print(lines: Sequence[str], console: Console) -> None:
+    for line in lines:
         console.print(line, soft_wrap=True, markup=False, emoji=False)
 
 
-def _table(document: WhatIf) -> Table:
+def _table(document: WhatIf, *, wide: bool) -> Table:
     rows = document.rules
     entropy = _scale([row.entropy for row in rows])
     reward = _scale([row.reward for row in rows if row.reward is not None])
@@ -58,20 +66,29 @@ def _table(document: WhatIf) -> Table:
         title += f", reward in {reward.unit.strip() or 'its unit'}"
     table = Table(title=f"{title} (±: 95 %, over E)", title_justify="left")
     table.add_column("rule", overflow="fold", max_width=34)
-    of_reward = () if document.reward is None else ("reward pred.", "measured", "±")
-    for column in ("touched", "entropy pred.", "measured", "±", "- own", "±", *of_reward):
-        table.add_column(column, justify="right")
+    of_entropy, of_reward = _columns("entropy", wide=wide), _columns("reward", wide=wide)
+    touched = ("touched",) if wide else ()
+    rewarded = () if document.reward is None else of_reward
+    for column in (*touched, *of_entropy, "vs own", "±", *rewarded):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = [*_cells(row.entropy, entropy), entropy.signed(row.entropy.difference.value)]
+        cells = [f"{row.touched.value:.0%}"] if wide else []
+        cells += _cells(row.entropy, entropy, wide=wide)
+        cells.append(entropy.signed(row.entropy.difference.value))
         cells.append(entropy.half(row.entropy.difference_interval))
-        cells += [] if row.reward is None else _cells(row.reward, reward)
-        table.add_row(Text(row.rule), f"{row.touched.value:.0%}", *cells)
+        cells += [] if row.reward is None else _cells(row.reward, reward, wide=wide)
+        table.add_row(Text(row.rule), *cells)
     return table
 
 
-def _cells(change: ChangeSection, scale: Scale) -> list[str]:
+def _columns(what: str, *, wide: bool) -> tuple[str, ...]:
+    return (f"{what} pred", "measured", "±") if wide else (what, "±")
+
+
+def _cells(change: ChangeSection, scale: Scale, *, wide: bool) -> list[str]:
+    predicted = [scale.signed(change.predicted.value)] if wide else []
     measured = (scale.signed(change.measured.value), scale.half(change.measured_interval_given_U))
-    return [scale.signed(change.predicted.value), *measured]
+    return [*predicted, *measured]
 
 
 def _scale(changes: Sequence[ChangeSection]) -> Scale:
@@ -94,10 +111,7 @@ def _under(document: WhatIf) -> list[str]:
             f"Frontier of entropy and reward, by the measured changes: {', '.join(front) or 'none'}"
         )
     lines += [f"Not the step of the run: {line}" for line in document.unlike_the_run]
-    lines += [f"Note: {line}" for line in document.limits]
-    if document.solution is not None:
-        lines.append(_solution(document.solution))
-    return [*lines, *document.findings]
+    return [*lines, *(f"Note: {line}" for line in document.limits)]
 
 
 def _solution(found: Solution) -> str:

@@ -38,7 +38,7 @@ def findings(
     lines = [f"The run's own rule: entropy {_shown(own.entropy)} {unit}{_reward(own)}"]
     if earlier := eta * (prediction.from_momentum + prediction.from_decay):
         lines.append(
-            f"Of its predicted {own.entropy.predicted.value:+.2e} momentum and weight decay make "
+            f"Of its predicted {own.entropy.predicted.value:+.2e}, momentum and weight decay make "
             f"{earlier:+.2e}, which a rule for this batch changes through the second moment alone"
         )
     possible = [

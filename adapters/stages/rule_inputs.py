@@ -39,6 +39,11 @@ def rule_inputs(
     mask_NR = response_mask(batch) if chosen is None else chosen.mask_NR
     old_NR, ref_NR = _logp(found)
     why = {}
+    if old_NR is None and "old_logp_NR" in needs:
+        why["old_logp_NR"] = (
+            "U has no log-probabilities at the policy that sampled it: supply them as the column "
+            "old_logp of rollouts.update"
+        )
     if ref_NR is None and "ref_logp_NR" in needs:
         try:
             at = reference_params(plan.policy)

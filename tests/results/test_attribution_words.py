@@ -11,7 +11,7 @@ from funcprobe.adapters.results.attribution_sections import (
     Region,
     Share,
 )
-from funcprobe.adapters.results.attribution_words import causes
+from funcprobe.adapters.results.attribution_words import beyond_shares, causes
 from funcprobe.adapters.results.module_region import region
 from funcprobe.adapters.results.prompt_texts import shortened
 from funcprobe.adapters.results.quantity import StudentInterval
@@ -70,7 +70,8 @@ def said(run_one):
     def call(eta: float = 1e-5, clip: float = 1.0, **fields) -> list[str]:
         lr = results.next_lr.model_copy(update={"value": eta})
         entries = {"attribution": section(**fields), "next_lr": lr, "clip_coefficient": clip}
-        return causes(results.model_copy(update=entries))
+        results_here = results.model_copy(update=entries)
+        return [*causes(results_here), *beyond_shares(results_here)]
 
     return call
 
@@ -83,12 +84,12 @@ def test_shares_of_one_sign_are_percentages(said):
         "in mlp.down_proj of layers 20 to 29 (10 of 210 modules)"
     )
     assert marginals == (
-        "This batch's shares sum to -6.0e-04 ± 1.0e-04 and its marginals, the derivative in a "
-        "common weight of all of it, to +3.0e-05 ± 8.0e-05 nats per token: its second "
-        "moment, which divides the whole step, grows with its gradient"
+        "This batch's shares sum to -6.0e-04 ± 1.0e-04, its marginals, the derivative in a common "
+        "weight of all of it, to +3.0e-05 ± 8.0e-05 nats per token (difference +6.3e-04 ± 1.0e-04 on the "
+        "same samples): Adam's second moment, which divides the whole step, grows with the gradient"
     )
     assert residuals.endswith("sum of absolute shares: tensors 5e-08, tokens of E 0e+00")
-    assert said(clip=0.5)[1].endswith("grows with its gradient, and clipping fixes its norm")
+    assert said(clip=0.5)[1].endswith("grows with the gradient, and clipping fixes its norm")
     assert len(said(marginals_differ=False)) == 2
 
 

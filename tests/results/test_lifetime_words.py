@@ -9,9 +9,11 @@ from funcprobe.adapters.results.quantity import quantity
 def test_the_line():
     made = LifetimeSection(now=-12.0, later=-108.0, factor=9.0)
     assert lifetime_lines(made, quantity(1e-3, "learning rate", ""), "nats per token") == [
-        "this batch: -1.20e-02 in this step, -1.08e-01 more through momentum later, if nothing else "
-        "changed (nats per token at lr 0.001)"
+        "This batch: -1.20e-02 in this step, -1.08e-01 more in later steps through momentum, if "
+        "nothing else changes (nats per token at lr 0.001)"
     ]
+    (line,) = lifetime_lines(made, quantity(1e-3, "learning rate", ""), "nats per token", " (*)")
+    assert "-1.20e-02 in this step (*), -1.08e-01 more in later steps through momentum (*), if" in line
     (line,) = lifetime_lines(made, quantity(0.0, "learning rate", ""), "nats per token")
     assert "-1.20e+01 in this step" in line
     assert line.endswith("(nats per token per unit of learning rate)")

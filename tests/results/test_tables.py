@@ -3,6 +3,7 @@
 import pytest
 
 from funcprobe.adapters.results import Results, load
+from funcprobe.adapters.results.attribution_words import causes
 from funcprobe.adapters.results.quantity import Quantity, StudentInterval
 from funcprobe.adapters.results.tables import in_words
 
@@ -33,7 +34,8 @@ def test_the_effect_is_stated_where_the_interval_excludes_0(run_one, value, half
     results = changed(load(run_one), **change(value, half))
     line = in_words(results)[0]
     assert line.startswith(f"The next step (lr 0.001) is predicted to {effect}: from ")
-    assert f"predicted change {value:+.2e} ± {half:.1e} ({value / results.entropy.value:+.2%})" in line
+    share = f"({value / results.entropy.value:+.2%})"
+    assert f"predicted change {value:+.2e} ± {half:.1e} over E and U {share}, measured " in line
 
 
 def test_a_measured_change_comes_with_what_spoils_it(run_one):
@@ -41,6 +43,7 @@ def test_a_measured_change_comes_with_what_spoils_it(run_one):
     measured = next(row for row in results.sweep if row.is_next_lr).measured.value
     plain = in_words(results)[0]
     assert f", measured {measured:+.2e} ± " in plain
+    assert plain.endswith(" over E")
     assert in_words(changed(results, rounding=True))[0].endswith(f"measured {measured:+.2e} (rounding)")
     spoilt = changed(results, verdict="resample", measured_interval_given_U=None)
     assert in_words(spoilt)[0].endswith(f"measured {measured:+.2e} (not reliable: see its weights)")
@@ -87,4 +90,13 @@ def test_the_parts_are_those_of_the_derivative(run_one):
         f"weight decay {first.from_weight_decay.value:+.3e}"
     )
     without = results.model_copy(update={"sweep": results.sweep[:1]})
-    assert in_words(without) == in_words(results)[-2:]  # nothing about a step of unknown size
+    about_v = [*causes(results), *in_words(results)[-2:]]  # nothing about a step of unknown size
+    assert in_words(without) == about_v
+
+
+def test_who_makes_the_change_stands_right_after_it(run_one):
+    results = load(run_one)
+    finding, doubt, who, *_ = in_words(results)
+    assert finding.startswith("The next step")
+    assert doubt.startswith(DOUBT)
+    assert who == causes(results)[0]
