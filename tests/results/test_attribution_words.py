@@ -85,8 +85,8 @@ def test_shares_of_one_sign_are_percentages(said):
     )
     assert marginals == (
         "This batch's shares sum to -6.0e-04 ± 1.0e-04, its marginals, the derivative in a common "
-        "weight of all of it, to +3.0e-05 ± 8.0e-05 nats per token (difference +6.3e-04 ± 1.0e-04 on the "
-        "same samples): Adam's second moment, which divides the whole step, grows with the gradient"
+        "weight of all of it, to +3.0e-05 ± 8.0e-05 nats per token (difference +6.3e-04 ± 1.0e-04 on "
+        "the same samples): Adam's second moment, which divides the whole step, grows with the gradient"
     )
     assert residuals.endswith("sum of absolute shares: tensors 5e-08, tokens of E 0e+00")
     assert said(clip=0.5)[1].endswith("grows with the gradient, and clipping fixes its norm")
