@@ -91,11 +91,13 @@ def by_stage(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_a_run_says_what_each_stage_took(ran) -> None:
     document, outcome = ran(measure__etas=[1e-5, 1e-4])
     found, total = by_stage(document), document["cost"]["total"]
-    assert list(found)[-5:] == [
-        *("rewards of U", "gradient on U", "first order", "measure", "sanity checks")
+    assert list(found)[-7:] == [
+        *("rewards of U", "gradient on U", "first order", "rewards of E", "attribution", "measure"),
+        "sanity checks",
     ]
     assert found["gradient on U"]["passes"] == {"U": 1}
     assert found["first order"]["passes"] == {"E": 2, "U": 1}  # along v, X; along P X
+    assert found["attribution"]["passes"] == {"U": 1}  # the marginals' tangents
     assert found["measure"]["passes"] == {"E": 2 + 4 + 2}  # etas, rounding, second derivative
     # 32 of the 40 four times (statistics, without adapter, eta = 0, again), and alpha on four:
     # a gradient of each and three contractions.
@@ -115,7 +117,7 @@ def test_a_run_says_what_each_stage_took(ran) -> None:
     }
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("cost: ")]
     assert re.fullmatch(
-        r"cost: \d+ s, 13\.6 passes over E, 2 over U, [\d.]+ k tokens, padding [\d.]+%, "
+        r"cost: \d+ s, 13\.6 passes over E, 3 over U, [\d.]+ k tokens, padding [\d.]+%, "
         rf"peak memory [\d.]+ GiB \({total['highest_peak']}\)",
         line,
     )
@@ -126,9 +128,10 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     fitted_to: list[int] = []
     fit = baselines.baseline
 
-    def counting(kind: Any, batch: funcprobe.Batch, *args: Any) -> torch.Tensor:
-        fitted_to.append(len(batch.prompt_N))
-        return fit(kind, batch, *args)
+    def counting(kind: Any, batch: funcprobe.Batch, *args: Any, **given: Any) -> torch.Tensor:
+        if not given:  # an observable's has the prefix's statistics beside its own
+            fitted_to.append(len(batch.prompt_N))
+        return fit(kind, batch, *args, **given)
 
     monkeypatch.setattr(baselines, "baseline", counting)
     first, _ = ran(measure__etas=[1e-5])
@@ -136,14 +139,14 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     assert fitted_to.count(40) == 1  # the check of eta = 0 fits that of its 32 sequences
     document, outcome = ran(measure__etas=[1e-5, 1e-4])
     found = by_stage(document)
-    for name in ("sample E", "sample U", "gradient on U", "first order"):
+    for name in ("sample E", "sample U", "gradient on U", "first order", "attribution"):
         row = found[name]
         assert (row["results_computed"], row["results_reused"]) == (0, 1)
         assert (row["passes"], row["tokens"], row["generation_tokens"]) == ({}, 0, 0)
         assert by_stage(first)[name]["results_computed"] == 1
     assert (found["measure"]["results_computed"], found["measure"]["results_reused"]) == (1, 7)
     assert found["measure"]["passes"] == {"E": 1}
-    assert "11 of 12 results from earlier runs" in outcome.out
+    assert "12 of 13 results from earlier runs" in outcome.out
     assert "first order: " in (log := Path("runs/one/run.log").read_text())
     assert "measure: " in log
     assert "(7 of 8 from runs/.stages)" in log
