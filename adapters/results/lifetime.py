@@ -1,9 +1,13 @@
 """What this batch does now and through momentum later, for results.json and in words."""
 
+from typing import TYPE_CHECKING
+
 import funcprobe
 
-from ..stages.first_order import Predicted
 from .quantity import Quantity, Section
+
+if TYPE_CHECKING:
+    from ..stages.first_order import Predicted
 
 
 class LifetimeSection(Section):
@@ -20,7 +24,7 @@ class LifetimeSection(Section):
     their steps, so that those would each need a further pass."""
 
 
-def lifetime_section(found: Predicted, attribution: funcprobe.Attribution) -> LifetimeSection:
+def lifetime_section(found: "Predicted", attribution: funcprobe.Attribution) -> LifetimeSection:
     """Of the batch, summed over tensors with each its own factor."""
     shares = {name: parts.update for name, parts in attribution.modules.tensor.items()}
     made = funcprobe.lifetime(shares, found.plan.adam_state, found.plan.step)

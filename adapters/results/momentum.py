@@ -1,13 +1,10 @@
 """Whose momentum, from a run's stage -> results.json, and in words."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..stages.first_order import Predicted
-from ..stages.momentum import Momentum, StepPrompts
-from ..stages.plan import Plan
 from .module_region import ONE_SIGN
 from .momentum_sections import (
     MomentumPrompt,
@@ -18,12 +15,17 @@ from .momentum_sections import (
 )
 from .prompt_texts import prompt_texts, shortened
 
+if TYPE_CHECKING:
+    from ..stages.first_order import Predicted
+    from ..stages.momentum import Momentum, StepPrompts
+    from ..stages.plan import Plan
+
 PER_LR = " per unit of learning rate"
 MOST = 10  # prompts of a step
 NAMED = 5  # steps in a line
 
 
-def momentum_section(found: Predicted, momentum: Momentum | None) -> MomentumSection | None:
+def momentum_section(found: "Predicted", momentum: "Momentum | None") -> MomentumSection | None:
     """The section; None if nothing is recorded."""
     if momentum is None:
         return None
@@ -51,7 +53,7 @@ def momentum_section(found: Predicted, momentum: Momentum | None) -> MomentumSec
     )
 
 
-def _prompts(plan: Plan, one: StepPrompts) -> MomentumStepPrompts:
+def _prompts(plan: "Plan", one: "StepPrompts") -> MomentumStepPrompts:
     shares, texts = one.found.shares, prompt_texts(plan, one.rollouts, supplied=True)
     order = torch.argsort(shares.prompt_M.abs(), descending=True, stable=True)[:MOST].tolist()
     return MomentumStepPrompts(

@@ -1,16 +1,19 @@
 """What to call a prompt by: its question, without what all prompts have around it."""
 
 import itertools
+from typing import TYPE_CHECKING
 
 from ..console import excerpt
-from ..rollouts import Rollouts
-from ..sampling.prompts import Prompt
-from ..stages.plan import Plan
+
+if TYPE_CHECKING:
+    from ..rollouts import Rollouts
+    from ..sampling.prompts import Prompt
+    from ..stages.plan import Plan
 
 LONGEST = 40  # characters of a prompt in a sentence, as `excerpt` writes them
 
 
-def prompt_texts(plan: Plan, batch: Rollouts, supplied: bool) -> dict[int, str]:
+def prompt_texts(plan: "Plan", batch: "Rollouts", supplied: bool) -> dict[int, str]:
     """Prompt index -> its text: the last user message, or the text as given to the policy.
 
     Of supplied rollouts, whose prompts are known as rendered text alone, without the lines that all of
@@ -30,7 +33,7 @@ def shortened(text: str) -> str:
     return excerpt(" ".join(text.split()), beginning=LONGEST - 10, end=10)
 
 
-def _question(prompt: Prompt) -> str:
+def _question(prompt: "Prompt") -> str:
     for message in reversed(prompt.messages or []):
         if message.get("role") == "user":
             return str(message.get("content"))
