@@ -96,7 +96,7 @@ def test_momentum_by_step_and_by_prompt(step, checkpoint, command):
     assert life["later"] == pytest.approx(life["factor"] * update, rel=1e-12)
     for prompt in results["attribution"]["U_prompts"]:
         assert prompt["later"] == pytest.approx(life["factor"] * prompt["share"], rel=1e-12)
-    assert "more through momentum later, if nothing else changed" in out
+    assert "in later steps through momentum, if nothing else changes" in out
     manifest = json.loads(Path("runs/probe/manifest.json").read_text())
     assert set(manifest["inputs"]["momentum"]) == {
         *(f"step-{n:06d}.safetensors" for n in range(1, 6)),
