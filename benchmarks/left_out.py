@@ -34,7 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     narrator = Narrator()
     started = time.time()
-    found = predicted(load(read_config(args.config, args.set), narrator), Stages(None), narrator)
+    config = read_config(args.config, args.set)
+    stages = Stages(Path(config.run.folder).expanduser() / ".stages")  # those of a run
+    found = predicted(load(config, narrator), stages, narrator)
     print(f"first order after {time.time() - started:.0f} s", flush=True)
     linear(found)
     table(found, args.eta)
