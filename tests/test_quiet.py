@@ -18,11 +18,11 @@ SILENCED = """
 import io
 import typer
 from rich.console import Console
-from funcprobe.adapters import cli
+from funcprobe.adapters.commands import preparing, probing
 from funcprobe.adapters.console import Narrator
 
 Narrator._print = lambda self, line: None
-cli._stdout = lambda: Console(file=io.StringIO(), width=120)
+preparing.stdout = probing.stdout = lambda: Console(file=io.StringIO(), width=120)
 typer.echo = lambda *_, **__: None
 """
 

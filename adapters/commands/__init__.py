@@ -1,0 +1,1 @@
+"""The commands: what each reads from its line, calls and prints."""

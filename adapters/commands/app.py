@@ -1,0 +1,51 @@
+"""What the commands share: the application, options, the console that they print to."""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+ABOUT = (
+    "Predicts and measures how the next optimizer step changes the entropy of a policy in RL training: "
+    "to first order with a standard error, and by importance sampling, without taking the step."
+)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"funcprobe {metadata.version('funcprobe')}")
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options before a command."""
+
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CFG.TOML", help="Configuration file; funcprobe init writes one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the configuration, as in --set sampling.B_E=64. May be repeated.",
+    ),
+]
+
+
+def stdout() -> Console:
+    """As wide as the terminal; in a file or a pipe, as wide as the tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)

@@ -1,0 +1,13 @@
+"""The figures of a run, in the order of the report: from what it wrote to a grammar of charts."""
+
+from ...results.saved import SavedRun
+from ..figure import Figure
+from .sweep import sweep
+
+CHARTS = (sweep,)
+
+
+def figures(run: SavedRun) -> dict[str, Figure]:
+    """Every figure that the run has the numbers for, by name."""
+    found = (chart(run) for chart in CHARTS)
+    return {figure.name: figure for figure in found if figure is not None}
