@@ -18,6 +18,7 @@ from support.checkpoints import PIECES, Checkpoint, edit_json, make_checkpoint, 
 from support.commands import Outcome
 from support.jets import BATCH, seconds
 from support.policies import random_like, tiny_policy
+from support.saved_runs import enlarged, run_of
 
 # A busy machine is no failure. Where CI runs, the same examples every time.
 settings.register_profile("funcprobe", deadline=None, derandomize="CI" in os.environ)
@@ -156,6 +157,28 @@ def run_one(checkpoint, tmp_path_factory) -> Path:
     given = {"run.folder": str(place), "run.name": "one", "measure.etas": [1e-6, 1e-4]}
     settings = sets(checkpoint.settings() | given)[1::2]
     return run.run(read_config(place / "c.toml", settings), Narrator())[1]
+
+
+@pytest.fixture(scope="session")
+def run_folder(checkpoint, tmp_path_factory) -> Path:
+    """The folder of a run with shares of tokens, influences and rules; not to be changed."""
+    return run_of(checkpoint, tmp_path_factory.mktemp("seen"))
+
+
+@pytest.fixture(scope="session")
+def saved_run(run_folder):
+    from funcprobe.adapters.results.saved import load_run
+
+    return load_run(run_folder)
+
+
+@pytest.fixture(scope="session")
+def large_run(run_folder, tmp_path_factory):
+    """64 prompts of U with 8 responses of 300 tokens each, E as large; the numbers are made up."""
+    from funcprobe.adapters.results.saved import load_run
+
+    folder = tmp_path_factory.mktemp("large") / "large"
+    return load_run(enlarged(run_folder, folder, prompts=64, responses=8, tokens=300))
 
 
 @pytest.fixture
