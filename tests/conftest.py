@@ -14,6 +14,7 @@ from hypothesis import settings
 
 import funcprobe
 from funcprobe import tree
+from support.browser import chromium, open_page  # noqa: F401 (fixtures)
 from support.checkpoints import PIECES, Checkpoint, edit_json, make_checkpoint, sets
 from support.commands import Outcome
 from support.jets import BATCH, seconds
