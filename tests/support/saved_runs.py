@@ -75,7 +75,7 @@ def edited(folder: Path, **changes: Any) -> None:
 
 
 def enlarged(folder: Path, target: Path, *, prompts: int, responses: int, tokens: int) -> Path:
-    """A copy whose tables have `prompts` x `responses` responses in U, as many in E, of `tokens` tokens.
+    """A copy with `prompts` x `responses` responses in U, as many in E, each of `tokens` tokens.
 
     Values are drawn from those of `folder`, shares with noise, so that every column is of its type.
     """
