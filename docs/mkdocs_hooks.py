@@ -13,10 +13,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-# Pages that lie elsewhere in the repository, where a reader of the code looks for them.
+# Pages that lie elsewhere in the repository, where a reader of the code looks for them; notebooks are
+# served as files.
 ELSEWHERE = (
     "CHANGELOG.md",
     *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("benchmarks/*.md")),
+    *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("notebooks/*.ipynb")),
 )
 LINK = re.compile(r"(?<=\]\()\.\./(?=[^)\s]+)")
 

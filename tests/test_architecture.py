@@ -60,6 +60,7 @@ TRACKED = {
     "benchmarks",
     "docs",
     "configs",
+    "notebooks",
     "README.md",
     "CHANGELOG.md",
 }

@@ -42,7 +42,9 @@ SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
 TEST = re.compile(r"(test_\w+\.py)::(\w+)")
-FOLDERS = ("funcprobe/", "adapters/", "tests/", "benchmarks/", "configs/", "docs/", ".ci/")
+FOLDERS = (
+    *("funcprobe/", "adapters/", "tests/", "benchmarks/", "configs/", "docs/", "notebooks/", ".ci/"),
+)
 DOTTED = re.compile(r"funcprobe(?:\.[A-Za-z_]\w*)+")
 KEY = re.compile(r"(\w+)\.(\w+)(?: ?= ?.+)?")
 OTHER_TOOLS = {"pytest", "ruff", "mypy", "lint-imports", "mkdocs", "git", "pip"}
@@ -244,8 +246,9 @@ CHECKERS: tuple[Callable[[Path, str], Iterator[str]], ...] = (
 
 
 def test_the_source_keeps_to_the_terms():
-    """Messages, descriptions, docstrings, comments and names of both rooms."""
-    sources = [path for room in ("funcprobe", "adapters") for path in (ROOT / room).rglob("*.py")]
+    """Messages, descriptions, docstrings, comments and names of both rooms; the notebooks' text."""
+    rooms = ("funcprobe", "adapters", "notebooks")
+    sources = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
     assert len(sources) > 100
     found = {
         str(path.relative_to(ROOT)): words
