@@ -42,6 +42,7 @@ from .sections import (
     StepSettings,
 )
 from .sweep import Errors, errors_of, fits, second_order, sweep_rows
+from .verdict import verdict_of
 
 
 def document(
@@ -91,6 +92,7 @@ def document(
         checks=tuple(CheckResult(**check._asdict()) for check in checks),
         cost=cost_section(costs.values(), sizes(batches)),
     )
+    results = results.model_copy(update={"verdict": verdict_of(results)})
     store.require_finite(results.model_dump(mode="json"), "results.json")
     return results
 

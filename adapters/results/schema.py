@@ -21,6 +21,7 @@ from .sections import (
     StateEvidence,
 )
 from .sweep_sections import Fits, SecondOrder, SweepRow
+from .verdict_sections import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +34,8 @@ class Results(Section):
 
     schema_version: Literal[1]
     """Version of this structure; raised when a key changes its meaning or disappears."""
+    verdict: Verdict | None = None
+    """What the step does, how sure that is, what makes it; null: a file of an earlier version."""
     conventions: Conventions
     """Signs, normalisation and settings that every number rests on."""
     counts: Counts
