@@ -101,9 +101,7 @@ def test_none_is_the_default_and_more_than_there_are_is_all(made):
 
 
 def test_without_shares_it_is_rejected(made):
-    with pytest.raises(
-        funcprobe.InputError, match='set level to "summary", or influence to 0'
-    ) as error:
+    with pytest.raises(funcprobe.InputError, match='set level to "tokens", or influence to 0') as error:
         made("off", attribution__influence=1, attribution__level="off")
     assert "\n" not in str(error.value)
     with pytest.raises(funcprobe.InputError, match="influence"):

@@ -50,6 +50,7 @@ def test_the_run_folder_holds_what_was_run(probe, checkpoint) -> None:
         "rollouts/update.parquet",
         "run.log",
         "sequences.parquet",
+        "tokens.parquet",
     ]
     config = read_config(folder / "config.toml")
     assert (config.run.seed, config.run.name) == (3, "one")

@@ -131,9 +131,10 @@ class AttributionConfig(Section):
     """Who makes the predicted change: prompts and tokens of U and E, modules, momentum."""
 
     level: Literal["summary", "tokens", "off"] = Field(
-        "summary",
+        "tokens",
         description='"summary": shares and marginals by part of the step, prompt, sequence and module, '
-        'by one more pass over U; "tokens": also a table of every token (docs/results.md); or "off".',
+        'by one more pass over U; "tokens": also a table of every token (docs/results.md), which the '
+        'responses of the report are coloured by; or "off".',
     )
     influence: int = Field(
         0,
@@ -165,7 +166,7 @@ class AttributionConfig(Section):
         if self.influence and self.level == "off":
             raise ValueError(
                 f"influence = {self.influence} is of the prompts of the largest shares, and level is "
-                '"off": set level to "summary", or influence to 0'
+                '"off": set level to "tokens", or influence to 0'
             )
         return self
 

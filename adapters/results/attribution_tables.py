@@ -17,6 +17,7 @@ from ..rollouts import Rollouts
 from ..rollouts.files import write_parquet
 from ..stages.first_order import Predicted
 from .attribution import share_of
+from .token_texts import special_ids, token_texts
 
 
 class Column(NamedTuple):
@@ -27,7 +28,7 @@ class Column(NamedTuple):
     about: str
 
 
-INT, FLOAT, TEXT = pa.int64(), pa.float64(), pa.string()
+INT, FLOAT, TEXT, BOOL = pa.int64(), pa.float64(), pa.string(), pa.bool_()
 RATE = "entropy per unit of learning rate"
 OF_BATCH = {
     "batch": Column(TEXT, "", "U or E"),
@@ -76,6 +77,8 @@ TOKENS = {
     "position": Column(INT, "", "in the response, from 0"),
     "token_id": Column(INT, "", "of the vocabulary"),
     "token": Column(TEXT, "", "decoded alone; exact, so that it may hold anything"),
+    "text": Column(TEXT, "", "that the token completes: those of a response join to its whole text"),
+    "special": Column(BOOL, "", "whether it is a special token of the tokenizer"),
     "logp": Column(FLOAT, "nats", "log-probability at theta; null: U was not passed"),
     "entropy": Column(FLOAT, "nats", "of the next-token distribution at theta; null: U was not passed"),
     "advantage": Column(FLOAT, "advantage", f"of the response; {OF_U}"),
@@ -191,13 +194,14 @@ def _sequences(found: Predicted, attribution: funcprobe.Attribution) -> dict[str
 
 def _tokens(found: Predicted, attribution: funcprobe.Attribution) -> dict[str, list[Any]]:
     table: dict[str, list[Any]] = {name: [] for name in TOKENS}
-    decode = found.plan.policy.tokenizer.decode
-    text: dict[int, str] = {}
+    tokenizer = found.plan.policy.tokenizer
+    special, alone = special_ids(tokenizer), dict[int, str]()
     for side in _sides(found, attribution):
         mask_NR = funcprobe.response_mask(side.batch)
         row_T, position_T = mask_NR.nonzero().T
         ids = [token for response in side.rollouts.response_ids for token in response]
-        text |= {token: str(decode([token])) for token in set(ids) - text.keys()}
+        alone |= {token: str(tokenizer.decode([token])) for token in set(ids) - alone.keys()}
+        texts = token_texts(side.rollouts.response_ids, tokenizer)
         rows, count = row_T.tolist(), len(ids)
         values: dict[str, Sequence[Any]] = {
             "batch": [side.name] * count,
@@ -205,7 +209,9 @@ def _tokens(found: Predicted, attribution: funcprobe.Attribution) -> dict[str, l
             "prompt_index": [side.rollouts.prompt_index[i] for i in rows],
             "position": position_T.tolist(),
             "token_id": ids,
-            "token": [text[token] for token in ids],
+            "token": [alone[token] for token in ids],
+            "text": [text for of_response in texts for text in of_response],
+            "special": [token in special for token in ids],
         }
         if side.name == "U" and side.rollouts.advantage:
             values["advantage"] = [side.rollouts.advantage[i] for i in rows]
