@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+WIDTH = 460
+"""Pixels across any chart: on a telephone of 390 it is scaled to 358, its text of 13 px to 10."""
+
 
 class Figure(NamedTuple):
     """A chart: its grammar (Vega-Lite), and what is said of it."""
@@ -15,4 +18,4 @@ class Figure(NamedTuple):
     description: str
     """For those who do not see it: what is to be seen, with the numbers that matter; plain text."""
     chart: dict[str, Any]
-    """Vega-Lite, data inside, in the colours of `theme`."""
+    """Vega-Lite, data inside, in the colours of `theme`, at most WIDTH wide."""

@@ -1,53 +1,79 @@
 """A figure as SVG inside a page, and as files: SVG, PNG."""
 
+import json
 import re
-from collections.abc import Iterable
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from xml.sax.saxutils import escape, quoteattr
 
 import vl_convert
 
 from .figure import Figure
 from .theme import COLOURS, config
 
-SCALE = 2.0  # pixels of a PNG for one of the chart
+SCALE = 3.0  # pixels of a PNG for one of the chart
+SVG = "http://www.w3.org/2000/svg"
+# What XML 1.0 has no place for, escaped or not.
+NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 def inline_svg(figure: Figure) -> str:
     """The chart as an <svg> element in the page's colours, of the width of its place; no network.
 
-    Its text is escaped by the renderer, its colours are custom properties (`theme.css_variables`).
+    Its text is escaped by the renderer, its colours are custom properties (`theme.css_variables`), its
+    ids begin with the figure's name.
     """
-    svg = _svg(figure)
-    for colour in COLOURS:
-        svg = svg.replace(f'"{colour.placeholder}"', f'"var(--{colour.name})"')
-    return _labelled(svg, figure)
+    return _drawn(figure, {colour.placeholder: f"var(--{colour.name})" for colour in COLOURS})
 
 
 def write_figures(figures: Iterable[Figure], folder: Path) -> None:
     """NAME.svg, NAME.png and NAME.txt, the caption, of every figure, on white."""
+    light = {colour.placeholder: colour.light for colour in COLOURS}
     for figure in figures:
-        svg = _labelled(_light(_svg(figure)), figure)
+        svg = _drawn(figure, light)
         (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
-        png = vl_convert.svg_to_png(_light(_svg(figure)), scale=SCALE)
-        (folder / f"{figure.name}.png").write_bytes(png)
+        (folder / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=SCALE))
         (folder / f"{figure.name}.txt").write_text(f"{figure.title}\n\n{figure.caption}\n", "utf-8")
 
 
-def _svg(figure: Figure) -> str:
-    svg: str = vl_convert.vegalite_to_svg({**figure.chart, "config": config()})
-    return svg
+def _drawn(figure: Figure, colours: Mapping[str, str]) -> str:
+    """In these colours; for screen readers one image, with a title and a description."""
+    root = ET.fromstring(_svg(json.dumps({**figure.chart, "config": config()})))
+    for element in root.iter():
+        _settle(element, figure.name, colours)
+    title, description = (
+        _element(kind, f"{figure.name}-{kind}", text)
+        for kind, text in (("title", figure.title), ("desc", figure.description))
+    )
+    root.insert(0, title)
+    root.insert(1, description)
+    root.set("xmlns", SVG)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{title.get('id')} {description.get('id')}")
+    return ET.tostring(root, encoding="unicode")
 
 
-def _light(svg: str) -> str:
-    for colour in COLOURS:
-        svg = svg.replace(f'"{colour.placeholder}"', f'"{colour.light}"')
-    return svg.replace('fill="transparent"', 'fill="white"', 1)
+@lru_cache(maxsize=64)  # once for the page and the files
+def _svg(chart: str) -> str:
+    svg: str = vl_convert.vegalite_to_svg(chart)
+    return NO_XML.sub("\ufffd", svg).replace(f' xmlns="{SVG}"', "", 1)  # or every name has it
 
 
-def _labelled(svg: str, figure: Figure) -> str:
-    """With a title and a description for screen readers, which read the chart as one image."""
-    opening, rest = svg.split(">", 1)
-    opening = re.sub(r' (role|aria-label)="[^"]*"', "", opening)
-    title = f"<title>{escape(figure.title)}</title><desc>{escape(figure.description)}</desc>"
-    return f'{opening} role="img" aria-label={quoteattr(figure.title)}>{title}{rest}'
+def _settle(element: ET.Element, name: str, colours: Mapping[str, str]) -> None:
+    for key, value in list(element.items()):
+        if key == "role" or key.startswith("aria-"):
+            del element.attrib[key]
+        elif key in ("fill", "stroke", "stop-color"):
+            element.set(key, colours.get(value, value))
+        elif key == "id":
+            element.set(key, f"{name}-{value}")
+        if REFERENCE.search(value):
+            element.set(key, REFERENCE.sub(rf"url(#{name}-\1)", value))
+
+
+def _element(kind: str, name: str, text: str) -> ET.Element:
+    element = ET.Element(kind, id=name)
+    element.text = NO_XML.sub("\ufffd", text)
+    return element
