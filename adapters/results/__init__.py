@@ -1,20 +1,28 @@
 """What is written and printed: results.json, manifest.json and whatif.json as typed objects, tables."""
 
 from .manifest import Manifest
+from .prompt_table import prompt_table
+from .proxy_table import ProxyTable, proxy_table
 from .reading import load, load_manifest, load_whatif
+from .sampling_facts import BatchFacts, SamplingFacts, Spread, sampling_facts
+from .saved import SavedRun, load_run
 from .schema import Results
-from .verdict import verdict_line, verdict_of
-from .verdict_sections import Verdict
 from .whatif_sections import WhatIf
 
 __all__ = [
+    "BatchFacts",
     "Manifest",
+    "ProxyTable",
     "Results",
-    "Verdict",
+    "SamplingFacts",
+    "SavedRun",
+    "Spread",
     "WhatIf",
     "load",
     "load_manifest",
+    "load_run",
     "load_whatif",
-    "verdict_line",
-    "verdict_of",
+    "prompt_table",
+    "proxy_table",
+    "sampling_facts",
 ]

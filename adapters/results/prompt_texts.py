@@ -28,6 +28,17 @@ def prompt_texts(plan: "Plan", batch: "Rollouts", supplied: bool) -> dict[int, s
     return without_common(found)
 
 
+def without_common(found: dict[int, str]) -> dict[int, str]:
+    """Texts without the lines that all of them begin and end with, at least one of each being left."""
+    lines = [text.split("\n") for text in found.values()]
+    if len(set(found.values())) == 1:
+        return found
+    start = _alike(lines)
+    end = _alike([each[:start:-1] for each in lines])  # one line of each is left
+    kept = [each[start : len(each) - end] for each in lines]
+    return {i: "\n".join(each) for i, each in zip(found, kept, strict=True)}
+
+
 def shortened(text: str) -> str:
     """Of at most about 40 characters on one line in quotes; nothing in it is obeyed by a terminal."""
     return excerpt(" ".join(text.split()), beginning=LONGEST - 10, end=10)
@@ -38,16 +49,6 @@ def _question(prompt: "Prompt") -> str:
         if message.get("role") == "user":
             return str(message.get("content"))
     return prompt.given if isinstance(prompt.given, str) else prompt.text
-
-
-def without_common(found: dict[int, str]) -> dict[int, str]:
-    lines = [text.split("\n") for text in found.values()]
-    if len(set(found.values())) == 1:
-        return found
-    start = _alike(lines)
-    end = _alike([each[:start:-1] for each in lines])  # one line of each is left
-    kept = [each[start : len(each) - end] for each in lines]
-    return {i: "\n".join(each) for i, each in zip(found, kept, strict=True)}
 
 
 def _alike(lists: list[list[str]]) -> int:

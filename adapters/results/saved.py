@@ -1,4 +1,4 @@
-"""A run folder as it lies on disk: its documents, and its tables as dataframes."""
+"""A run folder as it lies on disk: its documents, and its tables."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,9 +23,9 @@ class SavedRun(NamedTuple):
     results: Results
     manifest: Manifest
     config: str
-    """config.toml, resolved."""
+    """config.toml, resolved; empty where it is gone."""
     log: str
-    """run.log."""
+    """run.log; empty where it is gone."""
     whatif: WhatIf | None
     """RUN.FOLDER/RUN.NAME.whatif.json; null: `funcprobe whatif` has not compared rules of this run."""
 
@@ -34,16 +34,12 @@ class SavedRun(NamedTuple):
 
         Raises InputError for a file that is no Parquet.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = self.folder / f"{name}.parquet"
-        if not path.is_file():
-            return None
-        try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{path} cannot be read ({error}): repeat the run") from error
+        return _parquet(path) if path.is_file() else None
+
+    def rollouts(self, batch: str) -> "pa.Table":
+        """E or U as it entered the run: "eval" or "update"; InputError where the file is gone."""
+        return _parquet(self.folder / "rollouts" / f"{batch}.parquet")
 
 
 def load_run(folder: Path | str) -> SavedRun:
@@ -54,7 +50,24 @@ def load_run(folder: Path | str) -> SavedRun:
         folder,
         load(folder),
         load_manifest(folder),
-        (folder / "config.toml").read_text(encoding="utf-8"),
-        (folder / "run.log").read_text(encoding="utf-8"),
+        _text(folder / "config.toml"),
+        _text(folder / "run.log"),
         load_whatif(whatif) if whatif.is_file() else None,
     )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _parquet(path: Path) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: copy the whole run folder, or repeat the run") from error
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read ({reason}): repeat the run") from error
