@@ -1,14 +1,48 @@
 """report.html: a run as one page."""
 
+import re
+import shlex
+import tomllib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
 from markupsafe import Markup
 
 from ..results.saved import SavedRun
+from .causes import causes
 from .charts import figures
+from .curve import curve
 from .document import ENVIRONMENT, asset, document
 from .figure import Figure
+from .headline import headline
 from .render import inline_svg
 from .responses import responses
+from .rules import comparing, rules
 from .theme import css_variables
+from .trust import trust
+
+# Where each figure stands; one of another name stands with the causes.
+PLACES = {
+    "sweep": "sweep",
+    "parts": "parts",
+    "modules": "modules",
+    "prompts": "prompts",
+    "concentration": "prompts",
+    "momentum": "momentum",
+    "proxies": "proxies",
+    "frontier": "rules",
+}
+
+NARROW = 480  # pixels: the width of a figure that a telephone shows whole
+
+
+class Drawn(NamedTuple):
+    """A figure with its SVG."""
+
+    figure: Figure
+    svg: Markup
+    wide: bool
+    """Whether it would be too small in the width of a telephone, and scrolls there."""
 
 
 def report_html(run: SavedRun, charts: dict[str, Figure] | None = None) -> str:
@@ -17,10 +51,44 @@ def report_html(run: SavedRun, charts: dict[str, Figure] | None = None) -> str:
     text = responses(run)
     body = ENVIRONMENT.get_template("report.html.j2").render(
         name=run.folder.name,
+        manifest=run.manifest,
         results=run.results,
-        figures=charts,
-        svg=lambda figure: Markup(inline_svg(figure)),
+        config=run.config,
+        log=run.log,
+        about=_about(run),
+        headline=headline(run),
+        curve=curve(run),
+        causes=causes(run),
+        rules=rules(run),
+        trust=trust(run),
+        whatif=run.whatif,
+        comparing=comparing(run),
+        reporting=f"funcprobe report {shlex.quote(str(run.folder))}",
+        figures=_placed(charts.values()),
         responses=text.html,
     )
     styles = css_variables() + asset("page.css") + text.styles
-    return document(f"funcprobe: {run.folder.name}", Markup(body), styles=styles, script=text.script)
+    return document(f"{run.folder.name} – funcprobe", Markup(body), styles=styles, script=text.script)
+
+
+def _placed(charts: Iterable[Figure]) -> dict[str, list[Drawn]]:
+    placed: dict[str, list[Drawn]] = {place: [] for place in PLACES.values()}
+    for figure in charts:
+        svg = inline_svg(figure)
+        width = re.match(r'<svg [^>]*?\bwidth="([0-9.]+)"', svg)
+        drawn = Drawn(figure, Markup(svg), width is not None and float(width[1]) > NARROW)
+        placed[PLACES.get(figure.name, "parts")].append(drawn)
+    return placed
+
+
+def _about(run: SavedRun) -> list[tuple[str, str]]:
+    """Which policy, which prompts; as config.toml has them."""
+    try:
+        config: dict[str, Any] = tomllib.loads(run.config)
+    except tomllib.TOMLDecodeError:
+        return []
+    found = (
+        ("Checkpoint", config.get("policy", {}).get("checkpoint")),
+        ("Prompts", config.get("prompts", {}).get("source")),
+    )
+    return [(name, value) for name, value in found if isinstance(value, str)]

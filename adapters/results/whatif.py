@@ -49,8 +49,9 @@ def whatif_document(
     found, unit = given.found, entropy_unit(given.found.plan)
     own, prediction = outcomes[0], found.prediction
     dominated = _dominated(outcomes)
+    bound = rules if solved is None else {**rules, solved.outcome.name: solved.rule}
     rows = tuple(
-        _row(one, own, given, rules.get(one.name), unit, one.name not in dominated) for one in outcomes
+        _row(one, own, given, bound.get(one.name), unit, one.name not in dominated) for one in outcomes
     )
     rewarded = given.rewarded
     document = WhatIf(

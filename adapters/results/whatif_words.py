@@ -29,6 +29,23 @@ def limits(given: Given, rows: Sequence[RuleRow]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def best(others: Sequence[RuleRow]) -> RuleRow | None:
+    """Of the rules under which the entropy is not known to fall, the one with the most reward.
+
+    Where it falls under all, the one that loses the least. Without rules that change nothing, have no
+    reliable measurement, or read the shares of the E that measures them; None: none is left.
+    """
+    possible = [
+        row
+        for row in others
+        if row.entropy.measured_interval_given_U and row.touched.value and not row.chosen_on_E
+    ]
+    keeping = [row for row in possible if _high(row.entropy) >= 0]
+    if keeping:
+        return max(keeping, key=_price)
+    return max(possible, key=lambda row: row.entropy.measured.value, default=None)
+
+
 def findings(
     given: Given, rows: Sequence[RuleRow], unit: str, linear_until: float | None
 ) -> tuple[str, ...]:
@@ -41,13 +58,8 @@ def findings(
             f"Of its predicted {own.entropy.predicted.value:+.2e}, momentum and weight decay make "
             f"{earlier:+.2e}, which a rule for this batch changes through the second moment alone"
         )
-    possible = [
-        row
-        for row in others
-        if row.entropy.measured_interval_given_U and row.touched.value and not row.chosen_on_E
-    ]
-    if possible:
-        lines.append(_keeps(possible, unit))
+    if (row := best(others)) is not None:
+        lines.append(_keeps(row, unit))
     lines.append(_agreement("entropy", {row.rule: row.entropy for row in rows}))
     if own.reward is not None:
         lines.append(_agreement("reward", {row.rule: row.reward for row in rows if row.reward}))
@@ -72,15 +84,10 @@ def _agreement(what: str, changes: Mapping[str, ChangeSection]) -> str:
     return f"{line}; not for {', '.join(missed)}: the step is curved at this eta, try a smaller one"
 
 
-def _keeps(others: Sequence[RuleRow], unit: str) -> str:
-    """Of the rules under which the entropy is not known to fall, the one with the most reward."""
-    keeping = [row for row in others if _high(row.entropy) >= 0]
-    if keeping:
-        row = max(keeping, key=_price)
-        verb = "keeps the entropy"
-    else:
-        row = max(others, key=lambda row: row.entropy.measured.value)
-        verb = "loses the least entropy, as no rule here keeps it"
+def _keeps(row: RuleRow, unit: str) -> str:
+    """The rule of `best` in words."""
+    keeps = _high(row.entropy) >= 0
+    verb = "keeps the entropy" if keeps else "loses the least entropy, as no rule here keeps it"
     price = "" if row.reward is None else f"; price in reward: {_against(row.reward)} against own"
     return (
         f"{row.rule} {verb}: {_shown(row.entropy)} {unit}, {_against(row.entropy)} against own{price}"

@@ -2,14 +2,9 @@
 
 from ...results.saved import SavedRun
 from ..figure import Figure
-from .evaluation import evaluation
-from .modules import modules
-from .momentum import momentum
-from .parts import parts
-from .prompts import prompts
 from .sweep import sweep
 
-CHARTS = (sweep, parts, modules, prompts, momentum, evaluation)
+CHARTS = (sweep,)
 
 
 def figures(run: SavedRun) -> dict[str, Figure]:

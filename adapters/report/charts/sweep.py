@@ -14,7 +14,6 @@ from .pieces import (
     Chart,
     eta_axis,
     eta_text,
-    grammar,
     haloed,
     heading,
     inline,
@@ -69,7 +68,7 @@ def sweep(run: SavedRun) -> Figure | None:
         "Predicted and measured change of the entropy against the learning rate",
         _caption(results, domain),
         _description(results, found),
-        grammar(chart),
+        chart.to_dict(),
     )
 
 
