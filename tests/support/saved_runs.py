@@ -104,7 +104,8 @@ def enlarged(folder: Path, target: Path, *, prompts: int, responses: int, tokens
     sequences, each_token = (pq.read_table(folder / f"{n}.parquet") for n in ("sequences", "tokens"))
     of_sequences, of_tokens = [], []
     for batch, file in (("U", "update"), ("E", "eval")):
-        texts = ["".join(draw.choice(WORDS, tokens)) for _ in range(count)]
+        words = draw.choice(WORDS, (count, tokens))
+        texts = ["".join(row) for row in words]
         questions = [f"Question {i}: how many of {i + 3} apples are left?" for i in prompt_of[batch]]
         identity = {"sequence": np.arange(count), "prompt_index": prompt_of[batch]}
         of_sequences.append(
@@ -128,7 +129,9 @@ def enlarged(folder: Path, target: Path, *, prompts: int, responses: int, tokens
                 {
                     **{name: np.repeat(values, tokens) for name, values in identity.items()},
                     "position": np.tile(np.arange(tokens), count),
-                    "token": draw.choice(WORDS, count * tokens),
+                    "token": words.ravel(),
+                    "text": words.ravel(),
+                    "special": [False] * (count * tokens),
                 },
             )
         )

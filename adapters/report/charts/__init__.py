@@ -2,9 +2,14 @@
 
 from ...results.saved import SavedRun
 from ..figure import Figure
+from .evaluation import evaluation
+from .modules import modules
+from .momentum import momentum
+from .parts import parts
+from .prompts import prompts
 from .sweep import sweep
 
-CHARTS = (sweep,)
+CHARTS = (sweep, parts, modules, prompts, momentum, evaluation)
 
 
 def figures(run: SavedRun) -> dict[str, Figure]:

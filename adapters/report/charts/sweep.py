@@ -14,6 +14,7 @@ from .pieces import (
     Chart,
     eta_axis,
     eta_text,
+    grammar,
     haloed,
     heading,
     inline,
@@ -68,7 +69,7 @@ def sweep(run: SavedRun) -> Figure | None:
         "Predicted and measured change of the entropy against the learning rate",
         _caption(results, domain),
         _description(results, found),
-        chart.to_dict(),
+        grammar(chart),
     )
 
 
