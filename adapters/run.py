@@ -10,7 +10,7 @@ from funcprobe.policy.layout import response_mask, select
 from funcprobe.policy.reference import LAST_FACTOR
 from funcprobe.types import TokenStats
 
-from . import rollouts, store
+from . import rollouts, sinks, store
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
@@ -40,6 +40,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     """The whole probe; returns the results and the run folder, which is whole or absent."""
     folder = run_folder(config)
     store.require_writable(folder)
+    sinks.require(config.log)
     plan = load(config, narrator)
     asked = asked_for(plan)
     recorded = recorded_steps(plan, narrator)
@@ -91,6 +92,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
 def dry_run(config: Config, narrator: Narrator) -> Plan:
     """Everything that can be rejected before sampling; writes nothing."""
     store.require_writable(run_folder(config))
+    sinks.require(config.log)
     plan = load(config, narrator)
     asked_for(plan)
     recorded_steps(plan, narrator)

@@ -11,29 +11,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 
+from support.offline import OFFLINE
 from support.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAST = [path for path in NOTEBOOKS if not path.name.startswith("04")]
 MOST_CELLS = 40
-
-# Nothing but this machine can be reached from the kernel, by whichever library.
-OFFLINE = """
-import socket
-
-class Refused(AssertionError):
-    "Not an OSError, which a library that can do without a network would catch."
-
-def _local_only(connect):
-    def checked(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise Refused(f"a notebook connects to {address}")
-        return connect(self, address)
-    return checked
-
-socket.socket.connect = _local_only(socket.socket.connect)
-socket.socket.connect_ex = _local_only(socket.socket.connect_ex)
-"""
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -32,6 +32,7 @@ def run(
     narrator = Narrator()
     with narrator.phase("import"):
         from .. import run as probe  # imports transformers and peft, not needed for --help
+        from .. import sinks
 
     if dry_run:
         _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
@@ -40,6 +41,7 @@ def run(
     print_results(results, stdout())
     total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {folder} in {total:.1f} s")
+    sinks.send(folder, narrator)
 
 
 def whatif(

@@ -23,8 +23,8 @@ _FILES = (
 )
 _FILES_OR_HUB = ("policy.checkpoint", "policy.base", "prompts.source")
 _FUNCTIONS = ("reward.function", "objective.loss", "measure.observables")  # the last is a list of them
-_OUTPUT = "run.folder"
-KEYS = (*_FILES, *_FILES_OR_HUB, *_FUNCTIONS, _OUTPUT)
+_OUTPUT = ("run.folder", "log.folder")
+KEYS = (*_FILES, *_FILES_OR_HUB, *_FUNCTIONS, *_OUTPUT)
 
 
 def looks_local(name: str) -> bool:
@@ -76,7 +76,8 @@ def _joined(key: str, value: str, folder: Path, written_in: str) -> str:
         return value  # rejected by the model, with the key
     path = Path(os.path.expanduser(value))  # Path's own raises for an unknown user
     there = folder / path
-    if key != _OUTPUT and not path.is_absolute() and not os.path.exists(there) and os.path.exists(path):
+    read = key not in _OUTPUT and not path.is_absolute()
+    if read and not os.path.exists(there) and os.path.exists(path):
         raise InputError(
             f"{written_in}: {key} = {value}: a path in a configuration is relative to its folder, and "
             f"{there} does not exist; {value} in the current directory does: set it to "

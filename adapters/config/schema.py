@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from .batches import PromptsConfig, RewardConfig, RolloutsConfig, SamplingConfig
 from .estimation import AttributionConfig, EntropyConfig, MeasureConfig, ObjectiveConfig, StepConfig
+from .log import LogConfig
 from .policy import OptimizerConfig, PolicyConfig, RunConfig
 from .rules import WhatifConfig
 from .section import Section
@@ -15,6 +16,7 @@ __all__ = [
     "AttributionConfig",
     "Config",
     "EntropyConfig",
+    "LogConfig",
     "MeasureConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -46,6 +48,7 @@ class Config(Section):
     measure: MeasureConfig = MeasureConfig()
     attribution: AttributionConfig = AttributionConfig()
     whatif: WhatifConfig = WhatifConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _sampled_from_the_policy(self) -> "Config":
