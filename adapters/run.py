@@ -16,7 +16,7 @@ from .config.schema import Config
 from .console import Narrator
 from .machine.cost import counted
 from .machine.precision import products
-from .report.write import write_report
+from .report.afterwards import report_afterwards
 from .results.attribution import attribution_section
 from .results.attribution_tables import write_tables
 from .results.document import document
@@ -84,8 +84,8 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
         store.write_json(results.model_dump(mode="json"), target / "results.json")
         store.write_json(manifest(plan).model_dump(mode="json"), target / "manifest.json")
         (target / "run.log").write_text("\n".join(narrator.lines) + "\n", encoding="utf-8")
-    with narrator.phase("report"):
-        write_report(folder)
+    if plan.config.run.report:
+        report_afterwards(folder, narrator)
     return results, folder
 
 

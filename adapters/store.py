@@ -123,8 +123,15 @@ def require_place(file: Path) -> None:
 
 @contextmanager
 def run_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final` if the block succeeds and is deleted otherwise."""
+    """A run folder that appears, or is replaced, if the block succeeds; see `whole_folder`."""
     require_writable(final)
+    with whole_folder(final) as staging:
+        yield staging
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` if the block succeeds and is deleted otherwise."""
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     old = staging.with_name(f"{staging.name}.old")
@@ -170,7 +177,7 @@ def fingerprint_core(folder: Path) -> dict[str, str]:
 def require_finite(value: Any, where: str) -> None:
     """InputError for a number in `value` that is not finite, with its place and the keys to check."""
     if isinstance(value, dict):
-        place = f" at eta = {value['eta']:g}" if "eta" in value else ""
+        place = f" at eta = {value['eta']:g}" if value.get("eta") is not None else ""
         for key, item in value.items():
             require_finite(item, f"{where}{place}, {key}")
     elif isinstance(value, list):

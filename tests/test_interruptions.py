@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import save_file
 
 from funcprobe.adapters import run as run_module
+from funcprobe.adapters.report import write as write_module
+from funcprobe.adapters.report.figure import Figure
 from funcprobe.adapters.sampling import generate as sampling_module
 from support.checkpoints import edit_json, sets
 from support.commands import children, left_in
@@ -132,3 +134,88 @@ def test_interrupted(command, checkpoint, monkeypatch) -> None:
     assert outcome.status == 130
     assert left_in(Path("runs")) == []
     assert list(Path("runs/.stages").glob("*.parquet"))
+
+
+@pytest.fixture
+def two_figures(monkeypatch) -> None:
+    """A report of one page and two small figures, whatever charts there are."""
+    shape = {"mark": "point", "data": {"values": [{"x": 1}]}, "encoding": {"x": {"field": "x"}}}
+    made = {name: Figure(name, name, "of a test", "a point", shape) for name in ("one", "two")}
+    monkeypatch.setattr(write_module, "figures", lambda _: made)
+    monkeypatch.setattr(write_module, "report_html", lambda *_: "<!doctype html><p>new</p>")
+
+
+def in_the_folder(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+@pytest.mark.usefixtures("two_figures")
+def test_a_disk_that_is_full_at_any_write_of_a_report(command, checkpoint, monkeypatch) -> None:
+    """The run's own files stay, and the earlier report as a whole."""
+    Path("c.toml").touch()
+    assert command("run", "c.toml", *sets(checkpoint.settings())).status == 0
+    run = Path("runs/probe")
+    (run / "report.html").write_text("old")
+    (run / "figures").mkdir()
+    (run / "figures/old.svg").write_text("old")
+    before, fail_at = in_the_folder(run), 0
+    for fail_at in range(1, 30):
+        count = 0
+        with monkeypatch.context() as patch:
+
+            def failing(name: str, fail_at: int = fail_at) -> None:
+                write = getattr(Path, name)
+
+                def wrapped(*args: Any, **kwargs: Any) -> Any:
+                    nonlocal count
+                    count += 1
+                    if count == fail_at:
+                        raise OSError(28, "No space left on device")
+                    return write(*args, **kwargs)
+
+                patch.setattr(Path, name, wrapped)
+
+            for name in ("write_text", "write_bytes"):
+                failing(name)
+            outcome = command("report", str(run))
+        if count < fail_at:
+            break
+        assert (outcome.status, outcome.out) == (2, "")
+        assert outcome.err == "funcprobe: No space left on device; no incomplete file was left\n"
+        assert in_the_folder(run) == before
+    assert fail_at == 1 + 2 * 3 + 1  # the page, and of both figures SVG, PNG and caption
+    after = in_the_folder(run)
+    assert after.keys() - before.keys() == {
+        f"figures/{name}.{kind}" for name in ("one", "two") for kind in ("svg", "png", "txt")
+    }
+    assert before.keys() - after.keys() == {"figures/old.svg"}
+    assert after["report.html"].endswith(b"new</p>")
+
+
+@pytest.mark.usefixtures("two_figures", "sigint")
+@pytest.mark.parametrize("how", ["a full disk", "an interrupt"])
+def test_a_run_whose_report_is_not_written_is_whole(command, checkpoint, monkeypatch, how) -> None:
+    """And the message says so: an hour of computation is not lost."""
+
+    def stopping(*_: Any) -> None:
+        if how == "a full disk":
+            raise OSError(28, "No space left on device")
+        signal.raise_signal(signal.SIGINT)
+
+    Path("c.toml").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(write_module, "write_figures", stopping)
+        outcome = command("run", "c.toml", *sets(checkpoint.settings() | {"run.report": True}))
+    run = Path("runs/probe")
+    whole = f"the run in {run} is whole, without its report: funcprobe report {run} writes it"
+    if how == "a full disk":
+        assert outcome.status == 2
+        assert outcome.err.endswith(f"funcprobe: No space left on device; {whole}\n")
+    else:
+        assert outcome.status == 130
+        assert outcome.err.splitlines()[-2] == whole
+        assert outcome.err.splitlines()[-1].startswith("funcprobe: interrupted")
+    assert {"results.json", "manifest.json", "tokens.parquet"} < {p.name for p in run.iterdir()}
+    assert not [p for p in left_in(Path("runs")) if "figures" in p or "report" in p or "/." in p]
+    assert command("report", str(run)).status == 0
+    assert (run / "figures/two.png").is_file()

@@ -30,6 +30,11 @@ class RunConfig(Section):
         description='Largest number of tokens in a microbatch; more need more memory. "auto": as many '
         "as fit into half of the free memory, found by a trial.",
     )
+    report: bool = Field(
+        True,
+        description="Write report.html and figures/ into the run folder; if not, `funcprobe report` "
+        "writes them later.",
+    )
 
     @field_validator("max_tokens", mode="before")
     @classmethod

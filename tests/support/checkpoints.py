@@ -53,6 +53,7 @@ class Checkpoint(NamedTuple):
             "sampling.max_new_tokens": 6,
             "sampling.generation_batch": 8,
             "run.device": "cpu",
+            "run.report": False,
         }
 
 
