@@ -46,20 +46,25 @@ def speaking(folder: Path, target: Path, said: Sequence[Said], **columns: Sequen
         position = [i for length in lengths for i in range(length)]
         sequence = np.repeat(np.arange(count), lengths)
         prompts = [said[i].prompt_index for i in sequence]
-        tokens = _with(
-            tokens,
-            numbers
-            | {"text": texts, "token": texts, "special": special, "position": position}
-            | {"sequence": sequence, "prompt_index": prompts},
-        )
-        made["tokens"].append(tokens)
+        responses = _drawn(folder / "sequences.parquet", batch, count, draw)
+        advantages = responses["advantage"].to_pylist()
+        fixed = {
+            "text": texts,
+            "token": texts,
+            "special": special,
+            "position": position,
+            "sequence": sequence,
+            "prompt_index": prompts,
+            "advantage": [advantages[i] for i in sequence],
+        }
+        made["tokens"].append(_with(tokens, numbers | fixed))
         of_response = [
             {name: float(np.sum(numbers[name][sequence == i])) for name in SHARES if name in numbers}
             for i in range(count)
         ]
         made["sequences"].append(
             _with(
-                _drawn(folder / "sequences.parquet", batch, count, draw),
+                responses,
                 {
                     "sequence": np.arange(count),
                     "prompt_index": [one.prompt_index for one in said],

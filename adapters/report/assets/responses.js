@@ -125,7 +125,13 @@ function divided(nodes, lengths) {
       fragment.append(level);
     } else take(node, fragment);
   }
+  tokens.forEach(named);
   return { fragment, tokens };
+}
+
+// Space alone is no name.
+function named(token) {
+  if (token.textContent.trim() === "") token.setAttribute("aria-label", visible(token.textContent));
 }
 
 // ---- the numbers of one token
@@ -169,6 +175,7 @@ function hide() {
   if (!panel.token) return;
   panel.token.classList.remove("active");
   for (const name of ["id", "aria-selected", "aria-label"]) panel.token.removeAttribute(name);
+  named(panel.token);
   panel.line.removeAttribute("aria-activedescendant");
   panel.token = panel.line = null;
 }

@@ -14,7 +14,7 @@ from .packing import pack, three_digits
 
 SHOWN = 20  # responses of a batch before the rest, which a click opens
 MOST_TOKENS = 600_000  # of a batch in a page, some 15 MB; the rest is in the tables alone
-LINE = 95  # characters of a line in a window of 1,280 pixels, from which a height is guessed
+LINE = 85  # characters of a line in a wide window, from which a height is guessed
 
 
 class Article(NamedTuple):
