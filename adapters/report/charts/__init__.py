@@ -2,14 +2,32 @@
 
 from ...results.saved import SavedRun
 from ..figure import Figure
+from .batches import lengths, rewards
+from .concentration import concentration
 from .evaluation import evaluation
+from .frontier import frontier
 from .modules import modules
 from .momentum import momentum
+from .observables import observables
 from .parts import parts
 from .prompts import prompts
+from .proxies import proxies
 from .sweep import sweep
 
-CHARTS = (sweep, parts, modules, prompts, momentum, evaluation)
+CHARTS = (
+    sweep,
+    parts,
+    modules,
+    prompts,
+    concentration,
+    momentum,
+    proxies,
+    frontier,
+    observables,
+    lengths,
+    rewards,
+    evaluation,
+)
 
 
 def figures(run: SavedRun) -> dict[str, Figure]:

@@ -81,6 +81,10 @@ def label(text: str, beginning: int = 22, end: int = 8) -> str:
     return excerpt(" ".join(text.split()), beginning=beginning, end=end)[1:-1]
 
 
+PERCENT = "format(datum.value * 100, '.6~r') + ' %'"
+"""Vega's expression of a label that is a part of a whole."""
+
+
 class Scaled(NamedTuple):
     """An axis in thousandths, millionths, thousands, so that its labels are short."""
 
@@ -115,7 +119,9 @@ def padded(values: Iterable[float | None], *, zero: bool = True, part: float = 0
     found = [v for v in values if v is not None and math.isfinite(v)] + ([0.0] if zero else [])
     low, high = min(found, default=0.0), max(found, default=0.0)
     room = part * (high - low) or abs(high) * part or 1.0
-    return [low - room if low < 0 or not zero else low, high + room if high > 0 or not zero else high]
+    if not zero:
+        return [low - room, high + room]
+    return [low - room if low < 0 else low, high + room if high > 0 else high]
 
 
 def decades(domain: Sequence[float]) -> list[float]:
@@ -143,11 +149,18 @@ def eta_axis(domain: Sequence[float], *, title: str | None = "learning rate") ->
 
 
 def intervals(
-    rows: Sequence[Row], x: alt.X | alt.Y, *, low: str, high: str, colour: str, across: bool = False
+    rows: Sequence[Row],
+    x: alt.X | alt.Y,
+    *,
+    low: str,
+    high: str,
+    colour: str,
+    across: bool = False,
+    width: float = 1.8,
 ) -> Chart:
     """Lines from `low` to `high`, of the rows that have them; `across`: they run along x."""
     known = inline(row for row in rows if row[low] is not None)
-    mark = alt.Chart(known).mark_rule(color=BY_NAME[colour], strokeWidth=1.8)
+    mark = alt.Chart(known).mark_rule(color=BY_NAME[colour], strokeWidth=width)
     if across:
         return mark.encode(y=x, x=f"{low}:Q", x2=f"{high}:Q")
     return mark.encode(x=x, y=f"{low}:Q", y2=f"{high}:Q")

@@ -1,10 +1,11 @@
 """Which prompts of U make this batch's part, sorted by their shares."""
 
-from collections import defaultdict
-from statistics import fmean
+import math
 from typing import Any
 
-from ...results.prompt_texts import shortened, without_common
+from ...results.prompt_table import prompt_table
+from ...results.prompt_texts import shortened
+from ...results.quantity import Interval
 from ...results.saved import SavedRun
 from ..figure import Figure
 from .pieces import amounts, grammar
@@ -16,32 +17,25 @@ EACH = 15  # prompts of either sign that are shown
 
 def prompts(run: SavedRun) -> Figure | None:
     """The prompts of the largest shares of either sign, and the sum of the others."""
-    section = run.results.attribution
-    rows = _of_U(run)
-    if section is None or not rows:
+    table = prompt_table(run, "U")
+    if table is None or run.results.attribution is None:
         return None
-    texts = _texts(run, rows)
-    influence = run.results.influence
-    known = {p.prompt_index: p.share.interval for p in influence.prompts} if influence else {}
-    shares: defaultdict[int, float] = defaultdict(float)
-    rewards: defaultdict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        shares[row["prompt_index"]] += row["share"]
-        if row["reward"] is not None:
-            rewards[row["prompt_index"]].append(row["reward"])
-    order = sorted(shares, key=lambda index: (shares[index], index))
-
-    def bar(index: int) -> Bar:
-        reward = f" ({fmean(rewards[index]):.2g})" if rewards[index] else ""
-        return Bar(f"{index}{reward} {texts[index]}", shares[index], known.get(index))
-
-    falling = [index for index in order if shares[index] < 0][:EACH]
-    rising = [index for index in order if shares[index] >= 0][-EACH:]
-    others = [index for index in order if index not in {*falling, *rising}]
-    middle = [Bar(f"the other {len(others)}", sum(shares[i] for i in others), sum=True)]
-    bars = [*map(bar, falling), *(middle if others else []), *map(bar, rising)]
+    rows = [row for row in table.to_pylist() if row["share"] is not None]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: (row["share"], row["prompt_index"]))
+    named = {p.prompt_index: p.text for p in run.results.attribution.U_prompts}
+    falling = [row for row in rows if row["share"] < 0][:EACH]
+    rising = [row for row in rows if row["share"] >= 0][-EACH:]
+    rest = rows[len(falling) : len(rows) - len(rising)]
+    between = Bar(f"the other {len(rest)}", math.fsum(row["share"] for row in rest), sum=True)
+    bars = [
+        *(_bar(row, named) for row in falling),
+        *([between] if rest else []),
+        *(_bar(row, named) for row in rising),
+    ]
     scale, counts = amounts(run), run.results.counts
-    with_interval = sum(1 for each in bars if each.interval)
+    with_interval = sum(1 for bar in bars if bar.interval)
     lines = (
         f"Lines: 95 % intervals over the {counts.E_sequences} responses of E, of the {with_interval} "
         "prompts that have a pass over E of their own (attribution.influence)."
@@ -51,7 +45,7 @@ def prompts(run: SavedRun) -> Figure | None:
     return Figure(
         "prompts",
         "Which prompts of U make this batch's part",
-        f"Shares of the {len(order)} prompts of U ({counts.U_sequences} responses) in the predicted "
+        f"Shares of the {len(rows)} prompts of U ({counts.U_sequences} responses) in the predicted "
         f"change of the entropy, {scale.at}, sorted. In brackets the mean reward of a prompt's "
         f"responses. {lines}",
         listed(bars, scale),
@@ -59,17 +53,12 @@ def prompts(run: SavedRun) -> Figure | None:
     )
 
 
-def _of_U(run: SavedRun) -> list[dict[str, Any]]:
-    table = run.table("sequences")
-    if table is None:
-        return []
-    columns = ["batch", "prompt_index", "prompt", "reward", "share"]
-    return [row for row in table.select(columns).to_pylist() if row["batch"] == "U"]
-
-
-def _texts(run: SavedRun, rows: list[dict[str, Any]]) -> dict[int, str]:
-    """As results.json has them, and for the others as it would."""
-    full = {row["prompt_index"]: row["prompt"] or "" for row in rows}
-    found = {index: shortened(text) for index, text in without_common(full).items()}
-    section = run.results.attribution
-    return found | {p.prompt_index: p.text for p in (section.U_prompts if section else ())}
+def _bar(row: dict[str, Any], named: dict[int, str]) -> Bar:
+    """Its text as results.json has it, or as it would."""
+    index, reward, low, high = (
+        row[key] for key in ("prompt_index", "mean_reward", "share_low", "share_high")
+    )
+    text = named.get(index) or shortened(row["text"] or "")
+    rewarded = "" if reward is None else f" ({reward:.2g})"
+    interval = None if low is None else Interval(low=low, high=high)
+    return Bar(f"{index}{rewarded} {text}", row["share"], interval)
