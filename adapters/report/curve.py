@@ -11,15 +11,14 @@ from ..results.saved import SavedRun
 from ..results.schema import Results
 from ..results.sweep_sections import LinearUntil, SweepRow
 from . import numbers
-from .table import Cell, Column, Row, Table
+from .table import Cell, Column, Fact, Row, Table
 
 
 class Curve(NamedTuple):
     """What the template of the section shows."""
 
     sweep: Table
-    facts: list[tuple[str, Markup | str]]
-    """A term, and what was found."""
+    facts: list[Fact]
     reasons: list[Markup | str]
     """Why a row of the table is not to be relied on."""
     observables: list[Table]
@@ -98,7 +97,7 @@ def _second(predicted: Quantity | None) -> Markup:
     return numbers.number(predicted.value, 4, signed=True) if predicted else numbers.NONE
 
 
-def _facts(results: Results) -> list[tuple[str, Markup | str]]:
+def _facts(results: Results) -> list[Fact]:
     fit, second, found = results.fit, results.second_order, []
     line = fit.linear
     if line.slope is None:

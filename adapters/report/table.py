@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-Cell = str | Markup | int | None
+Cell = str | Markup | None
+Fact = tuple[str, Markup | str]
+"""A term, and what was found of it."""
 
 
 class Column(NamedTuple):

@@ -1,5 +1,6 @@
 """report.html in Chromium: silent, under its content policy, whole; its numbers are the run's."""
 
+import itertools
 import json
 import re
 
@@ -40,11 +41,10 @@ def test_nothing_but_its_own_script_and_style_is_obeyed(page_file, open_page, tm
     assert seen.page.evaluate("typeof window.x") == "undefined"
     colour = seen.page.locator("#styled").evaluate("e => getComputedStyle(e).color")
     assert colour not in {"rgb(1, 2, 3)", "rgb(4, 5, 6)"}
-    assert seen.requests == []
     blocked = " ".join(seen.violations())
     for directive in ("script-src-elem", "script-src-attr", "style-src-attr", "style-src-elem"):
         assert directive in blocked
-    assert "img-src" in blocked
+    assert blocked.count("img-src") == 2
     assert "base-uri" in blocked
     assert seen.page.evaluate("document.baseURI").startswith("file:")
 
@@ -56,9 +56,7 @@ def test_nothing_but_its_own_script_and_style_is_obeyed(page_file, open_page, tm
 
 def test_a_script_cannot_make_html_of_text(page_file, open_page):
     seen = open_page(page_file, clean=False)
-    made = (
-        "try { document.body.insertAdjacentHTML('beforeend', '<b>x</b>'); 'made' } catch { 'refused' }"
-    )
+    made = "try { document.body.innerHTML = '<b>x</b>'; 'made' } catch { 'refused' }"
     assert seen.page.evaluate(made) == "refused"
 
 
@@ -75,7 +73,7 @@ def test_every_figure_is_drawn(page_file, open_page, saved_run):
         assert box["width"] > 200, name
         assert box["height"] > 100, name
         marks = svg.locator("path, rect, line, circle").evaluate_all(
-            "all => all.filter(e => { const b = e.getBBox(); return b.width > 0 || b.height > 0 }).length"
+            "all => all.map(e => e.getBBox()).filter(b => b.width > 0 || b.height > 0).length"
         )
         assert marks > 5, name
         assert place.locator("figcaption").inner_text().startswith(figure.caption[:40])
@@ -145,7 +143,7 @@ def test_every_number_shown_is_the_value_beside_it(page_file, open_page):
 
 
 def test_the_tables_hold_numbers_of_the_run(page_file, open_page, run_folder):
-    """A value of a table is one of results.json or whatif.json, at the next learning rate or as it is."""
+    """A value of a table is one of results.json or whatif.json, or that at the next learning rate."""
     known = {0.0}
     for path in (run_folder / "results.json", run_folder.with_name(f"{run_folder.name}.whatif.json")):
         known |= set(_numbers(json.loads(path.read_text("utf-8"))))
@@ -193,7 +191,7 @@ def test_headings_are_in_order_and_links_lead_somewhere(page_file, open_page):
     levels = page.locator("h1, h2, h3, h4, h5, h6").evaluate_all("all => all.map(e => +e.tagName[1])")
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     targets = page.locator("a[href^='#']").evaluate_all(
         "all => all.map(e => !!document.getElementById(e.hash.slice(1)))"
     )
