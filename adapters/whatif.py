@@ -14,6 +14,8 @@ from . import store
 from .config.schema import Config
 from .console import Narrator
 from .machine.precision import products
+from .report.afterwards import report_afterwards
+from .results.saved import load_run, rules_file
 from .results.whatif import whatif_document
 from .results.whatif_sections import WhatIf
 from .stages.first_order import Predicted, predicted
@@ -43,12 +45,13 @@ def whatif(
     """The table of rules, and the file it was written to, which is whole or unchanged.
 
     Sampling, gradients and passes of first order that a run of the same configuration stored are not
-    computed again. A rule of the default list that this run cannot have is left out with a line; one
-    that was asked for is an InputError. What is wrong in the question itself is one before anything is
-    loaded.
+    computed again; where its folder is there, its report is written again, with the rules. A rule of
+    the default list that this run cannot have is left out with a line; one that was asked for is an
+    InputError. What is wrong in the question itself is one before anything is loaded.
     """
     folder = Path(config.run.folder).expanduser()
-    path = question.out or folder / f"{config.run.name}.whatif.json"
+    run = folder / config.run.name
+    path = question.out or rules_file(run)
     store.require_place(path)
     asked = bool(question.rules) or "rules" in config.whatif.model_fields_set
     rules = _parsed(question.rules or config.whatif.rules)
@@ -82,7 +85,22 @@ def whatif(
         bound[there.outcome.name] = there.rule
     document = whatif_document(given, outcomes, bound, left_out, there, until, narrator.costs)
     store.write_whole(path, partial(store.write_json, document.model_dump(mode="json")))
+    here = path.absolute() == rules_file(run).absolute()
+    if here and config.run.report and (run / "results.json").is_file():
+        _report_again(run, narrator)
     return document, path
+
+
+def _report_again(folder: Path, narrator: Narrator) -> None:
+    """The report of the run of this configuration, now with these rules; a line where it is another."""
+    try:
+        left_out = load_run(folder).whatif_left_out
+    except InputError as error:
+        left_out = str(error)
+    if left_out is None:
+        report_afterwards(folder, narrator)
+    else:
+        narrator.say(f"the report in {folder} is as it was: {left_out}")
 
 
 def _parsed(texts: Sequence[str]) -> list[BoundRule]:

@@ -207,7 +207,7 @@ def test_a_run_whose_report_is_not_written_is_whole(command, checkpoint, monkeyp
         patch.setattr(write_module, "write_figures", stopping)
         outcome = command("run", "c.toml", *sets(checkpoint.settings() | {"run.report": True}))
     run = Path("runs/probe")
-    whole = f"the run in {run} is whole, without its report: funcprobe report {run} writes it"
+    whole = f"{run} is whole but for its report: funcprobe report {run} writes it"
     if how == "a full disk":
         assert outcome.status == 2
         assert outcome.err.endswith(f"funcprobe: No space left on device; {whole}\n")

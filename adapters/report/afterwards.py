@@ -13,7 +13,7 @@ def report_afterwards(folder: Path, narrator: Narrator) -> None:
 
     Raises InputError for a full disk. An interrupt passes on, after a line.
     """
-    again = f"the run in {folder} is whole, without its report: funcprobe report {folder} writes it"
+    again = f"{folder} is whole but for its report: funcprobe report {folder} writes it"
     try:
         with narrator.phase("report"):
             write_report(folder)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from funcprobe.types import InputError
 
+from .belonging import why_not_of
 from .manifest import Manifest
 from .reading import load, load_manifest, load_whatif
 from .schema import Results
@@ -27,7 +28,9 @@ class SavedRun(NamedTuple):
     log: str
     """run.log; empty where it is gone."""
     whatif: WhatIf | None
-    """RUN.FOLDER/RUN.NAME.whatif.json; null: `funcprobe whatif` has not compared rules of this run."""
+    """RUN.FOLDER/RUN.NAME.whatif.json; None: `funcprobe whatif` has not compared rules of this run."""
+    whatif_left_out: str | None = None
+    """Why such a file is there but is not used, in a line: it is of another run, or cannot be read."""
 
     def table(self, name: str) -> "pa.Table | None":
         """modules, sequences or tokens, columns with units; None where the run has no such table.
@@ -43,17 +46,37 @@ class SavedRun(NamedTuple):
 
 
 def load_run(folder: Path | str) -> SavedRun:
-    """A run folder; raises InputError as `load` does."""
+    """A run folder, also of an earlier version, with the rules that were compared on it.
+
+    Raises InputError, one line, where results.json or manifest.json is missing, damaged or of another
+    structure. Without config.toml, run.log or rules the rest is read; a file of rules that is damaged
+    or of another run is left out, with the reason.
+    """
     folder = Path(folder).expanduser()
-    whatif = folder.with_name(f"{folder.name}.whatif.json")
-    return SavedRun(
-        folder,
-        load(folder),
-        load_manifest(folder),
-        _text(folder / "config.toml"),
-        _text(folder / "run.log"),
-        load_whatif(whatif) if whatif.is_file() else None,
-    )
+    results, manifest = load(folder), load_manifest(folder)
+    whatif, left_out = _rules(folder, results, manifest)
+    config, log = _text(folder / "config.toml"), _text(folder / "run.log")
+    return SavedRun(folder, results, manifest, config, log, whatif, left_out)
+
+
+def rules_file(folder: Path) -> Path:
+    """Where `funcprobe whatif` writes the rules of a run by default."""
+    return folder.with_name(f"{folder.name}.whatif.json")
+
+
+def _rules(folder: Path, results: Results, manifest: Manifest) -> tuple[WhatIf | None, str | None]:
+    """The rules of this run, or the line that says why those that are there are not."""
+    path = rules_file(folder.absolute())
+    if not path.is_file():
+        return None, None
+    try:
+        found = load_whatif(path)
+    except InputError as error:
+        return None, str(error)
+    why = why_not_of(found, results, manifest)
+    if why is None:
+        return found, None
+    return None, f"{path.name} is of another run: {why}; funcprobe whatif compares the rules again"
 
 
 def _text(path: Path) -> str:

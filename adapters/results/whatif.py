@@ -13,6 +13,7 @@ from .. import store
 from ..machine.cost import Cost
 from ..stages.rules import Change, Given, Outcome
 from ..stages.solve import Solved
+from .belonging import inputs_of
 from .cost import cost_section
 from .document import conventions, counts, entropy_error, entropy_unit, sizes
 from .quantity import Interval, Quantity, quantity, student_interval
@@ -58,6 +59,7 @@ def whatif_document(
         schema_version=SCHEMA_VERSION,
         conventions=conventions(found.plan),
         counts=counts(found.plan, found.batches),
+        inputs=inputs_of(found.plan.config.run.seed, found.plan.inputs),
         unlike_the_run=found.plan.unlike_the_run,
         learning_rate=quantity(given.eta, "learning rate", "of the first parameter group"),
         is_next_lr=given.eta == found.plan.next_lr,

@@ -145,6 +145,9 @@ class WhatIf(Section):
     """Signs, normalisation and settings that every number rests on."""
     counts: Counts
     """Sizes of E, U and the adapter."""
+    inputs: dict[str, str] | None = None
+    """The seed, and SHA-256 of what manifest.json has on checkpoint, optimizer, prompts, rollouts, by
+    which a run and its rules are known to belong together; null: a file of an earlier version."""
     unlike_the_run: tuple[str, ...]
     """What of the training run's settings the predicted step does not have; empty: nothing is known."""
     learning_rate: Quantity
