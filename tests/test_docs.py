@@ -350,40 +350,59 @@ def test_every_public_name_is_in_the_reference():
     assert not list(wrong_names(DOCS / "api.md", "\n".join(f"`{name}`" for name in listed)))
 
 
-def before_numbers(line: str) -> str:
-    """The words of a printed line up to its first number."""
-    return re.split(r"[+-]?\d", line, maxsplit=1)[0].strip()
-
-
 def test_the_output_that_is_explained_is_a_runs(command, checkpoint, tmp_path):
-    """Its lines begin with the same words, its table has the same columns; all are explained."""
+    """The end of a run and its details: the lines begin as a run's do, and each is explained."""
     text = (DOCS / "index.md").read_text(encoding="utf-8")
-    (shown,) = blocks(text, "text")
     (tmp_path / "c.toml").touch()
     given = checkpoint.settings() | {"measure.etas": [1e-8, 1e-7, 1e-6, 1e-5]}
-    pairs = (("--set", f"{key}={json.dumps(value)}") for key, value in given.items())
-    outcome = command("run", tmp_path / "c.toml", *itertools.chain(*pairs))
-    assert outcome.status == 0, outcome.err
-    printed = {before_numbers(line) for line in outcome.out.splitlines()}
-    lines = [line for line in shown.splitlines() if line[0] not in "┏┃┡│└"]
-    assert [line for line in lines if before_numbers(line) not in printed] == []
-    head = next(line for line in shown.splitlines() if line.startswith("┃"))
-    assert head.split() in [line.split() for line in outcome.out.splitlines()]
+    pairs = [("--set", f"{key}={json.dumps(value)}") for key, value in given.items()]
+    heads = []
+    sections = (("The lines", []), ("More with -v", ["-v"]))
+    for shown, (title, flags) in zip(blocks(text, "text"), sections, strict=True):
+        outcome = command("run", tmp_path / "c.toml", *itertools.chain(*pairs), *flags)
+        assert outcome.status == 0, outcome.err
+        labels = first_column(text, title)
+        assert len(labels) >= 6
+        printed = [line.strip() for line in outcome.out.splitlines()]
+        for label in labels:
+            assert any(line.startswith(label) for line in printed), label
+            assert any(line.strip().startswith(label) for line in shown.splitlines()), label
+        lines, table = before_and_in_table(shown)
+        others = [line for line in lines if not line.strip().startswith((*labels, "Change of the "))]
+        assert [line for line in others if not line.startswith("  ")] == []
+        if table:
+            assert [x.split() for x in table[:2]] == [x.split() for x in table_of(outcome.out)[:2]]
+        heads = [*heads, *table_of(outcome.out)[:2]]
+    words = " ".join(heads)
     columns = first_column(text, "The columns")
-    under = first_column(text, "The lines around the table")
-    assert set(columns) == {cell.strip() for cell in head.strip("┃").split("┃")}
-    titles = ("sanity checks: ", "Entropy change, ")
-    stated = [line for line in lines if not line.startswith(titles)]
-    assert [line for line in stated if not line.startswith(tuple(under))] == []
-    assert all(any(line.startswith(label) for line in lines) for label in under)
+    assert len(columns) == 7
+    for column in columns:
+        assert set(column.split()) <= set(words.split()), column
     checks = json.loads((tmp_path / "runs" / "probe" / "results.json").read_text())["checks"]
     assert {check["name"] for check in checks} == set(first_column(text, "The sanity checks"))
+
+
+def before_and_in_table(text: str) -> tuple[list[str], list[str]]:
+    """The lines of prose, and those of the first table, of which a rule of dashes is the third."""
+    lines = text.splitlines()
+    rules = [i for i, line in enumerate(lines) if line.startswith("──")]
+    if not rules:
+        return lines, []
+    start = rules[0] - 2
+    row = re.compile(r"(next lr|\s)")
+    end = next(i for i in range(rules[0] + 1, len(lines)) if not row.match(lines[i]))
+    return lines[:start] + lines[end:], lines[start:end]
+
+
+def table_of(text: str) -> list[str]:
+    return before_and_in_table(text)[1]
 
 
 def first_column(text: str, title: str) -> list[str]:
     """Of the table in the section of this title."""
     section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `(.+?)` \|", section, re.MULTILINE)
+    cells = re.findall(r"^\| (`.+?`(?:, `.+?`)*) \|", section, re.MULTILINE)
+    return [name.strip("`") for cell in cells for name in cell.split("`, `")]
 
 
 def test_the_inspection_that_is_shown_has_the_lines_of_one(command, checkpoint):

@@ -85,7 +85,9 @@ def test_it_prints_every_prompt_and_every_pair(two):
     hostile = results.influence.pairs[0].model_copy(update={"E_text": "'[red]\\x1b[2J'"})
     section = results.influence.model_copy(update={"pairs": (hostile,)})
     out = io.StringIO()
-    print_results(results.model_copy(update={"influence": section}), Console(file=out, width=300))
+    print_results(
+        results.model_copy(update={"influence": section}), Console(file=out, width=300), verbose=True
+    )
     assert f"on {hostile.E_prompt} ('[red]\\x1b[2J'): " in out.getvalue()
     per_unit = results.model_copy(update={"next_lr": results.next_lr.model_copy(update={"value": 0.0})})
     assert "per unit of learning rate" in influence_lines(per_unit)[0]

@@ -1,6 +1,7 @@
 """Observables in whole runs: what is written and printed, the defaults, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ def of(document: dict[str, Any], name: str) -> dict[str, Any]:
 def test_every_observable_is_predicted_and_measured(ran):
     Path("own.py").write_text(OWN)
     given = {"sampling__B_E": 40, "measure__etas": [1e-7, 1e-5], "run__seed": 3}
-    document, outcome = ran(measure__observables=ALL, **given)
+    document, outcome = ran("-v", measure__observables=ALL, **given)
     names = [one["name"].rpartition(":")[2] for one in document["observables"]]
     assert names == [name.rpartition(":")[2] for name in ALL]
     drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
@@ -66,10 +67,9 @@ def test_every_observable_is_predicted_and_measured(ran):
         small, large = (abs(row["ratio"]["value"] - 1) for row in of(document, name)["sweep"])
         assert small < 1e-3, name
         assert large / small == pytest.approx(100, rel=0.1), name  # |ratio - 1| falls as eta
-    assert "A step of lr 1e-05: entropy " in outcome.out
-    line = next(x for x in outcome.out.splitlines() if x.startswith("A step of lr 1e-05"))
-    for name in names:
-        assert f", {name} " in line
+    assert outcome.out.startswith("The next step (lr 0.001), from ")
+    clauses = re.findall(r"^  (\w+) +[+-]\d", outcome.out, re.MULTILINE)
+    assert clauses == ["entropy", *names]
     assert "Other observables at eta = 1e-05" in outcome.out
     frame = results.load("runs/one").to_dataframe()
     for name, unit in (("reward", "reward"), ("kl_base", "nats per token"), ("digits", "digits")):
@@ -80,20 +80,21 @@ def test_every_observable_is_predicted_and_measured(ran):
 
 
 def test_by_default_reward_and_length_at_no_further_pass(ran):
-    document, outcome = ran(measure__next_lr=True)
+    document, outcome = ran("-v", measure__next_lr=True)
     assert [one["name"] for one in document["observables"]] == ["reward", "length"]
-    assert "This step (lr 0.001): entropy " in outcome.out
+    assert re.search(r"^  reward +[+-]", outcome.out, re.MULTILINE)
+    assert "Other observables" in outcome.out
     passes = document["cost"]["total"]["passes"]
-    none, outcome = ran("--fresh", measure__next_lr=True, measure__observables=[])
+    none, outcome = ran("--fresh", "-v", measure__next_lr=True, measure__observables=[])
     assert none["observables"] == []
     assert none["cost"]["total"]["passes"] == passes
     assert "Other observables" not in outcome.out
-    assert "This step" not in outcome.out
+    assert not re.search(r"^  (reward|length) +[+-]", outcome.out, re.MULTILINE)
 
 
 def test_a_function_applies_to_some(ran):
     Path("own.py").write_text(OWN)
-    document, outcome = ran(measure__observables=["own.py:some"], sampling__B_E=40)
+    document, outcome = ran("-v", measure__observables=["own.py:some"], sampling__B_E=40)
     drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
     lengths = [len(text) for text in drawn.response if "+" not in text]
     assert 2 < len(lengths) < 40
@@ -111,7 +112,7 @@ def test_a_constant_has_no_change(ran, checkpoint):
         assert row["predicted"]["value"] == row["measured"]["value"] == 0
         assert row["ratio"] is None
     assert of(document, "reward")["at_theta"]["value"] == 0.5
-    assert "reward 0 (equal in all of E)" in outcome.out
+    assert "  reward  +0.000 from 0.5, equal in all of E\n" in outcome.out
 
 
 def test_the_default_fails_no_run(ran, run_one):

@@ -448,17 +448,44 @@ def test_the_default_leaves_out_what_a_run_cannot_have(ran) -> None:
             ask(ran.folder, settings, *rules, eta=1e-3)
 
 
+@pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("width", [80, 120])
-def test_no_number_of_the_table_is_cut_off(ran, width) -> None:
+def test_no_number_of_the_table_is_cut_off(ran, width, verbose) -> None:
+    text = shown(ran.document, width, verbose=verbose)
+    lines = text.splitlines()
+    (rule,) = [i for i, line in enumerate(lines) if line.startswith("──")]
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in lines) <= width
+    assert lines[rule + 1].split()[0] == "own"
+    assert ("touched" in lines[rule - 1]) is (verbose and width == 120)
+    for row in ran.document.rules:
+        (line,) = [x for x in lines[rule:] if x.startswith(row.rule[:20])][:1]
+        assert line.count("±") == (3 if row.rule != "own" else 2)
+    assert verbose or len(lines) <= 29
+
+
+def shown(document: WhatIf, width: int, *, verbose: bool = False) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    print_whatif(ran.document, console)
-    lines = console.file.getvalue().splitlines()
-    table = [line for line in lines if line.startswith(("┃", "│"))]
-    assert len(table) > len(ran.document.rules)
-    assert not any("…" in line for line in table)
-    assert {len(line) for line in table} == {len(table[0])}
-    assert len(table[0]) <= width
-    assert ("touched" in table[0]) is (width == 120)
+    print_whatif(document, console, verbose=verbose)
+    return console.file.getvalue()
+
+
+def test_the_end_is_a_screen_and_names_what_is_left_out(ran) -> None:
+    """With forty rules: the run's own, what was solved for, and those that raise the entropy most."""
+    own, *others = ran.document.rules
+    many = [
+        one.model_copy(update={"rule": f"mask:surprisal < {i} and advantage > 0.{i} and entropy < 1"})
+        for i, one in enumerate((others * 40)[:40])
+    ]
+    document = ran.document.model_copy(update={"rules": (own, *many)})
+    text = shown(document, 80)
+    assert len(text.splitlines()) <= 29
+    rows = [line for line in text.splitlines() if line.startswith(("own ", "mask:"))]
+    assert f"{len(many) + 1 - len(rows)} rules more with -v" in text
+    assert rows[0].startswith("own ")
+    largest = max(many, key=lambda one: one.entropy.difference.value)
+    assert any(row.startswith(largest.rule[:18]) for row in rows)
+    assert len(shown(document, 80, verbose=True).splitlines()) > 60
 
 
 def test_zero_has_one_sign() -> None:
@@ -480,18 +507,26 @@ def test_the_command_prints_the_table_and_writes_the_file(command, ran) -> None:
     for words in ("negative_only", "surprisal < 2", "Solved, entropy change -0.0001: entropy_bonus:"):
         assert words in outcome.out
     assert "keeps" in outcome.out or "loses the least" in outcome.out
-    places = [outcome.out.index(words) for words in ("The run's own rule: ", "Solved, ", "┏")]
+    places = [outcome.out.index(words) for words in ("Solved, ", "──")]
     assert places == sorted(places)
-    assert "indistinguishable from 0" in outcome.out
+    assert "The run's own rule: " not in outcome.out
     assert "wrote here/w.json" in outcome.err
-    shown = (ROOT / "docs" / "whatif.md").read_text(encoding="utf-8")
-    (head,) = [line for line in shown.splitlines() if line.startswith("┃")]
-    assert head.split() in [line.split() for line in outcome.out.splitlines()]
-    explained = re.findall(r"^\| (`.+?`(?:, `.+?`)*) \|", shown, re.MULTILINE)
-    columns = [name.strip("`") for cell in explained for name in cell.split(", ")]
-    assert columns == [cell.strip() for cell in head.strip("┃").split("┃")]
+    page = (ROOT / "docs" / "whatif.md").read_text(encoding="utf-8")
+    assert head_of(page) == head_of(outcome.out)
+    explained = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(explained) == 7
+    heads = head_of(shown(load_whatif("here/w.json"), 120, verbose=True))
+    for column in explained:
+        assert set(column.split()) <= set(heads[0]) | set(heads[1]), column
     document = load_whatif("here/w.json")
     assert [one.rule for one in document.rules[:3]] == ["own", "negative_only", "mask:surprisal < 2"]
+
+
+def head_of(text: str) -> list[list[str]]:
+    """The words of the two lines over the rule of dashes."""
+    lines = text.splitlines()
+    rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
+    return [line.split() for line in lines[rule - 2 : rule]]
 
 
 @pytest.mark.parametrize(

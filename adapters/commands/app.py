@@ -44,6 +44,9 @@ Overrides = Annotated[
         help="Override a key of the configuration, as in --set sampling.B_E=64. May be repeated.",
     ),
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print everything that was found, and every check.")
+]
 
 
 def stdout() -> Console:

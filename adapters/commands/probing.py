@@ -7,8 +7,9 @@ import typer
 
 from ..config.file import read_config
 from ..console import Narrator
-from ..results.tables import print_checks, print_results, verdict
-from .app import ConfigPath, Overrides, stdout
+from ..results.check_words import outcome, print_checks
+from ..results.tables import print_results
+from .app import ConfigPath, Overrides, Verbose, stdout
 
 if TYPE_CHECKING:
     from ..stages.plan import Plan
@@ -23,6 +24,7 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute every stage again, also those already stored.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Predict and measure the entropy change of the next step; write RUN.FOLDER/RUN.NAME.
 
@@ -38,7 +40,7 @@ def run(
         _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
         return
     results, folder = probe.run(parsed, narrator, fresh=fresh)
-    print_results(results, stdout())
+    print_results(results, stdout(), verbose=verbose, report=folder / "report.html")
     total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {folder} in {total:.1f} s")
     sinks.send(folder, narrator)
@@ -90,6 +92,7 @@ def whatif(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute every stage again, also those already stored.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compare rules of the next step on the same E and U: entropy and reward, predicted and measured.
 
@@ -105,19 +108,19 @@ def whatif(
     asked = (*(rules or ()), *(f"mask:{condition}" for condition in masks or ()))
     question = command.Question(asked, solve, by, eta, out)
     document, path = command.whatif(parsed, question, narrator, fresh=fresh)
-    print_whatif(document, stdout())
+    print_whatif(document, stdout(), verbose=verbose)
     total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {path} in {total:.1f} s")
 
 
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
+def check(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Run the sanity checks alone, on small batches; write nothing. Exit status 1 if one fails."""
     parsed = read_config(config, overrides or ())
     from .. import run as probe
 
     seen = probe.check_alone(parsed, Narrator())
-    print_checks(seen, stdout())
-    if any(verdict(one) == "FAIL" for one in seen):
+    print_checks(seen, stdout(), verbose=verbose)
+    if any(outcome(one) == "FAIL" for one in seen):
         raise typer.Exit(1)
 
 

@@ -32,7 +32,17 @@ def causes(results: Results) -> list[str]:
         return whose
     eta, unit = results.next_lr.value, results.entropy.unit
     scale = Scale(eta, unit) if eta else Scale(1.0, section.unit)
-    return [f"Causes of the predicted change: {_sentence(section, scale)}", *whose]
+    return [f"Causes of the predicted change: {'; '.join(_clauses(section, scale))}", *whose]
+
+
+def largest_causes(results: Results) -> list[str]:
+    """`causes` without momentum and without the parts of the step, which the verdict has."""
+    section = results.attribution
+    if section is None:
+        return []
+    eta, unit = results.next_lr.value, results.entropy.unit
+    _, *rest = _clauses(section, Scale(eta, unit) if eta else Scale(1.0, section.unit))
+    return [f"causes: {'; '.join(rest)}"] if rest else []
 
 
 def beyond_shares(results: Results) -> list[str]:
@@ -53,7 +63,8 @@ def beyond_shares(results: Results) -> list[str]:
     ]
 
 
-def _sentence(section: AttributionSection, scale: Scale) -> str:
+def _clauses(section: AttributionSection, scale: Scale) -> list[str]:
+    """The parts of the step; of this batch the prompts; the modules."""
     parts = {
         "momentum of earlier steps": section.momentum,
         "weight decay": section.decay,
@@ -83,8 +94,8 @@ def _sentence(section: AttributionSection, scale: Scale) -> str:
             own = f"its {_amount(section.update.share, scale)}"
         clauses.append(_prompts(section, batch, own, scale))
         clauses += _where(section.update_region, "the batch's part", scale)
-        return "; ".join(clauses)
-    return "; ".join([*clauses, *_where(section.region, "the whole", scale)])
+        return clauses
+    return [*clauses, *_where(section.region, "the whole", scale)]
 
 
 def _prompts(section: AttributionSection, batch: str, own: str, scale: Scale) -> str:

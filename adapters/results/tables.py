@@ -1,300 +1,128 @@
-"""What a run and a check print: tables, and the lines under them."""
+"""What is printed at the end of a run: at most 30 lines of 80 columns, or with all details."""
 
-import math
 from collections.abc import Iterable
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from . import observable_tables
-from .attribution_words import beyond_shares, causes
+from .attribution_words import beyond_shares, causes, largest_causes
+from .check_words import check_lines, print_checks
 from .cost import cost_line
+from .details import about_v, under_the_table
+from .fitted import fitted
 from .influence_words import influence_lines
-from .quantity import Interval
+from .momentum import momentum_lines
 from .schema import Results
-from .sections import LossSection
-from .sweep_sections import LinearFit, LinearUntil, SweepRow
+from .sweep_table import TABLE_HEAD, sweep_table
+from .verdict import doubts_line, effect_line, entropy_line, verdict_of
 
-OWN_BATCH = "U is the step's own batch, so that v has no error over U"
-WIDE = 112  # columns of the whole table; a narrower one leaves out the second order
-
-
-class Checked(Protocol):
-    """A sanity check with its outcome: `funcprobe.checks.Check`, or as results.json holds it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def passed(self) -> bool: ...
-    @property
-    def saw(self) -> str: ...
-    @property
-    def bound(self) -> str: ...
-    @property
-    def failure_means(self) -> str: ...
-    @property
-    def advisory(self) -> bool: ...
+LINES = 29  # of 80 columns; one more says where the run folder is
+NAME = 16  # columns of a quantity's name
 
 
-def print_results(results: Results, console: Console) -> None:
-    """The sanity checks, the finding in words, the table of the sweep, and the lines under it."""
-    print_checks(results.checks, console, meanings=False)
-    for line in (*observable_tables.headline(results), *in_words(results)):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(_table(results, console.width))
+class Room(NamedTuple):
+    """Lines of each part, at most."""
+
+    causes: int
+    rows: int
+    observables: int
+    clause: int  # of an observable
+    failed: int  # of a check that failed
+
+
+ROOMS = (
+    Room(6, 7, 6, 2, 3),
+    Room(5, 6, 5, 1, 2),
+    Room(3, 5, 3, 1, 2),
+    Room(2, 4, 2, 1, 1),
+)
+
+
+def print_results(
+    results: Results, console: Console, *, verbose: bool = False, report: Path | None = None
+) -> None:
+    """The verdict, the sweep, the causes, the checks that failed, and where the report lies.
+
+    At most 29 lines at 80 columns; with `verbose` everything that the run found.
+    """
+    more = "" if verbose else "; more numbers with -v"
+    last = fitted(f"report: {report}{more}", console, most=2) if report else []
+    if verbose:
+        _print(headline(results, console), console)
+        console.print(sweep_table(results, width=console.width, verbose=True))
+        _details(results, console)
+    else:
+        for room in ROOMS:
+            head = headline(results, console, room)
+            table = sweep_table(results, width=console.width, most=room.rows)
+            under = _under(results, console, room)
+            if len(head) + table.row_count + TABLE_HEAD + len(under) + len(last) <= LINES:
+                break
+        _print(head, console)
+        console.print(table)
+        _print(under, console)
+    _print(last, console)
+
+
+def headline(results: Results, console: Console, room: Room | None = None) -> list[Text]:
+    """The step, then a clause for the entropy and for the observables that there is room for."""
+    verdict = verdict_of(results)
+    at = "learning rate not known" if verdict.eta is None else f"lr {verdict.eta:.3g}"
+    step = verdict.step[0].upper() + verdict.step[1:]
+    entropy, unit = verdict.entropy.at_theta, results.entropy.unit
+    lines = fitted(f"{step} ({at}), from {entropy:.4g} {unit}, to first order:", console, most=2)
+    shown = verdict.observables[: room.observables] if room else verdict.observables
+    wide = min(NAME, max(len(one.name) for one in (verdict.entropy, *shown)))
+
+    def clause(name: str, line: str, most: int | None) -> list[Text]:
+        label = f"  {name[:NAME]:<{wide}} "
+        return fitted(line.removeprefix(f"{name} "), console, label=label, most=most)
+
+    if doubts := doubts_line(verdict):
+        lines += fitted(doubts, console, label="  ", most=room and 2)
+    lines += clause("entropy", entropy_line(verdict), room and 4)
+    for one in shown:
+        lines += clause(one.name, effect_line(one, verdict), room and room.clause)
+    if left_out := len(verdict.observables) - len(shown):
+        lines.append(Text(f"  and {left_out} more: -v"))
+    return lines
+
+
+def _under(results: Results, console: Console, room: Room) -> list[Text]:
+    """Causes, what the step lacks of the run's, where to sample anew, the checks that failed."""
+    whose = momentum_lines(results.momentum, results.next_lr.value)[:1]
+    lines = [part for line in whose for part in fitted(line, console, most=1)]
+    for line in largest_causes(results):
+        lines = [*fitted(line, console, most=room.causes - len(lines)), *lines]
+    if found := results.unlike_the_run:
+        more = f" (and {len(found) - 1} more: -v)" if len(found) > 1 else ""
+        lines += fitted(f"not the step of the run{more}: {found[0]}", console, most=1)
+    if any(row.verdict == "resample" and row.resampled is None for row in results.sweep):
+        lines += fitted("to sample responses there: --set measure.resample=true", console, most=1)
+    count, *failed = check_lines(results.checks)
+    more = f", {len(failed) - 2} more did not: -v" if len(failed) > 2 else ""
+    lines += fitted(count + more, console, most=1)
+    return lines + [part for x in failed[:2] for part in fitted(x, console, most=room.failed)]
+
+
+def _details(results: Results, console: Console) -> None:
     if (others := observable_tables.table(results)) is not None:
         console.print(others)
-    for line in (*_under_the_table(results), *beyond_shares(results), *influence_lines(results)):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(cost_line(results.cost), soft_wrap=True, markup=False)
-
-
-def in_words(results: Results) -> list[str]:
-    """What the step does to the entropy, how certain that is, and which part of the step does it."""
-    first, entropy = results.first_order, results.entropy
-    rule = results.conventions.step.rule
-    step = "The next step" if rule == "adamw" else f'A step along v of rule "{rule}"'
-    lines = []
-    for row in (row for row in results.sweep if row.is_next_lr):
-        effect = "lower the entropy" if row.predicted.value < 0 else "raise the entropy"
-        if row.interval_total.low <= 0 <= row.interval_total.high:
-            effect = "change the entropy by an amount that is indistinguishable from 0"
-        measured = f"measured {row.measured.value:+.2e}"
-        if row.rounding:
-            measured += " (rounding)"
-        elif row.measured_interval_given_U:
-            measured += f" ± {_half(row.measured_interval_given_U)} over E"
-        else:
-            measured += " (not reliable: see its weights)"
-        lines.append(
-            f"{step} (lr {row.eta:g}) is predicted to {effect}: from {entropy.value:.4f} ± "
-            f"{_half(results.entropy_interval)} {entropy.unit}, predicted change "
-            f"{row.predicted.value:+.2e} ± {_half(row.interval_total)} over {_over(results)}"
-            f"{_share(row, entropy.value)}, {measured}"
-        )
-        lines += _doubts(results, row)
-    counts, average = results.counts, ", on an average U"
-    if counts.U_groups_without_gradient == counts.U_prompts:
-        over_U = "no gradient in U, so no error over it: another U may have one"
-        loss = results.loss is not None and results.loss.name != "preset"
-        why = "The loss has no gradient on U" if loss else "Every advantage of U is 0"
-        lines.append(f"{why}: the step is by momentum and weight decay alone")
-        next_U = update = ""
-    elif not first.se_over_U.value:  # exactly 0 only where U is the batch of the next step itself
-        over_U, next_U, update, average = OWN_BATCH, "", "", ""
-    else:
-        over_U = f"± {_half(first.interval_over_U)} over U"
-        next_U = f"; ± {_half(first.interval_next_U)} on the trainer's next U"
-        update = f" ± {_half(first.interval_over_U)} over U"
-    masks = []
-    if first.masks:
-        over_U += f"; ± {_half(first.masks.interval_one_step)} over the dropout mask of one step"
-        masks.append(
-            f"Dropout: v is the mean over {first.masks.count} masks, over which the derivative has "
-            f"standard deviation {first.masks.spread.value:.1e}; a step has one mask"
-        )
-    return [
-        *lines,
+    for line in (
         *causes(results),
-        *(f"Not the step of the run: {line}" for line in results.unlike_the_run),
-        *_loss(results.loss),
-        f"Derivative along v: {first.derivative.value:+.4e} ± {_half(first.interval_total)} per unit "
-        f"of learning rate{average} (± {_half(first.interval_given_U)} over E, given U; "
-        f"{over_U}){next_U}",
-        f"Its parts: update {first.from_update.value:+.3e}{update}, "
-        f"momentum {first.from_momentum.value:+.3e}, weight decay "
-        f"{first.from_weight_decay.value:+.3e}",
-        *masks,
-    ]
+        *about_v(results),
+        *under_the_table(results),
+        *beyond_shares(results),
+        *influence_lines(results),
+    ):
+        _print(fitted(line, console), console)
+    print_checks(results.checks, console, verbose=True)
+    _print(fitted(cost_line(results.cost), console), console)
 
 
-def _loss(loss: LossSection | None) -> list[str]:
-    """The loss of U and what its trainer logs, unless 0; no line for a preset."""
-    if loss is None or loss.name == "preset":
-        return []
-    kind = loss.settings.get("loss_type") or loss.settings.get("loss_mode")
-    values = {name: x for name, x in loss.metrics.items() if name != "loss" and x}
-    logged = "".join(f", {name} {value:.4g}" for name, value in values.items())
-    name = f"{loss.name} {kind}" if kind else loss.name
-    return [f"Loss of U at theta, {name}: {loss.at_theta.value:.6g}{logged}"]
-
-
-def _doubts(results: Results, row: SweepRow) -> list[str]:
-    """Why the prediction of this row is not to be relied on, if anything speaks against it."""
-    doubts = []
-    if failed := [one.name for one in results.checks if not one.passed and not one.advisory]:
-        doubts.append(f"sanity checks failed ({', '.join(failed)})")
-    until = results.second_order.linear_until.eta if results.second_order else None
-    if until is not None and row.eta > until:
-        doubts.append(f"the learning rate is beyond the range of first order (eta = {until:.2g})")
-    measured = row.measured_interval_given_U
-    distinct = measured is not None and not row.rounding and measured.low * measured.high > 0
-    if distinct and row.measured.value * row.predicted.value < 0:
-        doubts.append("the measured change has the opposite sign")
-    return [f"Do not rely on this prediction: {'; '.join(doubts)}"] if doubts else []
-
-
-def print_checks(checks: Iterable[Checked], console: Console, *, meanings: bool = True) -> None:
-    """Every check, what it found and its bound; the usual cause of a failure, of all or the failed."""
-    checks = list(checks)
-    table = Table(title="Sanity checks", title_justify="left")
-    last = ("usual cause of a failure",) if meanings else ()
-    for column in ("", "check", "found", "required", *last):
-        table.add_column(column)
-    for one in checks:
-        meaning = (one.failure_means,) if meanings else ()
-        table.add_row(verdict(one), one.name, one.saw, one.bound, *meaning)
-    console.print(table)
-    print_verdicts(checks, console)
-
-
-def print_verdicts(checks: Iterable[Checked], console: Console) -> None:
-    """How many checks passed, and each one that did not, with its usual cause."""
-    checks = list(checks)
-    passed = sum(one.passed for one in checks)
-    console.print(f"sanity checks: {passed} of {len(checks)} passed", markup=False)
-    for one in checks:
-        if not one.passed:
-            console.print(
-                f"{verdict(one)}: {one.name}: found {one.saw}, required {one.bound}; "
-                f"usual cause: {one.failure_means}",
-                soft_wrap=True,
-                markup=False,
-            )
-
-
-def verdict(one: Checked) -> str:
-    """pass, FAIL, or suspect where a check is advisory."""
-    return "pass" if one.passed else "suspect" if one.advisory else "FAIL"
-
-
-def _share(row: SweepRow, entropy: float) -> str:
-    """The predicted change as a share of the entropy."""
-    return f" ({row.predicted.value / entropy:+.2%})" if entropy else ""
-
-
-def _over(results: Results) -> str:
-    """What the interval of the prediction covers."""
-    first = results.first_order
-    return "E, U and masks" if first.masks else "E and U" if first.se_over_U.value else "E"
-
-
-def _half(interval: Interval | None) -> str:
-    """Half the width of a symmetric interval."""
-    return "-" if interval is None else f"{interval.half_width:.1e}"
-
-
-def _table(results: Results, width: int) -> Table:
-    """The sweep, a row a learning rate."""
-    unit = results.entropy.unit
-    table = Table(
-        title=f"Entropy change, {unit} (±: 95 %; predicted over {_over(results)}, measured over E)",
-        title_justify="left",
-    )
-    quadratic = results.second_order is not None and width >= WIDE
-    order = ("2nd order",) if quadratic else ()
-    for column in ("eta", "predicted", "±", *order, "measured", "±", "ratio", "ESS", "weights"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in results.sweep:
-        reliable = row.verdict != "resample" and not row.rounding
-        table.add_row(
-            f"{row.eta:.3g}" + (" next lr" if row.is_next_lr else ""),
-            f"{row.predicted.value:+.4e}",
-            _half(row.interval_total),
-            *((f"{row.second_order.value:+.4e}",) if quadratic and row.second_order else ()),
-            f"{row.measured.value:+.4e}",
-            _half(row.measured_interval_given_U) if reliable else "-",
-            f"{row.ratio.value:.7f}" if reliable else "-",
-            f"{row.ess.value:.1f}",
-            "rounding" if row.rounding else row.verdict,
-        )
-    return table
-
-
-def _under_the_table(results: Results) -> list[str]:
-    step = results.conventions.step
-    lines = []
-    for row in (row for row in results.sweep if row.is_next_lr):
-        if row.difference_interval and not row.rounding:
-            lines.append(
-                f"measured - predicted at lr {row.eta:g}, on the same samples: "
-                f"{row.difference.value:+.2e} ± {_half(row.difference_interval)}"
-            )
-    if step.rule == "adamw" and step.max_grad_norm:
-        lines.append(
-            f"gradient norm {results.norms.Y.value:.3g}, clip coefficient "
-            f"{results.clip_coefficient:.3g} at max_grad_norm {step.max_grad_norm:g}"
-        )
-    return [*lines, *_curve(results), *_weights(results.sweep, results.entropy.unit)]
-
-
-def _curve(results: Results) -> list[str]:
-    """The linear range, the curvature beyond it, and the numerical floor below it."""
-    fit, second = results.fit, results.second_order
-    lines = [_linear(fit.linear)]
-    if line := fit.deviation_against_eta:
-        lines.append(
-            f"log-log slope of |ratio - 1| against eta: {line.slope:.4f}, R^2 {line.r_squared:.6f}, "
-            f"{line.points} points"
-        )
-    if second:
-        until = second.linear_until
-        lines.append(
-            f"second derivative along v: {second.second_derivative.value:+.3e} ± "
-            f"{_half(second.interval_given_U)} ({second.method}, given U): {_until(until)}"
-        )
-        beyond = [row.eta for row in results.sweep if row.eta > (until.eta or math.inf)]
-        if beyond:
-            etas = ", ".join(f"{eta:.3g}" for eta in beyond)
-            lines.append(f"beyond the range of first order: eta {etas}")
-    negative = [row.eta for row in results.sweep if results.entropy.value + row.predicted.value < 0]
-    if negative:
-        etas = ", ".join(f"{eta:.3g}" for eta in negative)
-        lines.append(f"first order predicts a negative entropy, which does not exist: eta {etas}")
-    if fit.rounding_eta:
-        lines.append(
-            f"numerical floor: eta = {fit.rounding_eta.value:.1e}, below which rounding exceeds 10 % "
-            "of the measured change"
-        )
-    return lines
-
-
-def _until(until: LinearUntil) -> str:
-    if until.eta is None:
-        return "no curvature"
-    if until.high is None:
-        interval = f"at least {until.low:.2g}; the second derivative is indistinguishable from 0"
-    else:
-        interval = f"95 %: {until.low:.2g} to {until.high:.2g}"
-    return f"the quadratic term is 10 % of the linear one at eta = {until.eta:.2g} ({interval})"
-
-
-def _weights(sweep: Iterable[SweepRow], unit: str) -> list[str]:
-    """Why a verdict is not "trust", and what was resampled."""
-    lines, rows = [], list(sweep)
-    for row in rows:
-        if row.verdict != "trust":
-            lines.append(f"{row.verdict} at eta {row.eta:.3g}: {row.verdict_reason}")
-        if found := row.resampled:
-            lines.append(
-                f"resampled at theta + {row.eta:.3g} v: entropy change {found.change.value:+.4e} ± "
-                f"{_half(found.interval)} {unit} (95 %, over E)"
-                + (f"; {found.cut_off} responses reached the length limit" if found.cut_off else "")
-            )
-    worst = [row for row in rows if row.verdict == "resample"]
-    if worst and not any(row.resampled for row in worst):
-        lines.append("to sample responses there: --set measure.resample=true")
-    return lines
-
-
-def _linear(line: LinearFit) -> str:
-    """The linear fit to the measured changes, or why there is none."""
-    if line.slope is None:
-        return f"no linear fit to the measured changes: {line.reason}"
-    r2 = "" if line.r2 is None else f", R^2 {line.r2:.8f}"
-    return (
-        f"linear fit to the measured changes, eta {line.eta_low:.2g} to {line.eta_high:.2g}: slope "
-        f"{line.slope:+.4e} ± {_half(line.slope_interval)}, intercept {line.intercept:+.1e} ± "
-        f"{_half(line.intercept_interval)}{r2}, {line.points} points (±: scatter about the line)"
-    )
+def _print(lines: Iterable[Text], console: Console) -> None:
+    for line in lines:
+        console.print(line)

@@ -12,7 +12,7 @@ from .schema import Results
 from .verdict_sections import Cause, Effect, Verdict
 
 SMALL = 0.005  # of the sum of absolute parts: a part that is left out
-MOST_DECIMALS = 4  # smaller numbers are written with a power of ten
+MOST_DECIMALS = 5  # smaller numbers are written with a power of ten
 
 
 def verdict_of(results: Results) -> Verdict:
@@ -67,13 +67,20 @@ def verdict_of(results: Results) -> Verdict:
 def verdict_line(results: Results) -> str:
     """Of the entropy, in one line, as "entropy -3.5 % per step (95 %: -8.6 to +1.6), sign ..."."""
     verdict = verdict_of(results)
+    return ": ".join(filter(None, (doubts_line(verdict), entropy_line(verdict))))
+
+
+def doubts_line(verdict: Verdict) -> str:
+    """What speaks against relying on the prediction; empty if nothing does."""
+    return f"do not rely on this ({'; '.join(verdict.doubts)})" if verdict.doubts else ""
+
+
+def entropy_line(verdict: Verdict) -> str:
+    """The change of the entropy, and what makes it."""
     clauses = [effect_line(verdict.entropy, verdict), *_made_by(verdict)]
     if verdict.without_gradient:
         clauses.append("this U has no gradient, another may have one")
-    line = "; ".join(clauses)
-    if verdict.doubts:
-        return f"do not rely on this ({'; '.join(verdict.doubts)}): {line}"
-    return line
+    return "; ".join(clauses)
 
 
 def effect_line(effect: Effect, verdict: Verdict) -> str:
@@ -88,14 +95,14 @@ def effect_line(effect: Effect, verdict: Verdict) -> str:
     unit = "%" if relative else "" if effect.unit == effect.name else effect.unit
     said = " ".join(filter(None, (effect.name, change, unit)))
     if verdict.eta is not None:
-        said += " per step" if relative else f" per step from {effect.at_theta:.4g}"
-    over = "" if effect.over == "E and U" else f" over {effect.over}"
+        said += " per step" if relative else f" from {effect.at_theta:.4g}"
+    over = {"E and U": "", "E, U given": ", U given"}.get(effect.over, f" over {effect.over}")
     if effect.low == effect.high:
-        return f"{said}, without an error in this E"
+        return f"{said}, equal in all of E"
     said += f" (95 %{over}: {low} to {high})"
     if effect.established:
         return f"{said}, it {'falls' if effect.change < 0 else 'rises'}"
-    return f"{said}, {_telling(effect, scale, ' %' if relative else '')}"
+    return f"{said}, {_telling(effect, verdict)}"
 
 
 def signed(change: float, low: float, high: float) -> tuple[str, str, str]:
@@ -109,23 +116,24 @@ def signed(change: float, low: float, high: float) -> tuple[str, str, str]:
     return f"{change:+.{kept}f}", f"{low:+.{kept}f}", f"{high:+.{kept}f}"
 
 
-def _telling(effect: Effect, scale: float, per_cent: str) -> str:
+def _telling(effect: Effect, verdict: Verdict) -> str:
     """What is known of a change whose interval holds 0, and which batches would tell its sign."""
     found = effect.needed
-    largest = max(abs(effect.low), abs(effect.high)) * scale
     if found is None:
         return "sign not established"
     prompts = f"some {_some(found.U_prompts)} prompts of U" if found.U_prompts else ""
     responses = f"some {_some(found.E_responses)} responses of E" if found.E_responses else ""
     if prompts or responses:
         return f"sign not established: {' and '.join(filter(None, (prompts, responses)))} would tell"
-    bound = f"{largest:.2g}{per_cent}"
-    if found.kind == "beyond":
-        return (
-            f"sign not established, a change of up to {bound} cannot be excluded: batches more than "
-            f"{MOST} times as large would tell"
-        )
-    return f"indistinguishable from 0, a change of up to {bound} cannot be excluded"
+    known = "sign not established" if found.kind == "beyond" else "indistinguishable from 0"
+    if effect.name != verdict.entropy.name:
+        return known
+    largest, unit = max(abs(effect.low), abs(effect.high)), effect.unit
+    if verdict.relative is not None:
+        largest, unit = 100 * largest / effect.at_theta, "%"
+    known += f", a change of up to {largest:.2g} {unit} cannot be excluded"
+    more = f": batches more than {MOST} times as large would tell"
+    return known + (more if found.kind == "beyond" else "")
 
 
 def _some(count: int | None) -> str:

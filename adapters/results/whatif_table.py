@@ -1,18 +1,23 @@
-"""What `funcprobe whatif` prints: the table of rules, and the lines under it."""
+"""What `funcprobe whatif` prints: which rule keeps the entropy, the table of rules, the limits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .cost import cost_line
+from .fitted import fitted
 from .quantity import Interval
-from .whatif_sections import ChangeSection, Solution, WhatIf
+from .whatif_sections import ChangeSection, RuleRow, Solution, WhatIf
 
 WIDE = 112  # columns of the whole table; a narrower one leaves out predictions and the tokens touched
+LINES = 29  # of 80 columns; one more says where the file is
+NAME = 24  # columns of a rule's name, where it is not wrapped
+TABLE_HEAD = 5  # lines: two of the title, two of columns, a rule
 
 
 class Scale(NamedTuple):
@@ -31,6 +36,10 @@ class Scale(NamedTuple):
     def half(self, interval: Interval | None) -> str:
         return "-" if interval is None else f"{interval.half_width / 10**self.power:.{self.decimals}f}"
 
+    def both(self, value: float, interval: Interval | None) -> str:
+        """The number and half the width of its interval; "-" without one, as it is not reliable."""
+        return "-" if interval is None else f"{self.signed(value)} ± {self.half(interval)}"
+
 
 def scale_of(values: Sequence[float]) -> Scale:
     """By the largest: 1 to 999 in the table, in steps of a thousand."""
@@ -42,53 +51,122 @@ def scale_of(values: Sequence[float]) -> Scale:
     return Scale(power, 3 - (digits - power))
 
 
-def print_whatif(document: WhatIf, console: Console) -> None:
-    """What was found and solved for, in words; the table; what was left out, and the limits."""
-    solution = [] if document.solution is None else [_solution(document.solution)]
-    _print([*document.findings, *solution], console)
-    console.print(_table(document, wide=console.width >= WIDE))
-    _print([*_under(document), cost_line(document.cost)], console)
+def print_whatif(document: WhatIf, console: Console, *, verbose: bool = False) -> None:
+    """What was found and solved for, in words; the table; what was left out.
+
+    At most 29 lines at 80 columns; with `verbose` every rule, every finding, the limits and the cost.
+    """
+    if verbose:
+        solution = [] if document.solution is None else [_solution(document.solution)]
+        _print([*document.findings, *solution], console)
+        console.print(_table(document, document.rules, console.width, verbose=True))
+        _print([*_under(document), cost_line(document.cost)], console)
+        return
+    for per_finding, per_note in ((4, 2), (3, 2), (2, 1), (1, 1)):
+        above = _fitted(_largest_findings(document), console, per_finding)
+        below = _fitted(_notes(document), console, per_note)
+        room = LINES - len(above) - len(below) - TABLE_HEAD - 1
+        if room >= min(len(document.rules), 12):
+            break
+    rows: Sequence[RuleRow] = document.rules
+    left_out = ""
+    if len(rows) > room + 1:
+        rows = _chosen(document, room)
+        left_out = f"{len(document.rules) - len(rows)} rules more with -v"
+    _print_lines(above, console)
+    console.print(_table(document, rows, console.width, verbose=False))
+    _print_lines([*([Text(left_out)] if left_out else []), *below], console)
+
+
+def _fitted(lines: Iterable[str], console: Console, most: int | None = None) -> list[Text]:
+    return [part for line in lines for part in fitted(line, console, most=most)]
 
 
 def _print(lines: Sequence[str], console: Console) -> None:
+    _print_lines(_fitted(lines, console), console)
+
+
+def _print_lines(lines: Iterable[Text], console: Console) -> None:
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False, emoji=False)
+        console.print(line)
 
 
-def _table(document: WhatIf, *, wide: bool) -> Table:
-    rows = document.rules
-    entropy = _scale([row.entropy for row in rows])
-    reward = _scale([row.reward for row in rows if row.reward is not None])
-    which = ", the next step's" if document.is_next_lr else ""
-    title = f"Change by one step, eta {document.learning_rate.value:.3g}{which}; entropy in "
-    title += f"{entropy.unit}{document.entropy.unit}"
+def _largest_findings(document: WhatIf) -> list[str]:
+    """What a person acts on: the rule that keeps the entropy, what was solved for, what is curved."""
+    lines = [x for x in document.findings if " keeps the entropy" in x or " the least entropy" in x]
+    lines += [] if document.solution is None else [_solution(document.solution)]
+    curved = [x for x in document.findings if "; not for " in x or "beyond the range" in x]
+    return [*(lines or document.findings[:1]), *curved]
+
+
+def _notes(document: WhatIf) -> list[str]:
+    """Rules that were left out, unreliable weights, what the step lacks of the run's."""
+    lines = []
+    if document.left_out:
+        lines.append(f"left out (why: -v): {', '.join(one.rule for one in document.left_out)}")
+    if spoilt := [row.rule for row in document.rules if row.verdict == "resample"]:
+        lines.append(f"weights not reliable (why: -v): {', '.join(spoilt)}")
+    if chosen := [row.rule for row in document.rules if row.chosen_on_E]:
+        lines.append(f"chosen on the same E that measures it, so that it gains: {', '.join(chosen)}")
+    return lines + [f"not the step of the run: {line}" for line in document.unlike_the_run[:1]]
+
+
+def _chosen(document: WhatIf, most: int) -> list[RuleRow]:
+    """The run's own rule, what was solved for, and those that raise the entropy most against it."""
+    own, *others = document.rules
+    solved = document.solution.row if document.solution else None
+    first = [row for row in others if row.rule == solved]
+    rest = [row for row in others if row.rule != solved]
+    rest.sort(key=lambda row: -row.entropy.difference.value)
+    kept = {row.rule for row in [own, *first, *rest][:most]}
+    return [row for row in document.rules if row.rule in kept]
+
+
+def _table(document: WhatIf, rows: Sequence[RuleRow], width: int, *, verbose: bool) -> Table:
+    """A row a rule; with `verbose`, where there is room, predictions and the tokens touched as well."""
+    entropy = _scale([row.entropy for row in document.rules])
+    reward = _scale([row.reward for row in document.rules if row.reward is not None])
+    which = " (the next step's)" if document.is_next_lr else ""
+    title = (
+        f"Measured change by one step of lr {document.learning_rate.value:.3g}{which}, ±: 95 % over "
+    )
+    title += f"E, given U; entropy in {entropy.unit}{document.entropy.unit}"
     if document.reward is not None:
         title += f", reward in {reward.unit.strip() or 'its unit'}"
-    table = Table(title=f"{title} (±: 95 %, over E)", title_justify="left")
-    table.add_column("rule", overflow="fold", max_width=34)
-    of_entropy, of_reward = _columns("entropy", wide=wide), _columns("reward", wide=wide)
-    touched = ("touched",) if wide else ()
-    rewarded = () if document.reward is None else of_reward
-    for column in (*touched, *of_entropy, "vs own", "±", *rewarded):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    wide = verbose and width >= WIDE
+    table.add_column("rule", overflow="fold")
+    rewarded = document.reward is not None
+    heads = [*(["touched"] if wide else []), *(["entropy\npredicted"] if wide else [])]
+    heads += ["entropy\nmeasured", "entropy\nless own"]
+    heads += [*(["reward\npredicted"] if wide and rewarded else [])]
+    heads += ["reward\nmeasured"] if rewarded else []
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        cells = [f"{row.touched.value:.0%}"] if wide else []
-        cells += _cells(row.entropy, entropy, wide=wide)
-        cells.append(entropy.signed(row.entropy.difference.value))
-        cells.append(entropy.half(row.entropy.difference_interval))
-        cells += [] if row.reward is None else _cells(row.reward, reward, wide=wide)
-        table.add_row(Text(row.rule), *cells)
+        of = row.entropy
+        cells = [f"{row.touched.value:.0%}", entropy.signed(of.predicted.value)] if wide else []
+        cells.append(entropy.both(of.measured.value, of.measured_interval_given_U))
+        own = row.rule == document.rules[0].rule
+        cells.append("" if own else entropy.both(of.difference.value, of.difference_interval))
+        if row.reward is not None:
+            cells += [reward.signed(row.reward.predicted.value)] if wide else []
+            found = row.reward.measured_interval_given_U
+            cells.append(reward.both(row.reward.measured.value, found))
+        table.add_row(Text(row.rule if verbose else _short(row.rule)), *cells)
     return table
 
 
-def _columns(what: str, *, wide: bool) -> tuple[str, ...]:
-    return (f"{what} pred", "measured", "±") if wide else (what, "±")
-
-
-def _cells(change: ChangeSection, scale: Scale, *, wide: bool) -> list[str]:
-    predicted = [scale.signed(change.predicted.value)] if wide else []
-    measured = (scale.signed(change.measured.value), scale.half(change.measured_interval_given_U))
-    return [*predicted, *measured]
+def _short(rule: str) -> str:
+    """On one line beside the numbers; -v has the whole."""
+    return rule if len(rule) <= NAME else f"{rule[: NAME - 4]} ..."
 
 
 def _scale(changes: Sequence[ChangeSection]) -> Scale:

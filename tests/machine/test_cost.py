@@ -89,7 +89,7 @@ def by_stage(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_a_run_says_what_each_stage_took(ran) -> None:
-    document, outcome = ran(measure__etas=[1e-5, 1e-4])
+    document, outcome = ran("-v", measure__etas=[1e-5, 1e-4])
     found, total = by_stage(document), document["cost"]["total"]
     assert list(found)[-7:] == [
         *("rewards of U", "gradient on U", "first order", "rewards of E", "attribution", "measure"),
@@ -137,7 +137,7 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     first, _ = ran(measure__etas=[1e-5])
     assert first["conventions"]["entropy"]["baseline"] == "ridge"
     assert fitted_to.count(40) == 1  # the check of eta = 0 fits that of its 32 sequences
-    document, outcome = ran(measure__etas=[1e-5, 1e-4])
+    document, outcome = ran("-v", measure__etas=[1e-5, 1e-4])
     found = by_stage(document)
     for name in ("sample E", "sample U", "gradient on U", "first order", "attribution"):
         row = found[name]
@@ -146,7 +146,7 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
         assert by_stage(first)[name]["results_computed"] == 1
     assert (found["measure"]["results_computed"], found["measure"]["results_reused"]) == (1, 7)
     assert found["measure"]["passes"] == {"E": 1}
-    assert "12 of 13 results from earlier runs" in outcome.out
+    assert "12 of 13 results from earlier runs" in outcome.flat
     assert "first order: " in (log := Path("runs/one/run.log").read_text())
     assert "measure: " in log
     assert "(7 of 8 from runs/.stages)" in log
@@ -160,14 +160,15 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
 
 
 def test_responses_sampled_anew_and_the_exact_second_order_are_stages(ran) -> None:
-    document, outcome = ran(measure__etas=[30.0], measure__resample=True, measure__second_order="exact")
+    given = {"measure__resample": True, "measure__second_order": "exact"}
+    document, outcome = ran("-v", measure__etas=[30.0], **given)
     found = by_stage(document)
     assert found["sample E at eta 30"]["passes"] == {"fresh": 1}
     assert found["sample E at eta 30"]["generation_tokens"] > 0
     assert found["second order"]["passes"]["E"] == pytest.approx(
         1, abs=0.15
     )  # and its check: four of 8 tokens
-    assert " 1 over fresh" in outcome.out
+    assert " 1 over fresh" in outcome.flat
 
 
 def test_the_line_for_the_reader_has_the_gpus_peak() -> None:

@@ -1,11 +1,12 @@
-"""The headline of the observables and their table state what the numbers allow, and no more."""
+"""The table of the observables states what the numbers allow, and no more."""
 
 import pytest
 from rich.console import Console
 
 from funcprobe.adapters.results import load
-from funcprobe.adapters.results.observable_tables import headline, table
+from funcprobe.adapters.results.observable_tables import table
 from funcprobe.adapters.results.quantity import Quantity, StudentInterval
+from funcprobe.adapters.results.verdict import effect_line, verdict_of
 
 
 def at_next(results, name: str, value: float, half: float, **entries):
@@ -30,19 +31,20 @@ def printed(results) -> str:
 @pytest.mark.parametrize(
     ("value", "half", "shown"),
     [
-        (0.0041, 0.0062, "reward +0.0041 ± 0.0062"),
-        (-12.34, 3.21, "reward -12.3 ± 3.2"),
-        (123.4, 45.6, "reward +123 ± 46"),
-        (1e-9, 3.2e-9, "reward +1.0e-09 ± 3.2e-09"),
-        (4567.0, 1234.0, "reward +4.6e+03 ± 1.2e+03"),
-        (0.0, 0.0, "reward 0 (equal in all of E)"),
+        (0.0041, 0.0062, "reward +0.0041 from 0.25 (95 %, U given: -0.0021 to +0.0103), sign not "),
+        (-12.34, 3.21, "reward -12.3 from 0.25 (95 %, U given: -15.6 to -9.1), it falls"),
+        (123.4, 45.6, "reward +123 from 0.25 (95 %, U given: +78 to +169), it rises"),
+        (1e-9, 3.2e-9, "reward +1.0e-09 from 0.25 (95 %, U given: -2.2e-09 to +4.2e-09), sign not "),
+        (0.0, 0.0, "reward +0.000 from 0.25, equal in all of E"),
     ],
 )
 def test_a_change_has_the_digits_of_its_interval(run_one, value, half, shown):
-    (line,) = headline(at_next(load(run_one), "reward", value, half))
-    assert line.startswith("This step (lr 0.001): entropy ")
-    assert f", {shown}, length " in line
-    assert line.endswith(" tokens (predicted, ±: 95 % over E, given U)")
+    verdict = verdict_of(load(run_one))
+    effect = next(one for one in verdict.observables if one.name == "reward")
+    given = {"change": value, "low": value - half, "high": value + half, "at_theta": 0.25}
+    established = abs(value) > half
+    changed = effect.model_copy(update=given | {"established": established, "needed": None})
+    assert effect_line(changed, verdict).startswith(shown)
 
 
 def test_what_is_rounding_or_without_weights_has_no_ratio(run_one):
@@ -61,11 +63,11 @@ def test_what_is_rounding_or_without_weights_has_no_ratio(run_one):
 
 def test_the_row_is_of_the_largest_eta_that_the_weights_allow(run_one):
     results = load(run_one)
+    assert "at eta = 0.001, the next lr (" in printed(results)
     rows = tuple(r.model_copy(update={"is_next_lr": False}) for r in results.sweep)
-    assert headline(results.model_copy(update={"sweep": rows}))[0].startswith("A step of lr 0.001: ")
+    assert "at eta = 0.001 (" in printed(results.model_copy(update={"sweep": rows}))
     worst = (*rows[:-1], rows[-1].model_copy(update={"verdict": "resample"}))
-    line = headline(results.model_copy(update={"sweep": worst}))[0]
-    assert line.startswith(f"A step of lr {rows[-2].eta:g}: ")
+    assert f"at eta = {rows[-2].eta:g} (" in printed(results.model_copy(update={"sweep": worst}))
 
 
 def test_a_name_is_no_markup(run_one):
@@ -75,6 +77,4 @@ def test_a_name_is_no_markup(run_one):
 
 
 def test_without_observables_nothing_is_said(run_one):
-    none = load(run_one).model_copy(update={"observables": ()})
-    assert headline(none) == []
-    assert table(none) is None
+    assert table(load(run_one).model_copy(update={"observables": ()})) is None

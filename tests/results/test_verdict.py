@@ -128,7 +128,7 @@ def test_an_entropy_of_0_has_no_relative_change(results):
     assert verdict_of(zero).relative is None
     assert verdict_line(zero).startswith(
         "do not rely on this (it predicts a negative entropy, which does not exist): "
-        "entropy -0.070 nats per token per step from 0 (95 %: -0.102 to -0.038), it falls; "
+        "entropy -0.070 nats per token from 0 (95 %: -0.102 to -0.038), it falls; "
     )
 
 

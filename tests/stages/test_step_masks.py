@@ -43,15 +43,15 @@ def test_it_is_said_and_changes_nothing_else(probe, command, dropped, checkpoint
 def test_masks_give_a_mean_and_a_spread(command, probe, dropped) -> None:
     Path("c.toml").touch()
     given = dropped.settings() | {"run.name": "one", "step.masks": 4}
-    outcome = command("run", "c.toml", *sets(given))
+    outcome = command("run", "c.toml", "-v", *sets(given))
     assert outcome.status == 0, outcome.err
     (line,) = said(outcome.err)
     assert line.endswith(
         "dropout in training (lora_dropout = 0.3): Y and v are means over 4 masks, where the trainer's "
         "step has one; 4 gradients of U instead of 1"
     )
-    assert "Dropout: v is the mean over 4 masks" in outcome.out
-    assert "over the dropout mask of one step" in outcome.out
+    assert "Dropout: v is the mean over 4 masks" in outcome.flat
+    assert "over the dropout mask of one step" in outcome.flat
     found = json.loads(Path("runs/one/results.json").read_text())
     first, masks = found["first_order"], found["first_order"]["masks"]
     assert masks["count"] == 4

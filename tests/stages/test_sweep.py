@@ -43,7 +43,7 @@ def test_both_second_derivatives_of_a_run_agree(ran, per) -> None:
 
 
 def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
-    document, outcome = ran(measure__etas=[1e-5, 1e-4])
+    document, outcome = ran("-v", measure__etas=[1e-5, 1e-4])
     left = []
     for row in document["sweep"]:
         gap = row["measured"]["value"] - row["predicted"]["value"]
@@ -54,11 +54,11 @@ def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
     second, first = (document[order] for order in ("second_order", "first_order"))
     star = 2 * abs(first["derivative"]["value"] / second["second_derivative"]["value"])
     assert second["eta_star"]["value"] == pytest.approx(star)
-    assert f"the quadratic term is 10 % of the linear one at eta = {star / 10:.2g} (" in outcome.out
+    assert f"the quadratic term is 10 % of the linear one at eta = {star / 10:.2g} (" in outcome.flat
 
 
 def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
-    document, outcome = ran(policy__dtype="bfloat16")
+    document, outcome = ran("-v", policy__dtype="bfloat16")
     assert document["second_order"] is None
     assert (
         "second order is omitted: in torch.bfloat16 (policy.dtype, policy.precision) it is"
@@ -217,11 +217,11 @@ def test_the_paired_difference_is_judged_by_its_own_influence(ran, checkpoint) -
 
 
 def test_weights_that_say_too_little_are_said_to(ran) -> None:
-    document, outcome = ran(measure__etas=[1e-6, 30.0])
+    document, outcome = ran("-v", measure__etas=[1e-6, 30.0])
     small, large = document["sweep"]
     assert (small["verdict"], large["verdict"]) == ("trust", "resample")
     assert large["resampled"] is None
-    assert f"resample at eta 30: {large['verdict_reason']}" in outcome.out
+    assert f"resample at eta 30: {large['verdict_reason']}" in outcome.flat
     assert "to sample responses there: --set measure.resample=true" in outcome.out
 
 
@@ -310,12 +310,12 @@ def test_a_brought_e_that_cannot_be_sampled_again_is_refused_before(command, che
 
 
 def test_a_run_samples_again_where_it_may(ran) -> None:
-    document, outcome = ran(measure__etas=[1e-6, 30.0], measure__resample=True)
+    document, outcome = ran("-v", measure__etas=[1e-6, 30.0], measure__resample=True)
     small, large = document["sweep"]
     assert small["resampled"] is None
     low, high, _ = large["resampled"]["interval"].values()
     assert low < large["resampled"]["change"]["value"] < high
-    assert "resampled at theta + 30 v: entropy change " in outcome.out
+    assert "resampled at theta + 30 v: entropy change " in outcome.flat
     again = load_rollouts(Path("runs/one/rollouts/eval-at-30.parquet"), 14, rewards=False)
     before = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
     assert again.prompt_index == before.prompt_index

@@ -19,6 +19,11 @@ class Outcome(NamedTuple):
     out: str
     err: str
 
+    @property
+    def flat(self) -> str:
+        """What it printed, in one line: a long line is broken at the width of the output."""
+        return " ".join(self.out.split())
+
 
 Command = Callable[..., Outcome]
 

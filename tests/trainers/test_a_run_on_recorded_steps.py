@@ -42,7 +42,7 @@ def test_the_step_its_loss_and_its_logs(settings, logged, checkpoint, command, t
         "run.folder": "runs",
     }
     Path("c.toml").touch()
-    outcome = command("run", "c.toml", *sets(given))
+    outcome = command("run", "c.toml", "-v", *sets(given))
     assert outcome.status == 0, outcome.err
     results = json.loads(Path("runs/probe/results.json").read_text())
     found = results["loss"]
@@ -58,4 +58,4 @@ def test_the_step_its_loss_and_its_logs(settings, logged, checkpoint, command, t
     assert v.keys() == step.taken.keys()
     for name, taken in step.taken.items():
         assert tree.norm({name: v[name] - taken}) < 1e-4 * tree.norm({name: taken})
-    assert "Loss of U at theta, trl" in outcome.out
+    assert "Loss of U at theta, trl" in outcome.flat

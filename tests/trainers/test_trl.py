@@ -172,12 +172,12 @@ def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_pa
         "sampling.B_E": 16,
         "run.device": "cpu",
     }
-    outcome = command("run", config, *sets(settings))
+    outcome = command("run", config, "-v", *sets(settings))
     assert outcome.status == 0, outcome.err
     v = load_file(tmp_path / "runs" / "probe" / "direction.safetensors")
     require_equal(v, run.taken)
     # max_grad_norm is known from what ParamNamesCallback wrote, lr from optimizer.pt.
-    clipped = re.search(r"clip coefficient ([\d.]+)", outcome.out)
+    clipped = re.search(r"clip coefficient ([\d.]+)", outcome.flat)
     assert clipped
     assert float(clipped[1]) < 0.9
     assert f"({run.lr:g})" in outcome.out or f"lr {run.lr:g})" in outcome.out
@@ -186,7 +186,7 @@ def test_run_with_recorded_rollouts_writes_trls_step(checkpoint, command, tmp_pa
     assert first["se_over_U"]["value"] == 0
     assert "the next step itself" in first["se_over_U"]["normalised_by"]
     assert first["se_total"]["value"] == first["se_given_U"]["value"]
-    assert "U is the step's own batch" in outcome.out
+    assert "U is the step's own batch" in outcome.flat
     # Of another step, U and E are rejected; E as well as U of the right one is pointed out.
     for which in ("rollouts.update", "rollouts.eval"):
         wrong = settings | {which: str(run.rollouts.with_name("step-000003.parquet"))}
