@@ -18,7 +18,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.results import load_whatif
 from funcprobe.adapters.results.whatif_sections import RuleRow, WhatIf
-from funcprobe.adapters.results.whatif_table import Scale, print_whatif
+from funcprobe.adapters.results.whatif_table import print_whatif
 from funcprobe.adapters.rollouts import save_rollouts
 from funcprobe.adapters.run import run
 from funcprobe.adapters.stages.first_order import Predicted, predicted
@@ -448,51 +448,6 @@ def test_the_default_leaves_out_what_a_run_cannot_have(ran) -> None:
             ask(ran.folder, settings, *rules, eta=1e-3)
 
 
-@pytest.mark.parametrize("verbose", [False, True])
-@pytest.mark.parametrize("width", [80, 120])
-def test_no_number_of_the_table_is_cut_off(ran, width, verbose) -> None:
-    text = shown(ran.document, width, verbose=verbose)
-    lines = text.splitlines()
-    (rule,) = [i for i, line in enumerate(lines) if line.startswith("──")]
-    assert "…" not in text
-    assert max(len(line.rstrip()) for line in lines) <= width
-    assert lines[rule + 1].split()[0] == "own"
-    assert ("touched" in lines[rule - 1]) is (verbose and width == 120)
-    for row in ran.document.rules:
-        (line,) = [x for x in lines[rule:] if x.startswith(row.rule[:20])][:1]
-        assert line.count("±") == (3 if row.rule != "own" else 2)
-    assert verbose or len(lines) <= 29
-
-
-def shown(document: WhatIf, width: int, *, verbose: bool = False) -> str:
-    console = Console(width=width, file=io.StringIO(), highlight=False)
-    print_whatif(document, console, verbose=verbose)
-    return console.file.getvalue()
-
-
-def test_the_end_is_a_screen_and_names_what_is_left_out(ran) -> None:
-    """With forty rules: the run's own, what was solved for, and those that raise the entropy most."""
-    own, *others = ran.document.rules
-    many = [
-        one.model_copy(update={"rule": f"mask:surprisal < {i} and advantage > 0.{i} and entropy < 1"})
-        for i, one in enumerate((others * 40)[:40])
-    ]
-    document = ran.document.model_copy(update={"rules": (own, *many)})
-    text = shown(document, 80)
-    assert len(text.splitlines()) <= 29
-    rows = [line for line in text.splitlines() if line.startswith(("own ", "mask:"))]
-    assert f"{len(many) + 1 - len(rows)} rules more with -v" in text
-    assert rows[0].startswith("own ")
-    largest = max(many, key=lambda one: one.entropy.difference.value)
-    assert any(row.startswith(largest.rule[:18]) for row in rows)
-    assert len(shown(document, 80, verbose=True).splitlines()) > 60
-
-
-def test_zero_has_one_sign() -> None:
-    assert Scale(-3, 3).signed(-6.8e-21) == "+0.000"
-    assert Scale(-3, 3).signed(-1e-6) == "-0.001"
-
-
 # The command
 
 
@@ -515,7 +470,9 @@ def test_the_command_prints_the_table_and_writes_the_file(command, ran) -> None:
     assert head_of(page) == head_of(outcome.out)
     explained = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
     assert len(explained) == 7
-    heads = head_of(shown(load_whatif("here/w.json"), 120, verbose=True))
+    console = Console(width=120, file=io.StringIO(), highlight=False)
+    print_whatif(load_whatif("here/w.json"), console, verbose=True)
+    heads = head_of(console.file.getvalue())
     for column in explained:
         assert set(column.split()) <= set(heads[0]) | set(heads[1]), column
     document = load_whatif("here/w.json")

@@ -40,7 +40,8 @@ def run(
         _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
         return
     results, folder = probe.run(parsed, narrator, fresh=fresh)
-    print_results(results, stdout(), verbose=verbose, report=folder / "report.html")
+    page = folder / "report.html"
+    print_results(results, stdout(), verbose=verbose, report=page if page.is_file() else None)
     total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {folder} in {total:.1f} s")
     sinks.send(folder, narrator)

@@ -48,8 +48,9 @@ def print_results(
 
     At most 29 lines at 80 columns; with `verbose` everything that the run found.
     """
-    more = "" if verbose else "; more numbers with -v"
-    last = fitted(f"report: {report}{more}", console, most=2) if report else []
+    more = [] if verbose else ["more numbers with -v"]
+    parts = [*([f"report: {report}"] if report else []), *more]
+    last = fitted("; ".join(parts), console, most=2) if parts else []
     if verbose:
         _print(headline(results, console), console)
         console.print(sweep_table(results, width=console.width, verbose=True))

@@ -125,7 +125,8 @@ def test_the_measure_of_the_test_counts_what_wraps():
 
 def rows_of(text: str) -> list[str]:
     rule = next(i for i, line in enumerate(text.splitlines()) if line.startswith("──"))
-    return list(itertools.takewhile(lambda x: x.startswith(" "), text.splitlines()[rule + 1 :]))
+    lines = text.splitlines()[rule + 1 :]
+    return list(itertools.takewhile(lambda x: x.startswith((" ", "next lr ")), lines))
 
 
 def test_the_next_learning_rate_is_the_first_row(results):
