@@ -214,7 +214,8 @@ def numbers(line: str) -> list[tuple[float, float]]:
 
 def test_the_table_and_the_summary(command, checkpoint) -> None:
     Path("c.toml").touch()
-    outcome = command("run", "c.toml", "-v", *sets(checkpoint.settings() | {"run.name": "one"}))
+    given = checkpoint.settings() | {"run.name": "one", "run.report": True}
+    outcome = command("run", "c.toml", "-v", *sets(given))
     assert outcome.status == 0
     document = json.loads(Path("runs/one/results.json").read_text())
     for row in document["sweep"]:

@@ -354,7 +354,7 @@ def test_the_output_that_is_explained_is_a_runs(command, checkpoint, tmp_path):
     """The end of a run and its details: the lines begin as a run's do, and each is explained."""
     text = (DOCS / "index.md").read_text(encoding="utf-8")
     (tmp_path / "c.toml").touch()
-    given = checkpoint.settings() | {"measure.etas": [1e-8, 1e-7, 1e-6, 1e-5]}
+    given = checkpoint.settings() | {"measure.etas": [1e-8, 1e-7, 1e-6, 1e-5], "run.report": True}
     pairs = [("--set", f"{key}={json.dumps(value)}") for key, value in given.items()]
     heads = []
     sections = (("The lines", []), ("More with -v", ["-v"]))
