@@ -114,6 +114,7 @@ def _at(page, place, of):
 
 def test_arrows_up_and_down_go_by_lines_of_text(page):
     line = _line(page, "U-2")
+    line.evaluate("one => one.scrollIntoView({ block: 'center' })")
     line.focus()
     _at(page, 1, 160)
     page.keyboard.press("ArrowRight")
@@ -127,7 +128,7 @@ def test_arrows_up_and_down_go_by_lines_of_text(page):
     assert below["top"] - before["top"] < 1.6 * before["height"]
     page.keyboard.press("ArrowUp")
     page.wait_for_function(f"{place}.top < {below['top']} - 5")
-    assert page.evaluate(place) == before
+    _at(page, 2, 160)
 
 
 def test_the_pointer_shows_the_token_under_it_and_leaves_the_text_as_it_was(page, spoken):

@@ -17,18 +17,19 @@ function numbers(batch) {
   return batch.numbers;
 }
 
-async function unpack(data) {
-  const text = atob(data.packed);
+// (column, token of the batch) -> code; the column after the last is the length of the token's text.
+async function unpack({ packed, tokens }) {
+  const stream = new Blob([bytesOf(packed)]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  const raw = new Uint8Array(await new Response(stream).arrayBuffer());
+  return (column, i) => raw[2 * column * tokens + i] | (raw[(2 * column + 1) * tokens + i] << 8);
+}
+
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  const raw = new Uint8Array(await new Response(stream).arrayBuffer());
-  const codes = [...data.columns, ["units", 0]].map((_, column) => {
-    const low = raw.subarray(2 * column * data.tokens, (2 * column + 1) * data.tokens);
-    const high = raw.subarray((2 * column + 1) * data.tokens, (2 * column + 2) * data.tokens);
-    return Uint16Array.from(low, (byte, i) => byte | (high[i] << 8));
-  });
-  return { units: codes.pop(), codes };
+  return bytes;
 }
 
 function shown(code, lowest, signed) {
@@ -61,10 +62,12 @@ function ofNumber(value) {
 async function divide(line) {
   const response = line.response;
   if (line.split || !response.batch.data.packed) return line.split;
-  const { units } = await numbers(response.batch);
+  const code = await numbers(response.batch);
   if (line.split) return line.split;
+  const column = response.batch.data.columns.length;
+  const lengths = Array.from({ length: response.tokens }, (_, i) => code(column, response.start + i));
   const whole = [...line.childNodes];
-  const { fragment, tokens } = divided(whole, units.subarray(response.start, response.start + response.tokens));
+  const { fragment, tokens } = divided(whole, lengths);
   line.split = { tokens, whole };
   line.replaceChildren(fragment);
   line.setAttribute("role", "listbox");
@@ -138,17 +141,18 @@ function named(token) {
 
 async function show(line, i) {
   const { response, split } = line;
-  const { codes } = await numbers(response.batch);
+  const code = await numbers(response.batch);
   if (line.split !== split || !split || !split.tokens[i]) return;
   hide();
   const { data } = response.batch;
   const token = split.tokens[i];
   const rows = data.columns.map(([name, lowest], k) => {
     const [label, unit] = data.labels[name];
-    return [label, shown(codes[k][response.start + i], lowest, unit === data.labels.share[1]), unit];
+    return [label, shown(code(k, response.start + i), lowest, unit === data.labels.share[1]), unit];
   });
   if (response.advantage !== null) rows.push(["advantage", ofNumber(response.advantage), ""]);
-  const [name, place] = [visible(token.textContent), `token ${i + 1} of ${response.tokens}`];
+  const name = visible(token.textContent);
+  const place = `token ${i + 1} of ${response.tokens}`;
   const head = element("p", "", element("code", name), `  ${place}`);
   const list = element("dl", "");
   for (const [label, value, unit] of rows) {
@@ -161,7 +165,7 @@ async function show(line, i) {
   panel.hidden = false;
   panel.line = line;
   panel.token = token;
-  place_(token);
+  put(token);
   token.classList.add("active");
   token.id = "token-in-focus";
   token.setAttribute("aria-selected", "true");
@@ -180,7 +184,7 @@ function hide() {
   panel.token = panel.line = null;
 }
 
-function place_(token) {
+function put(token) {
   const at = token.getClientRects()[0] ?? token.getBoundingClientRect();
   const page = document.documentElement;
   const { width, height } = panel.getBoundingClientRect();
@@ -225,6 +229,7 @@ async function point(event) {
   await divide(line);
   if (under !== line || !line.split) return;
   const i = pointed(line, event.clientX, event.clientY);
+  if (i >= 0 && event.type === "pointerdown") line.at = i;  // before the focus that follows
   if (i >= 0 && panel.token !== line.split.tokens[i]) show(line, i);
 }
 
@@ -280,6 +285,16 @@ function beside(tokens, at, step) {
 function begin(name, data) {
   const section = document.getElementById(`responses-${name}`);
   const batch = { name, data, section, numbers: null, found: [] };
+  if (!globalThis.DecompressionStream) {
+    data.packed = null;
+    section.querySelector(".status").textContent = "This browser is too old to show the numbers of a token.";
+  }
+  const near = new IntersectionObserver((entries) => {
+    if (!data.packed || !entries.some((one) => one.isIntersecting)) return;
+    near.disconnect();
+    numbers(batch);
+  }, { rootMargin: "500px" });
+  near.observe(section);
   let start = 0;
   const lines = section.querySelectorAll("article > .tokens");
   batch.responses = data.responses.map(([sequence, prompt, share, advantage, tokens], i) => {
@@ -389,11 +404,12 @@ function fill(details) {
   if (text) link.parentElement.replaceChildren(...text.cloneNode(true).childNodes);
 }
 
-function open() {
+// A response that is linked to, if it is folded away.
+function reveal() {
   document.getElementById(location.hash.slice(1))?.closest(".rest")?.setAttribute("open", "");
 }
 
 document.addEventListener("keydown", key);
-window.addEventListener("hashchange", open);
-open();
+window.addEventListener("hashchange", reveal);
+reveal();
 })();
