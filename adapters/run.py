@@ -1,6 +1,7 @@
 """The stages of a run in order: load, sample, predict, measure, check, write."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ from funcprobe.policy.reference import LAST_FACTOR
 from funcprobe.types import TokenStats
 
 from . import rollouts, sinks, store
+from .checkpoint.model import Loader, load_policy
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
@@ -29,22 +31,41 @@ from .stages.batches import Batches
 from .stages.first_order import predicted
 from .stages.influence import influences
 from .stages.momentum import momentum_of
-from .stages.observables import asked_for, functions_of_E, observe
+from .stages.observables import Asked, asked_for, functions_of_E, observe
 from .stages.plan import Plan, load
-from .stages.recorded_steps import recorded_steps
+from .stages.recorded_steps import RecordedSteps, recorded_steps
 from .stages.sweep import measure_sweep
 from .store import Stages
 
 
+class Prepared(NamedTuple):
+    """A run before its first pass: everything that can be rejected has been."""
+
+    plan: Plan  # with the hashes of all its inputs
+    asked: Asked
+    recorded: RecordedSteps | None
+
+
 def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
     """The whole probe; returns the results and the run folder, which is whole or absent."""
-    folder = run_folder(config)
-    store.require_writable(folder)
+    return probe(prepare(config, narrator), narrator, fresh=fresh)
+
+
+def prepare(config: Config, narrator: Narrator, policy_of: Loader = load_policy) -> Prepared:
+    """Load and check, the policy by `policy_of`; InputError, one line, for what a run would reject."""
+    store.require_writable(run_folder(config))
     sinks.require(config.log)
-    plan = load(config, narrator)
+    plan = load(config, narrator, policy_of)
     asked = asked_for(plan)
     recorded = recorded_steps(plan, narrator)
-    plan = plan._replace(inputs=plan.inputs | {"momentum": recorded.inputs if recorded else {}})
+    inputs = plan.inputs | {"momentum": recorded.inputs if recorded else {}}
+    return Prepared(plan._replace(inputs=inputs), asked, recorded)
+
+
+def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
+    """From sampling to the run folder."""
+    plan, asked, recorded = prepared
+    config, folder = plan.config, run_folder(plan.config)
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
     with products(config.policy.precision):
@@ -91,12 +112,7 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
 
 def dry_run(config: Config, narrator: Narrator) -> Plan:
     """Everything that can be rejected before sampling; writes nothing."""
-    store.require_writable(run_folder(config))
-    sinks.require(config.log)
-    plan = load(config, narrator)
-    asked_for(plan)
-    recorded_steps(plan, narrator)
-    return plan
+    return prepare(config, narrator).plan
 
 
 def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:

@@ -79,7 +79,7 @@ def attach_adapter(
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     frozen = embeddings.frozen
     weights = {key: t for key, t in weights.items() if key not in embeddings.copies.keys() - expected}
-    _require_same_tensors(expected | frozen, weights, source, base_id)
+    require_same_tensors(expected | frozen, weights, source, base_id)
     copied = {key: weights.pop(key) for key in frozen}
     for key, parameter in frozen.items():
         parameter.data.copy_(copied[key])
@@ -95,9 +95,10 @@ def _replicate_types(base: Any, adapter_config: LoraConfig) -> None:
         base.config.layer_types = [kinds[i] for start, end in spans for i in range(start, end)]
 
 
-def _require_same_tensors(
+def require_same_tensors(
     expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], source: str, base_id: str
 ) -> None:
+    """InputError unless the file has these names and shapes, and finite numbers."""
     remedy = f"base {base_id} is not the model this adapter was trained on: set policy.base"
     if differ := sorted(expected.keys() ^ found.keys()):
         side = "the base has no such parameter" if differ[0] in found else "the file lacks it"

@@ -1,7 +1,8 @@
 """Checkpoint folder or hub id -> a policy ready to be bound: adapter active, frozen base, eval mode."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from transformers import GenerationConfig
@@ -53,6 +54,10 @@ class Policy(NamedTuple):
     source: str | None = None  # folder or hub id that was loaded; None: a model in memory
 
 
+Loader: TypeAlias = Callable[[PolicyConfig, torch.device], Policy]
+"""`load_policy`, or one that keeps a base between calls (`resident.Resident`)."""
+
+
 def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     """Load base, adapter and tokenizer: the adapter active, the base frozen, no dropout, no caches.
 
@@ -82,7 +87,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     model = _moved(model, device).eval()
     padding = drop_padding_rows(model)
     params = trainable_params(model)
-    _require_finite(model, name.id, config.dtype)
+    require_finite(model, name.id, config.dtype)
     attention = str(base.config._attn_implementation)
     precision = f"nf4 in {config.dtype}" if config.mode == "qlora" else config.dtype
     at = f" at revision {name.revision}" if name.revision else ""
@@ -131,7 +136,7 @@ def _load_adapter(config: PolicyConfig, device: torch.device) -> _Loaded:
     remedy = "set policy.base to a model folder or hub id"
     base, ignored = load_base(name.id, config, device, version=name.version, remedy=remedy)
     size = base.num_parameters()
-    places = _tokenizer_places(config.checkpoint, source, name.id)
+    places = tokenizer_places(config.checkpoint, source, name.id)
     tokenizer = load_tokenizer(places, version=name.version, trust_remote_code=config.trust_remote_code)
     weights = read_weights(source, subfolder)
     require_names_of_parts(base, weights, source)
@@ -142,7 +147,7 @@ def _load_adapter(config: PolicyConfig, device: torch.device) -> _Loaded:
     require_text_adapter(model, source)
     fields = adapter_config.to_dict()
     settings = {
-        "adapter_config": store.fingerprint({key: _stable(fields[key]) for key in sorted(fields)}),
+        "adapter_config": store.fingerprint({key: stable(fields[key]) for key in sorted(fields)}),
         "embeddings": store.fingerprint(copied),
     }
     return _Loaded(
@@ -162,16 +167,19 @@ def _load_full(folder: str, config: PolicyConfig, device: torch.device) -> _Load
 def _registry_lines(config: PolicyConfig, params: Params, loaded: _Loaded) -> list[str]:
     count = sum(t.numel() for t in params.values())
     if loaded.source != loaded.base.id:
-        return [
-            f"adapter {loaded.source} ({config.adapter}): {len(params)} tensors, {count:,} trainable "
-            "parameters"
-        ]
+        return [adapter_line(loaded.source, config, params)]
     held = sum(t.numel() * t.element_size() for t in params.values())
     return [
         f"no adapter: all {count:,} parameters in {len(params)} tensors are trained; Adam's state "
         f"takes {2 * held / 2**30:.3g} GiB of memory, the gradients, the parts of v and theta + eta v "
         f"about {FULL_COPIES * held / 2**30:.3g} GiB more"
     ]
+
+
+def adapter_line(source: str, config: PolicyConfig, params: Params) -> str:
+    """Which adapter, and its size."""
+    count = sum(t.numel() for t in params.values())
+    return f"adapter {source} ({config.adapter}): {len(params)} tensors, {count:,} trainable parameters"
 
 
 def _moved(model: Any, device: torch.device) -> Any:
@@ -204,12 +212,12 @@ def check_registry(params: Params, max_trainable: int, *, full: bool = False) ->
         )
 
 
-def _stable(value: Any) -> str:
+def stable(value: Any) -> str:
     """Text that does not depend on the order of a set (peft stores target_modules as one)."""
     return str(sorted(map(str, value)) if isinstance(value, set) else value)
 
 
-def _tokenizer_places(checkpoint: str, source: str, base_id: str) -> tuple[str, ...]:
+def tokenizer_places(checkpoint: str, source: str, base_id: str) -> tuple[str, ...]:
     """Possible locations of its files, nearest first; verl's is huggingface/, beside the adapter."""
     if not is_local(checkpoint):
         return (base_id,)
@@ -217,7 +225,7 @@ def _tokenizer_places(checkpoint: str, source: str, base_id: str) -> tuple[str, 
     return str(folder), source, str(adapter.parent / "huggingface"), base_id
 
 
-def _require_finite(model: Any, base_id: str, dtype: str) -> None:
+def require_finite(model: Any, base_id: str, dtype: str) -> None:
     """One forward, so that damaged weights and overflow are found before sampling."""
     embeddings = model.get_input_embeddings().weight
     few = torch.arange(min(5, len(embeddings)), device=embeddings.device)[None]

@@ -67,6 +67,7 @@ SEQUENCES = {
     "prompt": Column(TEXT, "", "as given to the policy"),
     "response": Column(TEXT, "", "without special tokens"),
     "response_tokens": Column(INT, "tokens", "first end of sequence included"),
+    "entropy": Column(FLOAT, "nats", "sum over its tokens, at theta; null: U was not passed"),
     "reward": Column(FLOAT, "reward", f"{OF_U}, and where it has none"),
     "advantage": Column(FLOAT, "advantage", OF_U),
     **SHARES,
@@ -184,7 +185,7 @@ def _sequences(found: Predicted, attribution: funcprobe.Attribution) -> dict[str
             values["advantage"] = drawn.advantage or [None] * count
         else:
             values["influence"] = found.prediction.first_order.influence_N.tolist()
-        for name in SHARES:
+        for name in ("entropy", *SHARES):
             of_token = side.of_token.get(name)
             values[name] = [None] * count if of_token is None else of_token.sum(1).tolist()
         for name, column in table.items():

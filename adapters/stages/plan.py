@@ -13,7 +13,7 @@ from funcprobe.step.objective import Objective
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
 from .. import store
-from ..checkpoint.model import Policy, load_policy
+from ..checkpoint.model import Loader, Policy, load_policy
 from ..checkpoint.toy import ensure_toy
 from ..config.schema import Config
 from ..console import Narrator
@@ -69,8 +69,8 @@ class Plan(NamedTuple):
     inputs: dict[str, Any]  # hashes of the files the numbers depend on
 
 
-def load(config: Config, narrator: Narrator) -> Plan:
-    """Load policy, optimizer state, prompts, rewards and supplied rollouts.
+def load(config: Config, narrator: Narrator, policy_of: Loader = load_policy) -> Plan:
+    """Load policy, by `policy_of`, optimizer state, prompts, rewards and supplied rollouts.
 
     Everything that can be rejected without sampling is rejected here: InputError, one line.
     """
@@ -89,7 +89,7 @@ def load(config: Config, narrator: Narrator) -> Plan:
     reward = configured_reward(config) if config.rollouts.update is None else None
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
-        policy, ending = ended_by(load_policy(config.policy, device), config.sampling.eos_ids)
+        policy, ending = ended_by(policy_of(config.policy, device), config.sampling.eos_ids)
         adam_state, report, step = load_step(config, policy)
         sidecar = report.sidecar if report else None
         run = provenance.training_run(checkpoint, sidecar)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from funcprobe.adapters.checkpoint import toy as toy_module
-from funcprobe.adapters.checkpoint.toy import MAX_NEW_TOKENS, Recipe, Toy, ensure_toy
+from funcprobe.adapters.checkpoint.toy import Recipe, Toy, ensure_toy
+from funcprobe.adapters.checkpoint.toy_training import MAX_NEW_TOKENS
 from funcprobe.types import InputError
 
 TINY = Recipe(seed=3, hidden=32, layers=2, supervised_steps=6, policy_steps=2)

@@ -1,0 +1,165 @@
+"""`funcprobe sweep`: one configuration on every checkpoint of a training, the base loaded once."""
+
+import gc
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from funcprobe.types import InputError
+
+from . import run as probing
+from .checkpoint.resident import Resident
+from .checkpoint.toy import ensure_toy_training
+from .config.file import to_toml
+from .config.schema import Config
+from .console import Narrator
+from .results.manifest import Inputs
+from .results.saved import SavedRun, load_run
+from .sweep_progress import Progress
+
+_STEP = re.compile(r"(?:checkpoint-|global_step_)(\d+)")
+# Inputs that belong to one checkpoint.
+_OF_ONE = ("optimizer.state", "rollouts.eval", "rollouts.update", "attribution.earlier_checkpoint")
+LONGEST = 100  # characters of run.name
+
+
+class Outcome(NamedTuple):
+    """What became of one checkpoint."""
+
+    checkpoint: Path
+    folder: Path  # of its run
+    reused: bool  # a run of this configuration and these inputs was there
+    failed: str | None  # why there is none
+
+
+def sweep(
+    config: Config, patterns: Sequence[str], narrator: Narrator, *, fresh: bool = False
+) -> list[Outcome]:
+    """A run of every checkpoint, in RUN.FOLDER/RUN.NAME-<step>, in the natural order of their names.
+
+    A run that is there, with the same configuration and inputs, is kept unless `fresh`. A checkpoint
+    that is rejected does not stop the others: its outcome has the reason. InputError, one line, for
+    what is wrong with all of them: no checkpoint, a configuration of one checkpoint alone, two
+    checkpoints of one name.
+    """
+    config, checkpoints = _with_toy(config, patterns, narrator)
+    _require_of_all(config)
+    names = _names(config.run.name, checkpoints)
+    policy_of = Resident()
+    outcomes = []
+    with Progress(narrator, len(checkpoints)) as progress:
+        for checkpoint, name in zip(checkpoints, names, strict=True):
+            own = _own(config, checkpoint, name)
+            outcomes.append(_outcome(own, checkpoint, policy_of, progress, fresh=fresh))
+            gc.collect()  # what a run left in cycles
+    return outcomes
+
+
+def _outcome(
+    config: Config, checkpoint: Path, policy_of: Resident, progress: Progress, *, fresh: bool
+) -> Outcome:
+    folder = probing.run_folder(config)
+    narrator = progress.start(checkpoint.name)
+    try:
+        prepared = probing.prepare(config, narrator, policy_of)
+        progress.loaded(policy_of.reason)
+        kept = None if fresh else _kept(folder, prepared.plan.config, prepared.plan.inputs, config)
+        results = kept.results if kept else probing.probe(prepared, narrator, fresh=fresh)[0]
+    except InputError as error:
+        reason = " ".join(str(error).split())
+        progress.failed(reason)
+        return Outcome(checkpoint, folder, False, reason)
+    progress.done(results, reused=kept is not None)
+    return Outcome(checkpoint, folder, kept is not None, None)
+
+
+def _kept(folder: Path, config: Config, inputs: dict[str, Any], asked: Config) -> SavedRun | None:
+    """The run in a folder if it has this configuration and these inputs."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    try:
+        found = load_run(folder)
+    except (InputError, OSError):  # of another version, or incomplete: it is replaced
+        return None
+    before = found.config
+    if asked.run.max_tokens == "auto":  # another number today changes nothing but rounding
+        config = config.model_copy(update={"run": config.run.model_copy(update={"max_tokens": 1})})
+        before = re.sub(r"^max_tokens = \d+$", "max_tokens = 1", before, count=1, flags=re.MULTILINE)
+    same = before == to_toml(config) and found.manifest.inputs == Inputs(**inputs)
+    return found if same else None
+
+
+def _own(config: Config, checkpoint: Path, name: str) -> Config:
+    """The configuration of one checkpoint."""
+    policy = config.policy.model_copy(update={"checkpoint": str(checkpoint)})
+    run = config.run.model_copy(update={"name": name})
+    return config.model_copy(update={"policy": policy, "run": run})
+
+
+def _with_toy(config: Config, patterns: Sequence[str], narrator: Narrator) -> tuple[Config, list[Path]]:
+    """The checkpoints; of "toy" those of the built-in policy's training, with its prompts."""
+    if list(patterns) == ["toy"]:
+        with narrator.phase("make the toy policy and its checkpoints (once)"):
+            toy = ensure_toy_training(narrator.say)
+        if config.prompts.source == "toy":
+            prompts = config.prompts.model_copy(update={"source": str(toy.prompts)})
+            config = config.model_copy(update={"prompts": prompts})
+        return config, found([str(toy.base.parent / "checkpoint-*")])
+    if config.prompts.source == "toy":
+        raise InputError(
+            'prompts.source is "toy", the sums of the toy policy: set it to the prompts of these '
+            "checkpoints, or give --checkpoints toy"
+        )
+    return config, found(patterns)
+
+
+def found(patterns: Sequence[str]) -> list[Path]:
+    """The folders that match, each once, checkpoint-2 before checkpoint-10. InputError if none does."""
+    folders: dict[Path, Path] = {}
+    for pattern in patterns:
+        matches = [Path(place) for place in glob.glob(str(Path(pattern).expanduser()))]
+        here = [place for place in matches if place.is_dir()]
+        if not here:
+            what = f"{len(matches)} files and no folder match" if matches else "nothing matches"
+            raise InputError(
+                f"--checkpoints {pattern}: {what} in {Path.cwd()}: give checkpoint folders, in quotes, "
+                "as 'out/checkpoint-*'"
+            )
+        for place in here:
+            folders.setdefault(place.resolve(), place)
+    return sorted(folders.values(), key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Numbers by their value, before letters."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def _names(name: str, checkpoints: Sequence[Path]) -> list[str]:
+    """RUN.NAME-<step>, or with the folder's name. InputError for two of one name."""
+    taken: dict[str, Path] = {}
+    for path in checkpoints:
+        match = _STEP.fullmatch(path.name)
+        own = f"{name}-{int(match[1]) if match else re.sub(r'[^a-zA-Z0-9_.-]', '_', path.name)}"
+        if len(own) > LONGEST:
+            raise InputError(f"{own}: more than {LONGEST} characters: choose a shorter run.name")
+        if own in taken:
+            raise InputError(
+                f"{taken[own]} and {path} would both be written to {own}: give the checkpoints of one "
+                "training, and another run.name for those of another"
+            )
+        taken[own] = path
+    return list(taken)
+
+
+def _require_of_all(config: Config) -> None:
+    for key in _OF_ONE:
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) is not None:
+            raise InputError(
+                f"{key} is of one checkpoint, and a sweep goes over several: remove it, or run each "
+                "checkpoint by itself"
+            )
