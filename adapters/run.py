@@ -12,7 +12,7 @@ from funcprobe.policy.reference import LAST_FACTOR
 from funcprobe.types import TokenStats
 
 from . import rollouts, sinks, store
-from .checkpoint.model import Loader, load_policy
+from .checkpoint.model import Loader
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
@@ -44,6 +44,7 @@ class Prepared(NamedTuple):
     plan: Plan  # with the hashes of all its inputs
     asked: Asked
     recorded: RecordedSteps | None
+    folder: Path
 
 
 def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
@@ -51,24 +52,24 @@ def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Res
     return probe(prepare(config, narrator), narrator, fresh=fresh)
 
 
-def prepare(config: Config, narrator: Narrator, policy_of: Loader = load_policy) -> Prepared:
-    """Load and check, the policy by `policy_of`; InputError, one line, for what a run would reject."""
-    store.require_writable(run_folder(config))
+def prepare(config: Config, narrator: Narrator, policy_of: Loader | None = None) -> Prepared:
+    """Load, the policy by `policy_of` if given, and check: InputError for what a run would reject."""
+    folder = run_folder(config)
+    store.require_writable(folder)
     sinks.require(config.log)
     plan = load(config, narrator, policy_of)
     asked = asked_for(plan)
     recorded = recorded_steps(plan, narrator)
     inputs = plan.inputs | {"momentum": recorded.inputs if recorded else {}}
-    return Prepared(plan._replace(inputs=inputs), asked, recorded)
+    return Prepared(plan._replace(inputs=inputs), asked, recorded, folder)
 
 
 def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
     """From sampling to the run folder."""
-    plan, asked, recorded = prepared
-    config, folder = plan.config, run_folder(plan.config)
+    plan, asked, recorded, folder = prepared
     stages = Stages(folder.parent / ".stages", fresh)
     versions = _versions(plan.policy.model)
-    with products(config.policy.precision):
+    with products(plan.config.policy.precision):
         found = predicted(plan, stages, narrator)
         plan, batches, evidence, _, prediction, unit_N = found
         f = functions_of_E(found, asked, narrator)

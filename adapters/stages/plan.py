@@ -69,8 +69,8 @@ class Plan(NamedTuple):
     inputs: dict[str, Any]  # hashes of the files the numbers depend on
 
 
-def load(config: Config, narrator: Narrator, policy_of: Loader = load_policy) -> Plan:
-    """Load policy, by `policy_of`, optimizer state, prompts, rewards and supplied rollouts.
+def load(config: Config, narrator: Narrator, policy_of: Loader | None = None) -> Plan:
+    """Load policy (by `policy_of`, if given), optimizer state, prompts, rewards and supplied rollouts.
 
     Everything that can be rejected without sampling is rejected here: InputError, one line.
     """
@@ -89,7 +89,8 @@ def load(config: Config, narrator: Narrator, policy_of: Loader = load_policy) ->
     reward = configured_reward(config) if config.rollouts.update is None else None
     device = resolve_device(config.run.device)
     with narrator.phase("load"):
-        policy, ending = ended_by(policy_of(config.policy, device), config.sampling.eos_ids)
+        policy = (policy_of or load_policy)(config.policy, device)
+        policy, ending = ended_by(policy, config.sampling.eos_ids)
         adam_state, report, step = load_step(config, policy)
         sidecar = report.sidecar if report else None
         run = provenance.training_run(checkpoint, sidecar)

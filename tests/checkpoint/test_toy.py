@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from funcprobe.adapters.checkpoint import toy as toy_module
+from funcprobe.adapters.checkpoint import toy_training
 from funcprobe.adapters.checkpoint.toy import Recipe, Toy, ensure_toy
-from funcprobe.adapters.checkpoint.toy_training import MAX_NEW_TOKENS
+from funcprobe.adapters.checkpoint.toy_training import MAX_NEW_TOKENS, Samples
 from funcprobe.types import InputError
 
 TINY = Recipe(seed=3, hidden=32, layers=2, supervised_steps=6, policy_steps=2)
-SAMPLE = toy_module._sample
+SAMPLE = toy_training.sample
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -61,12 +62,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def build(folder: Path, recipe: Recipe = TINY) -> Toy:
     """A tiny toy. Six steps teach it no sums: it is rewarded for odd lengths, to have gradients."""
 
-    def sample(*args: Any) -> toy_module._Samples:
+    def sample(*args: Any) -> Samples:
         samples = SAMPLE(*args)
         return samples._replace(reward_N=samples.response_NL.sum(dim=1).remainder(2).float())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy_module, "_sample", sample)
+        for module in (toy_module, toy_training):
+            patch.setattr(module, "sample", sample)
         return ensure_toy(folder, recipe=recipe)
 
 
@@ -157,6 +159,23 @@ def test_the_same_recipe_gives_the_same_bits(tiny: Toy, tmp_path: Path) -> None:
     assert files(other.base.parent)[weights] != first[weights]
 
 
+def test_checkpoints_on_the_way_change_nothing_of_the_training(tiny: Toy, tmp_path: Path) -> None:
+    toy = build(tmp_path / "toy", TINY._replace(policy_steps=3, save_steps=2))
+    folder = toy.base.parent
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    name = "adapter_model.safetensors"
+    again, last = (folder / place / name for place in ("checkpoint-2", "checkpoint-3"))
+    assert again.read_bytes() != last.read_bytes()
+    whole = build(tmp_path / "whole", TINY._replace(policy_steps=3))
+    for name in ("adapter_model.safetensors", "trainer_state.json", "optimizer_param_names.json"):
+        assert (whole.checkpoint / name).read_bytes() == (toy.checkpoint / name).read_bytes()
+    steps = [
+        json.loads((folder / place / "trainer_state.json").read_text())["global_step"]
+        for place in ("checkpoint-2", "checkpoint-3")
+    ]
+    assert steps == [2, 3]
+
+
 def test_a_whole_toy_is_reused(tiny: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy_module, "_make", None)  # calling it would raise
     times = {path: path.stat().st_mtime_ns for path in tiny.base.parent.rglob("*")}
@@ -181,7 +200,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         torch.rand(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy_module, "_train_adapter", interrupt)
+    monkeypatch.setattr(toy_module, "train_adapter", interrupt)
     monkeypatch.setattr(toy_module, "_teach", interrupt)
     before = torch.get_rng_state(), torch.get_num_threads()
     with pytest.raises(KeyboardInterrupt):
@@ -230,7 +249,7 @@ def test_samples_are_rows_without_left_padding(tiny: Toy) -> None:
     rows = [{"prompt": "2+3=", "answer": "5"}, {"prompt": "45+67=", "answer": "112"}]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        samples = toy_module._sample(model, tokenizer, rows)
+        samples = toy_training.sample(model, tokenizer, rows)
     assert len(samples.tokens_NL) == len(samples.reward_N) == 16
     for tokens, response, row in zip(
         samples.tokens_NL.tolist(),
@@ -253,7 +272,7 @@ def test_the_real_toy_is_worth_probing(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in toy.prompts.read_text().splitlines()][-128:]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        tokens_NL, response_NL, reward_N = toy_module._sample(model, tokenizer, rows)
+        tokens_NL, response_NL, reward_N = toy_training.sample(model, tokenizer, rows)
         logp_NLV = model(input_ids=tokens_NL).logits[:, :-1].log_softmax(dim=-1)
     mask_NL = response_NL[:, 1:]
     entropy_NL = -(logp_NLV.exp() * logp_NLV).sum(dim=-1)
