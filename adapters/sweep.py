@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 from funcprobe.types import InputError
 
 from . import run as probing
+from . import sinks
 from .checkpoint.resident import Resident
 from .checkpoint.toy import ensure_toy_training
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
+from .progress import Progress
 from .results.manifest import Inputs
 from .results.saved import SavedRun, load_run
-from .sweep_progress import Progress
+from .results.schema import Results
 
 _STEP = re.compile(r"(?:checkpoint-|global_step_)(\d+)")
 # Inputs that belong to one checkpoint.
@@ -67,11 +69,13 @@ def _outcome(
         progress.loaded(policy_of.reason)
         kept = None if fresh else _kept(folder, prepared.plan.config, prepared.plan.inputs, config)
         results = kept.results if kept else probing.probe(prepared, narrator, fresh=fresh)[0]
+        if kept is None:
+            sinks.send(folder, narrator)
     except InputError as error:
         reason = " ".join(str(error).split())
         progress.failed(reason)
         return Outcome(checkpoint, folder, False, reason)
-    progress.done(results, reused=kept is not None)
+    progress.done(_summary(results), reused=kept is not None)
     return Outcome(checkpoint, folder, kept is not None, None)
 
 
@@ -163,3 +167,15 @@ def _require_of_all(config: Config) -> None:
                 f"{key} is of one checkpoint, and a sweep goes over several: remove it, or run each "
                 "checkpoint by itself"
             )
+
+
+def _summary(results: Results) -> str:
+    """Entropy, and the predicted change by the next step relative to it."""
+    entropy = results.entropy
+    text = f"entropy {entropy.value:.4g} {entropy.unit}"
+    row = next((row for row in results.sweep if row.is_next_lr), None)
+    if row is None or not entropy.value:
+        return text
+    change, interval = row.predicted.value, row.interval_total
+    low, mid, high = (f"{100 * x / entropy.value:+.2g}" for x in (interval.low, change, interval.high))
+    return f"{text}, next step {mid} % ({low} to {high})"

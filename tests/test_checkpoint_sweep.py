@@ -45,7 +45,7 @@ def trained(checkpoint: Checkpoint, folder: Path, *steps: int | str) -> Training
         moved = {k: t + 0.05 * torch.randn(t.shape, generator=generator) for k, t in weights.items()}
         save_file(moved, place / WEIGHTS, {"format": "pt"})
         (place / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": []}))
-    settings = checkpoint.settings() | {"measure.etas": [1e-4], "run.name": "t"}
+    settings = checkpoint.settings() | {"measure.etas": [1e-4], "run.name": "t", "run.report": False}
     del settings["policy.checkpoint"]
     return Training(folder, settings)
 
@@ -53,12 +53,6 @@ def trained(checkpoint: Checkpoint, folder: Path, *steps: int | str) -> Training
 @pytest.fixture
 def training(checkpoint, tmp_path) -> Training:
     return trained(checkpoint, tmp_path / "out", 10, 2)
-
-
-@pytest.fixture(autouse=True)
-def _without_reports(monkeypatch) -> None:
-    """Which take longer than such a run."""
-    monkeypatch.setattr(run_module, "write_report", lambda _: None)
 
 
 @pytest.fixture

@@ -5,16 +5,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich import progress as bars
 from rich.console import Console
 
 from .console import EVERY, Narrator
 from .machine.cost import Stage
-
-if TYPE_CHECKING:
-    from .results.schema import Results
 
 WARNING = "warning: "
 
@@ -75,12 +71,12 @@ class Progress:
         if self._quiet and now - self._printed >= EVERY:
             self._print(f"{self._place()}: {stage}, {now - self._began:.0f} s{_after(self._left())}")
 
-    def done(self, results: "Results", *, reused: bool) -> None:
-        """The run is there."""
+    def done(self, found: str, *, reused: bool) -> None:
+        """The run is there; what it found, in a few words."""
         if not reused:
             self._seconds.append(time.perf_counter() - self._began)
         took = "as before" if reused else f"{self._seconds[-1]:.0f} s"
-        self._end(f"{summary(results)}; {took}")
+        self._end(f"{found}; {took}")
 
     def failed(self, reason: str) -> None:
         """The checkpoint was rejected."""
@@ -134,18 +130,6 @@ class _Watched(Narrator):
                 self._watcher.at(name)
 
             yield stage._replace(advance=advance)
-
-
-def summary(results: "Results") -> str:
-    """Entropy, and the predicted change by the next step relative to it."""
-    entropy = results.entropy
-    text = f"entropy {entropy.value:.4g} {entropy.unit}"
-    row = next((row for row in results.sweep if row.is_next_lr), None)
-    if row is None or not entropy.value:
-        return text
-    change, interval = row.predicted.value, row.interval_total
-    low, mid, high = (f"{100 * x / entropy.value:+.2g}" for x in (interval.low, change, interval.high))
-    return f"{text}, next step {mid} % ({low} to {high})"
 
 
 def _after(seconds: float | None) -> str:
