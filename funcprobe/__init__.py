@@ -36,7 +36,8 @@ from .policy.dropout import masked_forwards
 from .policy.forward import Forward, frozen_forward, lora_params, trainable_params
 from .policy.layout import collate, response_mask, select
 from .policy.reference import adapter_params, base_params
-from .probe import Prediction, Probe, bind, first_order_passes, measure, predict, summarise
+from .prediction import Prediction
+from .probe import Probe, bind, first_order_passes, measure, predict, summarise
 from .rules.named import BoundRule, NamedRule
 from .rules.registry import rule
 from .rules.rule import RuleInputs

@@ -15,7 +15,7 @@ from .policy.layout import MAX_TOKENS
 from .statistics import evaluation
 from .statistics.estimators import FirstOrder
 from .statistics.evaluation import Evaluation
-from .statistics.intervals import Error, UpdatePart, update_error
+from .statistics.intervals import Error, UpdatePart, delta_error, update_error
 from .step.adam import UpdateDirection
 from .tree import f64
 from .types import Batch, Entropy, InputError, Params, Step, TokenStats, UpdateBatch
@@ -36,6 +36,7 @@ class Along(NamedTuple):
     from_update: float
     entropy: float  # H(theta) on E
     first_order: FirstOrder
+    given_u: Error  # of the derivative over E's sampling units
     X: Params
     at: Evaluation  # E at theta, its baseline fitted
     tangent: TokenStats  # of E along v
@@ -127,6 +128,7 @@ def summarise_along(
         from_update=tree.dot(tree.multiply(direction.scale, X), Y),
         entropy=evaluation.value(at),
         first_order=first,
+        given_u=delta_error(first.influence_N, unit_N),
         X=X,
         at=at,
         tangent=tangent,

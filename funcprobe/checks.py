@@ -15,7 +15,8 @@ from .policy.forward import Forward
 from .policy.islands import float32_islands
 from .policy.layout import response_mask, select
 from .policy.reference import LAST_FACTOR
-from .probe import Prediction, measure
+from .prediction import Prediction
+from .probe import measure
 from .statistics.estimators import Measured
 from .step.evidence import Evidence
 from .step.gradient_scale import GradientScale

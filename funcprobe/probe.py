@@ -28,53 +28,11 @@ from .passes.second_tangents import second_tangents
 from .passes.tangents import alpha_vjp, require_derivatives, tangents
 from .policy.forward import Forward, frozen_forward, trainable_params
 from .policy.layout import MAX_TOKENS
+from .prediction import Prediction
 from .statistics import evaluation
-from .statistics.estimators import FirstOrder, Measured
-from .statistics.evaluation import Evaluation
-from .statistics.intervals import Error
+from .statistics.estimators import Measured
 from .step import masked
-from .step.adam import UpdateDirection
-from .step.masked import OverMasks
 from .types import AdamState, Batch, Entropy, Params, Step, TokenStats, UpdateBatch
-
-
-class Prediction(NamedTuple):
-    """First-order entropy change per unit of learning rate, with all quantities that enter it.
-
-    Errors: `first_order.se` given U, over E's sampling units; `over_u` over U's prompts, the
-    second moment in P held fixed, with its degrees of freedom; `masks.se` over the dropout masks of one
-    step; `se_total` the root of the sum of their squares. Units: the entropy estimator's, per unit of
-    eta. With masks, Y, v and P are means over them.
-    """
-
-    derivative: float  # d/d eta of the entropy along v, from tangents
-    bars_dot: float  # the same number as <X, v>, from the gradient
-    bars_dot_identity: float  # <X, Y>: the derivative along Y, a step without Adam
-    from_momentum: float  # <X, v_momentum>
-    from_decay: float  # <X, v_decay>
-    from_update: float  # <X, P Y>
-    entropy: float  # H(theta) on E
-    over_u: Error
-    se_total: float
-    first_order: FirstOrder  # with the error given U
-    t_N: Float[Tensor, " N"]  # <P X, Y_n> of every sequence of U
-    X: Params
-    Y: Params
-    direction: UpdateDirection
-    at: Evaluation  # E at theta, its baseline fitted
-    tangent: TokenStats  # of E along v
-    update_stats: TokenStats  # of U at theta; 0 where every advantage is, as U is not passed
-    masks: OverMasks | None = None  # None: Y without dropout
-
-    @property
-    def se_over_u(self) -> float:
-        """Standard error over U's prompts, the second moment in P held fixed."""
-        return self.over_u.se
-
-    @property
-    def stats(self) -> TokenStats:
-        """Token statistics of E at theta."""
-        return self.at.stats
 
 
 def first_order_passes(

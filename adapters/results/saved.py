@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from funcprobe.types import InputError
 
+from . import frames, notebook
 from .belonging import why_not_of
 from .manifest import Manifest
 from .reading import load, load_manifest, load_whatif
@@ -12,9 +13,9 @@ from .schema import Results
 from .whatif_sections import WhatIf
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
     import pyarrow as pa
-
-TABLES = ("modules", "sequences", "tokens")
 
 
 class SavedRun(NamedTuple):
@@ -39,6 +40,26 @@ class SavedRun(NamedTuple):
         """
         path = self.folder / f"{name}.parquet"
         return _parquet(path) if path.is_file() else None
+
+    @property
+    def sweep(self) -> "pd.DataFrame":
+        """The sweep, as `Results.to_dataframe` has it."""
+        return self.results.to_dataframe()
+
+    def to_pandas(self, name: str) -> "pd.DataFrame":
+        """sweep, modules, sequences, tokens, prompts (`prompt_table`) or proxies (`proxy_table`).
+
+        `attrs["units"]` is the unit of every column that has one. Raises InputError for another name,
+        and for a table that the run does not have.
+        """
+        return frames.to_pandas(self, name)
+
+    def to_polars(self, name: str) -> "pl.DataFrame":
+        """The same tables for polars (extra `polars`), through Arrow."""
+        return frames.to_polars(self, name)
+
+    def _repr_html_(self) -> str:
+        return notebook.run_html(self)
 
     def rollouts(self, batch: str) -> "pa.Table":
         """E or U as it entered the run: "eval" or "update"; InputError where the file is gone."""

@@ -82,6 +82,11 @@ class Results(Section):
     cost: CostSection
     """What the run took."""
 
+    def _repr_html_(self) -> str:
+        from .notebook import results_html  # which the verdict stands between, that is of Results
+
+        return results_html(self)
+
     def to_dataframe(self) -> "pd.DataFrame":
         """The sweep, a row a learning rate; `attrs["unit"]` is the unit of every change.
 

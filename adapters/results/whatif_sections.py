@@ -177,3 +177,8 @@ class WhatIf(Section):
     """In words: which rule keeps the entropy, at what price in reward."""
     cost: CostSection
     """What the command took."""
+
+    def _repr_html_(self) -> str:
+        from .notebook import whatif_html  # which imports what these sections are part of
+
+        return whatif_html(self)

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..html_table import html_table
 from ..types import Entropy, InputError, ResponseMask, TokenStats
 from .weights import (
     by_group,
@@ -63,6 +64,21 @@ class Measured(NamedTuple):
     clipped: int  # number of whole-response weights above `Entropy.clip`
     influence_N: Float[Tensor, " N"]
     weight_N: Float[Tensor, " N"]
+
+    def _repr_html_(self) -> str:
+        count = len(self.influence_N)
+        rows = [
+            ("standard error, every response a sampling unit", f"{self._se():.2g}"),
+            ("effective sample size", f"{self.ess:.1f} of {count} responses"),
+            ("largest weight over the mean one", f"{self.max_weight:.3g}"),
+            ("weights cut off at the clip", str(self.clipped)),
+        ]
+        title = f"Measured change of the entropy: {self.delta:+.4g}"
+        unit = "In nats per token or per sequence, as the entropy was asked for."
+        return html_table(title, ("", "value"), rows, unit)
+
+    def _se(self) -> float:
+        return influence_se(self.influence_N, torch.arange(len(self.influence_N)))
 
 
 def entropy_value(
