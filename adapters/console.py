@@ -31,7 +31,8 @@ class Narrator:
     """Prints lines to stderr, shows a progress bar per stage, collects lines and costs for the run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        # In Jupyter rich would make an output of its own of every line.
+        self.console = console or Console(stderr=True, highlight=False, force_jupyter=False)
         self.lines: list[str] = []
         self.costs: dict[str, Cost] = {}
 

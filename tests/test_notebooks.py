@@ -83,7 +83,7 @@ def test_a_notebook_is_stored_without_outputs_and_places(path):
 
 
 def test_every_notebook_is_there():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02"]
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
     assert {path.stem for path in NOTEBOOKS} == {
         path.stem for path in (ROOT / "notebooks").glob("*.py")
     }
