@@ -282,7 +282,7 @@ def test_the_part_of_the_batch_is_that_of_the_results(saved_run):
     eta, attribution = saved_run.results.next_lr.value, saved_run.results.attribution
     assert view.number(attribution.update.share * eta) in html
     assert view.number(attribution.whole.share * eta) in html
-    assert f"learning rate {eta:.3g}" in html
+    assert f"learning rate {view.plain(eta)}" in html
 
 
 def test_beyond_the_bound_the_largest_are_shown_and_the_rest_counted(odd, monkeypatch):

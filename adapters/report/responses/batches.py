@@ -65,7 +65,8 @@ def responses_of(run: SavedRun, name: str) -> ResponsesOf:
     starts = np.cumsum([0, *lengths]).tolist()
     if columns and starts[-1] != len(texts):
         columns = {}  # of another run than sequences.parquet
-    labels = without_common(dict(zip(rows["prompt_index"], rows["prompt"], strict=True)))
+    prompts = [prompt or "" for prompt in rows["prompt"]]
+    labels = without_common(dict(zip(rows["prompt_index"], prompts, strict=True)))
     found = []
     for i, (start, length) in enumerate(zip(starts, lengths, strict=False)):
         of_tokens = slice(start, start + length)
@@ -73,8 +74,8 @@ def responses_of(run: SavedRun, name: str) -> ResponsesOf:
             Response(
                 sequence=rows["sequence"][i],
                 prompt_index=rows["prompt_index"][i],
-                prompt=rows["prompt"][i] or "",
-                label=shortened(labels[rows["prompt_index"][i]] or ""),
+                prompt=prompts[i],
+                label=shortened(labels[rows["prompt_index"][i]]),
                 reward=rows["reward"][i],
                 advantage=rows["advantage"][i],
                 share=_at(rows["share"][i], eta),

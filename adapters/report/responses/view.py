@@ -81,7 +81,7 @@ def section(run: SavedRun, batch: ResponsesOf) -> Section:
 
 
 TITLES = {
-    "U": "Responses of U: the tokens that make this batch's part",
+    "U": "Responses of U: the tokens that make this batch’s part",
     "E": "Responses of E: the tokens where the entropy changes",
 }
 
@@ -90,7 +90,7 @@ def unit_of(run: SavedRun, batch: ResponsesOf) -> str:
     """Of every share here."""
     if batch.eta is None:
         return f"{run.results.entropy.unit} per unit of learning rate"
-    return f"{run.results.entropy.unit} at learning rate {batch.eta:.3g}"
+    return f"{run.results.entropy.unit} at learning rate {plain(batch.eta)}"
 
 
 def number(value: float) -> str:
@@ -167,14 +167,14 @@ def _words(run: SavedRun, batch: ResponsesOf, unit: str) -> Iterator[str]:
     if batch.name == "U":
         part = attribution.update.share
         yield (
-            "A token's share is what its gradient adds to the entropy through this batch's part of the "
+            "A token’s share is what its gradient adds to the entropy through this batch’s part of the "
             f"step. The part of the whole batch is {number(part * times)} {unit}. A marginal answers "
-            "for Adam's second moment and the clip, too."
+            "for Adam’s second moment and the clip, too."
         )
     else:
         part = attribution.whole.share
         yield (
-            "A token's share is what the step changes of the entropy there: directly, of the token's "
+            "A token’s share is what the step changes of the entropy there: directly, of the token’s "
             "own distribution; by the score, as the token becomes more or less probable and with it "
             "the entropy after it; and by the control variate of the score. Over all of E they make "
             f"{number(part * times)} {unit}."
@@ -206,7 +206,7 @@ def _legend(scale: colours.Scale, unit: str) -> Legend | None:
         f"and full lines). The colour is in proportion up to {high.lstrip('+')}{beyond}. Without "
         f"colour: less than {number(0.5 * scale.full / colours.LEVELS).lstrip('+')}."
     )
-    described = f"Scale of colours from {low}, orange, over 0, the page's colour, to {high}, blue."
+    described = f"Scale of colours from {low}, orange, over 0, the page’s colour, to {high}, blue."
     return Legend(colours.NAMES, (low, half_low, "0", half_high, high), caption, described)
 
 
