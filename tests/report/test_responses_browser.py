@@ -342,3 +342,14 @@ def test_the_report_has_them(open_page, saved_run, tmp_path):
     rows = tokens_of(saved_run.folder, "U", int(identity.split("-")[1]))
     shown, _ = _at(page, 1, len(rows))
     assert _value(shown["share"]) == _expect(rows[0], "share", saved_run.results.next_lr.value)
+
+
+def test_a_browser_that_cannot_inflate_says_so_and_filters_still(open_page, page_file):
+    page = open_page(page_file).page
+    page.context.add_init_script("delete window.DecompressionStream")
+    page.reload()
+    assert "too old" in page.locator("#responses-U .status").inner_text()
+    _line(page, "U-0").hover()
+    assert page.locator(".t").count() == 0
+    _control(page, "U", "search").fill("cat")
+    assert set(_seen(page, "U")[0]) == {"U-0", "U-2"}
