@@ -6,13 +6,15 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import vl_convert
 
 from .figure import Figure
 from .theme import COLOURS, config
 
-SCALE = 3.0  # pixels of a PNG for one of the chart
+SCALE = 2.0  # pixels of a PNG for one of the chart
+LONGEST = 300  # characters of a text in a chart, beyond which no axis shows it
 SVG = "http://www.w3.org/2000/svg"
 # What XML 1.0 has no place for, escaped or not.
 NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -40,9 +42,11 @@ def write_figures(figures: Iterable[Figure], folder: Path) -> None:
 
 def _drawn(figure: Figure, colours: Mapping[str, str]) -> str:
     """In these colours; for screen readers one image, with a title and a description."""
-    root = ET.fromstring(_svg(json.dumps({**figure.chart, "config": config()})))
+    root = ET.fromstring(_svg(json.dumps(_written({**figure.chart, "config": config()}))))
+    ids = (element.get("id") for element in root.iter() if "id" in element.attrib)
+    names = {each: f"{figure.name}-{number}" for number, each in enumerate(ids)}  # else by the process
     for element in root.iter():
-        _settle(element, figure.name, colours)
+        _settle(element, names, colours)
     title, description = (
         _element(kind, f"{figure.name}-{kind}", text)
         for kind, text in (("title", figure.title), ("desc", figure.description))
@@ -58,19 +62,28 @@ def _drawn(figure: Figure, colours: Mapping[str, str]) -> str:
 @lru_cache(maxsize=64)  # once for the page and the files
 def _svg(chart: str) -> str:
     svg: str = vl_convert.vegalite_to_svg(chart)
-    return NO_XML.sub("\ufffd", svg).replace(f' xmlns="{SVG}"', "", 1)  # or every name has it
+    return svg.replace(f' xmlns="{SVG}"', "", 1)  # or every name has it
 
 
-def _settle(element: ET.Element, name: str, colours: Mapping[str, str]) -> None:
+def _written(part: Any) -> Any:
+    """Without what XML cannot hold and in bounds: vl-convert 1.9 ends the process otherwise."""
+    if isinstance(part, str):
+        return NO_XML.sub("\ufffd", part[:LONGEST])
+    if isinstance(part, dict):
+        return {_written(key): _written(each) for key, each in part.items()}
+    return [_written(each) for each in part] if isinstance(part, list) else part
+
+
+def _settle(element: ET.Element, names: Mapping[str | None, str], colours: Mapping[str, str]) -> None:
     for key, value in list(element.items()):
         if key == "role" or key.startswith("aria-"):
             del element.attrib[key]
-        elif key in ("fill", "stroke", "stop-color"):
-            element.set(key, colours.get(value, value))
+        elif key in ("fill", "stroke", "stop-color") and value in colours:
+            element.set(key, colours[value])
         elif key == "id":
-            element.set(key, f"{name}-{value}")
-        if REFERENCE.search(value):
-            element.set(key, REFERENCE.sub(rf"url(#{name}-\1)", value))
+            element.set(key, names[value])
+        elif found := REFERENCE.fullmatch(value):
+            element.set(key, f"url(#{names[found[1]]})")
 
 
 def _element(kind: str, name: str, text: str) -> ET.Element:

@@ -91,9 +91,7 @@ def config() -> dict[str, Any]:
         "header": {**label, **title, "labelAnchor": "start", "labelFontWeight": "normal"},
         "title": {"color": ink, "fontSize": TEXT, "fontWeight": "normal", "anchor": "start"},
         "text": {"color": ink, "fontSize": TEXT},
-        "bar": {"color": BY_NAME["predicted"]},
-        "point": {"color": BY_NAME["predicted"]},
-        "line": {"color": BY_NAME["predicted"]},
+        "mark": {"color": BY_NAME["predicted"]},
         "rule": {"color": muted},
         "range": {"category": [BY_NAME[n] for n in ("predicted", "measured", "other", "fourth")]},
     }

@@ -33,7 +33,7 @@ def prompt_table(run: "SavedRun", batch: Literal["U", "E"] = "U") -> "pa.Table |
     for row in table.to_pylist():
         if row["batch"] == batch:
             groups.setdefault(row["prompt_index"], []).append(row)
-    texts = without_common({i: rows[0]["prompt"] for i, rows in groups.items()})
+    texts = without_common({i: rows[0]["prompt"] or "" for i, rows in groups.items()})
     known = _shares(run, batch)
     records = [
         _record(i, texts[i], rows, known.get(i))

@@ -95,7 +95,11 @@ def _map(
     layered = [map_.encode(x=x, y=y, color=_colour(limit))]
     if across >= SIGNED:  # the sign of what is not pale, for those who see the colours alike
         signs = [
-            {**cell, "sign": "+" if cell["share"] > 0 else "\N{MINUS SIGN}", "strong": share > 0.6}
+            {
+                **cell,
+                "sign": "+" if cell["share"] > 0 else "\N{MINUS SIGN}",
+                "strong": share > 7 / COUNT,
+            }
             for cell in cells
             if (share := abs(cell["share"]) / limit) > 3 / COUNT
         ]

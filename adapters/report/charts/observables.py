@@ -41,7 +41,7 @@ def observables(run: SavedRun) -> Figure | None:
         "observables",
         "What else the step changes",
         f"Predicted and measured changes at {which}, {eta_text(eta)}, with 95 % intervals over the "
-        f"responses of E, U given; each on an axis of its own.{said}",
+        f"{run.results.counts.E_sequences} responses of E, U given; each on an axis of its own.{said}",
         " ".join(_words(one, row) for one, row in found),
         grammar(
             alt.vconcat(*(_panel(one, row) for one, row in found), spacing=14).resolve_scale(

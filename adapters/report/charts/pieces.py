@@ -119,7 +119,7 @@ def padded(values: Iterable[float | None], *, zero: bool = True, part: float = 0
     found = [v for v in values if v is not None and math.isfinite(v)] + ([0.0] if zero else [])
     low, high = min(found, default=0.0), max(found, default=0.0)
     room = part * (high - low) or abs(high) * part or 1.0
-    if not zero:
+    if not zero or low == high:
         return [low - room, high + room]
     return [low - room if low < 0 else low, high + room if high > 0 else high]
 
@@ -192,17 +192,5 @@ def inline(rows: Iterable[Row]) -> alt.InlineData:
 def grammar(chart: Chart) -> dict[str, Any]:
     """The chart as Vega-Lite, with its data as rows; tests hold every figure to the schema."""
     found: dict[str, Any] = chart.to_dict(validate=False)
-    _with_rows(found)
+    found["datasets"] = {name: json.loads(text) for name, text in found["datasets"].items()}
     return found
-
-
-def _with_rows(part: Any) -> None:
-    if isinstance(part, dict):
-        data = part.get("data")
-        if isinstance(data, dict) and isinstance(data.get("values"), str):
-            part["data"] = {"values": json.loads(data["values"])}
-        for each in part.values():
-            _with_rows(each)
-    elif isinstance(part, list):
-        for each in part:
-            _with_rows(each)
