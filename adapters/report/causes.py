@@ -85,8 +85,7 @@ def _missing(run: SavedRun) -> dict[str, Markup | str]:
         ).format(again(run, "attribution.level=tokens"))
     elif run.table("tokens") is None:
         found["tokens"] = Markup(
-            "Shares of single tokens, and how concentrated they are, are not in this run. "
-            "<code>{}</code> adds them."
+            "Shares of single tokens are not in this run. <code>{}</code> adds them."
         ).format(again(run, "attribution.level=tokens"))
     if results.momentum is None and results.first_order.from_momentum.value:
         found["momentum"] = Markup(
@@ -132,6 +131,11 @@ def _groups(name: str, groups: Sequence[GroupShare], scale: Scale) -> Table:
         ],
         rows,
     )
+
+
+def _title(name: str) -> str:
+    words = name.split(" (", maxsplit=1)[0]
+    return words[:1].upper() + words[1:]
 
 
 def _prompts(section: AttributionSection, scale: Scale) -> Iterable[Table]:

@@ -24,13 +24,17 @@ from .trust import trust
 # Where each figure stands; one of another name stands with the causes.
 PLACES = {
     "sweep": "sweep",
+    "observables": "observables",
     "parts": "parts",
     "modules": "modules",
     "prompts": "prompts",
     "concentration": "prompts",
+    "evaluation": "evaluation",
     "momentum": "momentum",
     "proxies": "proxies",
     "frontier": "rules",
+    "lengths": "sampling",
+    "rewards": "sampling",
 }
 
 NARROW = 480  # pixels: the width of a figure that a telephone shows whole
