@@ -126,7 +126,7 @@ def _groups(name: str, groups: Sequence[GroupShare], scale: Scale) -> Table:
         f"Table: shares by {name}",
         f"Predicted change, {scale.unit}, by {name}; ± is half a 95 % interval over E, given U.",
         [
-            name.split(" (", maxsplit=1)[0].capitalize(),
+            _title(name),
             *map(Column, ("All", "This batch", "Momentum", "Weight decay")),
         ],
         rows,
