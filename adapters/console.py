@@ -27,6 +27,15 @@ def excerpt(text: str, *, beginning: int = 240, end: int = 120) -> str:
     return f"{shown[:beginning]} ... {shown[-end:]}"
 
 
+def duration(seconds: float) -> str:
+    """With two digits: 40 s, 6 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds, -1 if seconds >= 20 else 0)):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.2g} h"
+
+
 class Narrator:
     """Prints lines to stderr, shows a progress bar per stage, collects lines and costs for the run."""
 
@@ -35,6 +44,11 @@ class Narrator:
         self.console = console or Console(stderr=True, highlight=False, force_jupyter=False)
         self.lines: list[str] = []
         self.costs: dict[str, Cost] = {}
+        self._end: float | None = None  # of the run as it was foretold, by time.perf_counter()
+
+    def expect(self, seconds: float | None) -> None:
+        """From now on bars say what is left of so many seconds; None: not known."""
+        self._end = None if seconds is None else time.perf_counter() + seconds
 
     def say(self, line: str) -> None:
         """Print a line and add it to the log."""
@@ -55,6 +69,7 @@ class Narrator:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[run]}"),
         )
         cost = self.costs.setdefault(name, Cost(name))
         cost.peak_of_stage = reset_peaks()
@@ -62,16 +77,18 @@ class Narrator:
         quiet = not self.console.is_terminal
         due, done = EVERY, 0
         with Progress(*columns, console=self.console, transient=True, disable=quiet) as progress:
-            task = progress.add_task(name, total=total)
+            task = progress.add_task(name, total=total, run=self._left(start))
 
             def advance(sequences: int) -> None:
                 nonlocal due, done
-                progress.advance(task, sequences)
                 done += sequences
-                elapsed = time.perf_counter() - start
+                now = time.perf_counter()
+                progress.update(task, advance=sequences, run=self._left(now))
+                elapsed = now - start
                 if quiet and elapsed >= due:
                     due = elapsed + EVERY
-                    self._print(f"{name}: {_so_far(done, total, elapsed)}")
+                    of_run = f" ({left})" if (left := self._left(now)) else ""
+                    self._print(f"{name}: {_so_far(done, total, elapsed)}{of_run}")
 
             yield Stage(cost, advance)
         seconds = time.perf_counter() - start
@@ -83,6 +100,12 @@ class Narrator:
         cost.device_peak = peak if cost.device_peak is None else max(cost.device_peak, peak or 0)
         reused = f" ({cost.reused} of {cost.reused + cost.computed} from runs/.stages)"
         self.lines.append(f"{name}: {seconds:.1f} s{reused if cost.reused else ''}")
+
+    def _left(self, now: float) -> str:
+        """Of the whole run, as long as it is not beyond what was foretold."""
+        if self._end is None or now >= self._end:
+            return ""
+        return f"run: some {duration(self._end - now)} left"
 
 
 def _so_far(done: int, total: int | None, elapsed: float) -> str:

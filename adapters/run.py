@@ -29,6 +29,7 @@ from .results.schema import Results
 from .stages.attribution import attributed
 from .stages.batches import Batches
 from .stages.first_order import predicted
+from .stages.forecast import forecast, forecast_line, peak_memory
 from .stages.influence import influences
 from .stages.momentum import momentum_of
 from .stages.observables import Asked, asked_for, functions_of_E, observe
@@ -49,7 +50,9 @@ class Prepared(NamedTuple):
 
 def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
     """The whole probe; returns the results and the run folder, which is whole or absent."""
-    return probe(prepare(config, narrator), narrator, fresh=fresh)
+    prepared = prepare(config, narrator)
+    _foretell(prepared, narrator, fresh=fresh)
+    return probe(prepared, narrator, fresh=fresh)
 
 
 def prepare(config: Config, narrator: Narrator, policy_of: Loader | None = None) -> Prepared:
@@ -111,9 +114,23 @@ def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tup
     return results, folder
 
 
+def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> None:
+    """Say what the run will take, before it starts."""
+    plan, asked = prepared.plan, prepared.asked
+    with products(plan.config.policy.precision):
+        found = forecast(plan, narrator, kl="kl_base" in asked.names)
+    stored = not fresh and (prepared.folder.parent / ".stages").is_dir()
+    narrator.say(forecast_line(found, stored=stored))
+    narrator.expect(found.seconds)
+
+
 def dry_run(config: Config, narrator: Narrator) -> Plan:
     """Everything that can be rejected before sampling; writes nothing."""
-    return prepare(config, narrator).plan
+    prepared = prepare(config, narrator)
+    _foretell(prepared, narrator)
+    if (peak := peak_memory(prepared.plan)) is not None:
+        narrator.say(f"about {peak / 2**30:.1f} GiB of memory at its peak, the model included")
+    return prepared.plan
 
 
 def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
@@ -150,7 +167,8 @@ def check(
     v = prediction.direction.total
     moves = batches.update.moves
     if not moves:
-        narrator.say("every advantage is 0: the checks of the gradient Y are left out")
+        why = "every advantage is 0" if plan.loss is None else "the loss has no gradient on U"
+        narrator.say(f"{why}: the checks of the gradient Y are left out")
     with narrator.phase("sanity checks") as stage:
         forward = counted(plan.forward, stage, "E")
         stats = funcprobe.token_stats(params, part, forward, max_tokens)

@@ -1,6 +1,7 @@
 """`funcprobe whatif`: rules of the next step compared on one E and U."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ def whatif(
     path = question.out or rules_file(run)
     store.require_place(path)
     asked = bool(question.rules) or "rules" in config.whatif.model_fields_set
-    rules = _parsed(question.rules or config.whatif.rules)
+    rules = _parsed(question.rules or config.whatif.rules, narrator)
     solve = None if question.solve is None else _solve(question.solve, question.by)
     _require_eta(question.eta)
     plan = load(config, narrator)
@@ -103,9 +104,13 @@ def _report_again(folder: Path, narrator: Narrator) -> None:
         narrator.say(f"the report in {folder} is as it was: {left_out}")
 
 
-def _parsed(texts: Sequence[str]) -> list[BoundRule]:
+def _parsed(texts: Sequence[str], narrator: Narrator) -> list[BoundRule]:
     """Each rule once, in the order given; the run's own stands first without being named."""
-    found = {rule.text: rule for rule in map(registry.rule, texts)}
+    every = [registry.rule(text) for text in texts]
+    found = {rule.text: rule for rule in every}
+    for text, count in Counter(rule.text for rule in every).items():
+        if count > 1:
+            narrator.say(f"rule {text} is given {count} times: it has one row")
     return [rule for text, rule in found.items() if text != OWN]
 
 

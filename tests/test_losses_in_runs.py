@@ -71,6 +71,20 @@ def test_a_bonus_moves_where_every_advantage_is_0(probe, tmp_path) -> None:
     assert found["counts"]["U_groups_without_gradient"] == 0
 
 
+def test_a_loss_without_gradient_is_not_said_to_lack_advantages(command, checkpoint, tmp_path) -> None:
+    (tmp_path / "equal.py").write_text(
+        "def f(prompts, completions, **_):\n    return [1.0] * len(prompts)\n"
+    )
+    Path("c.toml").touch()
+    given = {k.replace("__", "."): v for k, v in settings().items()}
+    given |= {"reward.function": f"{tmp_path / 'equal.py'}:f"}
+    outcome = command("check", "c.toml", *sets(checkpoint.settings() | given))
+    assert outcome.status == 0, outcome.err
+    assert "\nthe loss has no gradient on U: the checks of the gradient Y are left out\n" in outcome.err
+    assert "optimizer state's order: the loss has no gradient on U, and so is Y" not in outcome.err
+    assert "order: the loss has no gradient on U, so that Y is 0" in outcome.err
+
+
 def test_ones_own_loss_is_a_function_with_keywords(probe, tmp_path) -> None:
     (tmp_path / "mine.py").write_text(
         "def reinforce(logp, entropy, batch, bonus=0.0):\n"

@@ -486,6 +486,20 @@ def head_of(text: str) -> list[list[str]]:
     return [line.split() for line in lines[rule - 2 : rule]]
 
 
+def test_a_wrong_rule_waits_for_no_import_and_a_repeated_one_is_said(command, ran) -> None:
+    given = [part for one in ran.settings for part in ("--set", one)]
+    Path("c.toml").touch()
+    outcome = command("whatif", "c.toml", *given, "--rule", "negativ_only")
+    assert outcome.status == 2
+    assert len(outcome.err.splitlines()) == 1
+    again = ("--rule", "negative_only", "--rule", "negative_only", "--eta", "1e-3")
+    outcome = command("whatif", "c.toml", *given, *again)
+    assert outcome.status == 0, outcome.err
+    assert "rule negative_only is given 2 times: it has one row\n" in outcome.err
+    table = outcome.out[outcome.out.index("──") :]
+    assert table.count("\nnegative_only ") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

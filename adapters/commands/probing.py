@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from funcprobe.rules import registry
+
 from ..config.file import read_config
 from ..console import Narrator
 from ..results.check_words import outcome, print_checks
@@ -101,12 +103,14 @@ def whatif(
     stored, and rules that were asked for before, are read from RUN.FOLDER/.stages.
     """
     parsed = read_config(config, overrides or ())
+    asked = (*(rules or ()), *(f"mask:{condition}" for condition in masks or ()))
+    for text in asked or parsed.whatif.rules:
+        registry.rule(text)  # what is wrong is said before the slow imports
     narrator = Narrator()
     with narrator.phase("import"):
         from .. import whatif as command
         from ..results.whatif_table import print_whatif
 
-    asked = (*(rules or ()), *(f"mask:{condition}" for condition in masks or ()))
     question = command.Question(asked, solve, by, eta, out)
     document, path = command.whatif(parsed, question, narrator, fresh=fresh)
     print_whatif(document, stdout(), verbose=verbose)

@@ -1,6 +1,7 @@
 """Responses sampled from the current policy; generation takes place here only."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig
 from ..console import excerpt
 from ..machine.devices import random_state_kept
+
+STEPS = 4  # of generation that are timed
 
 
 class Responses(NamedTuple):
@@ -89,6 +92,31 @@ def sample_responses(
     real = sum(len(x) + len(y) - 1 for x, y in zip(prompt_ids, cut, strict=True))
     finished = [response[-1] in policy.eos_ids for response in cut]
     return Responses(cut, finished, tokens, tokens - real)
+
+
+def seconds_of_a_step(
+    policy: Policy, prompt_ids: Sequence[Sequence[int]], config: SamplingConfig
+) -> float:
+    """Of generating one more token for each of these prompts; the random state is restored."""
+
+    def took(tokens: int) -> float:
+        generation = GenerationConfig(
+            do_sample=True,
+            temperature=config.temperature,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            eos_token_id=list(policy.eos_ids),
+            pad_token_id=policy.pad_id,
+            use_cache=True,
+        )
+        start = time.perf_counter()
+        _generated(policy, prompt_ids, generation)
+        return time.perf_counter() - start
+
+    with random_state_kept(), torch.no_grad():
+        took(1)  # the first one is slower
+        few, more = took(2), took(2 + STEPS)
+    return max(0.0, more - few) / STEPS
 
 
 def pads(policy: Policy, prompt_ids: Sequence[Sequence[int]]) -> bool:

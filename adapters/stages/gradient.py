@@ -61,6 +61,8 @@ def verify_state(plan: Plan, Y: Params, narrator: Narrator) -> funcprobe.Evidenc
     found = f"{evidence.home} of {evidence.alike} parameters of equal shape fit their own moments best"
     if Y and not any(bool(grad.any()) for grad in Y.values()):
         found = "every advantage is 0, and so is Y"
+        if plan.loss is not None:
+            found = "the loss has no gradient on U, so that Y is 0"
     if evidence.verdict == "confirmed":
         narrator.say(f"optimizer state confirmed by the gradients: {found}")
     elif plan.config.optimizer.accept_positional:

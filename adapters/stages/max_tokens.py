@@ -51,18 +51,14 @@ def choose(
     most = MOST[device.type]
     room = memory.free(device)
     halves: list[int] = []  # if the core halved a trial, its peak is that of a part
-    count = math.ceil(TRIAL_TOKENS / longest)
     peak = _peak_above(device)
-    trials = []
-    for number in (count, 2 * count):
-        batch = _batch(number, prompt_tokens, response_tokens, vocabulary)
-        try:
-            _gradient(params, batch, forward._replace(halved=halves.append), number * longest)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise _too_little(longest, None, room) from error
-        trials.append(Trial(number * (longest - 1), peak()))
+    lengths = prompt_tokens, response_tokens
+    try:
+        trials = _trials(params, forward._replace(halved=halves.append), *lengths, vocabulary, peak)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise _too_little(longest, None, room) from error
     if halves:
         chosen = max(longest, halves[-1] // 2)
         return Choice(chosen, f"run.max_tokens = {chosen} (auto): {2 * halves[-1]} do not fit")
@@ -75,15 +71,42 @@ def choose(
     )
 
 
+def peak_of(
+    params: Params,
+    forward: Forward,
+    prompt_tokens: int,
+    response_tokens: int,
+    vocabulary: int,
+    device: torch.device,
+    tokens: int,
+) -> float | None:
+    """Bytes that a gradient over so many tokens takes, with all that is held beside it; by trials.
+
+    None where peaks cannot be measured, or where a trial takes more memory than there is.
+    """
+    if device.type != "cuda" and not memory.reset_peaks():
+        return None
+    halves: list[int] = []
+    peak = _peak_above(device)
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.process_now()
+    lengths = prompt_tokens, response_tokens
+    try:
+        trials = _trials(params, forward._replace(halved=halves.append), *lengths, vocabulary, peak)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    return None if halves else held + _needed(*trials, max(tokens, prompt_tokens + response_tokens))
+
+
 def fitted(small: Trial, large: Trial, *, longest: int, room: float, most: int) -> int:
     """The largest power of two up to `most` whose peak, extrapolated linearly, is at most room / 2.
 
     At least one longest sequence, provided that it fits; else InputError. `room` in bytes.
     """
-    slope = max(0.0, (large.peak - small.peak) / (large.tokens - small.tokens))
 
     def needed(tokens: int) -> float:
-        return max(0.0, small.peak + slope * (tokens - small.tokens))
+        return _needed(small, large, tokens)
 
     powers = [n for i in range(most.bit_length()) if (n := 1 << i) <= most and needed(n) <= room / 2]
     if powers and powers[-1] >= longest:
@@ -91,6 +114,32 @@ def fitted(small: Trial, large: Trial, *, longest: int, room: float, most: int) 
     if needed(longest) > room:
         raise _too_little(longest, needed(longest), room)
     return longest
+
+
+def _needed(small: Trial, large: Trial, tokens: float) -> float:
+    """The peak of a microbatch of so many tokens, extrapolated linearly."""
+    slope = max(0.0, (large.peak - small.peak) / (large.tokens - small.tokens))
+    return max(0.0, small.peak + slope * (tokens - small.tokens))
+
+
+def _trials(
+    params: Params,
+    forward: Forward,
+    prompt_tokens: int,
+    response_tokens: int,
+    vocabulary: int,
+    peak: Callable[[], float],
+) -> tuple[Trial, Trial]:
+    """Gradients of two microbatches of the longest sequences, the second twice as large."""
+    length = prompt_tokens + response_tokens
+    count = math.ceil(TRIAL_TOKENS / length)
+
+    def trial(number: int) -> Trial:
+        batch = _batch(number, prompt_tokens, response_tokens, vocabulary)
+        _gradient(params, batch, forward, number * length)
+        return Trial(number * (length - 1), peak())
+
+    return trial(count), trial(2 * count)
 
 
 def _too_little(longest: int, needed: float | None, room: float) -> InputError:

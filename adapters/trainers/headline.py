@@ -7,7 +7,10 @@ from typing import TypeVar
 from funcprobe import tree
 from funcprobe.along import Along
 from funcprobe.attribution.module_shares import layer_of, module_of
+from funcprobe.statistics.intervals import Interval
 from funcprobe.step.adam import UpdateDirection
+
+from ..results.verdict import signed
 
 K = TypeVar("K")
 LARGEST = 1.25  # sum of absolute parts over the whole, up to which percentages are said
@@ -30,8 +33,11 @@ def causes(along: Along, direction: UpdateDirection, lr: float) -> dict[str, flo
     return found
 
 
-def headline(logged: dict[str, float]) -> str:
-    """The step's predicted change, momentum against this batch, and where most of it is."""
+def headline(logged: dict[str, float], interval: Interval) -> str:
+    """The step's predicted change in per cent of the entropy, as the verdict of a run has it.
+
+    With its interval over E, momentum against this batch, and where most of it is.
+    """
     parts = {name: logged[f"from_{key}"] for name, key in _PARTS.items()}
     projections = {
         name.removeprefix("from_projection/"): part
@@ -49,7 +55,13 @@ def headline(logged: dict[str, float]) -> str:
         # Layers may have either sign where projections have one: no layer makes more than all of it.
         inside = alike and 0 <= logged["from_top_layer"] * whole <= whole**2
         where += f", {_said(layer, whole if inside else None)}"
-    return f"predicted change of the entropy {logged['predicted']:+.2e}: {of_parts}; most in {where}"
+    scale, unit = (100 / logged["entropy"], " %") if logged["entropy"] > 0 else (1.0, "")
+    change, low, high = signed(*(scale * x for x in (logged["predicted"], *interval)))
+    sign = "sign not established"
+    if interval.low * interval.high > 0:
+        sign = "it falls" if logged["predicted"] < 0 else "it rises"
+    found = f"entropy {change}{unit} by this step (95 % over E: {low} to {high}), {sign}"
+    return f"{found}; {of_parts}; most in {where}"
 
 
 _PARTS = {"momentum": "momentum", "this batch": "update", "weight decay": "decay"}

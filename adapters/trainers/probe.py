@@ -17,6 +17,7 @@ from funcprobe import tree
 from funcprobe.along import Along, eval_passes, summarise_along
 from funcprobe.policy.layout import out_of_memory
 from funcprobe.statistics.estimators import Measured
+from funcprobe.statistics.intervals import Error, Interval, delta_error, student
 from funcprobe.step import adam
 from funcprobe.types import AdamState, Batch, Entropy, InputError, Params
 
@@ -46,6 +47,7 @@ class StepProbe(NamedTuple):
     along: Along
     measured: Measured  # at theta + lr * direction
     coarsest: torch.dtype  # of the model: in half precision rounding dominates `measured.delta`
+    predicted: Interval  # 95 % of lr * along.derivative, over E
 
 
 class ProbeCallback(TrainerCallback):
@@ -135,7 +137,7 @@ class ProbeCallback(TrainerCallback):
             self._numbers = {"funcprobe/skipped": 1.0}
             return
         logged = numbers(found) | {"seconds": time.perf_counter() - start}
-        logger.info("step %d: %s", step, headline(logged))
+        logger.info("step %d: %s", step, headline(logged, found.predicted))
         self._numbers = {f"funcprobe/{key}": value for key, value in logged.items()}
 
     def on_step_end(
@@ -182,7 +184,9 @@ def probe_step(
         along = summarise_along(passes, Y, direction, batch, unit_N=unit_N, **of_E)
         at = (params, batch, direction.total, lr, along.stats, forward)
         measured = funcprobe.measure(*at, max_tokens=max_tokens, **of_E)
-    return StepProbe(lr, direction, along, measured, forward.coarsest)
+    error = delta_error(along.first_order.influence_N, unit_N)
+    predicted = student(lr * along.derivative, Error(lr * error.se, error.dof))
+    return StepProbe(lr, direction, along, measured, forward.coarsest, predicted)
 
 
 def numbers(found: StepProbe) -> dict[str, float]:

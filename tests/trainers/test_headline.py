@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from funcprobe.adapters.trainers.headline import causes, headline
+from funcprobe.statistics.intervals import Interval
 from funcprobe.step.adam import UpdateDirection
 
 NAMES = {
@@ -29,6 +30,7 @@ def found(momentum: float, update: float, decay: float = 0.0, names=NAMES):
         "from_momentum": 0.1 * momentum,
         "from_update": 0.1 * update,
         "from_decay": 0.1 * decay,
+        "entropy": 2.0,
     }
 
 
@@ -42,24 +44,27 @@ def test_parts_by_projection_and_the_largest_layer():
 
 
 def test_the_line_in_percent_and_in_amounts():
-    said = headline(found(4.0, 1.0))
+    said = headline(found(4.0, 1.0), Interval(0.4, 0.6))
     assert said == (
-        "predicted change of the entropy +5.00e-01: momentum 80 %, this batch 20 %; most in down_proj "
-        "+6.0e-01, layer 2 +3.0e-01"
+        "entropy +25.0 % by this step (95 % over E: +20.0 to +30.0), it rises; momentum 80 %, this "
+        "batch 20 %; most in down_proj +6.0e-01, layer 2 +3.0e-01"
     )
     alike = {n: abs(part) / 8 for n, part in NAMES.items()}
-    said = headline(found(0.5, 0.4, 0.1, names=alike))
+    said = headline(found(0.5, 0.4, 0.1, names=alike), Interval(-0.1, 1.1))
+    assert said.startswith(
+        "entropy +50 % by this step (95 % over E: -5 to +55), sign not established; "
+    )
     assert (
         "momentum 50 %, this batch 40 %, weight decay 10 %; most in down_proj 75 %, layer 10 56 %"
         in said
     )
-    said = headline(found(-4.0, 9.0))
+    said = headline(found(-4.0, 9.0), Interval(0.4, 0.6))
     assert "momentum -4.0e-01, this batch +9.0e-01, weight decay +0.0e+00; most in" in said
 
 
 def test_a_layer_that_others_oppose_is_an_amount():
     one = {f"model.layers.{i}.q_proj.lora_A.default.weight": x for i, x in enumerate((9.0, -8.0))}
-    said = headline(found(0.6, 0.4, names=one))
+    said = headline(found(0.6, 0.4, names=one), Interval(0.4, 0.6))
     assert said.endswith("most in q_proj 100 %, layer 0 +9.0e-01")
 
 
@@ -67,4 +72,6 @@ def test_no_change_and_no_layers():
     alone = {"lm_head.weight": 0.0}
     made = found(0.0, 0.0, names=alone)
     assert not made.keys() & {"momentum_share", "top_layer", "from_top_layer"}
-    assert headline(made).endswith("weight decay +0.0e+00; most in lm_head +0.0e+00")
+    assert headline(made, Interval(-0.1, 0.1)).endswith(
+        "weight decay +0.0e+00; most in lm_head +0.0e+00"
+    )

@@ -373,7 +373,7 @@ def test_other_processes_do_not_probe(checkpoint, tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(probe, "probe_step", lambda *a: called.append(a))
     monkeypatch.setattr(probe, "numbers", lambda _: {})
-    monkeypatch.setattr(probe, "headline", lambda _: "")
+    monkeypatch.setattr(probe, "headline", lambda *_: "")
     given = {"model": trainer.model, "optimizer": trainer.optimizer}
     for is_zero, times in ((False, 0), (True, 1)):
         trainer.state.is_world_process_zero = is_zero

@@ -1,0 +1,195 @@
+"""Before a run starts: tokens through the model, and how long they take, by a trial on this machine."""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+import funcprobe
+from funcprobe.policy.forward import Forward
+from funcprobe.policy.layout import microbatches, select
+from funcprobe.policy.trials import attempt
+from funcprobe.types import Batch
+
+from .. import rollouts
+from ..console import Narrator, duration
+from ..machine.precision import products
+from ..rollouts import Rollouts
+from ..sampling.generate import seconds_of_a_step
+from ..sampling.prompts import draw_distinct, draw_with_replacement
+from . import max_tokens
+from .batches import derived_seed
+from .microbatch import longest
+from .plan import Plan, vocabulary
+
+# Costs in forwards over the same rows, the middle of docs/precision.md's ranges.
+GRADIENT, TANGENTS, DOTS, SECOND = 2.15, 2.35, 2.25, 5.1
+CHECKED = 32  # sequences of E in most sanity checks: four forwards, gradients of four of them
+LONG_ENOUGH = 0.3  # seconds of a trial
+AT_LEAST = 256  # tokens of it
+
+
+class Part(NamedTuple):
+    """Passes over one batch."""
+
+    tokens: int  # of a pass through the linear layers
+    passes: float
+    forwards: float  # what they cost
+
+
+class Forecast(NamedTuple):
+    """What a run will take, with responses as long as they may be."""
+
+    E: Part
+    U: Part
+    drawn: int  # tokens through the model while E and U are sampled
+    seconds: float | None  # None: a trial failed, as the run will
+
+    @property
+    def tokens(self) -> int:
+        return round(self.E.tokens * self.E.passes + self.U.tokens * self.U.passes)
+
+
+def forecast(plan: Plan, narrator: Narrator, *, kl: bool = False, steps: int = 0) -> Forecast:
+    """Of a run of this plan, from one forward over a microbatch and a few tokens of generation.
+
+    `kl`: whether KL to the base is observed; `steps`: recorded steps that are split by prompt.
+    Responses are taken to be as long as sampling.max_new_tokens, so that the tokens are an upper bound.
+    """
+    config, etas = plan.config, len(plan.etas)
+    E = _batch(plan, "E", plan.supplied_eval)
+    U = _batch(plan, "U", plan.supplied_update)
+    tangents = 1 + config.attribution.influence
+    forwards = etas + 4 + {"difference": 2, "exact": 0, "none": 0}[config.measure.second_order]
+    forwards += etas + 3 if kl else 0
+    second = 1 if config.measure.second_order == "exact" else 0
+    count = len(E.prompt_N)
+    forwards_of_few, gradients_of_few = 4 * min(CHECKED, count) / count, 4 * (1 + 3) / count
+    of_E = Part(
+        _tokens(E, plan),
+        tangents + 1 + forwards + second + forwards_of_few + gradients_of_few,
+        tangents * TANGENTS
+        + DOTS
+        + forwards
+        + second * SECOND
+        + forwards_of_few
+        + gradients_of_few * GRADIENT,
+    )
+    masks, attributed = len(plan.masks) or 1, config.attribution.level != "off"
+    gradients, forwards_U = masks + steps, 0 if plan.loss is None else 1
+    along = 1 + attributed + steps
+    of_U = Part(
+        _tokens(U, plan),
+        gradients + along + forwards_U,
+        gradients * GRADIENT + along * TANGENTS + forwards_U,
+    )
+    sampled = [
+        *([E] if plan.supplied_eval is None else []),
+        *([U] if plan.supplied_update is None else []),
+    ]
+    with narrator.phase("time of a pass"):
+        a_token = attempt(lambda: _seconds_a_token(plan, E))
+        drawing = attempt(lambda: _drawing(plan, sampled, 0.0 if isinstance(a_token, str) else a_token))
+    seconds = None
+    if not isinstance(a_token, str) and not isinstance(drawing, str):
+        seconds = drawing + a_token * sum(part.tokens * part.forwards for part in (of_E, of_U))
+    drawn = sum(int((b.prompt_length_N + b.response_length_N - 1).sum()) for b in sampled)
+    return Forecast(of_E, of_U, drawn, seconds)
+
+
+def forecast_line(found: Forecast, *, stored: bool = False) -> str:
+    """As "about 1.2 M tokens through the model in 12 passes over E and 3 over U: some 6 min"."""
+    line = (
+        f"about {short(found.tokens)} tokens through the model in {found.E.passes:.3g} passes over E "
+    )
+    line += f"and {found.U.passes:.3g} over U"
+    if found.drawn:
+        line += f", after up to {short(found.drawn)} of sampling"
+    if found.seconds is not None:
+        line += f": some {duration(found.seconds)} on this machine"
+    if found.drawn:
+        line += ", with the longest responses"
+    return line + (", less what an earlier run left in .stages" if stored else "")
+
+
+def peak_memory(plan: Plan) -> float | None:
+    """Bytes, the model's included, by the gradients of two microbatches; None: cannot be measured.
+
+    On a GPU of the device, else of the process.
+    """
+    sequence = longest(plan.config, plan.prompt_ids, plan.supplied_eval, plan.supplied_update)
+    policy, device = plan.policy, plan.policy.model.device
+    with products(plan.config.policy.precision):
+        return max_tokens.peak_of(
+            policy.params, plan.forward, *sequence, vocabulary(policy), device, plan.max_tokens
+        )
+
+
+def short(count: int) -> str:
+    """1234567 -> 1.2 M."""
+    for size, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if count >= size:
+            return (
+                f"{count / size:.2g}{letter}" if count < 100 * size else f"{count / size:.0f}{letter}"
+            )
+    return str(count)
+
+
+def _batch(plan: Plan, name: str, supplied: Rollouts | None) -> Batch:
+    """E or U as it is supplied, or with the prompts that will be drawn and the longest responses."""
+    if supplied is not None:
+        return rollouts.to_batch(supplied)
+    sampling, count = plan.config.sampling, len(plan.prompts)
+    seed = derived_seed(plan.config.run.seed, name)
+    if name == "E":
+        index = draw_with_replacement(sampling.B_E, count, seed)
+    else:
+        index = [i for i in draw_distinct(sampling.B_U, count, seed) for _ in range(sampling.G)]
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(index), sampling.max_new_tokens)
+    responses = torch.randint(vocabulary(plan.policy), shape, generator=generator).tolist()
+    return funcprobe.collate([plan.prompt_ids[i] for i in index], responses, index)
+
+
+def _tokens(batch: Batch, plan: Plan) -> int:
+    """Of one pass, padding included, as the model's layout has them."""
+    return sum(rows.tokens for rows in microbatches(batch, plan.max_tokens, plan.forward.layout))
+
+
+def _seconds_a_token(plan: Plan, E: Batch) -> float:
+    """Of a forward: over ever more of E, up to a microbatch, until one takes long enough."""
+    count, every = 1, len(E.prompt_N)
+    _timed(plan, plan.forward, select(E, torch.arange(1)))  # the first one is slower
+    while True:
+        part = select(E, torch.arange(min(count, every)))
+        tokens = _tokens(part, plan)
+        if tokens < min(AT_LEAST, plan.max_tokens) and count < every:
+            count *= 2
+            continue
+        seconds = _timed(plan, plan.forward, part)
+        if seconds >= LONG_ENOUGH or 2 * tokens > plan.max_tokens or count >= every:
+            return seconds / tokens
+        count *= 2
+
+
+def _timed(plan: Plan, forward: Forward, batch: Batch) -> float:
+    start = time.perf_counter()
+    funcprobe.token_stats(plan.policy.params, batch, forward, plan.max_tokens)
+    return time.perf_counter() - start
+
+
+def _drawing(plan: Plan, sampled: Sequence[Batch], a_token: float) -> float:
+    """Seconds of sampling: prompts as a forward, then a step a token, which grows with the batch."""
+    if not sampled:
+        return 0.0
+    sampling, pair = plan.config.sampling, plan.prompt_ids[:2]
+    step = seconds_of_a_step(plan.policy, pair, sampling)
+    seconds = 0.0
+    for batch in sampled:
+        for start in range(0, len(batch.prompt_N), sampling.generation_batch):
+            prompts = batch.prompt_length_N[start : start + sampling.generation_batch]
+            seconds += a_token * int(prompts.max()) * len(prompts)
+            a_step = step + a_token * max(0, len(prompts) - len(pair))
+            seconds += a_step * (sampling.max_new_tokens - 1)
+    return seconds
