@@ -384,6 +384,7 @@ print(f"derivative {prediction.derivative:.3f}, standard error {se:.3f}, by jack
 default = funcprobe.bind(model).predict(theta, E, update, adam_state, step=step)
 print(f"without baseline {prediction.derivative:.3f}, standard error {prediction.se_total:.3f}")
 print(f"with it          {default.derivative:.3f}, standard error {default.se_total:.3f}")
+default
 
 # %% [markdown]
 # That is the whole method: `predict` is sections 5 to 8 in four passes, `measure` is section 9, and a

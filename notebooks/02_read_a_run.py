@@ -66,6 +66,7 @@ results = run.results
 print(verdict_line(results))
 print(f"{sum(check.passed for check in results.checks)} of {len(results.checks)} sanity checks passed")
 print({name: run.manifest.versions[name] for name in ("funcprobe", "torch", "transformers", "peft")})
+run
 
 # %% [markdown]
 # The prediction is the derivative of the entropy along the step $v$, times the learning rate. It has
@@ -99,7 +100,7 @@ parts.to_frame()
 # they can be relied on.
 
 # %%
-sweep = results.to_dataframe()
+sweep = run.sweep
 columns = ["eta", "is_next_lr", "predicted", "second_order", "measured", "ratio", "ess", "verdict"]
 assert np.allclose(sweep.predicted, sweep.eta * first.derivative.value)
 print(f"changes in {sweep.attrs['unit']}")
@@ -132,9 +133,10 @@ for caption in sorted((folder / "figures").glob("*.txt")):
 # %% [markdown]
 # ## 3. The tables
 #
-# Shares by tensor, by sequence and by token are three tables in Parquet. Each column says in its
-# metadata what it is and in which unit. They are Arrow tables: `.to_pandas()` gives pandas, and
-# `polars.from_arrow(run.table("tokens"))` gives polars.
+# `run.to_pandas(name)` gives the tables of a run: `modules`, `sequences` and `tokens` from the
+# folder, `prompts` and `proxies` made of them; `run.to_polars(name)` the same for polars, and
+# `run.table(name)` the Arrow table, whose columns say in their metadata what they are and in which
+# unit.
 
 # %%
 tables = {name: run.table(name) for name in ("modules", "sequences", "tokens")}
@@ -144,7 +146,7 @@ about = [
     for name, table in tables.items()
     for field in table.schema
 ]
-modules, sequences, tokens = (table.to_pandas() for table in tables.values())
+modules, sequences, tokens = (run.to_pandas(name) for name in tables)
 print({name: table.num_rows for name, table in tables.items()})
 pd.DataFrame(about, columns=["table", "column", "unit", "what it is"]).set_index(["table", "column"])
 
@@ -240,16 +242,17 @@ alt.Chart(lorenz, width=360, height=240).mark_line().encode(
 )
 
 # %% [markdown]
-# Papers score tokens without a gradient of the entropy. How well does such a score order the exact
-# shares? The covariance of log-probability and advantage (Cui et al., arXiv:2505.22617), as a rank
-# correlation over tokens that have an advantage:
+# Papers score tokens without a gradient of the entropy. How well does each score order the exact
+# shares? The table `proxies` has them for every token that J counts; negative where the score
+# predicts that the token lowers the entropy. The first is the covariance of log-probability and
+# advantage (Cui et al., arXiv:2505.22617), which two lines of pandas give as well.
 
 # %%
-moved = U[U.coef_logp != 0]
-covariance = -(moved.logp - moved.logp.mean()) * (moved.advantage - moved.advantage.mean())
-rank = covariance.corr(moved.share, method="spearman")
-assert -1 <= rank <= 1
-print(f"Spearman correlation {rank:.2f} over {len(moved)} tokens")
+proxies = run.to_pandas("proxies")
+covariance = -(U.logp - U.logp.mean()) * (U.advantage - U.advantage.mean())
+assert np.allclose(proxies.covariance, covariance)
+rank = proxies.loc[:, "covariance":].corrwith(proxies.share, method="spearman")
+rank.to_frame(f"Spearman correlation with the share, {len(proxies)} tokens")
 
 # %% [markdown]
 # ## 6. By module

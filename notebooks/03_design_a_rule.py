@@ -79,7 +79,7 @@ parts = pd.Series(
 # rule that chooses among them could move the entropy at most.
 
 # %%
-tokens = run.table("tokens").to_pandas()
+tokens = run.to_pandas("tokens")
 U = tokens[(tokens.batch == "U") & (tokens.coef_logp != 0)].assign(surprisal=lambda U: -U.logp)
 assert np.isclose(U.share.sum(), first.from_update.value, rtol=1e-6, atol=1e-9)
 assert U.share.abs().sum() > abs(U.share.sum())
@@ -273,8 +273,7 @@ up = base.mark_rule(opacity=0.4).encode(y="reward_low", y2="reward_high")
 across + up + base.mark_point(filled=True, size=60)
 
 # %%
-for line in fresh.findings:
-    print(line)
+fresh
 
 # %% [markdown]
 # From here: `funcprobe whatif mine.toml --mask "advantage < 0 and surprisal > 4"` does the same from
