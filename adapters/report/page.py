@@ -66,6 +66,7 @@ def report_html(run: SavedRun, charts: dict[str, Figure] | None = None) -> str:
         rules=rules(run),
         trust=trust(run),
         whatif=run.whatif,
+        whatif_left_out=run.whatif_left_out,
         comparing=comparing(run),
         reporting=f"funcprobe report {shlex.quote(str(run.folder))}",
         figures=_placed(charts.values()),

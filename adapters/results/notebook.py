@@ -59,10 +59,10 @@ def _sweep(results: "Results") -> str:
 
 
 def _row(row: "SweepRow") -> tuple[str, ...]:
-    measured = f"{row.measured.value:+.3g}" + (" (rounding)" if row.rounding else "")
+    measured = f"{row.measured.value:+#.3g}" + (" (rounding)" if row.rounding else "")
     return (
         f"{row.eta:g}" + (" (the next step's)" if row.is_next_lr else ""),
-        f"{row.predicted.value:+.3g}",
+        f"{row.predicted.value:+#.3g}",
         _bounds(row.interval_total),
         measured,
         _bounds(row.measured_interval_given_U),
@@ -78,13 +78,13 @@ def _parts(results: "Results") -> str:
         "weight decay": (first.from_weight_decay.value, found.decay if found else None),
     }
     rows = [
-        (name, f"{value:+.3g}", _bounds(share.interval if share else None))
+        (name, f"{value:+#.3g}", _bounds(share.interval if share else None))
         for name, (value, share) in parts.items()
     ]
     rows.append(
         (
             "the step",
-            f"{first.derivative.value:+.3g}",
+            f"{first.derivative.value:+#.3g}",
             _bounds(first.interval_given_U),
         )
     )
@@ -98,23 +98,29 @@ def _rule(row: "RuleRow", *, rewarded: bool) -> tuple[str, ...]:
     entropy = row.entropy
     return (
         row.rule,
-        f"{entropy.predicted.value:+.3g}",
+        f"{entropy.predicted.value:+#.3g}",
         *_measured(entropy),
-        f"{entropy.difference.value:+.3g}",
-        _bounds(entropy.difference_interval),
+        *_difference(row),
         *reward,
         row.verdict,
     )
 
 
+def _difference(row: "RuleRow") -> tuple[str, str]:
+    """Of the run's own rule from itself none."""
+    if row.rule == "own":
+        return "", ""
+    return f"{row.entropy.difference.value:+#.3g}", _bounds(row.entropy.difference_interval)
+
+
 def _measured(change: "ChangeSection | None") -> tuple[str, str]:
     if change is None:
         return "", ""
-    return f"{change.measured.value:+.3g}", _bounds(change.measured_interval_given_U)
+    return f"{change.measured.value:+#.3g}", _bounds(change.measured_interval_given_U)
 
 
 def _bounds(interval: "Interval | None") -> str:
-    return f"{interval.low:+.3g} to {interval.high:+.3g}" if interval else ""
+    return f"{interval.low:+#.3g} to {interval.high:+#.3g}" if interval else ""
 
 
 def _paragraph(text: str) -> str:

@@ -105,11 +105,11 @@ def test_a_run_shows_its_verdict_sweep_and_parts(saved_run):
         found = read(shown._repr_html_())
         assert verdict_line(results) in found.texts
         for row in results.sweep:
-            assert f"{row.measured.value:+.3g}" in " ".join(found.texts)
+            assert f"{row.measured.value:+#.3g}" in " ".join(found.texts)
             interval = row.interval_total
-            assert f"{interval.low:+.3g} to {interval.high:+.3g}" in found.texts
+            assert f"{interval.low:+#.3g} to {interval.high:+#.3g}" in found.texts
         for part in ("from_update", "from_momentum", "from_weight_decay", "derivative"):
-            assert f"{getattr(results.first_order, part).value:+.3g}" in found.texts
+            assert f"{getattr(results.first_order, part).value:+#.3g}" in found.texts
     assert any(str(saved_run.folder) in text for text in found.texts)
     assert len(saved_run._repr_html_()) < 20_000
     assert load(saved_run.folder)._repr_html_() == results._repr_html_()
@@ -127,8 +127,8 @@ def test_rules_show_their_changes(saved_run):
     names = [row.rule for row in whatif.rules]
     assert [text for text in found.texts if text in names] == names
     for row in whatif.rules:
-        assert f"{row.entropy.predicted.value:+.3g}" in found.texts
-        assert f"{row.reward.measured.value:+.3g}" in found.texts
+        assert f"{row.entropy.predicted.value:+#.3g}" in found.texts
+        assert f"{row.reward.measured.value:+#.3g}" in found.texts
     assert set(whatif.findings) <= set(found.texts)
     bare = [row.model_copy(update={"reward": None}) for row in whatif.rules]
     without = read(whatif.model_copy(update={"rules": tuple(bare)})._repr_html_())

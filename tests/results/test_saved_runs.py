@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from funcprobe.adapters import whatif as whatif_module
 from funcprobe.adapters.config.file import read_config
@@ -114,7 +115,8 @@ def test_damaged_rules_cost_no_report(run, text, reason):
     assert found.whatif is None
     assert found.whatif_left_out is not None
     assert reason in found.whatif_left_out
-    assert write_report(run).is_file()
+    page = write_report(run).read_text(encoding="utf-8")
+    assert escape(found.whatif_left_out) in page
 
 
 def test_without_log_config_and_rules_the_rest_is_read(run):
