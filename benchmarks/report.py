@@ -115,12 +115,18 @@ def looked_at(page: Path, seconds: float, browser: str) -> Iterable[tuple[str, s
         seen.evaluate("document.querySelectorAll('.rest').forEach((one) => { one.open = true })")
         seen.evaluate("document.querySelector('#responses-U').scrollIntoView({ behavior: 'instant' })")
         seen.wait_for_timeout(500)
-        yield "scrolling", _frames(np.diff(seen.evaluate(SCROLL, seconds)))
+        session = seen.context.new_cdp_session(seen)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+        start = _metrics(session)["TaskDuration"]
+        frames = np.diff(seen.evaluate(SCROLL, seconds))
+        work = 1000 * (_metrics(session)["TaskDuration"] - start) / len(frames)
+        yield "scrolling", _frames(frames)
+        yield "", f"{work:.1f} ms of the main thread's processor time a frame, whatever the load"
         seen.locator("#responses-E .tokens").first.focus()
         start = time.perf_counter()
         seen.locator(".token-numbers:not([hidden])").wait_for()
         yield "numbers of the first token", f"{1000 * (time.perf_counter() - start):.0f} ms after focus"
-        yield "memory", _memory(seen)
+        yield "memory", _memory(_metrics(session))
         chromium.close()
 
 
@@ -134,10 +140,11 @@ def _frames(milliseconds: Any) -> str:
     return f"{rate:.1f} frames a second; ms between: {quantiles}; {late:.1%} over 20 ms"
 
 
-def _memory(page: Any) -> str:
-    session = page.context.new_cdp_session(page)
-    session.send("Performance.enable")
-    found = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+def _metrics(session: Any) -> dict[str, float]:
+    return {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+
+
+def _memory(found: dict[str, float]) -> str:
     tabs = [p for p in psutil.Process().children(recursive=True) if "--type=renderer" in p.cmdline()]
     resident = max(process.memory_info().rss for process in tabs)
     return (

@@ -251,6 +251,23 @@ def test_a_prompt_stands_once(odd, shown):
     assert "Prompt 0 in full" not in html  # it is short
 
 
+def test_a_very_long_prompt_is_shown_without_its_middle(run_folder, tmp_path):
+    prompt = "".join(f"line {i}\n" for i in range(2000))
+    folder = speaking(run_folder, tmp_path / "long", [Said([" x"], prompt=prompt)])
+    html = str(responses(load_run(folder)).html)
+    kept = view.LONGEST_PROMPT
+    assert f"{len(prompt) - kept:,} characters: sequences.parquet has them" in html
+    assert "line 0<m-n>" in html
+    assert "line 1999<m-n>" in html
+    assert "line 1000<m-n>" not in html
+    assert len(html) < 2 * 20 * kept
+
+
+def test_a_response_without_tokens_is_no_error(run_folder, tmp_path):
+    folder = speaking(run_folder, tmp_path / "empty", [Said([]), Said([" x"])])
+    assert Articles(responses(load_run(folder)).html).found["U-0"] == []
+
+
 def test_older_runs_show_the_tokens_as_they_were_decoded(odd, tmp_path):
     import pyarrow.parquet as pq
 

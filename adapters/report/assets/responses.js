@@ -248,7 +248,7 @@ function blur(event) {
 function key(event) {
   const line = lineOf(event);
   if (event.key === "Escape") return hide();
-  if (line === null || !line.split || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (line === null || !line.split?.tokens.length || event.ctrlKey || event.metaKey || event.altKey) return;
   const { tokens } = line.split;
   const at = line.at ?? 0;
   const to = {

@@ -14,6 +14,7 @@ from .packing import pack, three_digits
 
 SHOWN = 20  # responses of a batch before the rest, which a click opens
 MOST_TOKENS = 600_000  # of a batch in a page, some 15 MB; the rest is in the tables alone
+LONGEST_PROMPT = 4000  # characters; of a longer one the beginning and the end
 LINE = 85  # characters of a line in a wide window, from which a height is guessed
 
 
@@ -131,9 +132,20 @@ def _article(name: str, one: Response, text: Markup, stands: dict[int, str]) -> 
         one.prompt_index,
         one.label,
         tuple(_facts(one)),
-        mark_text(one.prompt) if here and not whole else None,
+        _in_full(one.prompt) if here and not whole else None,
         None if here or whole else at,
         text,
+    )
+
+
+def _in_full(prompt: str) -> Markup:
+    """With its middle left out where it is very long."""
+    if len(prompt) <= LONGEST_PROMPT:
+        return mark_text(prompt)
+    half = LONGEST_PROMPT // 2
+    left_out = f"{len(prompt) - 2 * half:,} characters: sequences.parquet has them"
+    return Markup("{}<m-c>{}</m-c>{}").format(
+        mark_text(prompt[:half]), left_out, mark_text(prompt[-half:])
     )
 
 
