@@ -5,10 +5,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..config.estimation import observable_label
+from .digits import with_half
 from .observable_sections import Observable, ObservableRow
 from .schema import Results
 from .sweep_sections import SweepRow
-from .sweep_table import with_half
 
 
 def table(results: Results) -> Table | None:

@@ -1,12 +1,11 @@
 """The sweep as a table: the next learning rate first, every interval beside its number."""
 
-import math
 from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
 
-from .quantity import Interval
+from .digits import with_half
 from .schema import Results
 from .sweep_sections import SweepRow
 from .verdict import verdict_of
@@ -42,22 +41,6 @@ def sweep_table(
     for row in shown:
         table.add_row(*_cells(row, verbose=verbose, quadratic=quadratic))
     return table
-
-
-def with_half(value: float, interval: Interval | None) -> str:
-    """A number and half the width of its interval by one power of ten, with two digits of the half."""
-    half = 0.0 if interval is None else interval.half_width
-    largest = max(abs(value), half)
-    if not largest:
-        return "0"
-    power = math.floor(math.log10(largest))
-    decimals = 2
-    if half:
-        decimals = min(max(1 - math.floor(math.log10(half / 10**power)), 0), 4)
-    number = f"{round(value / 10**power, decimals) + 0.0:+.{decimals}f}"  # no -0.0
-    if half:
-        number = f"{number} ± {half / 10**power:.{decimals}f}"
-    return f"({number})e{power:+03d}" if half else f"{number}e{power:+03d}"
 
 
 def _chosen(sweep: Sequence[SweepRow], most: int | None) -> list[SweepRow]:

@@ -5,6 +5,7 @@ import math
 from funcprobe.statistics.intervals import Error
 
 from ..config.estimation import observable_label
+from .digits import signed
 from .needed import MOST, needed
 from .observable_sections import Observable
 from .quantity import Interval, Quantity, StudentInterval
@@ -12,7 +13,6 @@ from .schema import Results
 from .verdict_sections import Cause, Effect, Verdict
 
 SMALL = 0.005  # of the sum of absolute parts: a part that is left out
-MOST_DECIMALS = 5  # smaller numbers are written with a power of ten
 
 
 def verdict_of(results: Results) -> Verdict:
@@ -103,17 +103,6 @@ def effect_line(effect: Effect, verdict: Verdict) -> str:
     if effect.established:
         return f"{said}, it {'falls' if effect.change < 0 else 'rises'}"
     return f"{said}, {_telling(effect, verdict)}"
-
-
-def signed(change: float, low: float, high: float) -> tuple[str, str, str]:
-    """Three numbers with the decimals that leave two digits to half the width of the interval."""
-    half = (high - low) / 2
-    decimals = 1 - math.floor(math.log10(half)) if half > 0 else 3
-    if decimals > MOST_DECIMALS:
-        return f"{change:+.1e}", f"{low:+.1e}", f"{high:+.1e}"
-    kept = max(decimals, 0)
-    change, low, high = (round(x, kept) + 0.0 for x in (change, low, high))  # no -0.0
-    return f"{change:+.{kept}f}", f"{low:+.{kept}f}", f"{high:+.{kept}f}"
 
 
 def _telling(effect: Effect, verdict: Verdict) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ..stages.rules import Given
+from .digits import with_half
 from .quantity import StudentInterval
 from .whatif_sections import ChangeSection, RuleRow
 
@@ -120,4 +121,4 @@ def _with_interval(value: float, interval: StudentInterval | None) -> str:
     if interval is None:
         return f"{value:+.2e} (not reliable: see its weights)"
     zero = " (indistinguishable from 0)" if interval.low <= 0 <= interval.high else ""
-    return f"{value:+.2e} ± {interval.half_width:.1e}{zero}"
+    return f"{with_half(value, interval)}{zero}"

@@ -10,7 +10,7 @@ from funcprobe.attribution.module_shares import layer_of, module_of
 from funcprobe.statistics.intervals import Interval
 from funcprobe.step.adam import UpdateDirection
 
-from ..results.verdict import signed
+from ..results.digits import signed
 
 K = TypeVar("K")
 LARGEST = 1.25  # sum of absolute parts over the whole, up to which percentages are said

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from funcprobe.adapters.results import Results, load
+from funcprobe.adapters.results.digits import with_half
 from funcprobe.adapters.results.fitted import fitted
 from funcprobe.adapters.results.quantity import Interval
-from funcprobe.adapters.results.sweep_table import with_half
 from funcprobe.adapters.results.tables import print_results
 
 LINES, COLUMNS = 30, 80
