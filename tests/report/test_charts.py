@@ -312,6 +312,7 @@ def test_where_in_E_is_by_term_and_by_prompt(saved_run, drawn_figures, factor):
     shares = (section.direct, section.score, section.control, section.whole)
     expected = dict(zip(names, shares, strict=True))
     expected |= {f"{p.prompt_index} {p.text}": p.total for p in section.E_prompts}
+    assert max(map(len, expected)) < 28  # longer ones are cut
     assert found.keys() == expected.keys()
     for name, share in expected.items():
         assert found[name]["share"] == factor * share.share

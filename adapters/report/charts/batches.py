@@ -129,7 +129,8 @@ def _panels(
         alt.Scale(domain=order, range=[BY_NAME[FILLS[kind][i]] for kind in order]) for i in (0, 1)
     )
     legend = alt.Legend(title=None, orient="top", symbolType="square", values=list(kinds))
-    shown = legend if len(kinds) > 1 else None
+    shown = legend if set(kinds) - {ENDED} else None
+    room = 0.06 if len(bars.low) > 3 else 1.0 / len(bars.low)  # a few bars are no wider for it
     panels = []
     for batch in batches:
         last = batch == batches[-1]
@@ -137,7 +138,7 @@ def _panels(
         x = alt.X(
             "low:Q",
             title=title if last else None,
-            scale=alt.Scale(domain=padded([*bars.low, *bars.high], zero=False), nice=False),
+            scale=alt.Scale(domain=padded([*bars.low, *bars.high], zero=False, part=room), nice=False),
             axis=alt.Axis(
                 grid=False,
                 labels=last,

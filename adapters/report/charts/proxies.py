@@ -26,10 +26,11 @@ def proxies(run: SavedRun) -> Figure | None:
     if table is None:
         return None
     share = table.tokens["share"].to_numpy()
+    across = _places(share)
     panels = [
         _panel(
             [name, f"rho = {'undefined' if rho is None else number(rho, 2)}"],
-            counted(share, table.tokens[name].to_numpy()),
+            counted(share, across, table.tokens[name].to_numpy()),
             first=i % COLUMNS == 0,
             last=i + COLUMNS >= len(table.spearman),
         )
@@ -58,18 +59,20 @@ class Counted(NamedTuple):
     """Parts of the shares and of the scores below 0."""
 
 
-def counted(share: NDArray[np.float64], score: NDArray[np.float64]) -> Counted:
-    """Tokens in every cell of ranks.
-
-    Equal values share their mean rank, so that a score of one value is one row of cells.
-    """
-    places = []
-    for values in (share, score):
-        rank = (rankdata(values) - 0.5) / len(values)
-        places.append(np.minimum((rank * CELLS).astype(int), CELLS - 1))
+def counted(
+    share: NDArray[np.float64], across: NDArray[np.int64], score: NDArray[np.float64]
+) -> Counted:
+    """Tokens in every cell of ranks; `across`: the shares' cells, which are the same for all scores."""
     cells = np.zeros((CELLS, CELLS), dtype=np.int64)
-    np.add.at(cells, tuple(places), 1)
+    np.add.at(cells, (across, _places(score)), 1)
     return Counted(cells, (float((share < 0).mean()), float((score < 0).mean())))
+
+
+def _places(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The cell of each by its rank; equal values share their mean rank, and so a cell."""
+    rank = (rankdata(values) - 0.5) / len(values)
+    places: NDArray[np.int64] = np.minimum((rank * CELLS).astype(np.int64), CELLS - 1)
+    return places
 
 
 def _panel(title: list[str], found: Counted, *, first: bool, last: bool) -> Chart:

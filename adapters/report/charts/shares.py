@@ -32,7 +32,7 @@ def share_bars(bars: Sequence[Bar], amounts: Amounts, title: str, *, names: int)
     for bar in bars:
         low, high = (bar.interval.low, bar.interval.high) if bar.interval else (None, None)
         edge, fill = SUM if bar.sum else FALLS if bar.share < 0 else RISES
-        row: dict[str, Any] = {"name": bar.name, "share": amounts.factor * bar.share}
+        row: dict[str, Any] = {"name": _short(bar.name, names), "share": amounts.factor * bar.share}
         row |= {"edge": BY_NAME[edge], "fill": BY_NAME[fill]}
         row["low"], row["high"] = (None if x is None else amounts.factor * x for x in (low, high))
         rows.append(row)
@@ -48,7 +48,7 @@ def share_bars(bars: Sequence[Bar], amounts: Amounts, title: str, *, names: int)
         "name:N",
         title=None,
         sort=None,
-        scale=alt.Scale(domain=[bar.name for bar in bars], paddingInner=0.25, paddingOuter=0.15),
+        scale=alt.Scale(domain=[row["name"] for row in rows], paddingInner=0.25, paddingOuter=0.15),
         axis=alt.Axis(
             labelLimit=names - 10, minExtent=names, maxExtent=names, domain=False, ticks=False
         ),
@@ -66,6 +66,12 @@ def share_bars(bars: Sequence[Bar], amounts: Amounts, title: str, *, names: int)
         height=STEP * len(bars),
         title=heading(axis.title(title, amounts.unit)),
     )
+
+
+def _short(name: str, pixels: int) -> str:
+    """What about fits; for each letter that does not, the renderer would measure the text again."""
+    most = pixels // 7
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def listed(bars: Sequence[Bar], amounts: Amounts) -> str:
