@@ -91,7 +91,9 @@ class Scaled(NamedTuple):
     exponent: int
 
     def title(self, what: str, unit: str) -> str:
-        """As "change, thousandths of nats per token"."""
+        """As "change, thousandths of nats per token"; a change of the reward, in reward, needs no unit."""
+        if not self.exponent and unit in what.split():
+            return what
         size = SIZES.get(self.exponent, f"1e{self.exponent}")
         scaled_unit = f"{size} of {unit}" if self.exponent else unit
         return f"{what}, {scaled_unit}" if what else scaled_unit
