@@ -91,7 +91,7 @@ class Scaled(NamedTuple):
     exponent: int
 
     def title(self, what: str, unit: str) -> str:
-        """As "change, thousandths of nats per token"; a change of the reward, in reward, needs no unit."""
+        """As "change, thousandths of nats per token"; no unit where `what` has it already."""
         if not self.exponent and unit in what.split():
             return what
         size = SIZES.get(self.exponent, f"1e{self.exponent}")
