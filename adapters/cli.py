@@ -7,7 +7,7 @@ import typer
 from funcprobe.types import InputError
 
 from .commands.app import app
-from .commands.comparing import sweep
+from .commands.comparing import compare, sweep
 from .commands.looking import report
 from .commands.preparing import init, inspect
 from .commands.probing import check, run, whatif
@@ -15,7 +15,7 @@ from .machine.allocator import keep_freed_memory
 
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
-for command in (run, whatif, sweep, report, check, init, inspect):  # as --help lists them
+for command in (run, whatif, sweep, compare, report, check, init, inspect):  # as --help lists them
     app.command()(command)
 
 

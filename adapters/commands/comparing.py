@@ -1,12 +1,13 @@
 """sweep, compare: several runs."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..config.file import read_config
 from ..console import Narrator
-from .app import ConfigPath, Overrides
+from .app import ConfigPath, Overrides, stdout
 
 
 def sweep(
@@ -28,7 +29,8 @@ def sweep(
     """Run every checkpoint of a training with one configuration, in one process, the base loaded once.
 
     Writes RUN.FOLDER/RUN.NAME-<step> each. Checkpoints of the same configuration and inputs that are
-    there are kept; one that is rejected does not stop the others. Exit status 2 if one was.
+    there are kept; one that is rejected does not stop the others. Exit status 2 if one was. At the end
+    the runs are compared: RUN.FOLDER/RUN.NAME.compare.html and .json.
     """
     parsed = read_config(config, overrides or ())
     narrator = Narrator()
@@ -37,7 +39,44 @@ def sweep(
 
     outcomes = command.sweep(parsed, checkpoints, narrator, fresh=fresh)
     failed = [one for one in outcomes if one.failed is not None]
+    done = [one.folder for one in outcomes if one.failed is None]
+    if len(done) > 1:
+        from ..compare import compare_runs
+        from ..results.comparison_words import print_comparison
+
+        written = compare_runs(done, done[0].parent, f"{parsed.run.name}.compare")
+        print_comparison(written.comparison, stdout())
+        narrator.say(f"wrote {written.html} and {written.json.name}")
     for one in failed:
         typer.echo(f"funcprobe: {one.checkpoint} failed: {one.failed}", err=True)
     if failed:
         raise typer.Exit(2)
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN ...", help="Run folders, as runs/mine-*.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where to write compare.html and .json.")
+    ] = Path(),
+    name: Annotated[str, typer.Option(help="Of the two files, without their suffixes.")] = "compare",
+    log: Annotated[
+        Path | None,
+        typer.Option(help="trainer_state.json of the training. Default: the last checkpoint's."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Compare runs: checkpoints of a training, learning rates, rules, models.
+
+    Checkpoints of one training are ordered by step, with the entropy that was predicted, measured and
+    logged on the way; other runs by what differs in their configurations.
+    """
+    from ..compare import compare_runs
+    from ..results.comparison_words import print_comparison
+
+    written = compare_runs(runs, out.expanduser(), name, log)
+    print_comparison(written.comparison, stdout())
+    typer.echo(f"wrote {written.html} and {written.json.name}")
+    if show:
+        typer.launch(str(written.html))

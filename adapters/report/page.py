@@ -79,11 +79,15 @@ def report_html(run: SavedRun, charts: dict[str, Figure] | None = None) -> str:
 def _placed(charts: Iterable[Figure]) -> dict[str, list[Drawn]]:
     placed: dict[str, list[Drawn]] = {place: [] for place in PLACES.values()}
     for figure in charts:
-        svg = inline_svg(figure)
-        width = re.match(r'<svg [^>]*?\bwidth="([0-9.]+)"', svg)
-        drawn = Drawn(figure, Markup(svg), width is not None and float(width[1]) > NARROW)
-        placed[PLACES.get(figure.name, "parts")].append(drawn)
+        placed[PLACES.get(figure.name, "parts")].append(drawn(figure))
     return placed
+
+
+def drawn(figure: Figure) -> Drawn:
+    """The figure in the page's colours."""
+    svg = inline_svg(figure)
+    width = re.match(r'<svg [^>]*?\bwidth="([0-9.]+)"', svg)
+    return Drawn(figure, Markup(svg), width is not None and float(width[1]) > NARROW)
 
 
 def _about(run: SavedRun) -> list[tuple[str, str]]:

@@ -1,9 +1,10 @@
-"""What is written and printed: results.json, manifest.json and whatif.json as typed objects, tables."""
+"""What is written and printed: results.json, manifest.json, whatif.json and compare.json as typed objects, tables."""
 
+from .comparison_sections import Comparison
 from .manifest import Manifest
 from .prompt_table import prompt_table
 from .proxy_table import ProxyTable, proxy_table
-from .reading import load, load_manifest, load_whatif
+from .reading import load, load_comparison, load_manifest, load_whatif
 from .sampling_facts import BatchFacts, SamplingFacts, Spread, sampling_facts
 from .saved import SavedRun, load_run
 from .schema import Results
@@ -11,6 +12,7 @@ from .whatif_sections import WhatIf
 
 __all__ = [
     "BatchFacts",
+    "Comparison",
     "Manifest",
     "ProxyTable",
     "Results",
@@ -19,6 +21,7 @@ __all__ = [
     "Spread",
     "WhatIf",
     "load",
+    "load_comparison",
     "load_manifest",
     "load_run",
     "load_whatif",

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from .comparison_sections import Comparison
 from .manifest import Manifest
 from .quantity import Section
 from .schema import Results
@@ -18,6 +19,7 @@ def schemas() -> dict[str, str]:
         "results.schema.json": Results,
         "manifest.schema.json": Manifest,
         "whatif.schema.json": WhatIf,
+        "compare.schema.json": Comparison,
     }
     return {
         name: json.dumps({"$schema": DIALECT} | model.model_json_schema(mode="serialization"), indent=2)

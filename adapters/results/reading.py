@@ -10,7 +10,8 @@ from funcprobe.types import InputError
 
 from .. import strict_json
 from ..store import require_finite
-from . import manifest, schema, whatif_sections
+from . import comparison_sections, manifest, schema, whatif_sections
+from .comparison_sections import Comparison
 from .manifest import Manifest
 from .quantity import Section
 from .schema import Results
@@ -36,6 +37,11 @@ def load_manifest(run_folder: Path | str) -> Manifest:
 def load_whatif(file: Path | str) -> WhatIf:
     """What `funcprobe whatif` wrote, as runs/one.whatif.json; raises InputError as `load` does."""
     return _read(Path(file), WhatIf, whatif_sections.SCHEMA_VERSION)
+
+
+def load_comparison(file: Path | str) -> Comparison:
+    """What `funcprobe compare` or `sweep` wrote, as compare.json; raises InputError as `load` does."""
+    return _read(Path(file), Comparison, comparison_sections.SCHEMA_VERSION)
 
 
 def _read(path: Path, model: type[Document], newest: int) -> Document:

@@ -78,11 +78,11 @@ def _sampling(config: Config, sidecar: Sidecar) -> dict[str, Any]:
     }
     if config.rollouts.update is None:
         G = ran.get("num_generations")
-        found |= {"G": G, "B_U": _prompts_of_a_step(sidecar, G)}
+        found |= {"G": G, "B_U": prompts_of_a_step(sidecar, G)}
     return found
 
 
-def _prompts_of_a_step(sidecar: Sidecar, G: Any) -> int | None:
+def prompts_of_a_step(sidecar: Sidecar, G: Any) -> int | None:
     """Prompts of one optimizer step; None if the file does not determine them, or there is just one."""
     keys = ("generation_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     counts: list[Any] = [*(sidecar.loss.get(key) for key in keys), G]
