@@ -58,7 +58,7 @@ def _changes(comparison: Comparison) -> Figure:
         f"Change of the entropy by the next step of each of {len(runs)} runs"
         f"{', relative to its entropy' if relative else ''}. Lines: 95 % intervals, of the predicted "
         "change over E and the prompts of U, of a measured one over E given U.",
-        _told(values, runs, unit),
+        _described(values, runs, unit),
         _drawn(values, comparison, unit, SIDES),
     )
 
@@ -80,12 +80,12 @@ def _parts(comparison: Comparison) -> Figure:
         f"Predicted change of the entropy by the next step of each of {len(comparison.runs)} runs, by "
         "the parts of the step, which sum to the whole: Adam’s first moment, this batch’s gradient, "
         "weight decay. Without intervals; a run’s own report has them.",
-        _told(values, comparison.runs, unit),
+        _described(values, comparison.runs, unit),
         _drawn(values, comparison, unit, PARTS),
     )
 
 
-def _told(values: Sequence[_Value], runs: Sequence[ComparedRun], unit: str) -> str:
+def _described(values: Sequence[_Value], runs: Sequence[ComparedRun], unit: str) -> str:
     return "; ".join(
         f"{label(runs[one.run].label)}, {one.kind}: {number(one.value, signed=True)} {unit}"
         for one in values[:12]
@@ -205,7 +205,7 @@ def _modules(comparison: Comparison) -> Figure | None:
         height=ROW * len(groups),
         title=heading(scale.title("change", unit)),
     )
-    told = [
+    described = [
         f"{label(group.name)}: {', '.join(number(x, 2, signed=True) for x in group.change if x)}"
         for group in groups[:6]
     ]
@@ -215,7 +215,7 @@ def _modules(comparison: Comparison) -> Figure | None:
         f"Predicted change of the entropy by the next step of each of {len(runs)} runs, by projection, "
         "summed over layers; the page’s own colour: 0; one scale for all runs. Without intervals; a "
         "run’s own report has them.",
-        "; ".join(told),
+        "; ".join(described),
         grammar(chart),
     )
 
@@ -227,7 +227,7 @@ def _observables(comparison: Comparison) -> Figure | None:
     if not shared:
         return None
     panels = [_panel(comparison, name, [seen[name] for seen in of_run]) for name in shared]
-    told = [
+    described = [
         f"{label(observable_label(name))}: "
         f"{', '.join(number(seen[name].value.value) for seen in of_run[:12])}"
         for name in shared
@@ -236,7 +236,7 @@ def _observables(comparison: Comparison) -> Figure | None:
         "observables-over-runs",
         "What else the policies differ in",
         f"On E of each of {len(runs)} runs, at theta. Lines: 95 % intervals over the draws of E.",
-        "; ".join(told),
+        "; ".join(described),
         grammar(alt.vconcat(*panels)),
     )
 

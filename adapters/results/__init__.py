@@ -1,4 +1,4 @@
-"""What is written and printed: results.json, manifest.json, whatif.json and compare.json as typed objects, tables."""
+"""What is written and printed: results, manifest, rules and comparisons as typed objects, tables."""
 
 from .comparison_sections import Comparison
 from .manifest import Manifest
