@@ -1,7 +1,6 @@
 """report.html: a run as one page."""
 
 import re
-import shlex
 import tomllib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -68,7 +67,6 @@ def report_html(run: SavedRun, charts: dict[str, Figure] | None = None) -> str:
         whatif=run.whatif,
         whatif_left_out=run.whatif_left_out,
         comparing=comparing(run),
-        reporting=f"funcprobe report {shlex.quote(str(run.folder))}",
         figures=_placed(charts.values()),
         responses=text.html,
     )

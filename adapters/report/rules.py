@@ -10,17 +10,10 @@ from ..results.whatif_sections import ChangeSection, RuleRow, WhatIf
 from . import numbers
 from .table import Cell, Column, Row, Table, table
 
-OTHER = (
-    "These rules were compared on other batches than those of this run, so that their numbers and "
-    "those above differ by sampling as well."
-)
-
 
 class Rules(NamedTuple):
     """What the template of the section shows."""
 
-    other: str
-    """Where the rules were compared on other batches than the run's; else empty."""
     words: list[str]
     rules: Table
     about: Table
@@ -43,8 +36,6 @@ def rules(run: SavedRun) -> Rules | None:
             ["Rule", "Why"],
             [[one.rule, one.reason] for one in found.left_out],
         )
-    same = found.counts == run.results.counts and found.entropy.value == run.results.entropy.value
-    other = "" if same else OTHER
     about = table(
         "Table: what each rule does",
         "What each rule does, and the paper that it is from.",
@@ -52,7 +43,6 @@ def rules(run: SavedRun) -> Rules | None:
         [[row.rule, row.about] for row in found.rules],
     )
     return Rules(
-        other,
         list(found.findings),
         _rules(found),
         about,
