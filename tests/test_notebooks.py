@@ -13,9 +13,11 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from support.offline import OFFLINE
 from support.paths import ROOT
+from support.real import real_policy
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FAST = [path for path in NOTEBOOKS if not path.name.startswith("04")]
+REAL = ROOT / "notebooks" / "04_your_own_run.ipynb"
+FAST = [path for path in NOTEBOOKS if path != REAL]
 MOST_CELLS = 40
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -24,7 +26,7 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     """The notebook with its outputs, executed in `folder` by a kernel of this Python."""
     notebook.cells.insert(0, new_code_cell(OFFLINE))
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}})
     return client.execute()
 
 
@@ -46,7 +48,17 @@ def desk(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("path", FAST, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, desk):
     """Its assertions are its claims."""
-    done = execute(nbformat.read(path, as_version=4), desk)
+    runs(path, desk)
+
+
+@pytest.mark.slow
+def test_the_notebook_of_a_real_run_runs(desk):
+    real_policy()
+    runs(REAL, desk)
+
+
+def runs(path: Path, folder: Path) -> None:
+    done = execute(nbformat.read(path, as_version=4), folder)
     code = [cell for cell in done.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not re.search(r"\bnan\b", "".join(str(cell.outputs) for cell in code).lower())
@@ -83,7 +95,7 @@ def test_a_notebook_is_stored_without_outputs_and_places(path):
 
 
 def test_every_notebook_is_there():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
     assert {path.stem for path in NOTEBOOKS} == {
         path.stem for path in (ROOT / "notebooks").glob("*.py")
     }
