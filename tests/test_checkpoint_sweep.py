@@ -18,6 +18,7 @@ from funcprobe.adapters.checkpoint import resident as resident_module
 from funcprobe.adapters.checkpoint.model import load_policy
 from funcprobe.adapters.checkpoint.resident import Resident
 from funcprobe.adapters.config.policy import PolicyConfig
+from funcprobe.adapters.results import load_comparison
 from funcprobe.types import InputError
 from support.checkpoints import Checkpoint, edit_json, sets
 
@@ -44,7 +45,7 @@ def trained(checkpoint: Checkpoint, folder: Path, *steps: int | str) -> Training
         weights = load_file(place / WEIGHTS)
         moved = {k: t + 0.05 * torch.randn(t.shape, generator=generator) for k, t in weights.items()}
         save_file(moved, place / WEIGHTS, {"format": "pt"})
-        (place / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": []}))
+        (place / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
     settings = checkpoint.settings() | {"measure.etas": [1e-4], "run.name": "t", "run.report": False}
     del settings["policy.checkpoint"]
     return Training(folder, settings)
@@ -117,6 +118,10 @@ def test_progress_is_a_line_a_checkpoint_in_the_order_of_steps(sweep) -> None:
         ("checkpoint-2", "1"),
         ("checkpoint-10", "2"),
     ]
+    compared = load_comparison("runs/t.compare.json")
+    assert [run.step for run in compared.runs] == [2, 10]
+    assert Path("runs/t.compare.html").is_file()
+    assert "Entropy, nats per token" in outcome.out
     warnings = [line for line in lines if "warning: " in line]
     assert warnings  # of the first
     assert len(warnings) == len(set(warnings))

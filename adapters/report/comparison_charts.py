@@ -246,11 +246,12 @@ def _panel(comparison: Comparison, name: str, seen: Sequence[Seen]) -> Chart:
     room = padded([x for one in seen for x in (one.interval.low, one.interval.high)], zero=False)
     scale = alt.Scale(domain=room, nice=False)
     rows: list[dict[str, Any]] = [
-        {"run": of, "step": run.step, "value": one.value.value, **bounds(one.interval)}
-        for of, run, one in zip(names, comparison.runs, seen, strict=True)
+        {"run": at, "step": run.step, "value": one.value.value, **bounds(one.interval)}
+        for at, run, one in zip(names, comparison.runs, seen, strict=True)
     ]
     data = alt.Chart(inline(rows))
-    title = heading(label(f"{observable_label(name)}, {seen[0].value.unit}", 40, 8))
+    of, unit = observable_label(name), seen[0].value.unit
+    title = heading(label(of if of == unit else f"{of}, {unit}", 40, 8))
     colour = alt.value(BY_NAME["measured"])
     if comparison.path is not None:
         x, y, low = step_axis(), alt.Y("value:Q", scale=scale, title=None), alt.Y("low:Q", scale=scale)
