@@ -220,6 +220,37 @@ def test_a_log_of_others_is_read_with_care(tmp_path) -> None:
     assert training_log(tmp_path / "nowhere") is None
 
 
+def test_where_a_run_has_no_next_learning_rate_all_changes_are_in_one_unit(run_one, tmp_path) -> None:
+    """A schedule that ends at 0: the path is there, and no change is beside one of another unit."""
+    runs = written(tmp_path, run_one)
+    edited(runs[-1], next_lr__value=0.0)
+    found = compared(runs, tmp_path)
+    assert found.path is not None
+    for run, folder in zip(found.runs, runs, strict=True):
+        assert run.predicted.value == load(folder).first_order.derivative.value
+        assert run.predicted.unit == load(folder).first_order.derivative.unit
+        assert run.momentum + run.decay + run.update == pytest.approx(run.predicted.value)
+        assert run.relative is run.measured is None
+    assert any("r-11: the changes of all runs are per unit" in line for line in found.warnings)
+    for group in found.projections:
+        shares = [
+            next(p for p in load(f).attribution.projections if p.name == group.name) for f in runs
+        ]
+        assert list(group.change) == [one.total.share for one in shares]
+
+
+def test_without_any_learning_rate_there_is_no_path(run_one, tmp_path) -> None:
+    """Not one that stays where it is, without an error."""
+    runs = written(tmp_path, run_one)
+    for run in runs:
+        edited(run, next_lr__value=0.0)
+    for step in STEPS:
+        (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    found = compared(runs, tmp_path)
+    assert found.path is None
+    assert any(line.startswith("no path over the training") for line in found.warnings)
+
+
 def test_a_log_without_entropies_is_said(training, tmp_path) -> None:
     log = tmp_path / "log.json"
     log.write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))

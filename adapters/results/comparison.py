@@ -19,6 +19,7 @@ from .comparison_sections import (
     GroupOverRuns,
     Seen,
 )
+from .comparison_warnings import learning_rate_warnings
 from .comparison_words import findings
 from .quantity import Interval, quantity
 from .saved import SavedRun
@@ -54,7 +55,10 @@ def compare(given: Sequence[Given], log: "TrainingLog | None") -> Comparison:
     _require_two(given)
     unit = _require_one_unit(given)
     kind, order, given, labels, differing = _ordered(given)
-    runs = tuple(_compared(one, label) for one, label in zip(given, labels, strict=True))
+    per_step = all(one.run.results.next_lr.value > 0 for one in given)
+    runs = tuple(
+        _compared(one, label, per_step=per_step) for one, label in zip(given, labels, strict=True)
+    )
     path = None
     if kind == "checkpoints":
         path = entropy_path([Point(one.step or 0, one.run, one.batch) for one in given], log)
@@ -68,8 +72,8 @@ def compare(given: Sequence[Given], log: "TrainingLog | None") -> Comparison:
         unit=unit,
         runs=runs,
         differing=differing,
-        projections=_groups(given, runs, "projections"),
-        layers=_groups(given, runs, "layers"),
+        projections=_groups(given, "projections", per_step=per_step),
+        layers=_groups(given, "layers", per_step=per_step),
         path=path,
     )
 
@@ -168,16 +172,17 @@ def _sortable(value: str) -> tuple[int, float, str]:
         return (1, 0.0, value)
 
 
-def _compared(given: Given, label: str) -> ComparedRun:
+def _compared(given: Given, label: str, *, per_step: bool) -> ComparedRun:
+    """Changes by the next step; per unit of learning rate, for all alike, where a run has none."""
     run, results = given.run, given.run.results
     first, eta = results.first_order, results.next_lr.value
-    scale = eta or 1.0
-    over, unit = first.interval_total, results.entropy.unit if eta else first.derivative.unit
+    scale = eta if per_step else 1.0
+    over, unit = first.interval_total, results.entropy.unit if per_step else first.derivative.unit
     predicted = scale * first.derivative.value
     low, high = scale * over.low, scale * over.high
     before = results.entropy.value
-    has_relative = eta > 0 and before > 0
-    row = next((row for row in results.sweep if row.is_next_lr), None)
+    has_relative = per_step and before > 0
+    row = next((row for row in results.sweep if row.is_next_lr and per_step), None)
     return ComparedRun(
         label=label,
         name=run.folder.name,
@@ -187,7 +192,9 @@ def _compared(given: Given, label: str) -> ComparedRun:
         entropy=results.entropy,
         entropy_interval=results.entropy_interval,
         next_lr=eta,
-        predicted=quantity(predicted, unit, "by the next step, to first order"),
+        predicted=quantity(
+            predicted, unit, f"{'by the next step' if per_step else 'along v'}, to first order"
+        ),
         predicted_interval=Interval(low=low, high=high),
         relative=predicted / before if has_relative else None,
         relative_interval=Interval(low=low / before, high=high / before) if has_relative else None,
@@ -205,17 +212,16 @@ def _compared(given: Given, label: str) -> ComparedRun:
     )
 
 
-def _groups(
-    given: Sequence[Given], runs: Sequence[ComparedRun], name: str
-) -> tuple[GroupOverRuns, ...]:
+def _groups(given: Sequence[Given], name: str, *, per_step: bool) -> tuple[GroupOverRuns, ...]:
     """In the order of the first run; the largest where there are many."""
     sections = [one.run.results.attribution for one in given]
     if any(section is None for section in sections):
         return ()
     of_run: list[dict[str, float]] = []
-    for section, run in zip(sections, runs, strict=True):
+    for section, one in zip(sections, given, strict=True):
         groups: Iterable[GroupShare] = getattr(section, name)
-        of_run.append({group.name: (run.next_lr or 1.0) * group.total.share for group in groups})
+        scale = one.run.results.next_lr.value if per_step else 1.0
+        of_run.append({group.name: scale * group.total.share for group in groups})
     names = list(dict.fromkeys(key for shares in of_run for key in shares))
     found = [
         GroupOverRuns(name=key, change=tuple(shares.get(key) for shares in of_run)) for key in names
@@ -272,6 +278,7 @@ def _warnings(given: Sequence[Given], kind: str, path: EntropyPath | None) -> li
         said.append(
             "intervals are those of each run; no interval of a difference between runs is computed"
         )
+    said += learning_rate_warnings(runs, kind, path)
     failed = [run.folder.name for run in runs if _failed(run)]
     if failed:
         said.append(f"sanity checks failed in {', '.join(failed)}: see their reports")

@@ -23,8 +23,10 @@ WHAT = (
     "each of them were the step on an average batch from the first checkpoint. Its 95 % interval has "
     "the error over E, common to all n steps, and the error over U’s prompts twice: U’s own, and that "
     "of the n batches that training drew instead, B_U prompts of U and B in each of them: "
-    "se_U² (1 + B_U / (n B)). The sum over checkpoints adds the errors of its parts up, as if they "
-    "were perfectly correlated, since all checkpoints have the same prompts and seeds: a bound."
+    "se_U² (1 + B_U / (n B)), each batch by its part in one step: what momentum carries of it into the "
+    "steps after is left out, so that for n > 1 the interval is too narrow. The sum over checkpoints "
+    "adds the errors of its parts up, as if they were perfectly correlated, since all checkpoints have "
+    "the same prompts and seeds: a bound."
 )
 
 
@@ -44,10 +46,12 @@ class _Influence(NamedTuple):
     derivative_N: torch.Tensor
 
 
-def entropy_path(points: Sequence[Point], log: "TrainingLog | None") -> EntropyPath:
-    """Of checkpoints of one training in the order of their steps."""
-    influences = [_influence(point.run) for point in points]
+def entropy_path(points: Sequence[Point], log: "TrainingLog | None") -> EntropyPath | None:
+    """Of checkpoints of one training in the order of their steps; None: learning rates are unknown."""
     rates, said = _rates(points, log)
+    if not all(rate > 0 for rate in rates):
+        return None
+    influences = [_influence(point.run) for point in points]
     between = tuple(
         _between(a, b, rate, x, y)
         for (a, b), rate, (x, y) in zip(pairwise(points), rates, pairwise(influences), strict=True)

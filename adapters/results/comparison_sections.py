@@ -40,17 +40,18 @@ class ComparedRun(Section):
     entropy_interval: StudentInterval
     """Of the entropy, over the draws of E."""
     next_lr: float
-    """eta, the learning rate of the next step; 0: not known, and then changes are per unit of it."""
+    """eta, the learning rate of the next step; 0 in any of the runs (a schedule's end, or not known):
+    the changes of all of them are per unit of learning rate."""
     predicted: Quantity
     """Change of the entropy by the next step."""
     predicted_interval: Interval
     """Of that change, over E and the prompts of U, for an average U."""
     relative: float | None
-    """Of the entropy; null: next_lr is not known, or the entropy is 0."""
+    """Of the entropy; null: a run has no next_lr, or the entropy is 0."""
     relative_interval: Interval | None
     """The interval of the change over the entropy, whose own error is left out."""
     measured: Quantity | None
-    """The change measured at next_lr; null: it was not measured there."""
+    """The change measured at next_lr; null: it was not measured there, or a run has no next_lr."""
     measured_interval: StudentInterval | None
     """Over E given U; null: not measured, or the weights' verdict is "resample"."""
     momentum: float
@@ -177,7 +178,7 @@ class Comparison(Section):
     layers: tuple[GroupOverRuns, ...]
     """Shares by layer; empty: a run has no attribution."""
     path: EntropyPath | None
-    """null: the runs are not checkpoints of one training."""
+    """null: the runs are not checkpoints of one training, or its learning rates are not known."""
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A row a run, in order; `attrs["unit"]` is the unit of entropies and changes."""

@@ -69,7 +69,9 @@ def _level(run: ComparedRun) -> str:
 
 def _change(run: ComparedRun) -> str:
     if run.relative is None or run.relative_interval is None:
-        return f"{run.predicted.value:+.3g} {run.predicted.unit}"
+        over = run.predicted_interval
+        bounds = f"95 %: {over.low:+.2g} to {over.high:+.2g}"
+        return f"{run.predicted.value:+.3g} {run.predicted.unit} ({bounds})"
     low, high = run.relative_interval.low, run.relative_interval.high
     return f"{100 * run.relative:+.2g} % (95 %: {100 * low:+.2g} to {100 * high:+.2g}) by the next step"
 
@@ -80,7 +82,7 @@ def _parts(first: ComparedRun, last: ComparedRun) -> str:
         f"weight decay {run.decay:+.2g}"
         for run in (first, last)
     ]
-    return f"parts of the next step's change, {first.predicted.unit}: {'; '.join(said)}"
+    return f"parts of the predicted change, {first.predicted.unit}: {'; '.join(said)}"
 
 
 def _outside_0(interval: Interval) -> bool:
@@ -104,7 +106,8 @@ def _table(comparison: Comparison) -> Table:
     path, runs = comparison.path, comparison.runs
     table = Table(title=f"Entropy, {comparison.unit} (±: 95 %)", title_justify="left", box=box.SIMPLE)
     table.add_column("run", no_wrap=True)
-    for name in ("entropy", "next step", *(("predicted", "actual") if path else ("momentum", "batch"))):
+    step = "next step" if all(run.next_lr > 0 for run in runs) else "per unit of lr"
+    for name in ("entropy", step, *(("predicted", "actual") if path else ("momentum", "batch"))):
         table.add_column(name, justify="right", no_wrap=True)
     level = _decimals([run.entropy_interval.half_width for run in runs])
     halves = [one.actual_interval.half_width for one in path.between] if path else []
