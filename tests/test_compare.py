@@ -253,11 +253,12 @@ def test_without_any_learning_rate_there_is_no_path(run_one, tmp_path) -> None:
 
 def test_a_log_without_entropies_is_said(training, tmp_path) -> None:
     log = tmp_path / "log.json"
-    log.write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
+    log.write_text(json.dumps({"log_history": [{"step": 1, "entropy": math.nan}]}))
     path = compared(training, tmp_path, log=log).path
     assert path is not None
     assert path.logged == ()
     assert "logs no entropy" in path.logged_what
+    assert "1 entries are no finite number" in path.logged_what
     shutil.rmtree(tmp_path / "out")
     found = compared(training, tmp_path)  # steps by the folders' numbers
     assert found.path is not None

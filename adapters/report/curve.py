@@ -10,6 +10,7 @@ from ..results.quantity import Quantity
 from ..results.saved import SavedRun
 from ..results.schema import Results
 from ..results.sweep_sections import LinearUntil, SweepRow
+from ..results.verdict import covered
 from . import numbers
 from .table import Cell, Column, Fact, Row, Table
 
@@ -35,14 +36,6 @@ def curve(run: SavedRun) -> Curve:
     )
 
 
-def over(results: Results) -> str:
-    """What the interval of the predicted change covers."""
-    first = results.first_order
-    if first.masks:
-        return "E, U and masks"
-    return "E and U" if first.se_over_U.value else "E"
-
-
 def learning_rate(eta: float, is_next: bool) -> Markup:
     """With a word where it is that of the next step."""
     shown = numbers.setting(eta)
@@ -51,10 +44,10 @@ def learning_rate(eta: float, is_next: bool) -> Markup:
 
 def _sweep(results: Results) -> Table:
     quadratic = results.second_order is not None
-    covered = over(results)
+    over = covered(results)
     columns = [
         Column("Learning rate η"),
-        Column("Predicted", f"± over {covered}"),
+        Column("Predicted", f"± over {over}"),
         *([Column("With quadratic term")] if quadratic else []),
         Column("Measured", "± over E, U given"),
         Column("Difference", "± same samples"),
@@ -64,7 +57,7 @@ def _sweep(results: Results) -> Table:
     ]
     return Table(
         f"Change of the entropy, {results.entropy.unit}, at θ + ηv. Predicted: η times the derivative "
-        f"along v; ± is half a 95 % interval over {covered}. Measured: by importance sampling on the "
+        f"along v; ± is half a 95 % interval over {over}. Measured: by importance sampling on the "
         f"{results.counts.E_sequences} responses of E; its interval is over E, with U and so v held "
         "fixed. Difference: measured − predicted, on the same samples; ratio: measured / predicted. "
         "ESS: effective sample size of the importance weights.",
@@ -123,7 +116,7 @@ def _facts(results: Results) -> list[Fact]:
             Markup("{} {} (± 95 % over {})").format(
                 numbers.change(first.derivative.value, first.interval_total),
                 first.derivative.unit,
-                over(results),
+                covered(results),
             ),
         )
     )

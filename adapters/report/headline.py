@@ -171,7 +171,12 @@ def _causes(verdict: Verdict) -> Table | None:
 def _rule(own: RuleRow, row: RuleRow) -> Markup:
     entropy, before = row.entropy, own.entropy
     interval = entropy.measured_interval_given_U
-    keeps = interval is not None and interval.high >= 0
+    if interval is None or interval.high < 0:
+        found = "No rule compared here keeps the entropy; loses the least:"
+    elif interval.low > 0:
+        found = "Raises the entropy:"
+    else:
+        found = "Under this rule the entropy is not known to fall (the interval holds 0):"
     reward = Markup("")
     if row.reward is not None:
         reward = Markup(" The reward changes by {} against the run’s own rule.").format(
@@ -180,7 +185,7 @@ def _rule(own: RuleRow, row: RuleRow) -> Markup:
     return Markup(
         "{} <code>{}</code>: one step changes the entropy by {} {} instead of {}, as measured.{}"
     ).format(
-        "Keeps the entropy:" if keeps else "No rule compared here keeps the entropy; loses the least:",
+        found,
         row.rule,
         numbers.change(entropy.measured.value, entropy.measured_interval_given_U),
         entropy.measured.unit,

@@ -177,7 +177,8 @@ def _logged_what(log: "TrainingLog | None") -> str:
     if log is None:
         return "no trainer_state.json was found beside the checkpoints: give one by --log"
     if not log.has_entropy:
-        return f'{log.file} logs no entropy (the key "entropy" of TRL\'s log)'
+        bad = f": {log.left_out} entries are no finite number" if log.left_out else ""
+        return f'{log.file} logs no entropy (the key "entropy" of TRL\'s log){bad}'
     out = f"; {log.left_out} entries are left out, being no finite number" if log.left_out else ""
     return (
         "what the trainer logged: the mean entropy over the tokens of its own training batches, of the "

@@ -34,7 +34,7 @@ def verdict_of(results: Results) -> Verdict:
         change=scale * first.derivative.value,
         low=scale * first.interval_total.low,
         high=scale * first.interval_total.high,
-        over=_over(results),
+        over=covered(results),
         established=_excludes_0(first.interval_total),
         needed=needed(
             first.derivative.value,
@@ -180,8 +180,8 @@ def _effect(one: Observable, scale: float, results: Results) -> Effect:
     )
 
 
-def _over(results: Results) -> str:
-    """What the interval of the entropy's change covers."""
+def covered(results: Results) -> str:
+    """What `first_order.interval_total`, of the entropy's change, covers."""
     first = results.first_order
     if first.masks:
         return "E, U and masks" if first.se_over_U.value else "E and masks"

@@ -9,6 +9,7 @@ import pytest
 
 from funcprobe.adapters.report.charts import CHARTS, figures
 from funcprobe.adapters.report.charts.trust import limits
+from funcprobe.adapters.report.headline import _rule
 from funcprobe.adapters.report.render import inline_svg
 from funcprobe.adapters.results.momentum_sections import MomentumSection, MomentumStep
 from funcprobe.adapters.results.quantity import StudentInterval, quantity
@@ -241,3 +242,34 @@ def test_supplied_rollouts_may_have_neither_texts_nor_rewards(run_folder, tmp_pa
     assert "rewards" not in found
     assert {row["kind"] for row in rows(found["lengths"].chart, "responses")} == {"not known"}
     assert len(bars(found["prompts"])) > 2
+
+
+def test_captions_say_what_the_interval_covers(saved_run):
+    first = saved_run.results.first_order
+    assert "interval over E and U)" in figure(saved_run, "sweep").caption
+    no_gradient = first.model_copy(update={"se_over_U": quantity(0.0, "", "")})
+    assert "interval over E)" in figure(changed(saved_run, first_order=no_gradient), "sweep").caption
+
+
+def test_observables_on_fewer_responses_say_so(saved_run):
+    first, *others = saved_run.results.observables
+    fewer = first.model_copy(update={"responses": 3})
+    caption = figure(changed(saved_run, observables=(fewer, *others)), "observables").caption
+    assert f"(reward: 3, length: {others[0].responses})" in caption
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-2e-3, -1e-3, "No rule compared here keeps"),
+        (-2e-3, 1e-4, "not known to fall"),
+        (1e-3, 2e-3, "Raises the entropy"),
+    ],
+)
+def test_the_rule_to_try_claims_no_more_than_its_interval(saved_run, low, high, said):
+    assert saved_run.whatif is not None
+    own, rule, *_ = saved_run.whatif.rules
+    interval = StudentInterval(low=low, high=high, degrees_of_freedom=9)
+    entropy = rule.entropy.model_copy(update={"measured_interval_given_U": interval})
+    row = rule.model_copy(update={"entropy": entropy})
+    assert said in _rule(own, row)

@@ -41,10 +41,13 @@ class Curve(NamedTuple):
 
 def concentration(run: SavedRun) -> Figure | None:
     """Curves of |share| over tokens, responses and prompts, the largest first."""
-    curves = [
-        (lorenz(name, shares), colour, dash)
-        for table, batch, name, colour, dash in KINDS
+    found = {
+        name: shares
+        for table, batch, name, _, _ in KINDS
         if (shares := _shares(run, table, batch)) is not None and np.abs(shares).sum() > 0
+    }
+    curves = [
+        (lorenz(name, found[name]), colour, dash) for *_, name, colour, dash in KINDS if name in found
     ]
     if not curves:
         return None
@@ -56,6 +59,12 @@ def concentration(run: SavedRun) -> Figure | None:
     for curve, _, _ in curves:
         k, part = curve.few()
         said.append(f"{k} of {curve.of} {curve.name} hold {part:.0%}".replace("%", " %"))
+    none = [
+        f"{zeros} of {len(shares)} {name}"
+        for name, shares in found.items()
+        if (zeros := _zeros(shares))
+    ]
+    without = f" With a share of 0, and counted: {', '.join(none)}." if none else ""
     chart = alt.layer(
         alt.Chart(inline({"items": x, "held": x} for x in (0, 1)))
         .mark_line(color=BY_NAME["muted"], strokeWidth=1)
@@ -67,10 +76,14 @@ def concentration(run: SavedRun) -> Figure | None:
         "How few make the change",
         "The part of the sum of all absolute shares that the largest hold; on the straight line all "
         f"would be equal. The largest 5 %: {'; '.join(said)}. Absolute shares, as those of either sign "
-        "cancel in the sum; without intervals.",
+        f"cancel in the sum; without intervals.{without}",
         f"{'; '.join(said)} of the sum of absolute shares.",
         grammar(chart),
     )
+
+
+def _zeros(shares: NDArray[np.float64]) -> int:
+    return int((shares == 0).sum())
 
 
 def lorenz(name: str, shares: NDArray[np.float64]) -> Curve:

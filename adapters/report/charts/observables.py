@@ -37,11 +37,15 @@ def observables(run: SavedRun) -> Figure | None:
         name for one, row in found if row.measured_interval_given_U is None for name in (_name(one),)
     ]
     said = f" Without an interval, as the importance weights fail: {', '.join(lost)}." if lost else ""
+    counts = {_name(one): one.responses for one, _ in found}
+    alike = len(set(counts.values())) == 1
+    each = (f"{name}: {count}" for name, count in counts.items())
+    counted = str(found[0][0].responses) if alike else ", ".join(each)
     return Figure(
         "observables",
         "What else the step changes",
         f"Predicted and measured changes at {which}, {eta_text(eta)}, with 95 % intervals over the "
-        f"{run.results.counts.E_sequences} responses of E, U given; each on an axis of its own.{said}",
+        f"responses of E ({counted}), U given; each on an axis of its own.{said}",
         " ".join(_words(one, row) for one, row in found),
         grammar(
             alt.vconcat(*(_panel(one, row) for one, row in found), spacing=14).resolve_scale(

@@ -8,6 +8,7 @@ import altair as alt
 
 from ...results.saved import SavedRun
 from ...results.schema import Results
+from ...results.verdict import covered
 from ..figure import Figure
 from ..theme import BY_NAME
 from .pieces import (
@@ -203,8 +204,8 @@ def _next_lr(results: Results, x: alt.X, *, named: bool) -> list[Chart]:
 def _caption(results: Results, domain: Sequence[float]) -> str:
     counts, rows = results.counts, results.sweep
     sentences = [
-        "Predicted change (line, with its 95 % interval over the responses of E and the prompts of U) "
-        "and measured change (points, with 95 % intervals over E, U given) at "
+        f"Predicted change (line, with its 95 % interval over {covered(results)}) and measured change "
+        "(points, with 95 % intervals over E, U given) at "
         f"{len(rows)} learning rate{'s' if len(rows) > 1 else ''}; below, both over the learning rate, "
         f"to first order the same at all. E: {counts.E_sequences} responses to {counts.E_prompts} "
         f"prompts; U: {counts.U_sequences} responses to {counts.U_prompts} prompts."
