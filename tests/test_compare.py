@@ -25,6 +25,7 @@ from support.saved_runs import edited
 pytestmark = pytest.mark.usefixtures("offline")
 
 STEPS = (2, 5, 11)
+KEYS = {"seed", "temperature", "B_E", "B_U", "G"}
 LR = {s: 1e-3 * (1 - s / 40) for s in range(30)}  # of the step that is taken after s
 
 
@@ -237,6 +238,18 @@ def test_where_a_run_has_no_next_learning_rate_all_changes_are_in_one_unit(run_o
             next(p for p in load(f).attribution.projections if p.name == group.name) for f in runs
         ]
         assert list(group.change) == [one.total.share for one in shares]
+
+
+def test_folders_of_one_name_have_different_labels(run_one, tmp_path) -> None:
+    runs = [tmp_path / parent / "same" for parent in ("first", "second")]
+    for run in runs:
+        shutil.copytree(run_one, run, ignore=shutil.ignore_patterns("figures", "*.html"))
+    config = runs[1] / "config.toml"
+    lines = config.read_text().splitlines()
+    config.write_text("\n".join(line for line in lines if line.split(" = ")[0] not in KEYS))
+    found = compared(runs, tmp_path)
+    assert {run.label for run in found.runs} == {"first/same", "second/same"}
+    assert found.order.endswith(f"and {len(found.differing) - 3} more")
 
 
 def test_without_any_learning_rate_there_is_no_path(run_one, tmp_path) -> None:

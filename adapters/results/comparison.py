@@ -131,9 +131,20 @@ def _ordered(given: Sequence[Given]) -> _Ordered:
     differing = tuple(
         Differing(key=key, values=tuple(configs[i].get(key, NOT_SET) for i in order)) for key in differ
     )
-    named = ", ".join(differ[:3]) or "name: no setting differs"
-    labels = _labels([given[i].run.folder.name for i in order], differing)
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    named = ", ".join(differ[:3]) + more or "name: no setting differs"
+    labels = _labels(_folder_names([given[i].run.folder for i in order]), differing)
     return _Ordered("settings", named, [given[i] for i in order], labels, differing)
+
+
+def _folder_names(folders: Sequence[Path]) -> list[str]:
+    """The names of the folders, with as many parents as make each unlike the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def _labels(names: Sequence[str], differing: Sequence[Differing]) -> list[str]:
