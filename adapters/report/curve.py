@@ -211,11 +211,10 @@ def _observable(one: Observable) -> Table:
     marked = [row.is_next_lr for row in one.sweep]
     return Table(
         Markup(
-            "Change of {}, {}, on {} responses of E; at θ it is {}. ± is half a 95 % interval over E, "
+            "Change of {}, on {} responses of E; at θ it is {}. ± is half a 95 % interval over E, "
             "with U and so v held fixed; difference: measured − predicted."
         ).format(
-            name,
-            one.at_theta.unit,
+            name if name == one.at_theta.unit else f"{name}, {one.at_theta.unit}",
             numbers.count(one.responses),
             numbers.level(one.at_theta.value, one.interval),
         ),

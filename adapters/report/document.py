@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from .typeset import typeset
 from .visible import finalized, sentence
 
 ENVIRONMENT = Environment(
@@ -23,6 +24,7 @@ ENVIRONMENT = Environment(
 """Templates of this package; every value is made visible (`visible`) and escaped unless it is Markup
 that this package made."""
 ENVIRONMENT.filters["sentence"] = sentence
+ENVIRONMENT.filters["typeset"] = typeset
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # alone, as in file names that are not UTF-8
 

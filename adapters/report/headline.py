@@ -10,7 +10,7 @@ from ..results.observable_sections import ObservableRow
 from ..results.quantity import Interval
 from ..results.saved import SavedRun
 from ..results.schema import Results
-from ..results.verdict import verdict_line, verdict_of
+from ..results.verdict import beside_the_change, verdict_of
 from ..results.verdict_sections import Effect, Verdict
 from ..results.whatif_sections import RuleRow
 from ..results.whatif_words import best
@@ -28,7 +28,7 @@ class Headline(NamedTuple):
     statement: Markup
     """In one sentence, what the step does to the entropy."""
     line: str
-    """The verdict as it is printed."""
+    """What would tell the sign, and what makes the change; empty: nothing."""
     doubts: tuple[str, ...]
     effects: Table
     kl: str
@@ -48,7 +48,7 @@ def headline(run: SavedRun) -> Headline:
     row = best(run.whatif.rules[1:]) if run.whatif else None
     return Headline(
         _statement(verdict),
-        verdict_line(results),
+        beside_the_change(verdict),
         verdict.doubts,
         _effects(results, verdict),
         "" if any(o.name in KL for o in results.observables) else _kl(run),
@@ -68,12 +68,12 @@ def _statement(verdict: Verdict) -> Markup:
     verb = "lower" if effect.change < 0 else "raise"
     if verdict.relative is not None and verdict.low is not None and verdict.high is not None:
         size = numbers.percent(abs(verdict.relative))
-        bounds = Markup("95 %: {} to {}").format(
+        bounds = Markup("95\N{NO-BREAK SPACE}%: {} to {}").format(
             numbers.percent(verdict.low, signed=True), numbers.percent(verdict.high, signed=True)
         )
     else:
         size = Markup("{} {}").format(numbers.number(abs(effect.change)), effect.unit)
-        bounds = Markup("95 %: {} to {}").format(
+        bounds = Markup("95\N{NO-BREAK SPACE}%: {} to {}").format(
             numbers.number(effect.low, signed=True), numbers.number(effect.high, signed=True)
         )
     if effect.established:

@@ -13,6 +13,7 @@ from ..results.sections import CheckResult, StateEvidence
 from . import numbers
 from .sampling import batches, loss, sampling
 from .table import Cell, Column, Fact, Row, Table, table
+from .typeset import typeset
 
 
 class Trust(NamedTuple):
@@ -80,8 +81,8 @@ def _checks(results: Results) -> Table:
             [
                 one.name,
                 "passed" if one.passed else "suspect" if one.advisory else "FAILED",
-                one.saw,
-                one.bound,
+                typeset(one.saw),
+                typeset(one.bound),
             ],
             not one.passed,
         )

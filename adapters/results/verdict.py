@@ -12,6 +12,7 @@ from .quantity import Interval, Quantity, StudentInterval
 from .schema import Results
 from .verdict_sections import Cause, Effect, Verdict
 
+UNKNOWN = "sign not established"
 SMALL = 0.005  # of the sum of absolute parts: a part that is left out
 
 
@@ -77,10 +78,15 @@ def doubts_line(verdict: Verdict) -> str:
 
 def entropy_line(verdict: Verdict) -> str:
     """The change of the entropy, and what makes it."""
-    clauses = [effect_line(verdict.entropy, verdict), *_made_by(verdict)]
-    if verdict.without_gradient:
-        clauses.append("this U has no gradient, another may have one")
-    return "; ".join(clauses)
+    return "; ".join([effect_line(verdict.entropy, verdict), *_causes_of(verdict)])
+
+
+def beside_the_change(verdict: Verdict) -> str:
+    """What `entropy_line` says beyond the change and its interval; empty if that is nothing."""
+    effect = verdict.entropy
+    open_ = not effect.established and effect.low != effect.high
+    telling = _telling(effect, verdict).removeprefix(UNKNOWN).removeprefix(": ") if open_ else ""
+    return "; ".join(filter(None, (telling, *_causes_of(verdict))))
 
 
 def effect_line(effect: Effect, verdict: Verdict) -> str:
@@ -109,12 +115,12 @@ def _telling(effect: Effect, verdict: Verdict) -> str:
     """What is known of a change whose interval holds 0, and which batches would tell its sign."""
     found = effect.needed
     if found is None:
-        return "sign not established"
+        return UNKNOWN
     prompts = f"some {_some(found.U_prompts)} prompts of U" if found.U_prompts else ""
     responses = f"some {_some(found.E_responses)} responses of E" if found.E_responses else ""
     if prompts or responses:
-        return f"sign not established: {' and '.join(filter(None, (prompts, responses)))} would tell"
-    known = "sign not established" if found.kind == "beyond" else "indistinguishable from 0"
+        return f"{UNKNOWN}: {' and '.join(filter(None, (prompts, responses)))} would tell"
+    known = UNKNOWN if found.kind == "beyond" else "indistinguishable from 0"
     if effect.name != verdict.entropy.name:
         return known
     largest, unit = max(abs(effect.low), abs(effect.high)), effect.unit
@@ -131,6 +137,11 @@ def _some(count: int | None) -> str:
         return str(count)
     power = 10 ** (len(str(count)) - 2)
     return f"{math.ceil(count / power) * power:,}"
+
+
+def _causes_of(verdict: Verdict) -> list[str]:
+    without = ["this U has no gradient, another may have one"] if verdict.without_gradient else []
+    return [*_made_by(verdict), *without]
 
 
 def _made_by(verdict: Verdict) -> list[str]:

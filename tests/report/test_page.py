@@ -7,6 +7,7 @@ import re
 import pytest
 
 from funcprobe.adapters.report import write_report
+from funcprobe.adapters.report.numbers import MINUS
 from funcprobe.adapters.report.page import report_html
 from funcprobe.adapters.results.saved import load_run
 from support.browser import axe
@@ -80,12 +81,16 @@ def test_every_figure_is_drawn(page_file, open_page, saved_run):
 
 
 def test_the_headline_is_the_verdict(page_file, open_page, saved_run):
-    from funcprobe.adapters.results.verdict import verdict_line
+    from funcprobe.adapters.results.verdict import beside_the_change, verdict_line
 
     results = saved_run.results
     verdict = results.verdict
     headline = open_page(page_file).page.locator("#headline")
-    assert verdict_line(results)[1:] in headline.locator(".verdict").inner_text()
+    beside = beside_the_change(verdict)
+    assert beside
+    assert verdict_line(results).endswith(beside)
+    shown = headline.locator(".verdict").inner_text()
+    assert shown[1:].replace(MINUS, "-") == f"{beside[1:]}."
     shown = _values(headline.locator(".statement"))
     assert shown == [abs(verdict.relative), verdict.low, verdict.high]
     rows = headline.locator("table").first.locator("tbody tr")
