@@ -1,5 +1,6 @@
 """A run folder to each program of log.to: rejected early if that cannot be, whole if it fails late."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -79,9 +80,10 @@ def send(folder: Path, narrator: Narrator) -> None:
             else:
                 narrator.say(f"logged to {name}: {where}")
     if failed:
+        again = f"funcprobe run {shlex.quote(str(folder / 'config.toml'))}"
         raise InputError(
-            f"the run is whole in {folder}, but was not logged: {'; '.join(failed)}; the same command "
-            "logs it again, from stored stages"
+            f"the run is whole in {folder}, but was not logged: {'; '.join(failed)}; {again} logs it "
+            "again, from stored stages"
         )
 
 

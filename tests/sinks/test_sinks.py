@@ -23,6 +23,7 @@ from funcprobe.adapters import sinks
 from funcprobe.adapters.config.file import read_config, to_toml
 from funcprobe.adapters.config.log import LogConfig
 from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.report.write import write_report
 from funcprobe.adapters.results import load
 from funcprobe.adapters.results.verdict import verdict_line
 from funcprobe.adapters.sinks import registry
@@ -48,6 +49,7 @@ def folder(run_folder, tmp_path_factory) -> Path:
         "log": LogConfig(to=("wandb", "trackio", "tensorboard"), project="probes", group="lr-1e-5"),
     }
     (copy / "config.toml").write_text(to_toml(config.model_copy(update=changes)))
+    write_report(copy)
     return copy
 
 
@@ -269,6 +271,7 @@ def test_a_log_that_fails_loses_neither_the_run_nor_the_other_logs(
     assert last.startswith(
         "funcprobe: the run is whole in runs/one, but was not logged: wandb: the server is away"
     )
+    assert last.endswith("funcprobe run runs/one/config.toml logs it again, from stored stages")
     assert load(tmp_path / "runs" / "one").sweep
     assert "sanity checks: " in outcome.out
     assert list((tmp_path / "runs" / "one" / "tensorboard").glob("events.out.tfevents.*"))
