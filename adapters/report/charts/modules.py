@@ -132,7 +132,7 @@ def _key(limit: float, axis: Scaled) -> Chart:
     names = alt.Axis(minExtent=NAMES, maxExtent=NAMES, domain=False, ticks=False)
     y = alt.Y("key:N", title=None, axis=names)
     return (
-        bars.transform_calculate(key="'colour'")
+        bars.transform_calculate(key="'share'")
         .encode(x=x, x2="high:Q", y=y, color=_colour(limit))
         .properties(width=WIDTH - NAMES - 24, height=14)
     )

@@ -212,7 +212,7 @@ def _legend(scale: colours.Scale, unit: str) -> Legend | None:
         return None
     ticks = [number(fraction * scale.full) for fraction in (-1, -0.5, 0.5, 1)]
     low, half_low, half_high, high = ticks
-    beyond = f"; {scale.beyond:.1%} of the tokens have a larger one" if scale.beyond else ""
+    beyond = f"; {100 * scale.beyond:.1f} % of the tokens have a larger one" if scale.beyond else ""
     caption = (
         f"Share of a token, {unit}. Orange: the entropy falls by it; blue: it rises (printed: dotted "
         f"and full lines). The colour is in proportion up to {high.lstrip('+')}{beyond}. Without "
