@@ -43,7 +43,7 @@ def given(step: Taken, checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
 
 def results_of(command, settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
     Path("c.toml").touch()
-    outcome = command("run", "c.toml", *sets(settings))
+    outcome = command("run", "c.toml", "-v", *sets(settings))
     assert outcome.status == 0, outcome.err
     return json.loads(Path("runs/probe/results.json").read_text()), outcome.out
 

@@ -1,6 +1,7 @@
 """The callback inside a training: the numbers of each step, and how it says that there are none."""
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -371,7 +372,12 @@ def test_other_processes_do_not_probe(checkpoint, tmp_path, monkeypatch):
     callback = ProbeCallback(trainer, every=1, config=probe_config(checkpoint))
     trainer.train()
     called = []
-    monkeypatch.setattr(probe, "probe_step", lambda *a: called.append(a))
+
+    def probed(*given):
+        called.append(given)
+        return SimpleNamespace(predicted=None)
+
+    monkeypatch.setattr(probe, "probe_step", probed)
     monkeypatch.setattr(probe, "numbers", lambda _: {})
     monkeypatch.setattr(probe, "headline", lambda *_: "")
     given = {"model": trainer.model, "optimizer": trainer.optimizer}
