@@ -1,22 +1,27 @@
 """The entry point: the commands, and what a rejected input, a full disk or Ctrl-C ends with."""
 
+import inspect
 import sys
 
 import typer
 
 from funcprobe.types import InputError
 
+from .commands import preparing
 from .commands.app import app
 from .commands.comparing import compare, sweep
 from .commands.looking import report
-from .commands.preparing import init, inspect
 from .commands.probing import check, run, whatif
 from .machine.allocator import keep_freed_memory
 
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
-for command in (run, whatif, sweep, compare, report, check, init, inspect):  # as --help lists them
-    app.command()(command)
+# In the order in which --help lists them.
+COMMANDS = (run, whatif, sweep, compare, report, check, preparing.init, preparing.inspect)
+
+for command in COMMANDS:
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(" ".join(text.split()) for text in paragraphs))(command)
 
 
 def main() -> None:

@@ -351,7 +351,7 @@ def test_other_prompts_and_temperatures_are_said_first(command, training) -> Non
     outcome = command("compare", *training)
     assert outcome.status == 0
     first, second, *_ = outcome.out.splitlines()
-    assert first.startswith("warning: the runs have other prompts")
+    assert first.startswith("warning: the runs have different prompts")
     assert "temperature differs" in second
 
 

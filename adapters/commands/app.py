@@ -1,5 +1,6 @@
 """What the commands share: the application, options, the console that they print to."""
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -52,3 +53,15 @@ Verbose = Annotated[
 def stdout() -> Console:
     """As wide as the terminal; in a file or a pipe, as wide as the tables."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def open_page(path: Path) -> None:
+    """In the browser; where there is no display, or no browser, a line with the address."""
+    address = path.resolve().as_uri()
+    headless = sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
+    if headless:
+        typer.echo(f"no display here, so no browser was opened; the page is {address}")
+    elif typer.launch(address):
+        typer.echo(f"no browser could be opened; the page is {address}")

@@ -7,7 +7,7 @@ import typer
 
 from ..config.file import read_config
 from ..console import Narrator
-from .app import ConfigPath, Overrides, stdout
+from .app import ConfigPath, Overrides, open_page, stdout
 
 
 def sweep(
@@ -79,4 +79,4 @@ def compare(
     print_comparison(written.comparison, stdout())
     typer.echo(f"wrote {written.html} and {written.json.name}")
     if show:
-        typer.launch(str(written.html))
+        open_page(written.html)

@@ -1,7 +1,5 @@
 """report: what reads run folders."""
 
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +7,8 @@ from typing import Annotated
 import typer
 
 from funcprobe.types import InputError
+
+from .app import open_page
 
 
 def report(
@@ -29,7 +29,7 @@ def report(
     path = write_report(folder)
     typer.echo(f"wrote {path}")
     if show:
-        _open(path)
+        open_page(path)
 
 
 def _require_writable(folder: Path) -> None:
@@ -39,15 +39,3 @@ def _require_writable(folder: Path) -> None:
         raise InputError(
             f"{folder} cannot be written ({error.strerror}): copy the run folder to where you may write"
         ) from error
-
-
-def _open(path: Path) -> None:
-    """In the browser; where there is no display, or no browser, a line with the address."""
-    address = path.resolve().as_uri()
-    headless = sys.platform.startswith("linux") and not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    )
-    if headless:
-        typer.echo(f"no display here, so no browser was opened; the report is {address}")
-    elif typer.launch(address):
-        typer.echo(f"no browser could be opened; the report is {address}")

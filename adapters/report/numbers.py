@@ -84,7 +84,7 @@ def _fixed(value: float, decimals: int, signed: bool) -> Markup:
 def _times(power: int) -> Markup:
     if not power:
         return Markup("")
-    return Markup(" × 10<sup>{}</sup>").format(str(power).replace("-", MINUS))
+    return Markup("\u00a0×\u00a010<sup>{}</sup>").format(str(power).replace("-", MINUS))
 
 
 def _data(value: float, shown: Markup) -> Markup:

@@ -38,4 +38,6 @@ def _shown(piece: re.Match[str]) -> Markup:
         return Markup("0")
     if abs(power) < _MOST and SMALLEST <= abs(float(f"{digits}e{power}")) < LARGEST:
         return escape(sign + format(Decimal(f"{digits}e{power}"), "f"))
-    return Markup("{}{} × 10<sup>{}</sup>").format(sign, digits, str(power).replace("-", MINUS))
+    return Markup("{}{}\u00a0×\u00a010<sup>{}</sup>").format(
+        sign, digits, str(power).replace("-", MINUS)
+    )

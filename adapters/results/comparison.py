@@ -255,7 +255,7 @@ def _warnings(given: Sequence[Given], kind: str, path: EntropyPath | None) -> li
 
     if differ(run.manifest.inputs.prompts for run in runs):
         said.append(
-            "the runs have other prompts: differences between them are also those between the prompts"
+            "the runs have different prompts: differences between them are also those between prompts"
         )
     if differ(run.manifest.inputs.rollouts for run in runs):
         said.append("E or U is supplied from other files: the runs share no draws")

@@ -50,7 +50,7 @@ def findings(
         )
         said.append(f"{len(runs)} runs, ordered by {order}")
         said.append(f"lowest predicted change: {_named(low)}, {_change(low)}")
-        said.append(f"highest: {_named(high)}, {_change(high)}")
+        said.append(f"highest predicted change: {_named(high)}, {_change(high)}")
     said.append(_parts(first, last) if path is not None else _parts(low, high))
     return tuple(said)
 

@@ -87,8 +87,12 @@ def _agreement(what: str, changes: Mapping[str, ChangeSection]) -> str:
 
 def _keeps(row: RuleRow, unit: str) -> str:
     """The rule of `best` in words."""
-    keeps = _high(row.entropy) >= 0
-    verb = "keeps the entropy" if keeps else "loses the least entropy, as no rule here keeps it"
+    if _high(row.entropy) < 0:
+        verb = "loses the least entropy, as no rule here keeps it"
+    elif row.entropy.measured_interval_given_U and row.entropy.measured_interval_given_U.low > 0:
+        verb = "raises the entropy"
+    else:
+        verb = "keeps the entropy, as far as its interval goes"
     price = "" if row.reward is None else f"; price in reward: {_against(row.reward)} against own"
     return (
         f"{row.rule} {verb}: {_shown(row.entropy)} {unit}, {_against(row.entropy)} against own{price}"

@@ -11,6 +11,7 @@ from funcprobe.adapters.report.responses import responses, view
 from funcprobe.adapters.report.theme import css_variables
 from funcprobe.adapters.results.saved import load_run
 from support.browser import axe
+from support.saved_runs import enlarged
 from support.spoken import Said, speaking, tokens_of
 
 PAYLOADS = (
@@ -342,6 +343,19 @@ def test_the_report_has_them(open_page, saved_run, tmp_path):
     rows = tokens_of(saved_run.folder, "U", int(identity.split("-")[1]))
     shown, _ = _at(page, 1, len(rows))
     assert _value(shown["share"]) == _expect(rows[0], "share", saved_run.results.next_lr.value)
+
+
+def test_a_link_beyond_long_responses_leads_to_its_section(open_page, run_folder, tmp_path):
+    folder = enlarged(run_folder, tmp_path / "long", prompts=8, responses=4, tokens=300)
+    path = tmp_path / "report.html"
+    path.write_text(report_html(load_run(folder)), encoding="utf-8")
+    page = open_page(path).page
+    top = "document.getElementById('rules').getBoundingClientRect().top"
+    assert page.evaluate(top) > 3000
+    page.get_by_role("link", name="Proxies and rules").first.click()
+    page.wait_for_function(f"Math.abs({top}) < 40")
+    page.wait_for_timeout(300)  # of frames in which what lies above might still grow
+    assert abs(page.evaluate(top)) < 40
 
 
 def test_a_browser_that_cannot_inflate_says_so_and_filters_still(open_page, page_file):

@@ -83,6 +83,24 @@ def test_the_time_is_by_the_trial(monkeypatch, checkpoint, tmp_path):
     assert passes + 2 * 2 * 7e-3 < found.seconds <= passes + most + 1e-9
 
 
+def test_what_a_first_forward_loads_is_no_time_of_a_forward(monkeypatch, checkpoint, tmp_path):
+    """A forward of 1 ms a token, of which the first of each size takes a minute more."""
+    seen: set[int] = set()
+
+    def timed(plan, forward, batch):
+        count = len(batch.prompt_N)
+        first = 0.0 if count in seen else 60.0
+        seen.add(count)
+        return first + 1e-3 * module._tokens(batch, plan)
+
+    monkeypatch.setattr(module, "_timed", timed)
+    (tmp_path / "c.toml").touch()
+    plan = load_plan(read_config(tmp_path / "c.toml", sets(checkpoint.settings())[1::2]), Narrator())
+    E = module._batch(plan, "E", None)
+    assert module._seconds_a_token(plan, E) == pytest.approx(1e-3, rel=1e-12)
+    assert seen
+
+
 def test_a_trial_that_fails_leaves_the_tokens(monkeypatch, checkpoint, tmp_path):
     def fails(*_):
         raise RuntimeError("no kernel")

@@ -404,9 +404,21 @@ function fill(details) {
   if (text) link.parentElement.replaceChildren(...text.cloneNode(true).childNodes);
 }
 
-// A response that is linked to, if it is folded away.
+// What is linked to: unfolded, and at the top also after responses above it are drawn, whose heights
+// were estimates before.
 function reveal() {
-  document.getElementById(location.hash.slice(1))?.closest(".rest")?.setAttribute("open", "");
+  const target = document.getElementById(location.hash.slice(1));
+  if (!target) return;
+  target.closest(".rest")?.setAttribute("open", "");
+  let before = NaN, frames = 60, still = 0;
+  const settle = () => {
+    target.scrollIntoView();
+    const top = target.getBoundingClientRect().top + window.scrollY;
+    still = top === before ? still + 1 : 0;
+    before = top;
+    if (still < 3 && --frames) requestAnimationFrame(settle);
+  };
+  requestAnimationFrame(settle);
 }
 
 document.addEventListener("keydown", key);

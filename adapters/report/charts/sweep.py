@@ -207,7 +207,7 @@ def _caption(results: Results, domain: Sequence[float]) -> str:
         f"Predicted change (line, with its 95 % interval over {covered(results)}) and measured change "
         "(points, with 95 % intervals over E, U given) at "
         f"{len(rows)} learning rate{'s' if len(rows) > 1 else ''}; below, both over the learning rate, "
-        f"to first order the same at all. E: {counts.E_sequences} responses to {counts.E_prompts} "
+        f"which is constant to first order. E: {counts.E_sequences} responses to {counts.E_prompts} "
         f"prompts; U: {counts.U_sequences} responses to {counts.U_prompts} prompts."
     ]
     if results.second_order is not None:
