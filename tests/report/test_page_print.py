@@ -9,6 +9,7 @@ from pypdf import PdfReader
 
 from funcprobe.adapters.report import write_report
 from funcprobe.adapters.report.charts import figures
+from funcprobe.adapters.report.typeset import typeset
 from funcprobe.adapters.results.saved import load_run
 from support.saved_runs import copied
 
@@ -32,11 +33,8 @@ def test_no_figure_is_cut(printed, run_folder):
     drawn = figures(load_run(run_folder))
     assert len(drawn) > 5
     for figure in drawn.values():
-        pages = [
-            text
-            for text in printed[1]
-            if _plain(figure.title) in text and _plain(figure.caption)[-60:] in text
-        ]
+        end = _plain(typeset(figure.caption).striptags())[-60:]
+        pages = [text for text in printed[1] if _plain(figure.title) in text and end in text]
         assert pages, figure.name
 
 
