@@ -193,6 +193,25 @@ def base_name(adapter_config: LoraConfig, config: PolicyConfig) -> BaseName:
     return BaseName(base_id, revision, resolve_revision(base_id, revision), tuple(lines))
 
 
+class Adapter(NamedTuple):
+    """An adapter before its weights are read."""
+
+    source: str  # folder or hub id
+    subfolder: str | None
+    config: LoraConfig
+    base: BaseName
+
+
+def open_adapter(config: PolicyConfig) -> Adapter:
+    """The adapter of a configuration, checked; InputError as the functions above raise it."""
+    source, subfolder = find_adapter(
+        config.checkpoint, None if config.adapter == "default" else config.adapter
+    )
+    adapter_config = read_adapter_config(source, subfolder)
+    check_adapter_config(adapter_config, config)
+    return Adapter(source, subfolder, adapter_config, base_name(adapter_config, config))
+
+
 def _read_fields(source: str, subfolder: str | None) -> dict[str, Any]:
     """adapter_config.json as it is written, with the keys that peft would drop."""
     if is_local(source):

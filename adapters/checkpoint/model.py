@@ -16,14 +16,7 @@ from funcprobe.types import InputError, Params
 
 from .. import store
 from ..config.schema import PolicyConfig
-from .adapter import (
-    BaseName,
-    base_name,
-    check_adapter_config,
-    find_adapter,
-    full_model,
-    read_adapter_config,
-)
+from .adapter import BaseName, full_model, open_adapter
 from .base import is_local, load_base, load_tokenizer
 from .embeddings import fit_vocabulary
 from .lora import attach_adapter, read_weights
@@ -127,12 +120,7 @@ class _Loaded(NamedTuple):
 
 
 def _load_adapter(config: PolicyConfig, device: torch.device) -> _Loaded:
-    source, subfolder = find_adapter(
-        config.checkpoint, None if config.adapter == "default" else config.adapter
-    )
-    adapter_config = read_adapter_config(source, subfolder)
-    check_adapter_config(adapter_config, config)
-    name = base_name(adapter_config, config)
+    source, subfolder, adapter_config, name = open_adapter(config)
     remedy = "set policy.base to a model folder or hub id"
     base, ignored = load_base(name.id, config, device, version=name.version, remedy=remedy)
     size = base.num_parameters()

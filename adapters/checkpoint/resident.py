@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import store
 from ..config.schema import PolicyConfig
-from .adapter import base_name, check_adapter_config, find_adapter, full_model, read_adapter_config
+from .adapter import full_model, open_adapter
 from .base import is_local, load_tokenizer
 from .lora import read_weights, require_same_tensors
 from .model import Policy, adapter_line, load_policy, require_finite, stable, tokenizer_places
@@ -66,12 +66,7 @@ class _Held(NamedTuple):
 
 
 def _read(config: PolicyConfig, device: torch.device) -> _Adapter:
-    source, subfolder = find_adapter(
-        config.checkpoint, None if config.adapter == "default" else config.adapter
-    )
-    adapter_config = read_adapter_config(source, subfolder)
-    check_adapter_config(adapter_config, config)
-    name = base_name(adapter_config, config)
+    source, subfolder, adapter_config, name = open_adapter(config)
     weights = read_weights(source, subfolder)
     places = tokenizer_places(config.checkpoint, source, name.id)
     tokenizer = load_tokenizer(places, version=name.version, trust_remote_code=config.trust_remote_code)

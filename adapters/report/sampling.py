@@ -59,6 +59,7 @@ def _responses(found: BatchFacts | None) -> list[Cell]:
 
 
 def batches(results: Results) -> list[Fact]:
+    """What E, U, the objective and the estimator were, in the order of the page."""
     counts = results.counts
     found: list[Fact] = [
         (

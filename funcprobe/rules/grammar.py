@@ -189,10 +189,12 @@ def number(node: ast.Constant, text: str) -> float:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message: the name as found, the known one nearest to it, and all that are known."""
     near = difflib.get_close_matches(name, list(known), n=1)
     suggestion = f", did you mean {near[0]}?" if near else ":"
     return f"{shown(name)}{suggestion} expected one of {', '.join(known)}"
 
 
 def shown(text: str) -> str:
+    """Text of a user in quotes, of at most 60 characters, control characters as escapes."""
     return repr(text if len(text) <= 60 else text[:59] + "…")
