@@ -41,7 +41,7 @@ from funcprobe.adapters.store import Stages
 from funcprobe.attribution.proxies import PROXIES, tabular
 from funcprobe.attribution.subset import moving_rows
 from funcprobe.attribution.token_shares import update_shares
-from funcprobe.policy.layout import in_microbatches, scatter
+from funcprobe.passes.microbatches import per_token
 from funcprobe.statistics.weights import by_unit
 from funcprobe.step.adam import UpdateDirection
 
@@ -206,16 +206,14 @@ def _expected(plan: Plan, batch: Batch) -> Tensor:
     """sum_i p_i^2 (h + log p_i) over the vocabulary, of every token's context, [N, R]."""
     params, forward = plan.policy.params, plan.forward
 
-    def of_rows(rows: Any) -> Tensor:
+    def of_rows(rows: Any) -> tuple[Tensor]:
         with torch.no_grad():
             logp_TV = forward.logits(params, forward.hidden(params, rows)).double().log_softmax(-1)
         p_TV = logp_TV.exp()
         h_T1 = -(p_TV * logp_TV).sum(-1, keepdim=True)
-        return (p_TV.square() * (h_T1 + logp_TV)).sum(-1)
+        return ((p_TV.square() * (h_T1 + logp_TV)).sum(-1),)
 
-    done = in_microbatches(of_rows, batch, plan.max_tokens, forward.layout, forward.halved)
-    parts, values = zip(*done, strict=True)
-    return scatter(values, parts, batch)
+    return per_token(of_rows, batch, plan.max_tokens, forward)[0]
 
 
 def _spearman(a_T: Tensor, b_T: Tensor) -> float:

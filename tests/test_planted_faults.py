@@ -215,10 +215,10 @@ FAULTS = {
         ("autodiff/test_forward_mode.py", *MODEL),
     ),
     "a halved microbatch loses the others": Fault(
-        "policy/layout.py",
+        "passes/microbatches.py",
         "        if waiting:\n",
         "        if not waiting:\n",
-        ("policy/test_halving.py", "policy/test_layout.py"),
+        ("passes/test_halving.py", "policy/test_layout.py"),
     ),
 }
 

@@ -11,11 +11,12 @@ from torch.nn.functional import linear
 from .. import tree
 from ..autodiff.replaced import Replaced
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, Layout, gather, in_microbatches, response_mask
+from ..policy.layout import MAX_TOKENS, Layout, gather, response_mask
 from ..policy.rows import Rows
 from ..types import Batch, Params
 from .gradients import accumulate, on_cpu, weighted_grad, zero_gradient
 from .head import head_gradient
+from .microbatches import in_microbatches
 from .tangents import aligned, tangents
 
 
@@ -78,7 +79,7 @@ def _in_one_pass(
 
     s_N, total = torch.zeros(len(p_NR), dtype=torch.float64), zero_gradient(params)
     layout: Layout = "plain" if forward.layout == "plain" else "packed"
-    for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, layout, forward.halved):
+    for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, forward, layout):
         s_N[rows.sequence_T.unique()] = s_n
         total = accumulate(total, grads)
     return s_N, on_cpu(total)

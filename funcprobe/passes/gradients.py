@@ -10,12 +10,13 @@ from torch.func import vjp
 from .. import tree
 from ..autodiff.transforms import refuse_differentiated
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, gather, in_microbatches
+from ..policy.layout import MAX_TOKENS, gather
 from ..policy.rows import Rows
 from ..statistics.evaluation import evaluate, gradient_coefficients
 from ..types import Batch, Entropy, Params, UpdateBatch
 from .head import head_gradient
 from .logprobs import token_stats
+from .microbatches import in_microbatches
 
 
 def weighted_grad(
@@ -43,7 +44,7 @@ def weighted_grad(
         with torch.no_grad():  # else the pullback records an unused graph
             return [*pull(grad_TD), *grads]
 
-    for _, grads in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
+    for _, grads in in_microbatches(one, batch, max_tokens, forward):
         for part in grads:
             total = accumulate(total, part)
     return on_cpu(total)

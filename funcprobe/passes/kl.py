@@ -19,11 +19,12 @@ from torch.func import jvp
 
 from .. import tree
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, in_microbatches, scatter
+from ..policy.layout import MAX_TOKENS
 from ..policy.readout import BYTES
 from ..policy.rows import Rows
 from ..types import Batch, Params
 from .head import PLAIN_CHUNK
+from .microbatches import per_token
 from .tangents import aligned, hidden_along
 
 TENSORS = 8  # [n, V] of a chunk at once
@@ -126,6 +127,4 @@ def _of_batch(
     one: Callable[[Rows], tuple[Tensor, ...]], batch: Batch, forward: Forward, max_tokens: int
 ) -> list[Float[Tensor, "N R"]]:
     with torch.no_grad():
-        done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
-        parts, outs = zip(*done, strict=True)
-    return [scatter(values, parts, batch) for values in zip(*outs, strict=True)]
+        return per_token(one, batch, max_tokens, forward)

@@ -4,10 +4,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, in_microbatches, scatter
+from ..policy.layout import MAX_TOKENS
 from ..policy.rows import Rows
 from ..types import Batch, Params, TokenStats
 from .head import token_head
+from .microbatches import per_token
 
 
 def token_stats(
@@ -22,10 +23,7 @@ def token_stats(
     def stats(rows: Rows) -> tuple[Tensor, Tensor]:
         return token_head(params, forward.hidden(params, rows), rows.target_T, forward)
 
-    done = in_microbatches(stats, batch, max_tokens, forward.layout, forward.halved)
-    parts, outs = zip(*done, strict=True)
-    logp, entropy = zip(*outs, strict=True)
-    return TokenStats(scatter(logp, parts, batch), scatter(entropy, parts, batch))
+    return TokenStats(*per_token(stats, batch, max_tokens, forward))
 
 
 def seq_logprobs(

@@ -11,10 +11,11 @@ from .. import tree
 from ..autodiff.forward_mode import ForwardMode
 from ..autodiff.taylor import second_jvp
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, collate, in_microbatches, microbatches, scatter
+from ..policy.layout import MAX_TOKENS, collate, microbatches
 from ..policy.rows import Rows
 from ..types import Batch, InputError, Params, TokenStats
 from .head import head_second_tangents
+from .microbatches import per_token
 from .tangents import aligned
 
 CHECKED_TOKENS = 8  # of the batch's first sequence: half prompt, half response, if it has as many
@@ -45,9 +46,7 @@ def second_tangents(
         jet = second_jvp(hidden, (params,), (direction,))
         return head_second_tangents(params, jet, rows.target_T, direction, forward)
 
-    done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
-    parts, outs = zip(*done, strict=True)
-    tensors = [scatter(values, parts, batch) for values in zip(*outs, strict=True)]
+    tensors = per_token(one, batch, max_tokens, forward)
     return TokenStats(*tensors[:2]), TokenStats(*tensors[2:4]), TokenStats(*tensors[4:])
 
 

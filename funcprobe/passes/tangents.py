@@ -14,18 +14,12 @@ from .. import tree
 from ..autodiff.forward_mode import ForwardMode
 from ..autodiff.transforms import in_transform, refuse_differentiated
 from ..policy.forward import Forward
-from ..policy.layout import (
-    MAX_TOKENS,
-    collate,
-    gather,
-    in_microbatches,
-    response_mask,
-    scatter,
-)
+from ..policy.layout import MAX_TOKENS, collate, gather, response_mask
 from ..policy.rows import Rows
 from ..policy.trials import attempt
 from ..types import Batch, InputError, Params, TokenStats
 from .head import head_gradient, head_tangents, token_head
+from .microbatches import in_microbatches, per_token
 
 
 def tangents(
@@ -44,11 +38,7 @@ def tangents(
         hidden_TD, dhidden_TD = hidden_along(params, rows, direction, forward)
         return head_tangents(params, hidden_TD, dhidden_TD, rows.target_T, direction, forward)
 
-    done = in_microbatches(one, batch, max_tokens, forward.layout, forward.halved)
-    parts, outs = zip(*done, strict=True)
-    logp, entropy, dlogp, dentropy = (
-        scatter(values, parts, batch) for values in zip(*outs, strict=True)
-    )
+    logp, entropy, dlogp, dentropy = per_token(one, batch, max_tokens, forward)
     return TokenStats(logp, entropy), TokenStats(dlogp, dentropy)
 
 
@@ -95,7 +85,7 @@ def alpha_vjp(
         return tree.f64(s_n)
 
     s_N = torch.zeros(len(p_NR), dtype=torch.float64)
-    for rows, s_n in in_microbatches(one, batch, max_tokens, forward.layout, forward.halved):
+    for rows, s_n in in_microbatches(one, batch, max_tokens, forward):
         s_N[rows.sequence_T.unique()] = s_n
     return s_N
 

@@ -1,8 +1,8 @@
 """A batch as microbatches of rows, and the statistics of these as [N, R]."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..types import Batch, InputError, ResponseMask
 from .rows import Rows, packed_rows, plain_rows
-
-T = TypeVar("T")
 
 MAX_TOKENS = 2048  # tokens of a microbatch, padding included; their activations are held at once
 # Share of the plainer layout's tokens below which a layout is used: its attention costs a few per cent.
@@ -96,38 +94,6 @@ def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> lis
     return [build(batch, part) for part in parts]
 
 
-def in_microbatches(
-    compute: Callable[[Rows], T],
-    batch: Batch,
-    max_tokens: int,
-    layout: Layout,
-    halved: Callable[[int], None],
-) -> Iterator[tuple[Rows, T]]:
-    """(rows, compute(rows)) of every microbatch, one after another.
-
-    If memory runs out, the microbatch is halved, `halved` is called with the new bound, and no later
-    microbatch is larger. If it runs out on a single sequence, the error is raised.
-    """
-    waiting = microbatches(batch, max_tokens, layout)
-    while waiting:
-        rows, *waiting = waiting
-        out = _unless_out_of_memory(compute, rows)
-        if out is not None:
-            yield rows, out[0]
-            continue
-        length_N = batch.prompt_length_N + batch.response_length_N
-        # The failed microbatch separately, as a later sequence may be longer than half of it.
-        own_N = rows.sequence_T.unique()
-        bound = max(rows.tokens // 2, int(length_N[own_N].max()))
-        again = _of_sequences(batch, own_N, bound, layout)
-        if waiting:
-            left_N = torch.cat([r.sequence_T for r in waiting]).unique()
-            bound = max(bound, int(length_N[left_N].max()))
-            again += _of_sequences(batch, left_N, bound, layout)
-        waiting = again
-        halved(bound)
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: torch.OutOfMemoryError, or one of those that go by another type.
 
@@ -162,24 +128,6 @@ def _require_on_cpu(batch: Batch) -> None:
             f"the batch is on {away[0]}, the CPU is expected, from where each microbatch goes to the "
             "device of the parameters: give Batch(*(x.cpu() for x in batch))"
         )
-
-
-def _of_sequences(
-    batch: Batch, index_N: Int[Tensor, " n"], max_tokens: int, layout: Layout
-) -> list[Rows]:
-    """Microbatches of a subset of the sequences; `sequence_T` keeps their indices in the batch."""
-    parts = microbatches(select(batch, index_N), max_tokens, layout)
-    return [rows._replace(sequence_T=index_N[rows.sequence_T]) for rows in parts]
-
-
-def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] | None:
-    """(compute(rows),), or None if memory ran out on more than one sequence."""
-    try:
-        return (compute(rows),)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error) or len(rows.sequence_T.unique()) == 1:
-            raise
-    return None  # outside the handler, where the error and the tensors of its frames are freed
 
 
 def _packed(batch: Batch, index_N: Tensor, first_N: Tensor | None = None) -> Rows:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import funcprobe
 from funcprobe import collate
-from funcprobe.policy.forward import frozen_forward
-from funcprobe.policy.layout import in_microbatches, microbatches
+from funcprobe.passes.microbatches import in_microbatches
+from funcprobe.policy.forward import Forward, frozen_forward
+from funcprobe.policy.layout import microbatches
 from support.architectures import make_policy
 from support.policies import random_like
 from support.rows import LAYOUTS, MASK_NR, equal_lengths, everything, groups, require_right
@@ -66,7 +67,8 @@ def test_microbatches_are_halved_where_memory_runs_out(error, layout):
 def halving(batch, compute, max_tokens=200, layout="plain"):
     """(rows that were computed, bounds)."""
     bounds = []
-    done = list(in_microbatches(compute, batch, max_tokens, layout, bounds.append))
+    forward = Forward(None, None, torch.float64, None, layout, halved=bounds.append)
+    done = list(in_microbatches(compute, batch, max_tokens, forward))
     assert all(out is rows for rows, out in done)
     return [rows for rows, _ in done], bounds
 
