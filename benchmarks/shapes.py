@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import funcprobe
 from funcprobe import AdamGroup, AdamState, Batch, Params, UpdateBatch
@@ -75,16 +75,22 @@ def policy(
     torch.manual_seed(seed)
     with torch.device(device):
         base = Qwen2ForCausalLM(Qwen2Config(**fields, tie_word_embeddings=True))
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-        model = get_peft_model(base, lora)
     with torch.no_grad():
         # Not a larger embedding: tied as it is, every token would predict itself.
         gain = LOGIT_STD / (base.config.initializer_range * base.config.hidden_size**0.5)
         base.model.norm.weight.fill_(gain)
+    return with_lora(base).to(dtype).eval()
+
+
+def with_lora(base: PreTrainedModel) -> PeftModel:
+    """LoRA of r = 16 on all linears of a model, lora_B random as well."""
+    with base.device:
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.02)
-    return model.to(dtype).eval()
+    return model
 
 
 def rows(shape: str | Shape, prompts: int, G: int, P: int, R: int, seed: int = 0) -> Batch:
