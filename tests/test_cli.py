@@ -12,7 +12,7 @@ import torch
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
-from funcprobe.adapters.sampling import generate as sampling_module
+from funcprobe.adapters.sampling import batched as sampling_module
 from support.checkpoints import sets
 from support.commands import Outcome, process
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.report import write as write_module
 from funcprobe.adapters.report.figure import Figure
-from funcprobe.adapters.sampling import generate as sampling_module
+from funcprobe.adapters.sampling import batched as sampling_module
 from support.checkpoints import edit_json, sets
 from support.commands import children, left_in
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from .section import Positive, Section, Text
+from .section import Positive, Section, Text, size_or_auto
 
 
 class PromptsConfig(Section):
@@ -98,7 +98,16 @@ class SamplingConfig(Section):
         "model's generation config.",
         examples=[[2]],
     )
-    generation_batch: Positive = Field(64, description="Sequences generated at once.")
+    generation_batch: Positive | Literal["auto"] = Field(
+        "auto",
+        description='Sequences generated at once; "auto": as many as half of the free memory holds, at '
+        "most 64 on a CPU and 512 on a GPU. The responses are the same for every size.",
+    )
+
+    @field_validator("generation_batch", mode="before")
+    @classmethod
+    def _size_or_auto(cls, value: Any) -> Any:
+        return size_or_auto(value)
 
 
 class RolloutsConfig(Section):

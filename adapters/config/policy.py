@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from funcprobe.types import Rule
 
 from ..machine.precision import Precision, dtype_of
-from .section import Positive, Section, Text
+from .section import Positive, Section, Text, size_or_auto
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -39,10 +39,7 @@ class RunConfig(Section):
     @field_validator("max_tokens", mode="before")
     @classmethod
     def _size_or_auto(cls, value: Any) -> Any:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value != "auto" and not (whole and value >= 1):
-            raise ValueError('a whole number of at least 1, or "auto", is expected')
-        return value
+        return size_or_auto(value)
 
 
 class PolicyConfig(Section):

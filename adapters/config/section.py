@@ -19,3 +19,11 @@ class Section(BaseModel):
         if isinstance(value, str) and "\0" in value:  # no path, name or prompt has one
             raise ValueError("contains a NUL character, plain text is expected")
         return value
+
+
+def size_or_auto(value: Any) -> Any:
+    """The value; ValueError, one instead of one for each type, unless it is a size or "auto"."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value != "auto" and not (whole and value >= 1):
+        raise ValueError('a whole number of at least 1, or "auto", is expected')
+    return value

@@ -148,6 +148,8 @@ def _sampled(
         ids = [plan.prompt_ids[i] for i in index]
         found = sample_responses(policy, ids, plan.config.sampling, seed, stage.advance)
         stage.drew(found.tokens, found.padding)
+        for line in found.lines:
+            narrator.say(line)
         drawn = Rollouts(
             prompt_index=index,
             prompt=[plan.prompts[i].text for i in index],
@@ -162,7 +164,7 @@ def _sampled(
     inputs = {
         "policy": plan.inputs["policy"],
         "prompt_ids": [plan.prompt_ids[i] for i in index],
-        "sampling": plan.config.sampling.model_dump(exclude={"B_E", "B_U", "G"}),
+        "sampling": plan.config.sampling.model_dump(exclude={"B_E", "B_U", "G", "generation_batch"}),
         "index": index,
         "seed": seed,
     }

@@ -16,7 +16,8 @@ from .. import rollouts
 from ..console import Narrator, duration
 from ..machine.precision import products
 from ..rollouts import Rollouts
-from ..sampling.generate import seconds_of_a_step
+from ..sampling.batch_size import batch_size
+from ..sampling.batched import seconds_of_a_step
 from ..sampling.prompts import draw_distinct, draw_with_replacement
 from . import max_tokens
 from .batches import derived_seed
@@ -189,8 +190,9 @@ def _drawing(plan: Plan, sampled: Sequence[Batch], a_token: float) -> float:
     step = seconds_of_a_step(plan.policy, pair, sampling)
     seconds = 0.0
     for batch in sampled:
-        for start in range(0, len(batch.prompt_N), sampling.generation_batch):
-            prompts = batch.prompt_length_N[start : start + sampling.generation_batch]
+        length_N = batch.prompt_length_N.sort(descending=True).values
+        at_once = batch_size(plan.policy, sampling, int(length_N[0]))
+        for prompts in length_N.split(at_once):
             seconds += a_token * int(prompts.max()) * len(prompts)
             a_step = step + a_token * max(0, len(prompts) - len(pair))
             seconds += a_step * (sampling.max_new_tokens - 1)

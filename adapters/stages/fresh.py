@@ -16,7 +16,8 @@ from funcprobe.types import Params
 from ..console import Narrator
 from ..machine.cost import counted
 from ..rollouts import Rollouts
-from ..sampling.generate import Responses, sample_responses
+from ..sampling.generate import sample_responses
+from ..sampling.responses import Responses
 from ..sampling.supplied import fresh_length
 from .batches import Batches, derived_seed
 from .plan import Plan
@@ -62,6 +63,8 @@ def sample_again(
 
         drawn = with_params(plan.policy.model, moved, sample)
         stage.drew(drawn.tokens, drawn.padding)
+        for line in drawn.lines:
+            narrator.say(line)
         batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)
         forward = counted(plan.forward, stage, "fresh")
         stats = funcprobe.token_stats(moved, batch, forward, plan.max_tokens)

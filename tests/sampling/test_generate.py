@@ -21,7 +21,10 @@ import funcprobe
 from funcprobe import InputError
 from funcprobe.adapters.checkpoint.model import Policy, load_policy
 from funcprobe.adapters.config.schema import PolicyConfig, SamplingConfig
-from funcprobe.adapters.sampling.generate import pads, sample_responses
+from funcprobe.adapters.machine import memory
+from funcprobe.adapters.sampling.batch_size import batch_size, bytes_of_a_token
+from funcprobe.adapters.sampling.batched import pads
+from funcprobe.adapters.sampling.generate import sample_responses
 from support.checkpoints import Checkpoint, edit_json, make_checkpoint
 
 PIECES = ("<pad>", "<eos>", "1", "2", "<end>")
@@ -130,6 +133,62 @@ def test_the_seed_decides_and_the_global_state_is_left_alone(policy) -> None:
     torch.manual_seed(6)
     assert sample_responses(policy, [PROMPT] * 40, settings(), seed=1) == one
     assert sample_responses(policy, [PROMPT] * 40, settings(), seed=2) != one
+
+
+def test_batches_of_any_size_order_and_split_give_the_same_responses(policy) -> None:
+    """As other processes would sample their parts, and as memory that runs out would cut them."""
+    prompts = [PROMPT, LONG, PROMPT[:2], LONG[:5]] * 15
+    whole = sample_responses(policy, prompts, settings(max_new_tokens=8), seed=4).ids
+    assert len({tuple(y) for y in whole}) > 30
+    for size in (1, 7):
+        few = settings(max_new_tokens=8, generation_batch=size)
+        assert sample_responses(policy, prompts, few, seed=4).ids == whole
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
+    for part in (order[:23], order[23:]):
+        own = [prompts[i] for i in part]
+        found = sample_responses(policy, own, settings(max_new_tokens=8), 4, indices=part)
+        assert found.ids == [whole[i] for i in part]
+    # The index belongs to the draw: the same prompt elsewhere in the batch has another response.
+    assert len({tuple(whole[i]) for i in range(0, 60, 4)}) > 5
+
+
+def test_memory_that_runs_out_halves_the_batch(policy, monkeypatch) -> None:
+    prompts = [PROMPT] * 21
+    whole = sample_responses(policy, prompts, settings(), seed=1)
+    generate, sizes, room = policy.model.generate, [], [6]
+
+    def limited(**given):
+        sizes.append(len(given["input_ids"]))
+        if sizes[-1] > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(**given)
+
+    monkeypatch.setattr(policy.model, "generate", limited)
+    done: list[int] = []
+    found = sample_responses(policy, prompts, settings(generation_batch=16), 1, done.append)
+    assert found.ids == whole.ids
+    assert found.lines == ("out of memory: 4 responses at once, then",)
+    assert sizes == [1, 16, 8, 4, 4, 4, 4, 4, 1]  # the first is of `pads`
+    assert done == [4, 4, 4, 4, 4, 1]
+    room[0] = 1
+    assert sample_responses(policy, prompts[:4], settings(), 1).ids == whole.ids[:4]
+    room[0] = 0
+    with pytest.raises(InputError, match=r"one response was sampled.*6 tokens: lower sampling.max_new"):
+        sample_responses(policy, prompts[:4], settings(), 1)
+
+
+def test_the_size_of_a_batch_is_of_the_free_memory(policy, monkeypatch) -> None:
+    # Keys and values of 2 layers, 2 heads of 8, 4 bytes; 14 logits.
+    of_token = bytes_of_a_token(policy.model)
+    text = policy.model.config
+    width = text.hidden_size // text.num_attention_heads
+    assert of_token == 2 * text.num_hidden_layers * text.num_key_value_heads * width * 4
+    of_sequence = 12 * of_token + 24 * policy.model.get_input_embeddings().num_embeddings
+    auto = settings(generation_batch="auto")
+    for free, expected in ((20 * of_sequence + 1, 10), (0, 1), (10**9, 64)):
+        monkeypatch.setattr(memory, "free", lambda device, free=free: free)
+        assert batch_size(policy, auto, longest=9) == expected
+    assert batch_size(policy, settings(generation_batch=500), longest=9) == 500
 
 
 def test_progress_and_weights(policy) -> None:

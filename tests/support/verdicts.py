@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 import funcprobe
 from funcprobe.adapters.checkpoint.model import Policy
-from funcprobe.adapters.sampling.generate import pads
+from funcprobe.adapters.sampling.batched import pads
 from funcprobe.policy.precision import StayFloat64
 from funcprobe.policy.trials import attempt
 from funcprobe.types import InputError
