@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import attach_align_device_hook_on_blocks
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -120,14 +122,14 @@ class Backend(backend_registration._DummyBackendModule):
         torch.default_generator.manual_seed(seed)
 
 
-def make_policy(dtype: torch.dtype = torch.float64) -> Any:
+def make_policy(dtype: torch.dtype = torch.float64, layers: int = 1) -> Any:
     """Two heads to a key, LoRA on all linears, all of it random."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=11,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         initializer_range=0.3,
@@ -138,15 +140,34 @@ def make_policy(dtype: torch.dtype = torch.float64) -> Any:
     return get_peft_model(Qwen2ForCausalLM(config), lora).to(dtype).eval()
 
 
-def taken_elsewhere(model: Any) -> Any:
+def taken_elsewhere(model: Any, place_of: Callable[[str], str] = lambda _: NAME) -> Any:
     """In place, as to() does it for a device whose tensors are torch's own."""
-    for module in model.modules():
+    for path, module in model.named_modules():
+        device = place_of(path)
         for name, p in module._parameters.items():
             if p is not None:
-                moved = torch.nn.Parameter(p.data.to(NAME), requires_grad=p.requires_grad)
+                moved = torch.nn.Parameter(p.data.to(device), requires_grad=p.requires_grad)
                 module._parameters[name] = moved
         for name, b in module._buffers.items():
-            module._buffers[name] = None if b is None else b.to(NAME)
+            module._buffers[name] = None if b is None else b.to(device)
+    return model
+
+
+def split(model: Any, order: tuple[str, str]) -> Any:
+    """A layer here and one there, with accelerate's hooks between them, as device_map makes them."""
+    first, last = order
+    places = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first}
+    places |= {"model.layers.1": last, "model.norm": last, "lm_head": last}
+
+    def place_of(path: str) -> str:
+        inner = path.removeprefix("base_model.model.")
+        return next((p for name, p in places.items() if inner.startswith(name)), first)
+
+    taken_elsewhere(model, place_of)
+    execution = {"": torch.device(first)} | {name: torch.device(p) for name, p in places.items()}
+    offload = dict.fromkeys(places, False)
+    attach_align_device_hook_on_blocks(model.get_base_model(), execution, offload=offload)
+    assert {p.device.type for p in model.parameters()} == set(order)
     return model
 
 
@@ -225,6 +246,10 @@ def all_of_the_core() -> None:
         probe = funcprobe.bind(there, max_tokens=MAX_TOKENS)
         assert probe.forward.layout == "shared", probe.forward.notes
         found = [passes(probe, make_batch()), passes(probe, EVEN), composed(probe, there, make_batch())]
+    require_equal(found, expected)
+
+
+def require_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         for name in mine:
             pairs = zip(tree_flatten(mine[name])[0], tree_flatten(theirs[name])[0], strict=True)
@@ -232,6 +257,22 @@ def all_of_the_core() -> None:
                 assert a.device.type == "cpu", name
                 # Attention is another kernel there, and rounding with it.
                 assert torch.allclose(a, b, rtol=1e-9, atol=1e-11), name
+
+
+def two_devices() -> None:
+    """The last layers and the head on the device, or the first: the same numbers, nothing mixed."""
+    here = make_policy(layers=2)
+    probe = funcprobe.bind(here, max_tokens=MAX_TOKENS)
+    given = (make_batch(), EVEN)
+    expected = [*(passes(probe, batch) for batch in given), composed(probe, here, make_batch())]
+    for order in (("cpu", NAME), (NAME, "cpu")):
+        with Device():
+            there = split(make_policy(layers=2), order)
+            probe = funcprobe.bind(there, max_tokens=MAX_TOKENS)
+            assert probe.forward.layout == "shared", probe.forward.notes
+            assert probe.forward.readout is not None
+            found = [*(passes(probe, batch) for batch in given), composed(probe, there, make_batch())]
+        require_equal(found, expected)
 
 
 def responses_too() -> None:
@@ -323,8 +364,8 @@ def planted() -> None:
             funcprobe.token_stats(probe.params, make_batch(), probe.forward._replace(hidden=hidden))
 
 
-IN_A_PROCESS = {f.__name__: f for f in (all_of_the_core, responses_too, waits_do_not_grow)}
-IN_A_PROCESS |= {f.__name__: f for f in (heads_of_their_own, planted)}
+IN_A_PROCESS = {f.__name__: f for f in (all_of_the_core, two_devices, responses_too)}
+IN_A_PROCESS |= {f.__name__: f for f in (waits_do_not_grow, heads_of_their_own, planted)}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """<grad f_n, mu> of every sequence, and the gradient of the sum of f_n, from one backward pass."""
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ class _LinearDots(Replaced):
     def __init__(self, given: Params, mu: Params, alpha_NL: Tensor) -> None:
         super().__init__({linear: self._linear})
         self.name_of = {id(tensor): name for name, tensor in given.items()}
-        self.mu, self.alpha_NL = mu, alpha_NL
+        self.mu = mu
+        self.alpha_on = cache(alpha_NL.to)  # the devices of a split model
         self.seen: set[str] = set()
         self.shapes: set[tuple[int, ...]] = set()  # of the trained layers' inputs, without the width
 
@@ -106,7 +108,7 @@ class _LinearDots(Replaced):
         if names == [None, None]:
             return linear(input, weight, bias)
         mu = tuple(None if name is None else self.mu[name] for name in names)
-        out: Tensor = _LinearDot.apply(input, weight, bias, self.alpha_NL, mu)  # type: ignore[no-untyped-call]
+        out: Tensor = _LinearDot.apply(input, weight, bias, self.alpha_on(input.device), mu)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -193,6 +195,6 @@ def _require_sum(s_n: Tensor, grads: Params, mu: Params) -> None:
 
 
 def _dot(a: Params, b: Params) -> float:
-    """tree.dot on the device of the tensors, for which the host waits once."""
+    """tree.dot on the device of the first tensor, for which the host waits once."""
     parts = [(a[name].double() * b[name].double()).sum() for name in sorted(a)]
-    return math.fsum(tree.f64(torch.stack(parts)).tolist())
+    return math.fsum(tree.f64(torch.stack([x.to(parts[0].device) for x in parts])).tolist())

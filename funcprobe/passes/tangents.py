@@ -77,7 +77,8 @@ def alpha_vjp(
                 """h(alpha) = <d/d theta sum_i alpha_i f_i, mu>."""
                 alpha_T = alpha_n[index_T].to(row)
                 (grads,) = pull(alpha_T.view(-1, *[1] * (row.dim() - 1)) * row)
-                return torch.stack([(grads[name] * mu[name]).sum() for name in params]).sum()
+                dots = [(grads[name] * mu[name]).sum() for name in params]
+                return torch.stack([x.to(dots[0].device) for x in dots]).sum()
 
             h, pull_alpha = vjp(dot, alpha_N[sequence_n])  # type: ignore[misc]
             with torch.no_grad():

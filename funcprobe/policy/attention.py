@@ -1,7 +1,7 @@
 """Attention within a packed row: each block attends within itself, in one kernel call."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float
@@ -27,11 +27,13 @@ class PackedAttention(Replaced):
     """
 
     def __init__(self, *packings: Packing) -> None:
-        super().__init__({scaled_dot_product_attention: partial(_attend, packings)})
+        # A split model attends on several devices.
+        at = cache(lambda index, device: packings[index].to(device))
+        super().__init__({scaled_dot_product_attention: partial(_attend, len(packings), at)})
 
 
 class OwnHeads(Replaced):
-    """Every scaled_dot_product_attention in float32 gets a key and a value for each head.
+    """Every scaled_dot_product_attention in float32 off the CPU gets a key and a value for each head.
 
     CUDA's fused kernel for float32 takes no groups of heads in torch 2.9 and some later ones: asked for
     them, torch falls back to one that holds all scores, in a gradient those of every layer.
@@ -50,7 +52,8 @@ def no_mask(device: torch.device, index: int = 0) -> Float[Tensor, "1 1 1 m"]:
 
 
 def _attend(
-    packings: Sequence[Packing],
+    count: int,
+    packing_at: Callable[[int, torch.device], Packing],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -61,10 +64,10 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Float[Tensor, "1 H S d"]:
     # Any other mask shows that the model built its own instead of passing on no_mask()'s.
-    masks = [(1, 1, 1, index + 1) for index in range(len(packings))]
+    masks = [(1, 1, 1, index + 1) for index in range(count)]
     if dropout_p or is_causal or attn_mask is None or attn_mask.shape not in masks:
         raise NotPackedError("its attention builds its own masks")
-    packing = packings[masks.index(attn_mask.shape)]
+    packing = packing_at(masks.index(attn_mask.shape), query.device)
     query_SHd, key_SHd, value_SHd = (x[0].transpose(0, 1) for x in (query, key, value))
     outs = []
     for block in packing.blocks:
@@ -94,7 +97,7 @@ def _own_heads(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if enable_gqa and query.dtype == torch.float32:
+    if enable_gqa and query.dtype == torch.float32 and query.device.type != "cpu":
         each, enable_gqa = query.shape[-3] // key.shape[-3], False
         key, value = (x.repeat_interleave(each, -3) for x in (key, value))
     return scaled_dot_product_attention(

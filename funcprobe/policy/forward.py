@@ -14,12 +14,12 @@ from ..tree import require_same
 from ..types import InputError, Params
 from .layout import Layout
 from .parts import Backbone, Head
+from .placement import head_device, input_device, is_hooked, refuse_out_of_reach, unwrapped
 from .precision import arithmetic_of, products_dtype
 from .readout import Readout
 from .rows import Rows
 from .suitability import (
     causal_lm,
-    is_hooked,
     longest_position,
     refuse_longer,
     refuse_padding_rows,
@@ -58,7 +58,8 @@ def trainable_params(model: nn.Module) -> Params:
     Raises InputError if two of them share memory: an optimizer would update it twice, and the two are
     not independent coordinates of theta (peft's ensure_weight_tying creates such pairs).
     """
-    named = {n: p.detach() for n, p in sorted(model.named_parameters()) if p.requires_grad}
+    parameters = unwrapped(model).named_parameters()
+    named = {n: p.detach() for n, p in sorted(parameters) if p.requires_grad}
     owner: dict[int, str] = {}
     for name, tensor in named.items():
         other = owner.setdefault(tensor.data_ptr(), name)
@@ -85,13 +86,15 @@ def frozen_forward(
     The model is a Hugging Face causal language model, with or without peft; it is never changed. Raises
     InputError, here and at every call, where its outputs would silently differ from the policy's:
     training mode, gradient checkpointing, compiled layers, adapters that are merged, disabled or not
-    active. Raises it here for models that are not causal, packed weights, peft's variants of LoRA (DoRA
-    and others), a trained embedding with padding_idx, and logits that need more than the backbone's
-    last hidden state.
+    active. Raises it here for models that are not causal, weights that are packed, sharded or
+    offloaded, peft's variants of LoRA (DoRA and others), a trained embedding with padding_idx, and
+    logits that need more than the backbone's last hidden state. Layers may be on several devices.
     """
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature = {temperature}: a positive, finite number is expected")
+    model = unwrapped(model)
     require_causal_lm(model)
+    refuse_out_of_reach(model)
     refuse_unsupported(model)
     refuse_unsuitable(model, params)
     refuse_padding_rows(model, params)
@@ -114,9 +117,11 @@ def frozen_forward(
         # At every call, as the caller may have left eval mode or entered disable_adapter() since.
         refuse_unsuitable(model, params)
         refuse_longer(rows, limit)
-        device = next(iter(given.values())).device
-        hidden_NLD = call(Backbone(model, path, size), given, rows.tokens_NL.to(device), rows.packing)
-        return hidden_NLD[rows.row_T.to(device), rows.position_T.to(device)]
+        tokens_NL = rows.tokens_NL.to(input_device(model))
+        hidden_NLD = call(Backbone(model, path, size), given, tokens_NL, rows.packing)
+        last = hidden_NLD.device
+        hidden_TD = hidden_NLD[rows.row_T.to(last), rows.position_T.to(last)]
+        return hidden_TD.to(head_device(model))  # of a split model; else a Tensor's to() is itself
 
     def logits_at(path: str, given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         return call(Head(model, path), given, hidden_TD) / temperature
@@ -151,6 +156,7 @@ def with_params(model: nn.Module, given: Params, compute: Callable[[], T]) -> T:
     For code that needs the model itself, such as generate(). Raises ValueError if `given` has a name or
     shape that the model does not have.
     """
+    model = unwrapped(model)
     own = dict(model.named_parameters())
     require_same({n: own[n].detach() for n in given.keys() & own.keys()}, given)
     swapped = {f"model.{place}": given[name] for place, name in _places(model, given).items()}

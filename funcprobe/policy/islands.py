@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import InputError
+from .placement import input_device, unwrapped
 from .precision import arithmetic_of
 
 STEP = 1e-10
@@ -54,6 +55,7 @@ def float32_islands(model: nn.Module, tokens_NL: Int[Tensor, "N L"]) -> list[Isl
     without a forward-mode derivative, or that calls other modules at theta + STEP u than at
     theta - STEP u.
     """
+    model = unwrapped(model)
     up, down, direction = _moved(model)
     plus, minus = (_calls(model, moved, tokens_NL, torch.clone) for moved in (up, down))
     with forward_ad.dual_level():
@@ -141,7 +143,7 @@ def _calls(model: nn.Module, tensors: dict[str, Tensor], tokens_NL: Tensor, read
         # The fused attention kernels have no forward mode (pytorch #128971).
         for context in (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), arithmetic_of(tensors)):
             stack.enter_context(context)
-        read_NL = tokens_NL.to(next(iter(tensors.values())).device)
+        read_NL = tokens_NL.to(input_device(model))
         given = {"input_ids": read_NL, "use_cache": False}
         functional_call(model, tensors, (), given, tie_weights=False)
     return calls

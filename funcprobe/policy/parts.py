@@ -1,6 +1,5 @@
 """A causal language model in two parts: its backbone, and all that it does after that, the head."""
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from ..autodiff.grouped import GroupedProducts
 from .attention import OwnHeads, PackedAttention, no_mask
 from .parameter_lora import parameter_lora
+from .placement import devices_of, twin_of
 from .reach import reaches, shortened, within
 from .rows import Packing
 from .suitability import causal_lm
@@ -34,13 +34,13 @@ class Backbone(nn.Module):
             if packing is not None:
                 device = tokens_NL.device
                 kinds = reaches(own.config)
-                packings = [within(packing, reach).to(device) for reach in kinds.values()]
+                packings = [within(packing, reach) for reach in kinds.values()]
                 stack.enter_context(PackedAttention(*packings))
                 masks = {kind: no_mask(device, index) for index, kind in enumerate(kinds)}
-                given["position_ids"] = packings[0].position_1S
+                given["position_ids"] = packing.position_1S.to(device)
                 # A model with layers of several types takes a mask for each.
                 given["attention_mask"] = masks if len(masks) > 1 else masks.popitem()[1]
-            elif tokens_NL.device.type != "cpu":
+            elif any(device.type != "cpu" for device in devices_of(own)):
                 stack.enter_context(OwnHeads())
             out = own(**given)
         hidden_NLD: Tensor = out.last_hidden_state
@@ -108,7 +108,7 @@ class _Hidden(tuple[Tensor]):
 
 def _given(module: nn.Module, output: Any) -> nn.Module:
     """The same module with another forward, which returns `output`; without hooks, which have run."""
-    twin = copy.copy(module)
+    twin = twin_of(module)
     vars(twin).update(
         forward=lambda *_, **__: output,
         _forward_hooks={},
@@ -121,7 +121,7 @@ def _given(module: nn.Module, output: Any) -> nn.Module:
 def _exchanged(module: nn.Module, path: str, part: nn.Module) -> Any:
     """The module with another one at `path`: copies on the way there, everything else shared."""
     name, _, rest = path.partition(".")
-    twin, own = copy.copy(module), module._modules
+    twin, own = twin_of(module), module._modules
     inner = own[name]
     assert inner is not None
     vars(twin)["_modules"] = own | {name: _exchanged(inner, rest, part) if rest else part}

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from .placement import twin_of
 from .rows import Block, Packing
 
 # layer_types of transformers' configurations, and the field with the number of tokens.
@@ -70,7 +71,7 @@ def shortened(backbone: nn.Module, size: int) -> nn.Module:
     transformers (5.23) makes masks at every call from the configuration of the backbone; what its
     layers noted of it is for kernels that are not used here.
     """
-    twin, config = copy.copy(backbone), copy.deepcopy(backbone.config)
+    twin, config = twin_of(backbone), copy.deepcopy(backbone.config)
     text_config(config).update(dict.fromkeys(limits(config), size))
     vars(twin)["config"] = config
     return twin

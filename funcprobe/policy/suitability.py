@@ -160,9 +160,3 @@ def refuse_longer(rows: Rows, limit: float) -> None:
 def causal_lm(model: Any) -> Any:
     """The Hugging Face model without its peft wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks or a replaced forward run when the module is called."""
-    replaced = "forward" in vars(module)  # as accelerate's hooks do
-    return bool(module._forward_hooks or module._forward_pre_hooks) or replaced

@@ -13,11 +13,12 @@ from ..autodiff.grouped import GroupedProducts
 from ..types import Batch, InputError, Params
 from .layout import collate, out_of_memory
 from .parts import after_backbone, backbones
+from .placement import input_device, is_hooked
 from .precision import StayFloat64, arithmetic_of, rounding
 from .reach import SIZE, limits, text_config
 from .readout import Readout, values
 from .rows import Rows, packed_rows, plain_rows
-from .suitability import causal_lm, is_hooked
+from .suitability import causal_lm
 
 T = TypeVar("T")
 Logits = Callable[[Params, Tensor], Tensor]
@@ -51,7 +52,7 @@ def find_backbone(
 
     def difference(path: str) -> float:
         with torch.no_grad():
-            return float((logits_of(path, rows) - theirs_TV).abs().max())
+            return float((logits_of(path, rows).to(theirs_TV.device) - theirs_TV).abs().max())
 
     failed = "it has no base model"
     for path in backbones(model):
@@ -76,7 +77,7 @@ def _own_logits(model: nn.Module, params: Params, batch: Batch, rows: Rows) -> T
     experts = GroupedProducts() if wide else nullcontext()  # whose own product has no float64
 
     def own(tokens_L: Tensor) -> Tensor:
-        out = model(input_ids=tokens_L[None].to(_device(params)), use_cache=False)
+        out = model(input_ids=tokens_L[None].to(input_device(model)), use_cache=False)
         logits_LV: Tensor = out.logits[0]
         return logits_LV
 
@@ -213,7 +214,7 @@ def _reads(params: Params, logits: Logits, readout: Readout) -> bool:
     """Whether the readout gives the same probabilities as the head's own logits."""
     count, width = readout.weight_VD.shape
     draw = torch.Generator().manual_seed(0)
-    device = _device(params)
+    device = readout.weight_VD.device
     hidden_TD = torch.randn(4, width, generator=draw).to(device, readout.weight_VD.dtype)
     target_T = torch.arange(4, device=device) % count
     with torch.no_grad():
@@ -234,7 +235,3 @@ def _few(model: nn.Module) -> Batch:
     prompts, responses = [[0, 1, 2], [0, 1, 2], [3]], [[3, 4], [1, 0, 2], [4, 5]]
     x, y = ([[t % vocabulary for t in ids] for ids in part] for part in (prompts, responses))
     return collate(x, y, [0, 0, 1])
-
-
-def _device(params: Params) -> torch.device:
-    return next(iter(params.values())).device
