@@ -26,6 +26,7 @@ from funcprobe.types import InputError
 from ..config.paths import looks_local
 from ..config.schema import PolicyConfig
 from ..machine.pointers import pointer
+from .device_map import placement, require_in_place
 from .quantised import quantisation
 
 # Raised by transformers 5.23, huggingface_hub and safetensors for files that are missing, damaged, or
@@ -52,8 +53,9 @@ def load_base(
 
     `version` is the revision of a hub id. `remedy` says what to change if the model cannot be loaded.
 
-    With mode "qlora" it is on `device`, with bitsandbytes' linear layers, and in float32 instead of
-    float64, for the caller to widen. Raises InputError, one line, if it cannot be loaded, if its
+    With `device_map` its layers are where that places them. With mode "qlora" it is on `device`, with
+    bitsandbytes' linear layers, and in float32 instead of float64, for the caller to widen. Raises
+    InputError, one line, if it cannot be loaded, if its
     quantisation does not match `mode`, and for weights that are missing or whose shapes differ from the
     configuration.
     """
@@ -81,11 +83,11 @@ def load_base(
     quantise = quantisation(saved, base_id, config.mode, dtype)
     if config.mode == "qlora":
         dtype = torch.float32 if dtype is torch.float64 else dtype  # bitsandbytes has no float64
-        # Quantisation on another device may round to another of the sixteen levels.
-        remote |= {"quantization_config": quantise, "device_map": {"": str(device)}}
+        remote |= {"quantization_config": quantise}
     if dtype is torch.float64:
         # Mixtures of experts: transformers 5.23's default, torch's grouped product, has no float64.
         remote |= {"experts_implementation": "eager"}
+    remote |= placement(config, device)
     loaded: Any
     try:
         with _quiet():
@@ -101,11 +103,14 @@ def load_base(
     except (*UNLOADABLE, *UNPICKLED) as error:
         if out_of_memory(error):
             raise
+        if "device_map" in str(error):
+            raise InputError(f"policy.device_map: {short(error)}") from error
         weights = "*.safetensors*" if any(place.glob("*.safetensors*")) else "*.bin*"
         raise pointer(place, weights) or InputError(
             f"the base model cannot be loaded from {at} ({short(error)}): {remedy}"
         ) from error
     base, info = loaded
+    require_in_place(base, base_id)
     # transformers initialises missing tensors at random, and continues.
     if missing := sorted(info["missing_keys"]):
         raise InputError(

@@ -16,6 +16,7 @@ from funcprobe.types import InputError, Params
 
 from .. import store
 from ..config.schema import PolicyConfig
+from ..machine.devices import where
 from .adapter import BaseName, full_model, open_adapter
 from .base import is_local, load_base, load_tokenizer
 from .embeddings import fit_vocabulary
@@ -77,7 +78,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     if config.dtype == "float64":
         model = model.double()
     model.config.use_cache = False
-    model = _moved(model, device).eval()
+    model = (model if config.device_map else _moved(model, device)).eval()
     padding = drop_padding_rows(model)
     params = trainable_params(model)
     require_finite(model, name.id, config.dtype)
@@ -86,7 +87,7 @@ def load_policy(config: PolicyConfig, device: torch.device) -> Policy:
     at = f" at revision {name.revision}" if name.revision else ""
     lines = (
         f"base {name.id}{at}: {loaded.size:,} parameters, {precision}, {attention} attention, "
-        f"on {device}",
+        f"on {where(model)}",
         *_registry_lines(config, params, loaded),
         *loaded.lines,
         *without_row,
@@ -177,8 +178,8 @@ def _moved(model: Any, device: torch.device) -> Any:
         if not out_of_memory(error):
             raise
         raise InputError(
-            f"the policy does not fit into the memory of {device}: free some, take another run.device, "
-            'a smaller policy.dtype, or policy.mode = "qlora"'
+            f"the policy does not fit into the memory of {device}: free some, take another run.device "
+            'or several (policy.device_map = "auto"), a smaller policy.dtype, or policy.mode = "qlora"'
         ) from error
 
 

@@ -79,6 +79,12 @@ class PolicyConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="Of the model; in half precision rounding exceeds most measured changes."
     )
+    device_map: Literal["auto"] | dict[str, int | str] | None = Field(
+        None,
+        description='Layers on several GPUs: "auto" (by their free memory), or a table of modules and '
+        "GPUs, as transformers takes it; default: the whole model on run.device.",
+        examples=["auto"],
+    )
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel; second derivatives use one that supports them."
     )

@@ -51,6 +51,15 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
+    def _placed_once(self) -> "Config":
+        if self.policy.device_map is not None and self.run.device != "auto":
+            raise ValueError(
+                f'run.device = "{self.run.device}", but policy.device_map places the layers: remove '
+                "one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sampled_from_the_policy(self) -> "Config":
         if self.rollouts.eval is None and (self.sampling.top_p < 1 or self.sampling.top_k):
             raise ValueError(

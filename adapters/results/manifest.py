@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..machine.devices import where
 from ..machine.versions import versions
 from .quantity import Section
 
@@ -96,7 +97,7 @@ def manifest(plan: "Plan") -> Manifest:
         python=platform.python_version(),
         platform=platform.platform(),
         seed=plan.config.run.seed,
-        device=str(next(iter(plan.policy.params.values())).device),
+        device=where(plan.policy.model),
         torch_threads=torch.get_num_threads(),
         git=_git_commit(),
         optimizer=OptimizerState(**plan.optimizer.document()) if plan.optimizer else None,

@@ -17,7 +17,7 @@ from ..checkpoint.model import Loader, Policy, load_policy
 from ..checkpoint.toy import ensure_toy
 from ..config.schema import Config
 from ..console import Narrator
-from ..machine.devices import resolve_device
+from ..machine.devices import resolve_device, where
 from ..machine.precision import rounded
 from ..machine.versions import versions
 from ..optimizer import OptimizerReport
@@ -279,7 +279,7 @@ def _inputs(
             "dtype": config.policy.dtype,
             "precision": config.policy.precision,
             "attention": policy.attention,
-            "device": str(policy.model.device),
+            "device": where(policy.model),
             "versions": versions(),
             # In an editable install the code changes while the version does not.
             "core": store.fingerprint_core(Path(funcprobe.__file__).parent),
