@@ -110,7 +110,7 @@ def load_base(
             f"the base model cannot be loaded from {at} ({short(error)}): {remedy}"
         ) from error
     base, info = loaded
-    require_in_place(base, base_id)
+    require_in_place(base, base_id, config)
     # transformers initialises missing tensors at random, and continues.
     if missing := sorted(info["missing_keys"]):
         raise InputError(

@@ -37,8 +37,18 @@ def placement(config: PolicyConfig, device: torch.device) -> dict[str, Any]:
     return {"device_map": {module: str(found[name]) for module, name in named.items()}}
 
 
-def require_in_place(base: Any, base_id: str) -> None:
-    """InputError if accelerate left layers on the CPU or the disk, for want of memory on the GPUs."""
+def require_in_place(base: Any, base_id: str, config: PolicyConfig) -> None:
+    """InputError if accelerate left layers on the CPU or the disk, for want of memory on the GPUs.
+
+    And for a table with a name that is none of the base's.
+    """
+    if isinstance(config.device_map, dict):
+        own = {name for name, _ in (*base.named_modules(), *base.named_parameters())}
+        if unknown := sorted(config.device_map.keys() - own):
+            raise InputError(
+                f"policy.device_map has {unknown[0]}, which base {base_id} has not: use names of its "
+                "modules, as model.layers.0 and lm_head"
+            )
     places: dict[str, Any] = getattr(base, "hf_device_map", None) or {}
     away = [module for module, at in places.items() if str(at) in {"cpu", "disk"}]
     if away and (len(away) < len(places) or "disk" in map(str, places.values())):
