@@ -38,6 +38,7 @@ from .policy.layout import collate, response_mask, select
 from .policy.reference import adapter_params, base_params
 from .prediction import Prediction
 from .probe import Probe, bind, first_order_passes, measure, predict, summarise
+from .ranks import Ranks
 from .rules.named import BoundRule, NamedRule
 from .rules.registry import rule
 from .rules.rule import RuleInputs
@@ -110,6 +111,7 @@ __all__ = [
     "Passes",
     "Prediction",
     "Probe",
+    "Ranks",
     "RecomputedStep",
     "RuleInputs",
     "Step",

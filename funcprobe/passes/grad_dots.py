@@ -14,6 +14,7 @@ from ..autodiff.replaced import Replaced
 from ..policy.forward import Forward
 from ..policy.layout import MAX_TOKENS, Layout, gather, response_mask
 from ..policy.rows import Rows
+from ..ranks import added
 from ..types import Batch, Params
 from .gradients import accumulate, on_cpu, weighted_grad, zero_gradient
 from .head import head_gradient
@@ -45,10 +46,9 @@ def grad_dots(
     q_NR = torch.zeros_like(p_NR) if q_NR is None else q_NR
     # In half precision, rounding would hide the errors that the check of the sum is for.
     if torch.finfo(forward.coarsest).eps < 1e-4:
-        try:
-            return _in_one_pass(params, batch, mu, p_NR, q_NR, forward, max_tokens)
-        except _OtherUseError:  # raised by the first microbatch
-            pass
+        found = _in_one_pass(params, batch, mu, p_NR, q_NR, forward, max_tokens)
+        if found is not None:
+            return found
     _, along = tangents(params, batch, mu, forward, max_tokens)
     s_N = (p_NR * along.logp_NR + q_NR * along.entropy_NR).sum(1)
     return s_N, weighted_grad(params, batch, p_NR, q_NR, forward, max_tokens)
@@ -62,7 +62,9 @@ def _in_one_pass(
     q_NR: Tensor,
     forward: Forward,
     max_tokens: int,
-) -> tuple[Float[Tensor, " N"], Params]:
+) -> tuple[Float[Tensor, " N"], Params] | None:
+    """None if a trained parameter has another use than in linear layers, on any rank."""
+
     def one(rows: Rows) -> tuple[Params, Tensor]:
         # Plain autograd: torch.func.vjp would wrap every call of _LinearDot, a fifth of the cost.
         given: Params = {n: nn.Parameter(t) for n, t in params.items()}
@@ -80,10 +82,16 @@ def _in_one_pass(
 
     s_N, total = torch.zeros(len(p_NR), dtype=torch.float64), zero_gradient(params)
     layout: Layout = "plain" if forward.layout == "plain" else "packed"
-    for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, forward, layout):
-        s_N[rows.sequence_T.unique()] = s_n
-        total = accumulate(total, grads)
-    return s_N, on_cpu(total)
+    other_use = torch.zeros(1)
+    try:
+        for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, forward, layout):
+            s_N[rows.sequence_T.unique()] = s_n
+            total = accumulate(total, grads)
+    except _OtherUseError:  # raised by the first microbatch
+        other_use += 1
+    if bool(forward.ranks.add([other_use])[0]):  # all ranks go the same way
+        return None
+    return forward.ranks.add([s_N])[0], on_cpu(added(total, forward.ranks))
 
 
 class _OtherUseError(Exception):

@@ -12,6 +12,7 @@ from ..autodiff.transforms import refuse_differentiated
 from ..policy.forward import Forward
 from ..policy.layout import MAX_TOKENS, gather
 from ..policy.rows import Rows
+from ..ranks import added
 from ..statistics.evaluation import evaluate, gradient_coefficients
 from ..types import Batch, Entropy, Params, UpdateBatch
 from .head import head_gradient
@@ -47,7 +48,7 @@ def weighted_grad(
     for _, grads in in_microbatches(one, batch, max_tokens, forward):
         for part in grads:
             total = accumulate(total, part)
-    return on_cpu(total)
+    return on_cpu(added(total, forward.ranks))
 
 
 def grad_X(

@@ -88,7 +88,7 @@ def alpha_vjp(
     s_N = torch.zeros(len(p_NR), dtype=torch.float64)
     for rows, s_n in in_microbatches(one, batch, max_tokens, forward):
         s_N[rows.sequence_T.unique()] = s_n
-    return s_N
+    return forward.ranks.add([s_N])[0]
 
 
 def require_derivatives(params: Params, forward: Forward) -> None:

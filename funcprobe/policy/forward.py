@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..ranks import ALONE, Ranks
 from ..tree import require_same
 from ..types import InputError, Params
 from .layout import Layout
@@ -40,7 +41,7 @@ class Forward(NamedTuple):
     `coarsest` is the least precise dtype that the values pass through. `readout` is the output
     embedding, if it is frozen and alone determines the logits; `layout` the most compact layout of rows
     that the model can process; `notes` state why nothing faster is used. `halved` is called with the
-    new bound on a microbatch's tokens after memory ran out.
+    new bound on a microbatch's tokens after memory ran out. `ranks` are processes that share a pass.
     """
 
     hidden: Callable[..., Tensor]
@@ -50,6 +51,7 @@ class Forward(NamedTuple):
     layout: Layout
     notes: tuple[str, ...] = ()
     halved: Callable[[int], None] = lambda _: None
+    ranks: Ranks = ALONE
 
 
 def trainable_params(model: nn.Module) -> Params:

@@ -1,8 +1,8 @@
 """A batch as microbatches of rows, and the statistics of these as [N, R]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -71,6 +71,20 @@ def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> lis
     padding. Raises InputError if a single sequence is longer than `max_tokens`, and for a batch that is
     not on the CPU.
     """
+    found = grouped(batch, max_tokens, layout)
+    return [found.build(batch, part) for part in found.parts]
+
+
+class Groups(NamedTuple):
+    """Microbatches before they are built: the sequences and the number of tokens of each."""
+
+    parts: list[Int[Tensor, " n"]]
+    tokens: list[int]
+    build: Callable[[Batch, Int[Tensor, " n"]], Rows]
+
+
+def grouped(batch: Batch, max_tokens: int, layout: Layout = "plain") -> Groups:
+    """Which sequences form which microbatch of `microbatches`. Raises InputError as there."""
     _require_on_cpu(batch)
     length_N = batch.prompt_length_N + batch.response_length_N
     longest = int(length_N.max())
@@ -80,18 +94,17 @@ def microbatches(batch: Batch, max_tokens: int, layout: Layout = "plain") -> lis
             f"{max_tokens}: raise max_tokens to at least {longest}"
         )
     parts = _padded(length_N, max_tokens)
-    read, build = sum(len(part) * int(length_N[part[0]]) for part in parts), plain_rows
+    found = Groups(parts, [len(part) * int(length_N[part[0]]) for part in parts], plain_rows)
     whole = int(length_N.sum())
-    if layout != "plain" and whole < PACKING * read:
+    if layout != "plain" and whole < PACKING * sum(found.tokens):
         order = length_N.argsort(descending=True, stable=True).tolist()
-        parts = _filled([([i], int(length_N[i])) for i in order], max_tokens)
-        read, build = whole, _packed
+        found = Groups(*_filled([([i], int(length_N[i])) for i in order], max_tokens), _packed)
     if layout == "shared":
         first_N = _first_of_prompt(batch)
         units = _by_prompt(batch, first_N, max_tokens)
-        if sum(tokens for _, tokens in units) < SHARING * read:
-            parts, build = _filled(units, max_tokens), partial(_packed, first_N=first_N)
-    return [build(batch, part) for part in parts]
+        if sum(tokens for _, tokens in units) < SHARING * sum(found.tokens):
+            found = Groups(*_filled(units, max_tokens), partial(_packed, first_N=first_N))
+    return found
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -156,25 +169,24 @@ def _by_prompt(batch: Batch, first_N: Tensor, max_tokens: int) -> list[tuple[lis
     units: list[tuple[list[int], int]] = []
     for first, group in members.items():
         pieces = _cut([([i], count_N[i]) for i in group], max_tokens - prompt_N[first])
-        units += [(piece, prompt_N[first] + sum(count_N[i] for i in piece)) for piece in pieces]
+        units += [(piece, prompt_N[first] + tokens) for piece, tokens in pieces]
     # Neighbours attend in one block, so that their prompts should be of similar length.
     return sorted(units, key=lambda unit: -prompt_N[unit[0][0]])
 
 
-def _filled(units: Sequence[tuple[list[int], int]], max_tokens: int) -> list[Tensor]:
-    return [torch.tensor(part) for part in _cut(units, max_tokens)]
+def _filled(units: Sequence[tuple[list[int], int]], max_tokens: int) -> tuple[list[Tensor], list[int]]:
+    runs = _cut(units, max_tokens)
+    return [torch.tensor(members) for members, _ in runs], [tokens for _, tokens in runs]
 
 
-def _cut(units: Sequence[tuple[list[int], int]], room: int) -> list[list[int]]:
+def _cut(units: Sequence[tuple[list[int], int]], room: int) -> list[tuple[list[int], int]]:
     """Consecutive units (members, tokens) merged into runs of at most `room` tokens each."""
-    runs: list[list[int]] = []
-    left = -1
+    runs: list[tuple[list[int], int]] = []
     for members, tokens in units:
-        if tokens > left:
-            runs.append([])
-            left = room
-        runs[-1] += members
-        left -= tokens
+        if runs and runs[-1][1] + tokens <= room:
+            runs[-1] = (runs[-1][0] + members, runs[-1][1] + tokens)
+        else:
+            runs.append((list(members), tokens))
     return runs
 
 
