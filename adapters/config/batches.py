@@ -98,6 +98,12 @@ class SamplingConfig(Section):
         "model's generation config.",
         examples=[[2]],
     )
+    engine: Literal["batched", "continuous"] = Field(
+        "batched",
+        description='"batched": prompts of similar length together, until all have ended; '
+        '"continuous": transformers\' continuous batching, where one that has ended makes room for '
+        "another. Both draw the same responses (docs/sampling.md).",
+    )
     generation_batch: Positive | Literal["auto"] = Field(
         "auto",
         description='Sequences generated at once; "auto": as many as half of the free memory holds, at '

@@ -46,4 +46,15 @@ def sample_responses(
     not even one sequence fits into memory, and if responses would be no samples of this policy.
     """
     own = range(len(prompt_ids)) if indices is None else indices
-    return batched.sample(policy, prompt_ids, config, seed, own, advance)
+    engine = batched.sample if config.engine == "batched" else _continuous()
+    return engine(policy, prompt_ids, config, seed, own, advance)
+
+
+def _continuous() -> Callable[..., Responses]:
+    try:
+        from . import continuous
+    except ImportError as error:
+        raise InputError(
+            f'sampling.engine = "continuous" needs transformers 5.23 or later ({error}): set "batched"'
+        ) from error
+    return continuous.sample
