@@ -1,6 +1,5 @@
 """Forward-mode rules where torch's own are slow or missing: frozen linear layers, fused attention."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,18 +135,8 @@ def _dual_attention(
     out = scaled_dot_product_attention(
         q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    at, along = _headed([q, k, v, out]), _headed(moved)
-    dual: Tensor = make_dual(out, attention_along(at, along, mask, is_causal, scale))
+    dual: Tensor = make_dual(out, attention_along([q, k, v, out], moved, mask, is_causal, scale))
     return dual
-
-
-def _headed(given: Sequence[Tensor]) -> list[Tensor]:
-    """(query, key, value, ...) with a key and a value of its own for every head of the query."""
-    query, key, value, *rest = given
-    each = query.shape[1] // key.shape[1]
-    if each > 1:
-        key, value = (x.repeat_interleave(each, 1) for x in (key, value))
-    return [query, key, value, *rest]
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -192,5 +181,5 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor, _: None) -> Tensor:
         mask, _, is_causal, scale, _ = ctx.settings.values
-        at, along = _headed(ctx.saved_tensors), _headed([dquery, dkey, dvalue])
-        return attention_along(at, along, mask, is_causal, scale)
+        along = [dquery, dkey, dvalue]
+        return attention_along(ctx.saved_tensors, along, mask, is_causal, scale)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.functional import linear
 
 from .attention_along import attention_twice_along
+from .transforms import in_transform
 
 Rule: TypeAlias = Callable[..., Any]  # arguments of the function, some of them jets -> jet or jets
 
@@ -161,15 +162,14 @@ def _attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False,  # noqa: ARG001
 ) -> Any:
     jets = [_jet(x) for x in (query, key, value)]
     if dropout_p or isinstance(attn_mask, Jet) or any(jet.value.dim() != 4 for jet in jets):
         return NotImplemented
+    if any(in_transform(part) for jet in jets for part in jet if part is not None):
+        return NotImplemented  # the rule writes into tensors of its own, which no transform follows
     q, k, v = ([or_zeros(part, jet.value) for part in jet] for jet in jets)
-    if enable_gqa:
-        each = q[0].shape[1] // k[0].shape[1]
-        k, v = ([part.repeat_interleave(each, 1) for part in parts] for parts in (k, v))
     return Jet(*attention_twice_along(q, k, v, attn_mask, is_causal, scale))
 
 

@@ -196,11 +196,11 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("scores", [attention_along.SCORES, 1, 2 * HEADS * Q * K])
+@pytest.mark.parametrize("scores", [2**22, 1, 8 * K * 2 * HEADS, 8 * K * Q * 2])
 @pytest.mark.parametrize("case", ATTENTION)
 def test_attention(monkeypatch, case, scores):
-    """All sequences at once, one at a time, and two and one."""
-    monkeypatch.setattr(attention_along, "SCORES", scores)
+    """All at once; one query of one head; two queries of several heads; all of two heads or groups."""
+    monkeypatch.setitem(attention_along.SCORES, "cpu", scores)
     heads, keys, settings = ATTENTION[case]
     f, at, along = attention(heads, keys, **settings)
     close(*both(lambda: jvp(f, at, along)))
