@@ -28,15 +28,14 @@ from ..config.schema import Config
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
 from ..stages.plan import EvalSource, load_eval
+from .configured import require_readable, require_same_policy
 from .dropout import OF_STEP, warn_of_dropout
 from .headline import causes, headline
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
+from .together import OtherProcessError, Together, together
 
 logger = logging.getLogger(__name__)
-
-# The step is determined by the trainer, not by the configuration.
-_NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")
 
 
 class StepProbe(NamedTuple):
@@ -67,6 +66,7 @@ class ProbeCallback(TrainerCallback):
     its parameters, without autocast and without dropout, with which TRL 1.16 samples. If some are in
     half precision, rounding exceeds most measured changes: `measured` and `ratio` are omitted, with a
     warning. A 4-bit model needs `quantised.freeze_quantised(model)` before it is passed to the trainer.
+    Of several processes each computes a share of E, and the first logs.
 
     The results are in the trainer's log as funcprobe/*, at their step, and one line of the logger of
     this module says who makes the change (level INFO). Weights, gradients, modes, hooks
@@ -87,19 +87,21 @@ class ProbeCallback(TrainerCallback):
         self.trainer = trainer
         self.every = every
         self.config = config if isinstance(config, Config) else read_config(Path(config))
-        _require_readable(self.config)
+        require_readable(self.config)
         policy = live_policy(trainer, self.config.policy.max_trainable)
         prompted, rows = own_prompts(trainer, self.config)
         self.source = load_eval(prompted, policy, rows)
-        for line in self.source.lines:
-            logger.info(line)
-        _require_same_policy(self.source, trainer)
+        if trainer.is_world_process_zero():
+            for line in self.source.lines:
+                logger.info(line)
+        require_same_policy(self.source, trainer)
         if self.source.supplied is not None and self.source.supplied.sampler_logp is None:
             raise InputError(
                 f"{self.config.rollouts.eval} has no sampler_logp: the policy changes in training, so "
                 "that E needs the log-probabilities of its sampler; sample E, or supply the column"
             )
         self._numbers: dict[str, float] | None = None
+        self._together = Together()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,9 +110,10 @@ class ProbeCallback(TrainerCallback):
         require_live(self.trainer, optimizer)
         policy = live_policy(self.trainer, self.config.policy.max_trainable)
         adam.require_state(policy.params, adam_state(optimizer, policy.model, policy.params), "adamw")
+        self._together = together()
+        with self._together, at_rest(policy.model):  # raises for what cannot be probed
+            forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
         if state.is_world_process_zero:
-            with at_rest(policy.model):  # raises for an architecture that cannot be probed
-                forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
             _warn_of_rounding(policy.params, forward.coarsest)
             warn_of_dropout(policy.model, OF_STEP)
 
@@ -118,23 +121,30 @@ class ProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step + 1
-        if step % self.every or not state.is_world_process_zero:
+        # Processes that torch.distributed does not join leave it to the first.
+        if step % self.every or not (state.is_world_process_zero or self._together.size > 1):
             return
         start = time.perf_counter()
         try:
-            found = probe_step(
-                live_policy(self.trainer, self.config.policy.max_trainable),
-                plain_optimizer(kwargs["optimizer"]),
-                self.source,
-                self.config,
-                step,
-            )
+            with self._together:
+                found = probe_step(
+                    live_policy(self.trainer, self.config.policy.max_trainable),
+                    plain_optimizer(kwargs["optimizer"]),
+                    self.source,
+                    self.config,
+                    step,
+                    self._together,
+                )
         except (InputError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, InputError) or out_of_memory(error)):
+            if not (isinstance(error, InputError | OtherProcessError) or out_of_memory(error)):
                 raise
+            if not state.is_world_process_zero:
+                return
             reason = " ".join(str(error).split())[:300]
             warnings.warn(f"funcprobe: step {step} is not probed: {reason}", stacklevel=2)
             self._numbers = {"funcprobe/skipped": 1.0}
+            return
+        if not state.is_world_process_zero:
             return
         logged = numbers(found) | {"seconds": time.perf_counter() - start}
         logger.info("step %d: %s", step, headline(logged, found.predicted))
@@ -159,10 +169,12 @@ def probe_step(
     source: EvalSource,
     config: Config,
     step: int,
+    together: Together = Together(),  # noqa: B008 (alone, it has no state)
 ) -> StepProbe:
     """Prediction and measurement of the step that `optimizer` would take with the gradients in .grad.
 
-    Nothing is changed. InputError if a gradient or the policy's probabilities are not finite.
+    Of several processes each computes a share. Nothing is changed. InputError if a gradient or the
+    policy's probabilities are not finite.
     """
     params = policy.params
     state = adam_state(optimizer, policy.model, params)
@@ -176,9 +188,9 @@ def probe_step(
     lr = lr_now(optimizer, policy.model, state)
     entropy, max_tokens = Entropy(**config.entropy.model_dump()), int(config.run.max_tokens)
     with at_rest(policy.model):
-        batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step)
+        batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step, together)
         forward = funcprobe.frozen_forward(policy.model, params, source.temperature)
-        forward = forward._replace(halved=_warn_of_memory)
+        forward = forward._replace(halved=_warn_of_memory, ranks=together.ranks)
         of_E: dict[str, Any] = {"entropy": entropy, "sampler_logp_NR": sampler_logp_NR}
         passes = eval_passes(params, batch, direction.total, forward, max_tokens=max_tokens, **of_E)
         along = summarise_along(passes, Y, direction, batch, unit_N=unit_N, **of_E)
@@ -254,7 +266,11 @@ def _direction(params: Params, Y: Params, state: AdamState) -> adam.UpdateDirect
 
 
 def _eval_batch(
-    policy: Policy, source: EvalSource, config: Config, step: int
+    policy: Policy,
+    source: EvalSource,
+    config: Config,
+    step: int,
+    together: Together = Together(),  # noqa: B008
 ) -> tuple[Batch, torch.Tensor | None, torch.Tensor]:
     """E, its sampler log-probabilities if it is supplied, and its sampling units."""
     if source.supplied is not None:
@@ -264,35 +280,9 @@ def _eval_batch(
     seed = random.Random(f"{config.run.seed}/{step}/E").getrandbits(48)
     index = draw_with_replacement(config.sampling.B_E, len(source.prompt_ids), seed)
     ids = [source.prompt_ids[i] for i in index]
-    found = sample_responses(policy, ids, config.sampling, seed)
-    return funcprobe.collate(ids, found.ids, index), None, torch.arange(len(index))
-
-
-def _require_readable(config: Config) -> None:
-    chosen = config.optimizer
-    given = [key for key in _NOT_READ if getattr(chosen, key) is not None]
-    if given or chosen.rule != "adamw":
-        raise InputError(
-            f"optimizer.{given[0] if given else 'rule'} is set: inside training the step is the "
-            "trainer's own, by its optimizer and its gradients; remove it"
-        )
-    if config.run.max_tokens == "auto":
-        raise InputError('run.max_tokens = "auto" is not supported inside training: give a number')
-    if config.step.masks:
-        raise InputError(
-            "step.masks is set: inside training the gradient is the trainer's own, with its own masks; "
-            "remove it"
-        )
-    if config.rollouts.update is not None:
-        raise InputError("rollouts.update is set: inside training U is the trainer's own; remove it")
-    if config.sampling.eos_ids is not None:
-        raise InputError("sampling.eos_ids is set: inside training they are the trainer's; remove it")
-
-
-def _require_same_policy(source: EvalSource, trainer: Trainer) -> None:
-    sampled_at = getattr(trainer, "temperature", getattr(trainer.args, "temperature", None))
-    if sampled_at not in {None, source.temperature}:
-        raise InputError(
-            f"the trainer samples at temperature {sampled_at:g} but E is at {source.temperature:g}, "
-            "another policy: set sampling.temperature to the trainer's, or supply another E"
-        )
+    own = together.share(len(ids))
+    asked = [ids[i] for i in own]
+    found = sample_responses(policy, asked, config.sampling, seed, indices=own).ids if asked else []
+    shares = together.gathered(found)
+    sampled = [shares[i % together.size][i // together.size] for i in range(len(ids))]
+    return funcprobe.collate(ids, sampled, index), None, torch.arange(len(index))

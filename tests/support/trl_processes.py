@@ -1,21 +1,17 @@
 """TRL trainings of two processes, joined by gloo; `python -m support.trl_processes` is one of them."""
 
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from support.checkpoints import Checkpoint
-from support.paths import ROOT
 from support.trl_cases import CASES, Change
 from support.trl_training import Step, train
+from support.two_processes import WORLD, run_on_two
 
-WORLD = 2
 # Groups of 4 responses on each process, so half of what one process has in a step.
 LAYOUTS: dict[str, Change] = {
     "first": {"per_device_train_batch_size": 8, "temperature": 1.3},
@@ -34,25 +30,7 @@ def train_on_two(
 ) -> dict[tuple[str, str], Step]:
     """The step of each (case, layout), with the calls of both processes."""
     torch.save((tuple(checkpoint), list(pairs)), folder / "wanted.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
-    shared |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(WORLD):
-        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (folder / f"rank-{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", "support.trl_processes", str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    # One that fails leaves the other waiting.
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            for process in processes:
-                process.kill()
-        time.sleep(0.1)
-    logs = [(folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(WORLD)]
-    assert [process.wait() for process in processes] == [0] * WORLD, "\n".join(logs)
+    run_on_two("support.trl_processes", folder)
     of_rank = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(WORLD)]
     return {
         pair: first._replace(calls=[*first.calls, *second.calls])

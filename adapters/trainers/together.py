@@ -1,0 +1,91 @@
+"""The processes of a training that probe a step together: each does a share, all finish or none.
+
+Training goes on after a step that could not be probed, so that no process may be left waiting for one
+that has given up. Whatever they exchange therefore begins with a vote, and a process that gives up
+casts its own before it leaves.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from torch import Tensor, distributed
+
+from funcprobe.ranks import Ranks
+
+T = TypeVar("T")
+
+
+class OtherProcessError(RuntimeError):
+    """Another process could not go on; the message is its reason."""
+
+
+class Together:
+    """A group of processes, in which `with together:` ends for all of them alike.
+
+    An exception in one of them becomes `OtherProcessError` in the others, at their next exchange or at
+    the end of the block. Without a group the process is alone.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else distributed.get_rank(group)
+        self.size = 1 if group is None else distributed.get_world_size(group)
+
+    @property
+    def ranks(self) -> Ranks:
+        """For `Forward.ranks`."""
+        return Ranks(self.rank, self.size, self._added)
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process, by rank."""
+        self._vote(None)
+        return self._exchanged(value)
+
+    def share(self, count: int) -> range:
+        """This process's of the indices 0 to count - 1, every one of them some process's."""
+        return range(self.rank, count, self.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._vote(None)
+        elif issubclass(kind, Exception) and not issubclass(kind, OtherProcessError):
+            reason = " ".join(str(error).split()) or kind.__name__
+            self._exchanged(reason)  # others' reasons do not matter: this process has its own
+
+    def _added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over the processes, in their order: the same bits on each."""
+        own = [t.detach().cpu() for t in tensors]
+        self._vote(None)
+        found = self._exchanged(own)
+        return [
+            sum(parts[1:], parts[0]).to(t.device) for t, *parts in zip(tensors, *found, strict=True)
+        ]
+
+    def _vote(self, reason: str | None) -> None:
+        reasons = self._exchanged(reason)
+        for rank, other in enumerate(reasons):
+            if other is not None:
+                raise OtherProcessError(f"process {rank} of {self.size}: {other}")
+
+    def _exchanged(self, value: T) -> list[T]:
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value, group=self.group)
+        return found
+
+
+def together() -> Together:
+    """The processes of this training, which all call this; alone if there is one.
+
+    In a group of their own, so that no exchange meets one of the training's, by gloo, which takes a
+    process to be gone after half an hour, as torch does by default.
+    """
+    several = distributed.is_initialized() and distributed.get_world_size() > 1
+    return Together(distributed.new_group(backend="gloo") if several else None)
