@@ -101,8 +101,10 @@ def _floor(probe: Probe, batch: Batch, v: Params) -> float:
     eta = 1e3 * torch.finfo(next(iter(probe.params.values())).dtype).eps / rms
     found = {}
     for signed in (eta / 2, eta, -eta / 2, -eta):
-        found[signed] = probe.measure(probe.params, batch, v, signed, stats, entropy=at.entropy).delta
-    noise = rounding_noise((found[eta / 2], found[eta]), (found[-eta / 2], found[-eta]))
+        measured = probe.measure(probe.params, batch, v, signed, stats, entropy=at.entropy)
+        found[signed] = measured.influence_N
+    pairs = (found[eta / 2], found[eta]), (found[-eta / 2], found[-eta])
+    noise = rounding_noise(*pairs, len(batch.prompt_N))
     unit_N = torch.arange(len(batch.prompt_N))
     return abs(10 * noise / funcprobe.derivative(at, tangent, unit_N).derivative)
 

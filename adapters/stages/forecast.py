@@ -19,14 +19,13 @@ from ..rollouts import Rollouts
 from ..sampling.batch_size import batch_size
 from ..sampling.batched import seconds_of_a_step
 from ..sampling.prompts import draw_distinct, draw_with_replacement
-from . import max_tokens
+from . import checks, max_tokens, sweep
 from .batches import derived_seed
 from .microbatch import longest
 from .plan import Plan, vocabulary
 
 # Costs in forwards over the same rows, the middle of docs/precision.md's ranges.
 GRADIENT, TANGENTS, DOTS, SECOND = 2.15, 2.35, 2.25, 5.1
-CHECKED = 32  # sequences of E in most sanity checks: four forwards, gradients of four of them
 LONG_ENOUGH = 0.3  # seconds of a trial
 AT_LEAST = 256  # tokens of it
 
@@ -62,11 +61,16 @@ def forecast(plan: Plan, narrator: Narrator, *, kl: bool = False, steps: int = 0
     E = _batch(plan, "E", plan.supplied_eval)
     U = _batch(plan, "U", plan.supplied_update)
     tangents = 1 + config.attribution.influence
-    forwards = etas + 4 + {"difference": 2, "exact": 0, "none": 0}[config.measure.second_order]
+    count = len(E.prompt_N)
+    forwards = etas + {"difference": 2, "exact": 0, "none": 0}[config.measure.second_order]
     forwards += etas + 3 if kl else 0
     second = 1 if config.measure.second_order == "exact" else 0
-    count = len(E.prompt_N)
-    forwards_of_few, gradients_of_few = 4 * min(CHECKED, count) / count, 4 * (1 + 3) / count
+    of_rounding, of_checks = 4 * min(sweep.FEW, count), 3 * min(checks.FEW, count)
+    again = min(checks.FEWEST, count)  # twice; and gradients and contractions of four sequences
+    forwards_of_few, gradients_of_few = (
+        (of_rounding + of_checks + 2 * again) / count,
+        4 * (1 + 3) / count,
+    )
     of_E = Part(
         _tokens(E, plan),
         tangents + 1 + forwards + second + forwards_of_few + gradients_of_few,

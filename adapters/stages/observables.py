@@ -1,7 +1,7 @@
 """What a run observes beside the entropy: at theta, along v, and at every learning rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from funcprobe.statistics.estimators import FirstOrder, Measured, entropy_influe
 from funcprobe.statistics.evaluation import Evaluation
 from funcprobe.statistics.intervals import Error, delta_error
 from funcprobe.statistics.observables import of_response, of_sampled_tokens, of_tokens
-from funcprobe.statistics.second_order import rounding_noise
 from funcprobe.types import Baseline, Entropy, InputError, TokenStats
 
 from ..config.estimation import observable_label
@@ -29,7 +28,7 @@ from ..store import Stages
 from .first_order import Predicted
 from .observed import rewards_of_E, values_on_E
 from .plan import Plan, configured_reward
-from .sweep import LEAVES, STATS, Point, Sweep, state_inputs
+from .sweep import LEAVES, STATS, Point, Sweep, Tiny, noise_of, state_inputs
 
 UNITS = {"reward": "reward", "correct": "share", "length": "tokens", "stop": "share"}
 
@@ -175,7 +174,7 @@ def _of_response(predicted: Predicted, name: str, f_N: Float64[Tensor, " N"], sw
         at,
         TokenStats(of_part(prediction.tangent).logp_NR, torch.zeros_like(f_nR)),
         [TokenStats(of_part(_moved(point)).logp_NR, f_nR) for point in sweep.points],
-        [TokenStats(of_part(moved).logp_NR, f_nR) for moved in sweep.tiny],
+        _at_tiny_etas(sweep, lambda moved: TokenStats(of_part(moved).logp_NR, f_nR), row_n),
         predicted.unit_N[row_n],
     )
     return found._replace(value=found.value + first)
@@ -206,7 +205,7 @@ def _of_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator: Narrato
             TokenStats(_moved(point).logp_NR, moved_NR)
             for point, moved_NR in zip(sweep.points, kl.moved, strict=True)
         ],
-        [],
+        None,
         predicted.unit_N,
     )
 
@@ -235,7 +234,7 @@ def _of_sampled_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator:
         of_sampled_tokens(E, prediction.stats, here.entropy_NR, entropy, sampler_NR),
         TokenStats(slope_NR, slope_NR),
         [divergence(_moved(point)) for point in sweep.points],
-        [divergence(moved) for moved in sweep.tiny],
+        _at_tiny_etas(sweep, divergence, torch.arange(len(E.prompt_N))),
         predicted.unit_N,
     )
 
@@ -246,14 +245,10 @@ def _observed(
     at: Evaluation,
     tangent: TokenStats,
     moved: Sequence[TokenStats],
-    tiny: Sequence[TokenStats],
+    tiny: Tiny | None,
     unit_n: Tensor,
 ) -> Observed:
     influence_n = entropy_influence(at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
-    noise = None
-    if tiny:
-        up_half, up, down_half, down = (evaluation.change(at, stats).delta for stats in tiny)
-        noise = rounding_noise((up_half, up), (down_half, down))
     return Observed(
         name=name,
         unit=unit[0],
@@ -266,8 +261,16 @@ def _observed(
         value_error=delta_error(influence_n, unit_n),
         derivative=evaluation.derivative(at, tangent, unit_n),
         measured=tuple(evaluation.change(at, stats) for stats in moved),
-        rounding=noise,
+        rounding=None if tiny is None else noise_of(at, tiny),
     )
+
+
+def _at_tiny_etas(sweep: Sweep, of: Callable[[TokenStats], TokenStats], row_n: Tensor) -> Tiny | None:
+    """The observable's statistics of the sequences `row_n` at tiny etas; None: none was moved."""
+    if sweep.tiny is None:
+        return None
+    few_n = torch.isin(row_n, sweep.tiny.few_n).nonzero()[:, 0]  # in row_n
+    return Tiny(few_n, tuple(of(moved) for moved in sweep.tiny.moved)) if len(few_n) else None
 
 
 def _per(entropy: Entropy) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import torch
 import funcprobe
 from funcprobe import tree
 from funcprobe.policy.forward import Forward
+from funcprobe.policy.layout import select
 from funcprobe.statistics.estimators import Measured
 from funcprobe.statistics.evaluation import Evaluation
 from funcprobe.statistics.intervals import Error, delta_error
@@ -17,13 +18,14 @@ from .. import store
 from ..console import Narrator
 from ..machine.cost import Stage, counted
 from ..store import Stages
-from .batches import Batches
+from .batches import Batches, derived_seed
 from .fresh import Fresh, sample_again
 from .plan import Plan
 from .weight_diagnostics import WeightDiagnostics, verdict
 
 LEAVES = torch.zeros(0)  # placeholder for a tensor where only the structure of a tree matters
 STATS = TokenStats(LEAVES, LEAVES)
+FEW = 64  # sequences of E that the rounding noise is measured on
 
 
 class Point(NamedTuple):
@@ -44,13 +46,20 @@ class Curvature(NamedTuple):
     eta: float | None  # of the symmetric difference; None: exact, in Taylor mode
 
 
+class Tiny(NamedTuple):
+    """E's statistics at tiny etas, half and whole, up, then down: of few sequences, others unmoved."""
+
+    few_n: torch.Tensor  # indices in E
+    moved: tuple[TokenStats, ...]
+
+
 class Sweep(NamedTuple):
     """Measured changes at ascending learning rates, their rounding noise, the second derivative."""
 
     points: tuple[Point, ...]
     rounding_noise: float | None  # sd of one measured change; None if v changes no log-probability
     curvature: Curvature | None
-    tiny: tuple[TokenStats, ...] = ()  # of E at the etas of the noise: half and whole, up, then down
+    tiny: Tiny | None = None
 
 
 def measure_sweep(
@@ -67,21 +76,18 @@ def measure_sweep(
     as well. `unit_N` is the index of the sampling unit of every sequence of E.
     """
     v, at = prediction.direction.total, prediction.at
-    tiny = _rounding_eta(prediction, plan.forward)
-    signed = [sign * part * tiny for sign in (1, -1) for part in (0.5, 1)] if tiny else []
-    mode = _second_order(plan, narrator)
-    pair = []
-    if mode == "difference" and tiny:
+    tiny, mode = None, _second_order(plan, narrator)
+    slight, pair = _rounding_eta(prediction, plan.forward), []
+    if mode == "difference" and slight:
         wide = difference_eta(prediction.tangent, at.mask_NR, plan.forward.coarsest)
         pair = [wide, -wide]
-    etas = [*plan.etas, *signed, *pair]
-    with narrator.phase("measure", len(etas) * len(batches.eval_batch.prompt_N)) as stage:
+    etas, count = [*plan.etas, *pair], len(batches.eval_batch.prompt_N)
+    with narrator.phase("measure", len(etas) * count + 4 * min(FEW, count)) as stage:
         moved = {eta: statistics_at(plan, batches, v, eta, stages, stage) for eta in etas}
+        if slight:
+            tiny = _at_tiny_etas(plan, batches, prediction, slight, stages, stage)
     found = {eta: funcprobe.change(at, stats) for eta, stats in moved.items()}
-    noise, curvature = None, None
-    if signed:
-        up_half, up, down_half, down = (found[eta].delta for eta in signed)
-        noise = rounding_noise((up_half, up), (down_half, down))
+    noise, curvature = None if tiny is None else noise_of(at, tiny), None
     if pair:
         curvature = by_difference(found[pair[0]], found[pair[1]], pair[0], unit_N)
     if mode == "exact":
@@ -93,7 +99,13 @@ def measure_sweep(
         if judged.verdict == "resample" and plan.config.measure.resample:
             fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
         points.append(Point(eta, found[eta], judged, fresh, moved[eta]))
-    return Sweep(tuple(points), noise, curvature, tuple(moved[eta] for eta in signed))
+    return Sweep(tuple(points), noise, curvature, tiny)
+
+
+def noise_of(at: Evaluation, tiny: Tiny) -> float:
+    """The rounding noise of one measured change of all sequences, from those at tiny etas."""
+    found = [funcprobe.change(at, stats).influence_N[tiny.few_n] for stats in tiny.moved]
+    return rounding_noise((found[0], found[1]), (found[2], found[3]), len(at.mask_NR))
 
 
 def statistics_at(
@@ -125,6 +137,42 @@ def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
         "temperature": plan.temperature,
         "sampler_logp": batches.sampler_logp_NR,
     }
+
+
+def _at_tiny_etas(
+    plan: Plan,
+    batches: Batches,
+    prediction: funcprobe.Prediction,
+    eta: float,
+    stages: Stages,
+    stage: Stage,
+) -> Tiny:
+    """Four forwards over FEW sequences of E, drawn at random, as a log's first are to few prompts."""
+    v, count = prediction.direction.total, len(batches.eval_batch.prompt_N)
+    seed = derived_seed(plan.config.run.seed, "rounding")
+    drawn_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    few_n = drawn_N[:FEW].sort().values
+    part = select(batches.eval_batch, few_n)
+    etas = [sign * size for sign in (1, -1) for size in (eta / 2, eta)]
+
+    def compute() -> tuple[TokenStats, ...]:
+        forward = counted(plan.forward, stage, "E")
+        there = (tree.axpy(eta, v, plan.policy.params) for eta in etas)
+        return tuple(funcprobe.token_stats(at, part, forward, plan.max_tokens) for at in there)
+
+    inputs = {**state_inputs(plan, batches), "direction": v, "etas": etas, "few": few_n}
+    found = stages.tensors("rounding", inputs, (STATS,) * len(etas), compute, stage.found)
+    return Tiny(few_n, tuple(_with_rows(prediction.stats, few_n, stats) for stats in found))
+
+
+def _with_rows(whole: TokenStats, row_n: torch.Tensor, part: TokenStats) -> TokenStats:
+    """`whole` with the statistics of the sequences `row_n` replaced."""
+
+    def one(whole_NR: torch.Tensor, part_nR: torch.Tensor) -> torch.Tensor:
+        wide_nR = torch.nn.functional.pad(part_nR, (0, whole_NR.shape[1] - part_nR.shape[1]))
+        return whole_NR.index_copy(0, row_n, wide_nR)
+
+    return TokenStats(*(one(*pair) for pair in zip(whole, part, strict=True)))
 
 
 def _rounding_eta(prediction: funcprobe.Prediction, forward: Forward) -> float | None:

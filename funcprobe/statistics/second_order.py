@@ -100,15 +100,21 @@ def second_difference(plus: float, minus: float, eta: float) -> float:
     return (plus + minus) / eta**2
 
 
-def rounding_noise(plus: tuple[float, float], minus: tuple[float, float]) -> float:
-    """Standard deviation of the rounding error of one measured change, from four at +-eta/2, +-eta.
+def rounding_noise(
+    plus: tuple[Float[Tensor, " n"], Float[Tensor, " n"]],
+    minus: tuple[Float[Tensor, " n"], Float[Tensor, " n"]],
+    count: int,
+) -> float:
+    """Standard deviation of the rounding error of one measured change, the sum over `count` sequences.
 
-    The even part (plus + minus) / 2 grows as eta^2 and the odd part (plus - minus) / 2 as eta, so
-    that even(eta/2) - even(eta)/4 and odd(eta) - 2 odd(eta/2) are rounding errors if eta is so small
-    that higher orders are negligible. Their variances are 17/32 and 5/2 of one measurement's.
+    From the terms of n of them at four etas, +-eta/2 and +-eta. The even part (plus + minus) / 2 of a
+    term grows as eta^2 and the odd part (plus - minus) / 2 as eta, so that even(eta/2) - even(eta)/4
+    and odd(eta) - 2 odd(eta/2) are rounding errors if eta is so small that higher orders are
+    negligible. Their variances are 17/32 and 5/2 of one term's. Errors of different sequences are
+    independent, so that the variance of the sum is count / n times that of the n terms together.
     """
     even = [(p + m) / 2 for p, m in zip(plus, minus, strict=True)]
     odd = [(p - m) / 2 for p, m in zip(plus, minus, strict=True)]
-    return math.sqrt(
-        ((even[0] - even[1] / 4) ** 2 / (17 / 32) + (odd[1] - 2 * odd[0]) ** 2 / (5 / 2)) / 2
-    )
+    even_n, odd_n = even[0] - even[1] / 4, odd[1] - 2 * odd[0]
+    variance = (even_n.square().sum() / (17 / 32) + odd_n.square().sum() / (5 / 2)) / 2
+    return math.sqrt(float(variance) * count / len(even_n))

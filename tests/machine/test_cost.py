@@ -15,8 +15,9 @@ from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.machine import cost
 from funcprobe.adapters.machine.cost import Cost, Stage
 from funcprobe.adapters.results.cost import cost_line, cost_section
-from funcprobe.adapters.stages import plan
+from funcprobe.adapters.stages import checks, plan
 from funcprobe.statistics import baselines
+from funcprobe.types import InputError
 from support.checkpoints import sets
 from support.paths import ROOT
 from support.policies import random_batch, random_like, tiny_policy
@@ -99,9 +100,9 @@ def test_a_run_says_what_each_stage_took(ran) -> None:
     assert found["first order"]["passes"] == {"E": 2, "U": 1}  # along v, X; along P X
     assert found["attribution"]["passes"] == {"U": 1}  # the marginals' tangents
     assert found["measure"]["passes"] == {"E": 2 + 4 + 2}  # etas, rounding, second derivative
-    # 32 of the 40 four times (statistics, without adapter, eta = 0, again), and alpha on four:
-    # a gradient of each and three contractions.
-    assert found["sanity checks"]["passes"] == {"E": (4 * 32 + 4 + 3 * 4) / 40}
+    # 32 of the 40 three times (statistics, without adapter, eta = 0); alpha on four: a gradient of each
+    # and three contractions; four twice, to compare.
+    assert found["sanity checks"]["passes"] == {"E": (3 * 32 + 4 + 3 * 4 + 2 * 4) / 40}
     assert found["sample E"]["generation_tokens"] > 40 * 4
     assert found["sample E"]["tokens"] == 0
     for row in found.values():
@@ -117,7 +118,7 @@ def test_a_run_says_what_each_stage_took(ran) -> None:
     }
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("cost: ")]
     assert re.fullmatch(
-        r"cost: \d+ s, 13\.6 passes over E, 3 over U, [\d.]+ k tokens, padding [\d.]+%, "
+        r"cost: \d+ s, 13 passes over E, 3 over U, [\d.]+ k tokens, padding [\d.]+%, "
         rf"peak memory [\d.]+ GiB \({total['highest_peak']}\)",
         line,
     )
@@ -139,17 +140,22 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     assert fitted_to.count(40) == 1  # the check of eta = 0 fits that of its 32 sequences
     document, outcome = ran("-v", measure__etas=[1e-5, 1e-4])
     found = by_stage(document)
-    for name in ("sample E", "sample U", "gradient on U", "first order", "attribution"):
+    reused = ("sample E", "sample U", "gradient on U", "first order", "attribution")
+    for name in reused:
         row = found[name]
         assert (row["results_computed"], row["results_reused"]) == (0, 1)
         assert (row["passes"], row["tokens"], row["generation_tokens"]) == ({}, 0, 0)
         assert by_stage(first)[name]["results_computed"] == 1
-    assert (found["measure"]["results_computed"], found["measure"]["results_reused"]) == (1, 7)
+    assert (found["measure"]["results_computed"], found["measure"]["results_reused"]) == (1, 4)
     assert found["measure"]["passes"] == {"E": 1}
-    assert "12 of 13 results from earlier runs" in outcome.flat
+    row = found["sanity checks"]
+    assert (row["results_computed"], row["results_reused"]) == (0, 1)
+    assert row["passes"] == {"E": 2 * 4 / 40}  # whether this process repeats a forward
+    assert [row["saw"] for row in document["checks"]] == [row["saw"] for row in first["checks"]]
+    assert "10 of 11 results from earlier runs" in outcome.flat
     assert "first order: " in (log := Path("runs/one/run.log").read_text())
     assert "measure: " in log
-    assert "(7 of 8 from runs/.stages)" in log
+    assert "(4 of 5 from runs/.stages)" in log
     assert fitted_to.count(40) == 1
     again, _ = ran("--fresh", measure__etas=[1e-5, 1e-4])
     assert fitted_to.count(40) == 2
@@ -157,6 +163,15 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     assert {k: v for k, v in again.items() if k != "cost"} == {
         k: v for k, v in document.items() if k != "cost"
     }
+
+
+def test_a_damaged_result_of_the_checks_is_named(tmp_path) -> None:
+    path = tmp_path / "checks-0.json"
+    for text in ('[[{"name": "a", "passed": tr', '[[{"name": "a", "failed": false}]]', "[1]"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="delete it, or use --fresh") as caught:
+            checks.stored_checks(path)
+        assert str(path) in str(caught.value)
 
 
 def test_responses_sampled_anew_and_the_exact_second_order_are_stages(ran) -> None:

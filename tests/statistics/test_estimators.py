@@ -269,22 +269,28 @@ def test_order_and_padding_change_nothing(order, padding, entropy):
         assert getattr(there, field) == pytest.approx(getattr(here, field), rel=1e-10)
 
 
-def test_rounding_noise_is_what_no_parabola_explains():
-    """Odd part 3 eta, even part 40 eta^2, noise of known size: only the noise is reported."""
+@pytest.mark.parametrize(("n", "count", "draws"), [(1, 1, 800), (16, 64, 50)])
+def test_rounding_noise_is_what_no_parabola_explains(n, count, draws):
+    """Odd part 3 eta, even part 40 eta^2, noise of known size in each term: only the noise is found.
+
+    In the sum of `count` such terms, its variance is `count` times as large.
+    """
     noise, eta = 1e-9, 1e-5
     generator = torch.Generator().manual_seed(0)
+    slope_n = torch.linspace(1, 5, n).double()
     found = []
-    for _ in range(800):
-        draw = noise * torch.randn(2, 2, generator=generator, dtype=torch.float64)
+    for _ in range(draws):
+        draw = noise * torch.randn(2, 2, n, generator=generator, dtype=torch.float64)
         plus, minus = (
             tuple(
-                sign * 3 * e + 40 * e * e + float(x) for e, x in zip((eta / 2, eta), row, strict=True)
+                sign * slope_n * e + 40 * e * e + x_n
+                for e, x_n in zip((eta / 2, eta), row, strict=True)
             )
             for sign, row in zip((1, -1), draw, strict=True)
         )
-        found.append(second_order.rounding_noise(plus, minus) ** 2)
+        found.append(second_order.rounding_noise(plus, minus, count) ** 2)
     # 1600 squares of a normal: relative error 0.035 of their mean.
-    assert sum(found) / 800 == pytest.approx(noise**2, rel=0.15, abs=0)
+    assert sum(found) / draws == pytest.approx(count * noise**2, rel=0.15, abs=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -293,9 +299,9 @@ def test_even_and_odd_rounding_each_make_half_of_the_variance(sign):
 
     Noise of variance 1 in four changes is, in each of two even and of two odd parts, of variance 1/2.
     """
-    size = math.sqrt(1 / 2)
+    size, zero = (torch.tensor([x], dtype=torch.float64) for x in (math.sqrt(1 / 2), 0.0))
     found = [
-        second_order.rounding_noise(part, (sign * part[0], sign * part[1]))
-        for part in ((size, 0.0), (0.0, size))
+        second_order.rounding_noise(part, (sign * part[0], sign * part[1]), 1)
+        for part in ((size, zero), (zero, size))
     ]
     assert sum(noise**2 for noise in found) == pytest.approx(1 / 2, rel=1e-12)
