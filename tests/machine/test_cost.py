@@ -97,7 +97,7 @@ def test_a_run_says_what_each_stage_took(ran) -> None:
         "sanity checks",
     ]
     assert found["gradient on U"]["passes"] == {"U": 1}
-    assert found["first order"]["passes"] == {"E": 2, "U": 1}  # along v, X; along P X
+    assert found["first order"]["passes"] == {"E": 2, "U": 2}  # along v, X; along P X, clipped Y
     assert found["attribution"]["passes"] == {"U": 1}  # the marginals' tangents
     assert found["measure"]["passes"] == {"E": 2 + 4 + 2}  # etas, rounding, second derivative
     # 32 of the 40 three times (statistics, without adapter, eta = 0); alpha on four: a gradient of each
@@ -118,7 +118,7 @@ def test_a_run_says_what_each_stage_took(ran) -> None:
     }
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("cost: ")]
     assert re.fullmatch(
-        r"cost: \d+ s, 13 passes over E, 3 over U, [\d.]+ k tokens, padding [\d.]+%, "
+        r"cost: \d+ s, 13 passes over E, 4 over U, [\d.]+ k tokens, padding [\d.]+%, "
         rf"peak memory [\d.]+ GiB \({total['highest_peak']}\)",
         line,
     )
@@ -237,7 +237,7 @@ def test_a_run_goes_on_in_halves_where_memory_runs_out(ran, monkeypatch) -> None
     monkeypatch.setattr(funcprobe, "bind", small_device)
     halved, outcome = ran("--fresh")
     assert "out of memory: microbatches of at most" in outcome.err
-    assert by_stage(halved)["first order"]["passes"] == {"E": 2, "U": 1}
+    assert by_stage(halved)["first order"]["passes"] == {"E": 2, "U": 2}
     for part in ("derivative", "bars_dot", "se_over_U"):
         value = whole["first_order"][part]["value"]
         assert halved["first_order"][part]["value"] == pytest.approx(value, rel=1e-9)
