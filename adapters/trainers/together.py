@@ -13,6 +13,8 @@ from torch import Tensor, distributed
 
 from funcprobe.ranks import Ranks
 
+from ..machine.ranks import ranks_of
+
 T = TypeVar("T")
 
 
@@ -59,13 +61,11 @@ class Together:
             self._exchanged(reason)  # others' reasons do not matter: this process has its own
 
     def _added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over the processes, in their order: the same bits on each."""
+        """Sums over the processes; a GPU's memory may run out before the vote, and after the sum."""
         own = [t.detach().cpu() for t in tensors]
         self._vote(None)
-        found = self._exchanged(own)
-        return [
-            sum(parts[1:], parts[0]).to(t.device) for t, *parts in zip(tensors, *found, strict=True)
-        ]
+        totals = own if self.group is None else ranks_of(self.group).add(own)
+        return [total.to(t.device) for total, t in zip(totals, tensors, strict=True)]
 
     def _vote(self, reason: str | None) -> None:
         reasons = self._exchanged(reason)
