@@ -132,11 +132,17 @@ class _Draws(_OfRequests):
         self.finite = torch.ones((), dtype=torch.bool, device=u_NR.device)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # noqa: ARG002
+        if not self.now:
+            return scores
         row_N, step_N = torch.tensor(self.now).T
-        logits_NV: Tensor = self.warpers(torch.empty(0), scores)  # type: ignore[arg-type]
+        # Prompts that do not end in this step have a row past the others, of no meaning.
+        drawn_NV = scores[: len(self.now)]
+        logits_NV: Tensor = self.warpers(torch.empty(0), drawn_NV)  # type: ignore[arg-type]
         token_N, finite_N = chosen(logits_NV, self.u_NR[row_N, step_N])
         self.finite = self.finite & finite_N.all()
-        return torch.full_like(scores, -torch.inf).scatter_(1, token_N[:, None], 0.0)
+        out_NV = torch.full_like(scores, -torch.inf)
+        out_NV[: len(self.now)].scatter_(1, token_N[:, None], 0.0)
+        return out_NV
 
 
 class _Recorded(_OfRequests):
@@ -147,7 +153,7 @@ class _Recorded(_OfRequests):
         self.scores: dict[int, list[Tensor]] = {}
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # noqa: ARG002
-        for (row, _), scores_V in zip(self.now, scores, strict=True):
+        for (row, _), scores_V in zip(self.now, scores, strict=False):  # as above
             self.scores.setdefault(row, []).append(scores_V.clone())
         return scores
 

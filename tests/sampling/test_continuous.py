@@ -34,6 +34,14 @@ def settings(**changes) -> SamplingConfig:
     return SamplingConfig.model_validate(given)
 
 
+def test_prompts_longer_than_a_step_are_read_in_parts(policy, monkeypatch) -> None:
+    """The rows of logits then include some that no token is drawn from."""
+    expected = sample_responses(policy, PROMPTS, settings(engine="batched"), seed=3).ids
+    for chunk in (5, 13):
+        monkeypatch.setattr(continuous, "CHUNK", chunk)
+        assert sample_responses(policy, PROMPTS, settings(), 3).ids == expected
+
+
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.6, "top_k": 5, "top_p": 0.9}])
 def test_the_responses_are_those_of_plain_batches(policy, changes) -> None:
     expected = sample_responses(policy, PROMPTS, settings(engine="batched", **changes), seed=3)
