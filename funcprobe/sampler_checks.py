@@ -34,14 +34,20 @@ def sampled_from_policy(batch: Batch, stats: TokenStats, name: Literal["E", "U"]
 def sampler_near_policy(
     batch: Batch, stats: TokenStats, sampler_logp_NR: Float[Tensor, "N R"]
 ) -> Check:
-    """ESS of the whole-response weights of theta against the sampler, at eta = 0."""
-    log_ratio_N = ((stats.logp_NR - sampler_logp_NR).double() * response_mask(batch)).sum(1)
+    """ESS of the whole-response weights of theta against the sampler, at eta = 0.
+
+    Beside it the root mean square of l - l_sampler over all tokens, nats.
+    """
+    mask_NR = response_mask(batch)
+    gap_NR = (stats.logp_NR - sampler_logp_NR).double() * mask_NR
+    log_ratio_N, rms = gap_NR.sum(1), float((gap_NR.square().sum() / mask_NR.sum()).sqrt())
     weight_N = (log_ratio_N - log_ratio_N.max()).exp()
     ess, count = float(weight_N.sum().square() / weight_N.square().sum()), len(weight_N)
     return Check(
         "E's sampler is near the policy",
         ess >= count / 2,
-        f"ESS {ess:.4g} of {count} at eta = 0",
+        f"ESS {ess:.4g} of {count} at eta = 0; log-probability of a token {rms:.2g} nats from the "
+        "policy's, root mean square",
         f">= {count / 2:g}",
         "E was sampled by an older policy, or sampler_logp is not the sampler's",
         advisory=True,

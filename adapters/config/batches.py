@@ -98,11 +98,11 @@ class SamplingConfig(Section):
         "model's generation config.",
         examples=[[2]],
     )
-    engine: Literal["batched", "continuous"] = Field(
+    engine: Literal["batched", "continuous", "server"] = Field(
         "batched",
         description='"batched": prompts of similar length together, until all have ended; '
         '"continuous": transformers\' continuous batching, where one that has ended makes room for '
-        "another. Both draw the same responses (docs/sampling.md).",
+        'another; both draw the same responses. "server": the one of [server] (docs/sampling.md).',
     )
     generation_batch: Positive | Literal["auto"] = Field(
         "auto",

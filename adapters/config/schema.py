@@ -11,6 +11,7 @@ from .log import LogConfig
 from .policy import OptimizerConfig, PolicyConfig, RunConfig
 from .rules import WhatifConfig
 from .section import Section
+from .server import ServerConfig
 
 __all__ = [
     "AttributionConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "Section",
+    "ServerConfig",
     "StepConfig",
     "WhatifConfig",
 ]
@@ -41,6 +43,7 @@ class Config(Section):
     prompts: PromptsConfig = PromptsConfig()
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
+    server: ServerConfig = ServerConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     step: StepConfig = StepConfig()
@@ -67,4 +70,11 @@ class Config(Section):
                 "sampled with top_p = 1 and top_k = 0, else its importance weights are ratios "
                 "to the wrong distribution; set both, or supply E with rollouts.eval"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_named(self) -> "Config":
+        if self.sampling.engine == "server" and (self.server.url is None or self.server.model is None):
+            missing = "url" if self.server.url is None else "model"
+            raise ValueError(f'sampling.engine = "server" needs server.{missing}: set it')
         return self

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
-from ..config.schema import SamplingConfig
+from ..config.schema import SamplingConfig, ServerConfig
 from ..console import excerpt
 from . import batched
 from .responses import Responses
@@ -35,6 +35,7 @@ def sample_responses(
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
     indices: Sequence[int] | None = None,
+    server: ServerConfig | None = None,
 ) -> Responses:
     """One response per prompt from softmax(logits / temperature), after top_k and top_p if set.
 
@@ -44,8 +45,15 @@ def sample_responses(
     which batches of another shape may change). The global random state is restored. `advance` is called
     with the number of sequences that are done. Raises InputError if probabilities are not finite, if
     not even one sequence fits into memory, and if responses would be no samples of this policy.
+
+    Engine "server" needs `server`, and has random numbers of its own, by the same seed and index.
     """
     own = range(len(prompt_ids)) if indices is None else indices
+    if config.engine == "server":
+        from . import server as program  # and with it a client of the network
+
+        assert server is not None  # as the configuration requires
+        return program.sample(policy, prompt_ids, config, server, seed, own, advance)
     engine = batched.sample if config.engine == "batched" else _continuous()
     return engine(policy, prompt_ids, config, seed, own, advance)
 

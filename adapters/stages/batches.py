@@ -146,7 +146,8 @@ def _sampled(
 
     def generate(path: Path) -> None:
         ids = [plan.prompt_ids[i] for i in index]
-        found = sample_responses(policy, ids, plan.config.sampling, seed, stage.advance)
+        sampling, server = plan.config.sampling, plan.config.server
+        found = sample_responses(policy, ids, sampling, seed, stage.advance, server=server)
         stage.drew(found.tokens, found.padding)
         for line in found.lines:
             narrator.say(line)
@@ -158,6 +159,7 @@ def _sampled(
             response_ids=found.ids,
             finish_reason=["stop" if done else "length" for done in found.finished],
             temperature=plan.config.sampling.temperature,
+            sampler_logp=found.logp,
         )
         rollouts.save_rollouts(drawn, path)
 
@@ -165,6 +167,7 @@ def _sampled(
         "policy": plan.inputs["policy"],
         "prompt_ids": [plan.prompt_ids[i] for i in index],
         "sampling": plan.config.sampling.model_dump(exclude={"B_E", "B_U", "G", "generation_batch"}),
+        "server": _served(plan),
         "index": index,
         "seed": seed,
     }
@@ -178,6 +181,12 @@ def _sampled(
             raise InputError(f"stored stage is damaged ({error}): delete it, or use --fresh") from error
     # The text of a stored stage, which rewards read, may be by an earlier tokenizer of the same ids.
     return found._replace(prompt=[plan.prompts[i].text for i in index], response=_texts(found, policy))
+
+
+def _served(plan: Plan) -> list[str | None]:
+    """What of the server the responses depend on."""
+    server = plan.config.server
+    return [server.url, server.model] if plan.config.sampling.engine == "server" else []
 
 
 def _texts(found: Rollouts, policy: Policy) -> list[str]:

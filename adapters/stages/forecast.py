@@ -188,7 +188,7 @@ def _timed(plan: Plan, forward: Forward, batch: Batch) -> float:
 
 def _drawing(plan: Plan, sampled: Sequence[Batch], a_token: float) -> float:
     """Seconds of sampling: prompts as a forward, then a step a token, which grows with the batch."""
-    if not sampled:
+    if not sampled or plan.config.sampling.engine == "server":  # whose time is not known here
         return 0.0
     sampling, pair = plan.config.sampling, plan.prompt_ids[:2]
     step = seconds_of_a_step(plan.policy, pair, sampling)

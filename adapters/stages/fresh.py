@@ -46,8 +46,10 @@ def sample_again(
     """
     prompt_ids = batches.eval_rollouts.prompt_ids
     moved = tree.axpy(eta, direction, plan.policy.params)
+    engine = plan.config.sampling.engine
     config = plan.config.sampling.model_copy(
         update={
+            "engine": "batched" if engine == "server" else engine,  # a server has theta alone
             "temperature": plan.temperature,
             "top_p": 1.0,
             "top_k": 0,

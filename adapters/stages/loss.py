@@ -35,7 +35,8 @@ def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) 
     inputs = loss_inputs(rollouts, batch, torch.tensor(rollouts.advantage, dtype=torch.float64))
     if plan.supplied_update is None:
         inputs = _as_called(inputs, rollouts, chosen, plan.config.run.seed)
-        inputs = inputs._replace(sampler_logp_NR=stats.logp_NR)  # the policy itself sampled
+        if inputs.sampler_logp_NR is None:  # the policy itself sampled, no server
+            inputs = inputs._replace(sampler_logp_NR=stats.logp_NR)
     reference = None if inputs.ref_logp_NR is None else "column ref_logp of the rollouts"
     if chosen.reference and reference is None and not _without_reference(plan, chosen):
         found, reference = reference_params(plan.policy), _reference(plan)

@@ -29,6 +29,8 @@ def require_readable(config: Config) -> None:
         )
     if config.rollouts.update is not None:
         raise InputError("rollouts.update is set: inside training U is the trainer's own; remove it")
+    if config.sampling.engine == "server":
+        raise InputError('sampling.engine = "server": no server has these weights: set "batched"')
     if config.sampling.eos_ids is not None:
         raise InputError("sampling.eos_ids is set: inside training they are the trainer's; remove it")
 
