@@ -322,8 +322,9 @@ def waits_do_not_grow() -> None:
                 waits.append(device.waits.total())
             microbatches = len(funcprobe.policy.layout.microbatches(make_batch(3), 24, "shared"))
             assert microbatches > 2
-            # Six values a token come back, and transformers looks at its positions, a microbatch each.
-            assert waits[1] - waits[0] <= 7 * microbatches, (name, waits)
+            # Of contractions as yet a few a microbatch; the others are waited for once, at the end.
+            few = 3 * microbatches if name in {"alpha_vjp", "grad_dots"} else 0
+            assert waits[1] - waits[0] <= few, (name, waits)
             print(name, waits)
 
 

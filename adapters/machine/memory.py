@@ -77,6 +77,20 @@ def free(device: torch.device) -> int:
     return int(found)
 
 
+def room_for_scores(device: torch.device) -> int | None:
+    """Bytes of scores over the vocabulary that a chunk of tokens may take on a GPU; None: on the CPU.
+
+    A share of the whole memory, not of what is free, so that one device always rounds alike.
+    """
+    if device.type != "cuda":
+        return None
+    return _share_for_scores(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _share_for_scores(whole: int) -> int:
+    return min(max(whole // 64, 224 * 2**20), 4 * 2**30)
+
+
 def _page_cache(cgroup: Path) -> int:
     """Bytes of cached files, which count as used but are released when memory is needed."""
     stat = cgroup / "memory.stat"

@@ -8,6 +8,8 @@ import torch
 
 from funcprobe.policy.forward import Forward
 
+from .memory import room_for_scores
+
 Precision: TypeAlias = Literal["fast", "standard", "reference"]
 DTYPES = {"fast": "float32", "standard": "float32", "reference": "float64"}
 
@@ -46,6 +48,14 @@ def products(precision: Precision | None) -> Iterator[None]:
     finally:
         for (backend, _), setting in zip(backends, before, strict=True):
             backend.fp32_precision = setting
+
+
+def of_machine(forward: Forward, precision: Precision | None) -> Forward:
+    """The forward as this machine computes it: its products' precision, its head's chunks of tokens."""
+    forward, readout = rounded(forward, precision), forward.readout
+    if readout is None or (room := room_for_scores(readout.weight_VD.device)) is None:
+        return forward
+    return forward._replace(readout=readout._replace(room=room))
 
 
 def rounded(forward: Forward, precision: Precision | None) -> Forward:

@@ -18,7 +18,7 @@ from ..checkpoint.toy import ensure_toy
 from ..config.schema import Config
 from ..console import Narrator
 from ..machine.devices import resolve_device, where
-from ..machine.precision import rounded
+from ..machine.precision import of_machine
 from ..machine.versions import versions
 from ..optimizer import OptimizerReport
 from ..rollouts import Rollouts, provenance
@@ -120,7 +120,7 @@ def load(config: Config, narrator: Narrator, policy_of: Loader | None = None) ->
         sequence = longest(config, prompt_ids, supplied_eval, supplied_update)
         require_positions(config, policy, sum(sequence))
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
-        forward = rounded(forward, config.policy.precision)
+        forward = of_machine(forward, config.policy.precision)
         forward = forward._replace(halved=report_halving(narrator))
         masks, random = dropout_masks(config, policy, forward, sidecar)
     next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set

@@ -24,7 +24,7 @@ from funcprobe.types import InputError, Params, TokenStats, UpdateBatch
 
 from ..console import Narrator
 from ..machine.cost import counted
-from ..machine.precision import rounded
+from ..machine.precision import of_machine
 from ..store import Stages
 from .first_order import Predicted
 from .fit import CURVED
@@ -227,7 +227,7 @@ def _at_temperature(plan: Plan, temperature: float | None) -> Plan:
         return plan
     model, params, masks = plan.policy.model, plan.policy.params, plan.masks
     forward = funcprobe.frozen_forward(model, params, temperature)
-    forward = rounded(forward, plan.config.policy.precision)._replace(halved=plan.forward.halved)
+    forward = of_machine(forward, plan.config.policy.precision)._replace(halved=plan.forward.halved)
     if masks:
         masks = masked_forwards(model, params, forward, len(masks), plan.config.run.seed)
     return plan._replace(forward=forward, masks=masks, temperature=temperature)

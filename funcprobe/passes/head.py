@@ -18,6 +18,7 @@ from ..autodiff.taylor import second_jvp
 from ..autodiff.transforms import Constants, derivatives, in_transform
 from ..policy import readout
 from ..policy.forward import Forward
+from ..policy.rows import placed
 from ..types import Params
 
 PLAIN_CHUNK = 256
@@ -32,7 +33,7 @@ def token_head(
     two rows per token; nested ones keep [T, V] tensors. Autograd's double backward, which the forward
     cannot anticipate, raises RuntimeError if the embedding is frozen.
     """
-    target_T = target_T.to(hidden_TD.device)
+    target_T = placed(target_T, hidden_TD.device)
     nested = derivatives(hidden_TD)
     if forward.readout is None or nested > 1:
         chunks = _chunks(hidden_TD, target_T)
@@ -56,7 +57,7 @@ def head_gradient(
 
     The latter are a list to be summed, empty if the head has no parameters. Creates no graph.
     """
-    p_T, q_T, target_T = (x.to(hidden_TD.device) for x in (p_T, q_T, target_T))
+    p_T, q_T, target_T = (placed(x, hidden_TD.device) for x in (p_T, q_T, target_T))
     if forward.readout is not None:
         with torch.no_grad():
             return readout.weighted_row(hidden_TD, target_T, p_T, q_T, forward.readout), []
@@ -80,7 +81,7 @@ def head_tangents(
     forward: Forward,
 ) -> tuple[Float[Tensor, " T"], ...]:
     """(l, h, l', h') with tangents `direction` of the parameters, `dhidden_TD` of the hidden states."""
-    target_T = target_T.to(hidden_TD.device)
+    target_T = placed(target_T, hidden_TD.device)
     with torch.no_grad():
         if forward.readout is not None:
             return readout.along(hidden_TD, dhidden_TD, target_T, forward.readout)
@@ -100,7 +101,7 @@ def head_second_tangents(
     forward: Forward,
 ) -> tuple[Float[Tensor, " T"], ...]:
     """(l, h, l', h', l'', h'') from hidden states and their first two derivatives along `direction`."""
-    target_T = target_T.to(jet[0].device)
+    target_T = placed(target_T, jet[0].device)
     if forward.readout is not None:
         with torch.no_grad():
             return readout.twice_along(*jet, target_T, forward.readout)

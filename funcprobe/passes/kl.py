@@ -20,7 +20,7 @@ from torch.func import jvp
 from .. import tree
 from ..policy.forward import Forward
 from ..policy.layout import MAX_TOKENS
-from ..policy.readout import BYTES
+from ..policy.readout import tokens_of_chunk
 from ..policy.rows import Rows
 from ..types import Batch, Params
 from .head import PLAIN_CHUNK
@@ -114,11 +114,8 @@ def _log_softmax(scores_nV: Tensor) -> Tensor:
 def _by_chunk(
     chunk: Callable[..., tuple[Tensor, ...]], of_T: Sequence[Tensor], forward: Forward
 ) -> tuple[Tensor, ...]:
-    size = PLAIN_CHUNK
-    if forward.readout is not None:  # else the size of the vocabulary is the head's own affair
-        weight_VD = forward.readout.weight_VD
-        wide = torch.promote_types(weight_VD.dtype, torch.float32)
-        size = max(1, min(size, BYTES // (TENSORS * torch.finfo(wide).bits // 8 * len(weight_VD))))
+    # Without a readout the size of the vocabulary is the head's own affair.
+    size = PLAIN_CHUNK if forward.readout is None else tokens_of_chunk(forward.readout, TENSORS)
     outs = [chunk(*parts) for parts in zip(*(x_T.split(size) for x_T in of_T), strict=True)]
     return tuple(torch.cat(column) for column in zip(*outs, strict=True))
 

@@ -18,7 +18,7 @@ from .parts import Backbone, Head
 from .placement import head_device, input_device, is_hooked, refuse_out_of_reach, unwrapped
 from .precision import arithmetic_of, products_dtype
 from .readout import Readout
-from .rows import Rows
+from .rows import Rows, placed
 from .suitability import (
     causal_lm,
     longest_position,
@@ -119,10 +119,10 @@ def frozen_forward(
         # At every call, as the caller may have left eval mode or entered disable_adapter() since.
         refuse_unsuitable(model, params)
         refuse_longer(rows, limit)
-        tokens_NL = rows.tokens_NL.to(input_device(model))
+        tokens_NL = placed(rows.tokens_NL, input_device(model))
         hidden_NLD = call(Backbone(model, path, size), given, tokens_NL, rows.packing)
         last = hidden_NLD.device
-        hidden_TD = hidden_NLD[rows.row_T.to(last), rows.position_T.to(last)]
+        hidden_TD = hidden_NLD[placed(rows.row_T, last), placed(rows.position_T, last)]
         return hidden_TD.to(head_device(model))  # of a split model; else a Tensor's to() is itself
 
     def logits_at(path: str, given: Params, hidden_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:

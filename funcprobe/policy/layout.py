@@ -130,7 +130,8 @@ def scatter(
     """Per-token values of all microbatches -> [N, R] in float64 on the CPU, zero elsewhere."""
     shape = (batch.tokens_NL.shape[0], int(batch.response_length_N.max()))
     index = (torch.cat([r.sequence_T for r in parts]), torch.cat([r.k_T for r in parts]))
-    flat = torch.cat([v.to(device="cpu", dtype=torch.float64) for v in values])
+    # Together on the device, so that a GPU is waited for once, not once a microbatch.
+    flat = torch.cat(list(values)).to(device="cpu", dtype=torch.float64)
     return torch.zeros(shape, dtype=torch.float64).index_put(index, flat)
 
 

@@ -11,7 +11,7 @@ from .attention import OwnHeads, PackedAttention, no_mask
 from .parameter_lora import parameter_lora
 from .placement import devices_of, twin_of
 from .reach import reaches, shortened, within
-from .rows import Packing
+from .rows import Packing, placed
 from .suitability import causal_lm
 
 
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
                 packings = [within(packing, reach) for reach in kinds.values()]
                 stack.enter_context(PackedAttention(*packings))
                 masks = {kind: no_mask(device, index) for index, kind in enumerate(kinds)}
-                given["position_ids"] = packing.position_1S.to(device)
+                given["position_ids"] = placed(packing.position_1S, device)
                 # A model with layers of several types takes a mask for each.
                 given["attention_mask"] = masks if len(masks) > 1 else masks.popitem()[1]
             elif any(device.type != "cpu" for device in devices_of(own)):

@@ -7,7 +7,7 @@ expectation under p, a' and a'' the scores' derivatives along a direction, d = a
     dh/da_v = -p_v c_v           h' = -<c a'>          h'' = -<c a''> - <(1 + c) d^2>
 
 A gradient therefore needs, for l and for h, one row of the embedding's width per token. [n, V] tensors
-exist for one chunk of n tokens at a time and are reused; `BYTES` bounds their memory.
+exist for one chunk of n tokens at a time and are reused; `Readout.room` bounds their memory.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 # Three tensors of 128 tokens x 151,936 entries; a product of 64 rows takes 1.6 times as long per row.
 BYTES = 224 * 2**20
-MOST = 256  # tokens of a chunk; larger chunks are not faster
+MOST = 256  # tokens of a chunk of BYTES; larger ones are not faster on a CPU
 
 
 class Readout(NamedTuple):
@@ -30,6 +30,15 @@ class Readout(NamedTuple):
     bias_V: Float[Tensor, " V"] | None
     softcap: float | None
     temperature: float
+    room: int | None = None  # bytes of the [n, V] tensors of a chunk; None: BYTES, a CPU's
+
+
+def tokens_of_chunk(readout: Readout, tensors: int) -> int:
+    """How many tokens' rows of V scores, in float32 at least, fit `tensors` times; at least 1."""
+    weight_VD, room = readout.weight_VD, BYTES if readout.room is None else readout.room
+    dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+    size = room // (tensors * torch.finfo(dtype).bits // 8 * len(weight_VD))
+    return max(1, min(MOST if readout.room is None else MOST * room // BYTES, size))
 
 
 def values(
@@ -228,9 +237,8 @@ def _by_chunk(
     weight_VD = readout.weight_VD
     dtype = torch.promote_types(weight_VD.dtype, torch.float32)
     halves = weight_VD.dtype != dtype  # one more for products and weights in half precision
-    room = most + halves + 5 * (readout.softcap is not None)
-    size = BYTES // (room * torch.finfo(dtype).bits // 8 * len(weight_VD))
-    size = max(1, min(MOST, size, len(of_T[0])))
+    tensors = most + halves + 5 * (readout.softcap is not None)
+    size = max(1, min(tokens_of_chunk(readout, tensors), len(of_T[0])))
     shape = (size, len(weight_VD))
     work = [torch.empty(shape, dtype=dtype, device=weight_VD.device) for _ in range(most)]
     outs = [

@@ -11,6 +11,13 @@ from ..types import Batch
 ALIKE = 0.8  # least length of a row in an attention block, relative to its longest
 
 
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """A microbatch's tensor on a device: a GPU takes it from pinned memory, while the host goes on."""
+    if device.type != "cuda" or not x.is_cpu:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Block(NamedTuple):
     """Rows of similar length that attend in one kernel call, as indices into the packed row."""
 
@@ -32,13 +39,13 @@ class Packing(NamedTuple):
         """The same packing with its tensors on a device."""
 
         def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
+            return None if x is None else placed(x, device)
 
         blocks = tuple(
             b._replace(query_nQ=move(b.query_nQ), key_nK=move(b.key_nK), mask_n1QK=move(b.mask_n1QK))
             for b in self.blocks
         )
-        return Packing(self.position_1S.to(device), blocks, move(self.place_S))
+        return Packing(placed(self.position_1S, device), blocks, move(self.place_S))
 
 
 class Rows(NamedTuple):

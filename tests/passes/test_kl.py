@@ -66,7 +66,7 @@ def test_any_size_of_microbatch_and_chunk(policy64, probe64, monkeypatch):
     base = funcprobe.base_params(policy64, probe64.params)
     v = random_like(probe64.params)
     whole = kl_along(probe64.params, base, BATCH, v, probe64.forward, (1e-3,))
-    monkeypatch.setattr("funcprobe.passes.kl.PLAIN_CHUNK", 2)
+    monkeypatch.setattr("funcprobe.policy.readout.MOST", 2)
     parts = kl_along(probe64.params, base, BATCH, v, probe64.forward, (1e-3,), 12)
     for a, b in zip((*whole[:2], *whole.moved), (*parts[:2], *parts.moved), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
