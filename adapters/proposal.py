@@ -1,7 +1,6 @@
 """`funcprobe init --from`: a configuration for a checkpoint and its prompts, every choice explained."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ PROMPT_COLUMNS = ("prompt", "question", "problem", "query", "instruction", "inpu
 ANSWER_COLUMNS = ("answer", "ground_truth", "solution", "target", "label", "final_answer")
 AROUND = (0.1, 0.3, 3.0, 10.0)  # etas, in units of the next learning rate
 TRIED = 100  # references that "math" has to read, which takes milliseconds for each
-TEMPLATE_TOKENS = 512  # more than chat templates write around a prompt
 
 
 def propose(
@@ -56,9 +54,8 @@ def propose(
     settings = run_settings(configuration({"policy.checkpoint": str(checkpoint)}))
     recorded = {f"{s}.{key}": value for s in settings for key, value in settings[s].items()}
     sampling = _sampling(checkpoint, recorded, rows)
-    longest = {c.key: c.value for c in sampling}["sampling.max_new_tokens"]
     choices = [
-        *_run(checkpoint, document, rows, of_prompts[0].value, longest),
+        *_run(checkpoint, document),
         *of_prompts,
         *_reward(rows, reward),
         *sampling,
@@ -74,20 +71,11 @@ def propose(
     return as_toml(choices, head)
 
 
-def _run(
-    checkpoint: Path, document: dict[str, Any], rows: Sequence[Row], prompt: str, longest: int
-) -> list[Choice]:
+def _run(checkpoint: Path, document: dict[str, Any]) -> list[Choice]:
     chosen = [Choice("policy.checkpoint", str(checkpoint), "adapter, optimizer state and tokenizer")]
     base = (document["names"] or {}).get("base")
     if base and not Path(base).is_absolute() and Path(base).exists():
         chosen.append(Choice("policy.base", base, "as saved with the adapter, relative to this folder"))
-    # A token has at least a byte.
-    most = max(len(json.dumps(row.get(prompt), default=str).encode()) for row in rows)
-    needed = most + TEMPLATE_TOKENS + longest
-    default = Config().run.max_tokens
-    if default != "auto" and needed > default:
-        size = 1024 * math.ceil(needed / 1024)
-        chosen.append(Choice("run.max_tokens", size, "the longest prompt and response must fit"))
     return chosen
 
 

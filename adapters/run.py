@@ -43,17 +43,27 @@ class Prepared(NamedTuple):
 
 def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
     """The whole probe; returns the results and the run folder, which is whole or absent."""
-    prepared = prepare(config, narrator)
+    prepared = prepare(config, narrator, fresh=fresh)
     _foretell(prepared, narrator, fresh=fresh)
     return probe(prepared, narrator, fresh=fresh)
 
 
-def prepare(config: Config, narrator: Narrator, policy_of: Loader | None = None) -> Prepared:
-    """Load, the policy by `policy_of` if given, and check: InputError for what a run would reject."""
+def prepare(
+    config: Config,
+    narrator: Narrator,
+    policy_of: Loader | None = None,
+    *,
+    fresh: bool = False,
+    writes: bool = True,
+) -> Prepared:
+    """Load, the policy by `policy_of` if given, and check: InputError for what a run would reject.
+
+    `writes`: whether a size of microbatches that is found is stored for later runs.
+    """
     folder = run_folder(config)
     store.require_writable(folder)
     sinks.require(config.log)
-    plan = load(config, narrator, policy_of)
+    plan = load(config, narrator, policy_of, _stages(folder)._replace(fresh=fresh, writes=writes))
     asked = asked_for(plan)
     recorded = recorded_steps(plan, narrator)
     inputs = plan.inputs | {"momentum": recorded.inputs if recorded else {}}
@@ -63,7 +73,7 @@ def prepare(config: Config, narrator: Narrator, policy_of: Loader | None = None)
 def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
     """From sampling to the run folder."""
     plan, asked, recorded, folder = prepared
-    stages = Stages(folder.parent / ".stages", fresh)
+    stages = _stages(folder)._replace(fresh=fresh)
     before = versions_of(plan.policy.model)
     with products(plan.config.policy.precision):
         found = predicted(plan, stages, narrator)
@@ -107,6 +117,11 @@ def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tup
     return results, folder
 
 
+def _stages(folder: Path) -> Stages:
+    """What runs beside this folder stored."""
+    return Stages(folder.parent / ".stages")
+
+
 def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> None:
     """Say what the run will take, before it starts."""
     plan, asked = prepared.plan, prepared.asked
@@ -119,7 +134,7 @@ def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) ->
 
 def dry_run(config: Config, narrator: Narrator) -> Plan:
     """Everything that can be rejected before sampling; writes nothing."""
-    prepared = prepare(config, narrator)
+    prepared = prepare(config, narrator, writes=False)
     _foretell(prepared, narrator)
     if (peak := peak_memory(prepared.plan)) is not None:
         narrator.say(f"about {peak / 2**30:.1f} GiB of memory at its peak, the model included")
@@ -130,7 +145,7 @@ def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
     """The sanity checks on separate, small batches; writes nothing."""
     small = {"B_E": min(config.sampling.B_E, 32), "B_U": min(config.sampling.B_U, 8)}
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update=small)})
-    plan = load(config, narrator)
+    plan = load(config, narrator, stages=_stages(run_folder(config))._replace(writes=False))
     before = versions_of(plan.policy.model)
     with products(config.policy.precision):
         seen = check(predicted(plan, Stages(None), narrator), Stages(None), narrator)

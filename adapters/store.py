@@ -35,6 +35,7 @@ class Stages(NamedTuple):
 
     folder: Path | None
     fresh: bool = False  # compute every result again, also if stored
+    writes: bool = True  # else what is stored is read alone
 
     def tensors(
         self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any], report: Report = _ignore
@@ -66,6 +67,21 @@ class Stages(NamedTuple):
         if self.folder is None or self.fresh:
             return False
         return _stage_path(self.folder, stage, inputs, "safetensors").is_file()
+
+    def recall(self, stage: str, inputs: Any) -> Any:
+        """The JSON value that `remember` stored; None without one."""
+        if self.folder is None or self.fresh:
+            return None
+        try:
+            return json.loads(_stage_path(self.folder, stage, inputs, "json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def remember(self, stage: str, inputs: Any, value: Any) -> None:
+        """Store a JSON value, in place of an earlier one."""
+        if self.folder is not None and self.writes:
+            path = _stage_path(self.folder, stage, inputs, "json")
+            write_whole(path, lambda target: write_json(value, target))
 
     @contextmanager
     def file(

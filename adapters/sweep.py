@@ -65,7 +65,7 @@ def _outcome(
     folder = probing.run_folder(config)
     narrator = progress.start(checkpoint.name)
     try:
-        prepared = probing.prepare(config, narrator, policy_of)
+        prepared = probing.prepare(config, narrator, policy_of, fresh=fresh)
         progress.loaded(policy_of.reason)
         kept = None if fresh else _kept(folder, prepared.plan.config, prepared.plan.inputs, config)
         results = kept.results if kept else probing.probe(prepared, narrator, fresh=fresh)[0]

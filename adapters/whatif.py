@@ -58,9 +58,9 @@ def whatif(
     rules = _parsed(question.rules or config.whatif.rules, narrator)
     solve = None if question.solve is None else _solve(question.solve, question.by)
     _require_eta(question.eta)
-    plan = load(config, narrator)
-    eta = _eta(question.eta, plan)
     stages = Stages(folder / ".stages", fresh)
+    plan = load(config, narrator, stages=stages)
+    eta = _eta(question.eta, plan)
     with products(config.policy.precision):
         found = predicted(plan, stages, narrator)
         needs = {need for rule in rules for need in rule.needs}

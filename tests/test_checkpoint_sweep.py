@@ -275,8 +275,8 @@ def test_memory_is_flat(checkpoint, command, tmp_path, monkeypatch) -> None:
         assert [ref for ref in tokenizers if ref() is not None] == tokenizers[-1:]
         return found
 
-    def prepare(*args: Any) -> run_module.Prepared:
-        made = prepared(*args)
+    def prepare(*args: Any, **kwargs: Any) -> run_module.Prepared:
+        made = prepared(*args, **kwargs)
         tokenizers.append(weakref.ref(made.plan.policy.tokenizer))
         states.extend(map(weakref.ref, made.plan.adam_state.exp_avg.values()))
         return made

@@ -26,9 +26,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of prompts and sampling: same seed, same batches.")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".')
     max_tokens: Positive | Literal["auto"] = Field(
-        2048,
+        "auto",
         description='Largest number of tokens in a microbatch; more need more memory. "auto": as many '
-        "as fit into half of the free memory, found by a trial.",
+        "as fit into half of the free memory, found by trials, or by an earlier run's.",
     )
     report: bool = Field(
         True,

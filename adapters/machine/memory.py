@@ -1,6 +1,7 @@
 """Memory of the process and of the device: peaks that can be reset, and free memory."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,37 @@ def reset_peaks() -> bool:
     return True
 
 
+def can_measure(device: torch.device) -> bool:
+    """Whether the peak of a pass on this device can be measured: on a GPU, or on Linux."""
+    return device.type == "cuda" or reset_peaks()
+
+
+def peak_meter(device: torch.device) -> Callable[[], float]:
+    """A function whose calls return the peak since the previous call, above the memory in use now.
+
+    Of the device's tensors, or of the process, where freed memory is returned first: a pass that reuses
+    it would seem to take none. In bytes; `can_measure(device)` is required.
+    """
+    held = now(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+        def of_device() -> float:
+            found = torch.cuda.max_memory_allocated(device) - held
+            torch.cuda.reset_peak_memory_stats(device)
+            return found
+
+        return of_device
+    reset_peaks()
+
+    def of_process() -> float:
+        found = process_peak() - held
+        reset_peaks()
+        return found
+
+    return of_process
+
+
 def process_peak() -> int:
     """Peak memory of the process, in bytes, since the last reset, if any, else since its start."""
     if sys.platform == "win32":
@@ -52,6 +84,14 @@ def process_peak() -> int:
 def process_now() -> int:
     """Current memory of the process, in bytes."""
     return int(psutil.Process().memory_info().rss)
+
+
+def now(device: torch.device) -> int:
+    """Memory in use, in bytes: that of a GPU's tensors, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    release_freed_memory()
+    return process_now()
 
 
 def device_peak() -> int | None:

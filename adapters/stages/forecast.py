@@ -9,11 +9,13 @@ import torch
 import funcprobe
 from funcprobe.policy.forward import Forward
 from funcprobe.policy.layout import microbatches, select
+from funcprobe.policy.rows import Rows
 from funcprobe.policy.trials import attempt
 from funcprobe.types import Batch
 
 from .. import rollouts
 from ..console import Narrator, duration
+from ..machine import memory
 from ..machine.precision import products
 from ..rollouts import Rollouts
 from ..sampling.batch_size import batch_size
@@ -21,7 +23,7 @@ from ..sampling.batched import seconds_of_a_step
 from ..sampling.prompts import draw_distinct, draw_with_replacement
 from . import checks, max_tokens, sweep
 from .batches import derived_seed
-from .microbatch import longest
+from .peaks import curve
 from .plan import Plan, vocabulary
 
 # Costs in forwards over the same rows, the middle of docs/precision.md's ranges.
@@ -119,16 +121,23 @@ def forecast_line(found: Forecast, *, stored: bool = False) -> str:
 
 
 def peak_memory(plan: Plan) -> float | None:
-    """Bytes, the model's included, by the gradients of two microbatches; None: cannot be measured.
+    """Bytes, the model's included, of a gradient over the largest microbatch of E and U.
 
-    On a GPU of the device, else of the process.
+    On a GPU of the device, else of the process. None: cannot be measured, or does not fit.
     """
-    sequence = longest(plan.config, plan.prompt_ids, plan.supplied_eval, plan.supplied_update)
-    policy, device = plan.policy, plan.policy.model.device
-    with products(plan.config.policy.precision):
-        return max_tokens.peak_of(
-            policy.params, plan.forward, *sequence, vocabulary(policy), device, plan.max_tokens
-        )
+    passes = plan.passes()
+    if not memory.can_measure(passes.device):
+        return None
+    held = memory.now(passes.device)
+    found = plan.size.curve
+    if found is None:
+        with products(plan.config.policy.precision):
+            trials = max_tokens.explore(passes, memory.free(passes.device), plan.max_tokens)
+        if not trials:
+            return None
+        found = curve(trials, passes.longest)
+    batches = _batch(plan, "E", plan.supplied_eval), _batch(plan, "U", plan.supplied_update)
+    return held + found.peak(max(rows.tokens for batch in batches for rows in _rows(batch, plan)))
 
 
 def short(count: int) -> str:
@@ -159,7 +168,11 @@ def _batch(plan: Plan, name: str, supplied: Rollouts | None) -> Batch:
 
 def _tokens(batch: Batch, plan: Plan) -> int:
     """Of one pass, padding included, as the model's layout has them."""
-    return sum(rows.tokens for rows in microbatches(batch, plan.max_tokens, plan.forward.layout))
+    return sum(rows.tokens for rows in _rows(batch, plan))
+
+
+def _rows(batch: Batch, plan: Plan) -> list[Rows]:
+    return microbatches(batch, plan.max_tokens, plan.forward.layout)
 
 
 def _seconds_a_token(plan: Plan, E: Batch) -> float:

@@ -1,186 +1,157 @@
-"""run.max_tokens = "auto": from the peak memory of a trial of the heaviest pass, not from its time."""
+"""run.max_tokens = "auto": from the peak memory of ever larger trials of a gradient, not their time."""
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import funcprobe
 from funcprobe.policy.forward import Forward
-from funcprobe.policy.layout import out_of_memory
+from funcprobe.policy.layout import MAX_TOKENS, out_of_memory
+from funcprobe.ranks import ALONE
 from funcprobe.types import Batch, InputError, Params
 
 from ..machine import memory
-from ..machine.allocator import release_freed_memory
+from .peaks import Curve, Trial, at_most, curve
 
 MOST = {"cpu": 4096, "cuda": 32768}  # larger microbatches are not faster
-TRIAL_TOKENS = 256  # least size of the smaller trial, so that activations dominate its memory
+SHARE = 0.5  # of the free memory: of a trial, and of a microbatch
+SHARE_OF_ONE = 0.75  # of a microbatch of one sequence, before its gradient is recomputed instead
+FIRST = 64  # tokens of the first trial; each other has twice as many
+AT_LEAST = 240  # tokens of the largest trial, if they fit; a whole number of sequences is near 256
+BEYOND, BEYOND_IN_ONE = 16, 4  # how far the curve is extended: in sequences, and within one
 MIB = 2**20
 
 
-class Trial(NamedTuple):
-    """A pass over one microbatch: its tokens, and its increase of the peak memory in bytes."""
+class Passes(NamedTuple):
+    """What trials are made of: a policy, and the longest sequence of a run."""
 
-    tokens: int
-    peak: float
+    params: Params
+    forward: Forward
+    prompt_tokens: int
+    response_tokens: int
+    vocabulary: int
+    device: torch.device
+
+    @property
+    def longest(self) -> int:
+        return self.prompt_tokens + self.response_tokens
 
 
 class Choice(NamedTuple):
-    """The size of a microbatch, and a line on how it was found."""
+    """The size of a microbatch, what it takes, and a line on how it was found."""
 
     max_tokens: int
+    recompute: bool  # whether gradients recompute layer by layer
+    curve: Curve | None  # of a gradient; None: peaks cannot be measured
     message: str
 
 
-def choose(
-    params: Params,
-    forward: Forward,
-    prompt_tokens: int,
-    response_tokens: int,
-    vocabulary: int,
-    device: torch.device,
-) -> Choice:
-    """The size, by `fitted`, for a run whose longest sequence has such a prompt and response.
+def choose(passes: Passes, room: float | None = None) -> Choice:
+    """The largest power of two, up to MOST, whose gradient takes at most half of what is free.
 
-    The trials are gradients, whose activations are kept, on two microbatches of such sequences, the
-    second twice as large. Raises InputError if a single sequence does not fit, and on a CPU whose peaks
-    cannot be measured.
+    At least one longest sequence, if it takes at most three quarters; else its gradient is recomputed
+    layer by layer. Raises InputError if that does not fit either. `room`: free bytes, by default those
+    of the device. Where peaks cannot be measured, MAX_TOKENS of the core.
     """
-    longest = prompt_tokens + response_tokens
+    device, longest = passes.device, passes.longest
+    room = memory.free(device) if room is None else room
+    if not memory.can_measure(device):
+        chosen = max(MAX_TOKENS, longest)
+        why = "the memory of a pass cannot be measured without a GPU, or Linux's /proc/self/clear_refs"
+        return Choice(chosen, False, None, f"run.max_tokens = {chosen} (auto): {why}")
     most = MOST[device.type]
-    room = memory.free(device)
-    halves: list[int] = []  # if the core halved a trial, its peak is that of a part
-    peak = _peak_above(device)
-    lengths = prompt_tokens, response_tokens
-    try:
-        trials = _trials(params, forward._replace(halved=halves.append), *lengths, vocabulary, peak)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise _too_little(longest, None, room) from error
-    if halves:
-        chosen = max(longest, halves[-1] // 2)
-        return Choice(chosen, f"run.max_tokens = {chosen} (auto): {2 * halves[-1]} do not fit")
-    chosen = fitted(*trials, longest=longest, room=room, most=most)
-    slope = (trials[1].peak - trials[0].peak) / (trials[1].tokens - trials[0].tokens)
-    return Choice(
-        chosen,
-        f"run.max_tokens = {chosen} (auto): {max(slope, 0) / 1024:.0f} KiB a token, "
-        f"{room / 2**30:.1f} GiB free",
-    )
+    trials = explore(passes, room, most)
+    ordinary = curve(trials, longest) if trials else None
+    recompute = ordinary is None or ordinary.peak(longest) > SHARE_OF_ONE * room
+    found = ordinary
+    if recompute:
+        trials = explore(passes._replace(forward=recomputing(passes.forward)), room, most)
+        found = curve(trials, longest) if trials else None
+    if found is None or found.peak(longest) > room:
+        raise _too_little(longest, None if found is None else found.peak(longest), room)
+    chosen = fitted(found, room=room, most=most)
+    how = ", and gradients recompute layer by layer, about a forward more" if recompute else ""
+    a_token = (found.peak(chosen) - found.peak(0)) / chosen
+    line = f"run.max_tokens = {chosen} (auto): {a_token / 1024:.0f} KiB a token, "
+    return Choice(chosen, recompute, found, f"{line}{room / 2**30:.1f} GiB free{how}")
 
 
-def peak_of(
-    params: Params,
-    forward: Forward,
-    prompt_tokens: int,
-    response_tokens: int,
-    vocabulary: int,
-    device: torch.device,
-    tokens: int,
-) -> float | None:
-    """Bytes that a gradient over so many tokens takes, with all that is held beside it; by trials.
+def explore(passes: Passes, room: float, most: int) -> list[Trial]:
+    """Gradients of ever larger microbatches; none is predicted to take more than half of `room`.
 
-    None where peaks cannot be measured, or where a trial takes more memory than there is.
+    Up to the size from which the curve is extended to the one that will be chosen; no further where
+    the longest sequence is seen not to fit. No trial if memory runs out on the first.
     """
-    if device.type != "cuda" and not memory.reset_peaks():
-        return None
+    peak = memory.peak_meter(passes.device)
+    trials: list[Trial] = []
+    tokens = FIRST
+    while (trial := _trial(passes, tokens, peak)) is not None:
+        trials.append(trial)
+        known = _measured(trials)
+        found = curve(known, passes.longest)
+        tokens *= 2
+        if _is_enough(known, found, room, most):
+            break
+        if at_most(known, found, _whole(passes, tokens)) > SHARE * room:
+            break
+    return _measured(trials)
+
+
+def _measured(trials: list[Trial]) -> list[Trial]:
+    """Without the first, which loads libraries on the way, unless it is the only one."""
+    return trials[1:] or trials
+
+
+def _is_enough(trials: list[Trial], found: Curve, room: float, most: int) -> bool:
+    longest, last = found.longest, trials[-1].tokens
+    hopeless = len(trials) > 1 and found.peak(longest) > 2 * room
+    goal = fitted(found, room=room, most=most)
+    return hopeless or last >= max(AT_LEAST, min(goal, longest) / BEYOND_IN_ONE, goal / BEYOND)
+
+
+def fitted(found: Curve, *, room: float, most: int) -> int:
+    """The largest power of two up to `most` whose peak is at most half of `room`, in bytes.
+
+    At least one longest sequence.
+    """
+    powers = [1 << i for i in range(most.bit_length())]
+    fits = [n for n in powers if n <= most and found.peak(n) <= SHARE * room]
+    return max(found.longest, fits[-1] if fits else 0)
+
+
+def recomputing(forward: Forward) -> Forward:
+    """The forward whose gradients recompute layer by layer."""
+    fields: Any = forward
+    return fields._replace(recompute=True) if "recompute" in forward._fields else forward
+
+
+def _trial(passes: Passes, tokens: int, peak: Callable[[], float]) -> Trial | None:
+    """The gradient of a microbatch of about `tokens`; None if memory ran out.
+
+    Of one sequence, shortened like the longest, or of several of the longest ones.
+    """
+    size = _whole(passes, tokens)
+    length = min(size, passes.longest)
+    prompt = max(1, passes.prompt_tokens * length // passes.longest)
+    batch = _batch(size // length, prompt, length - prompt, passes.vocabulary)
     halves: list[int] = []
-    peak = _peak_above(device)
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.process_now()
-    lengths = prompt_tokens, response_tokens
+    forward = passes.forward._replace(halved=halves.append, ranks=ALONE)
+    peak()
     try:
-        trials = _trials(params, forward._replace(halved=halves.append), *lengths, vocabulary, peak)
+        p_NR = funcprobe.response_mask(batch).double()
+        funcprobe.weighted_grad(passes.params, batch, p_NR, p_NR, forward, size)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return None
-    return None if halves else held + _needed(*trials, max(tokens, prompt_tokens + response_tokens))
+    taken = peak()
+    return None if halves else Trial(size, taken)
 
 
-def fitted(small: Trial, large: Trial, *, longest: int, room: float, most: int) -> int:
-    """The largest power of two up to `most` whose peak, extrapolated linearly, is at most room / 2.
-
-    At least one longest sequence, provided that it fits; else InputError. `room` in bytes.
-    """
-
-    def needed(tokens: int) -> float:
-        return _needed(small, large, tokens)
-
-    powers = [n for i in range(most.bit_length()) if (n := 1 << i) <= most and needed(n) <= room / 2]
-    if powers and powers[-1] >= longest:
-        return powers[-1]
-    if needed(longest) > room:
-        raise _too_little(longest, needed(longest), room)
-    return longest
-
-
-def _needed(small: Trial, large: Trial, tokens: float) -> float:
-    """The peak of a microbatch of so many tokens, extrapolated linearly."""
-    slope = max(0.0, (large.peak - small.peak) / (large.tokens - small.tokens))
-    return max(0.0, small.peak + slope * (tokens - small.tokens))
-
-
-def _trials(
-    params: Params,
-    forward: Forward,
-    prompt_tokens: int,
-    response_tokens: int,
-    vocabulary: int,
-    peak: Callable[[], float],
-) -> tuple[Trial, Trial]:
-    """Gradients of two microbatches of the longest sequences, the second twice as large."""
-    length = prompt_tokens + response_tokens
-    count = math.ceil(TRIAL_TOKENS / length)
-
-    def trial(number: int) -> Trial:
-        batch = _batch(number, prompt_tokens, response_tokens, vocabulary)
-        _gradient(params, batch, forward, number * length)
-        return Trial(number * (length - 1), peak())
-
-    return trial(count), trial(2 * count)
-
-
-def _too_little(longest: int, needed: float | None, room: float) -> InputError:
-    takes = "more" if needed is None else f"{needed / MIB:.0f} MiB"
-    return InputError(
-        f'run.max_tokens = "auto": the longest sequence may have {longest} tokens, whose gradient '
-        f"takes {takes}; {room / MIB:.0f} MiB are free: lower sampling.max_new_tokens, drop long "
-        "prompts, or free memory"
-    )
-
-
-def _peak_above(device: torch.device) -> Callable[[], float]:
-    """A function whose calls return the peak since the previous call, above the memory in use now.
-
-    For the process, the latter is that before the first pass, as all memory that it frees is released.
-    """
-    if device.type == "cuda":
-        floor = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-
-        def on_device() -> float:
-            found = torch.cuda.max_memory_allocated(device) - floor
-            torch.cuda.reset_peak_memory_stats(device)
-            return found
-
-        return on_device
-    release_freed_memory()  # else a pass that reuses freed memory would seem to take none
-    if not memory.reset_peaks():
-        raise InputError(
-            'run.max_tokens = "auto" needs a GPU, or Linux with a writable /proc/self/clear_refs, to '
-            "measure the memory of a microbatch: give a number"
-        )
-    floor = memory.process_now()
-
-    def of_process() -> float:
-        found = memory.process_peak() - floor
-        release_freed_memory()
-        memory.reset_peaks()
-        return found
-
-    return of_process
+def _whole(passes: Passes, tokens: int) -> int:
+    """The tokens of the microbatch that `_trial` makes of so many."""
+    return max(1, round(tokens / passes.longest)) * min(tokens, passes.longest)
 
 
 def _batch(count: int, prompt_tokens: int, response_tokens: int, vocabulary: int) -> Batch:
@@ -193,6 +164,10 @@ def _batch(count: int, prompt_tokens: int, response_tokens: int, vocabulary: int
     )
 
 
-def _gradient(params: Params, batch: Batch, forward: Forward, max_tokens: int) -> None:
-    p_NR = funcprobe.response_mask(batch).double()
-    funcprobe.weighted_grad(params, batch, p_NR, p_NR, forward, max_tokens)
+def _too_little(longest: int, needed: float | None, room: float) -> InputError:
+    takes = "more" if needed is None else f"{needed / MIB:.0f} MiB"
+    return InputError(
+        f'run.max_tokens = "auto": the longest sequence may have {longest} tokens, whose gradient '
+        f"takes {takes}, recomputed layer by layer; {room / MIB:.0f} MiB are free: lower "
+        "sampling.max_new_tokens, drop long prompts, or free memory"
+    )

@@ -1,16 +1,24 @@
 """The size of a microbatch: the longest sequence, the configured size, the limit of the memory."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from funcprobe.policy.forward import Forward
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
 from ..config.schema import Config
 from ..console import Narrator
+from ..machine import memory
 from ..rollouts import Rollouts
 from ..sampling.supplied import fresh_length
+from ..store import Stages
 from . import max_tokens
+from .max_tokens import Passes
+from .peaks import Curve
+
+STAGE = "size"
+STILL = 0.75  # of what is free: an earlier choice that takes no more is kept
 
 
 def longest(config: Config, prompt_ids: list[list[int]], *supplied: Rollouts | None) -> tuple[int, int]:
@@ -49,26 +57,79 @@ def require_positions(config: Config, policy: Policy, tokens: int) -> None:
         )
 
 
+class Size(NamedTuple):
+    """How large microbatches are, and what their gradients take."""
+
+    max_tokens: int
+    recompute: bool = False  # whether gradients recompute layer by layer
+    curve: Curve | None = None  # of a gradient's memory; None: not measured
+
+
 def resolve(
     config: Config,
-    policy: Policy,
-    forward: Forward,
-    sequence: tuple[int, int],
-    vocabulary: int,
+    passes: Passes,
     narrator: Narrator,
-) -> tuple[Config, int]:
-    """The configuration with "auto" replaced by the number found for it, and that number.
+    stages: Stages,
+    policy: Mapping[str, Any],
+) -> Size:
+    """run.max_tokens; for "auto" as an earlier run chose, if that still fits, else by trials.
 
-    `sequence`: tokens of the longest sequence's prompt and response.
+    An earlier choice is kept since every result depends on it in rounding, so that stored ones would
+    be computed again. It is one for the same base, shapes, longest sequence and device; `policy`: what
+    determines the distribution (`plan.inputs`), whose adapter's values do not matter here.
     """
-    chosen = config.run.max_tokens
-    if chosen != "auto":
-        return config, chosen
+    asked = config.run.max_tokens
+    if asked != "auto":
+        return Size(asked)
+    shapes = {name: [str(t.dtype), *t.shape] for name, t in passes.params.items()}
+    inputs = {key: value for key, value in policy.items() if key != "adapter"} | {
+        "shapes": shapes,
+        "sequence": [passes.prompt_tokens, passes.response_tokens],
+        "layout": passes.forward.layout,
+    }
+    room = memory.free(passes.device)
+    before = _size(stages.recall(STAGE, inputs))
+    if before is not None and _peak(before) <= STILL * room:
+        how = ", gradients recomputed layer by layer" if before.recompute else ""
+        narrator.say(
+            f"run.max_tokens = {before.max_tokens} (auto): an earlier run's size{how}; "
+            f"{_peak(before) / 2**30:.1f} of {room / 2**30:.1f} GiB free"
+        )
+        return before
     with narrator.phase("size of microbatches"):
-        found = max_tokens.choose(policy.params, forward, *sequence, vocabulary, policy.model.device)
+        found = max_tokens.choose(passes, room)
     narrator.say(found.message)
-    resolved = config.run.model_copy(update={"max_tokens": found.max_tokens})
-    return config.model_copy(update={"run": resolved}), found.max_tokens
+    size = Size(found.max_tokens, found.recompute, found.curve)
+    if size.curve is not None:
+        stages.remember(STAGE, inputs, size)
+    return size
+
+
+def smallest(sizes: Sequence[Size]) -> Size:
+    """One size for processes that share microbatches; gradients are recomputed if one has to."""
+    least = min(sizes, key=lambda size: size.max_tokens)
+    return least._replace(recompute=any(size.recompute for size in sizes))
+
+
+def with_size(config: Config, size: Size) -> Config:
+    """The configuration with the number in place of "auto"."""
+    return config.model_copy(
+        update={"run": config.run.model_copy(update={"max_tokens": size.max_tokens})}
+    )
+
+
+def _size(stored: Any) -> Size | None:
+    try:
+        size, recompute, (fixed, a_token, a_pair, most) = stored
+        of = Curve(float(fixed), float(a_token), float(a_pair), int(most))
+        return Size(int(size), bool(recompute), of)
+    except (TypeError, ValueError):  # none, or of another version
+        return None
+
+
+def _peak(size: Size) -> float:
+    """Bytes of a microbatch's gradient; infinite if not known."""
+    return math.inf if size.curve is None else size.curve.peak(size.max_tokens)
 
 
 def report_halving(narrator: Narrator) -> Callable[[int], None]:

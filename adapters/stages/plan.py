@@ -12,17 +12,14 @@ from funcprobe.policy.forward import Forward
 from funcprobe.step.objective import Objective
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
-from .. import store
 from ..checkpoint.model import Loader, Policy, load_policy
 from ..checkpoint.toy import ensure_toy
 from ..config.schema import Config
 from ..console import Narrator
-from ..machine.devices import resolve_device, where
+from ..machine.devices import resolve_device
 from ..machine.precision import of_machine
-from ..machine.versions import versions
 from ..optimizer import OptimizerReport
 from ..rollouts import Rollouts, provenance
-from ..rollouts.files import files_of
 from ..sampling.generate import ended_by
 from ..sampling.prompts import Prompt
 from ..sampling.rewards import Reward, load_reward
@@ -33,13 +30,18 @@ from ..sampling.supplied import (
     load_supplied_update,
     open_update,
 )
+from ..store import Stages
 from .chosen_loss import ChosenLoss, choose_loss
 from .differences import differences
 from .dropout import dropout_masks
-from .microbatch import longest, report_halving, require_positions, resolve
+from .inputs import inputs_of
+from .max_tokens import Passes, recomputing
+from .microbatch import Size, longest, report_halving, require_positions, resolve, with_size
 from .prompts import encoded, no_prompts, response_line, sampled_from
 from .run_settings import with_run_settings
 from .step import choose_objective, load_step, step_lines
+
+NOTHING_STORED = Stages(None)
 
 
 class Plan(NamedTuple):
@@ -47,7 +49,8 @@ class Plan(NamedTuple):
 
     config: Config  # "toy" replaced by its paths, "auto" by a number
     policy: Policy
-    max_tokens: int  # run.max_tokens, or the number found for "auto"
+    size: Size  # of microbatches
+    sequence: tuple[int, int]  # tokens of the longest sequence's prompt and response
     forward: Forward  # at the temperature of E and U
     masks: list[Forward]  # the same with dropout masks, for Y; none unless step.masks is set
     temperature: float
@@ -68,11 +71,27 @@ class Plan(NamedTuple):
     next_lr: float
     inputs: dict[str, Any]  # hashes of the files the numbers depend on
 
+    @property
+    def max_tokens(self) -> int:
+        """run.max_tokens, or the number found for "auto"."""
+        return self.size.max_tokens
 
-def load(config: Config, narrator: Narrator, policy_of: Loader | None = None) -> Plan:
+    def passes(self) -> Passes:
+        """What a trial of this plan's gradients is made of."""
+        policy, rows = self.policy, vocabulary(self.policy)
+        return Passes(policy.params, self.forward, *self.sequence, rows, policy.model.device)
+
+
+def load(
+    config: Config,
+    narrator: Narrator,
+    policy_of: Loader | None = None,
+    stages: Stages = NOTHING_STORED,
+) -> Plan:
     """Load policy (by `policy_of`, if given), optimizer state, prompts, rewards and supplied rollouts.
 
-    Everything that can be rejected without sampling is rejected here: InputError, one line.
+    Everything that can be rejected without sampling is rejected here: InputError, one line. The size of
+    microbatches that an earlier run found for "auto" is taken from `stages`.
     """
     disable_progress_bar()  # transformers', which would appear between the log lines
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_advice_on_masks)
@@ -112,7 +131,7 @@ def load(config: Config, narrator: Narrator, policy_of: Loader | None = None) ->
         guessed += provenance.require_own(config.rollouts, supplied_eval, supplied_update, run)
         if sampled or lossy:
             guessed += provenance.length_lines(run, config.sampling.max_new_tokens)
-        inputs = _inputs(config, policy, report, prompts, prompt_ids)
+        inputs = inputs_of(config, policy, report, prompts, prompt_ids)
         config = _with_base(config, policy)
         if not sampled:
             prompts, prompt_ids = [], []
@@ -139,13 +158,15 @@ def load(config: Config, narrator: Narrator, policy_of: Loader | None = None) ->
     )
     for line in (*lines, *forward.notes, *_notices(config, objective, next_lr)):
         narrator.say(line)
-    config, max_tokens = resolve(config, policy, forward, sequence, vocabulary(policy), narrator)
+    passes = Passes(policy.params, forward, *sequence, vocabulary(policy), policy.model.device)
+    size = resolve(config, passes, narrator, stages, inputs["policy"])
     return Plan(
-        config=config,
+        config=with_size(config, size),
         policy=policy,
-        max_tokens=max_tokens,
-        forward=forward,
-        masks=masks,
+        size=size,
+        sequence=sequence,
+        forward=recomputing(forward) if size.recompute else forward,
+        masks=[recomputing(mask) for mask in masks] if size.recompute else masks,
         temperature=temperature,
         adam_state=adam_state,
         optimizer=report,
@@ -257,43 +278,3 @@ def configured_reward(config: Config) -> Reward:
     return load_reward(
         chosen.function, answer_column=chosen.answer_column, conversational=chosen.conversational
     )
-
-
-def _inputs(
-    config: Config,
-    policy: Policy,
-    report: OptimizerReport | None,
-    prompts: list[Prompt],
-    prompt_ids: list[list[int]],
-) -> dict[str, Any]:
-    base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
-    return {
-        # What determines the policy's distribution, except the temperature.
-        "policy": {
-            "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
-            "revision": policy.revision,
-            "adapter": store.fingerprint(policy.params),
-            **policy.settings,
-            "end_and_padding": [*policy.eos_ids, policy.pad_id],
-            "mode": config.policy.mode,
-            "dtype": config.policy.dtype,
-            "precision": config.policy.precision,
-            "attention": policy.attention,
-            "device": where(policy.model),
-            "versions": versions(),
-            # In an editable install the code changes while the version does not.
-            "core": store.fingerprint_core(Path(funcprobe.__file__).parent),
-        },
-        "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
-        "optimizer": store.fingerprint_path(report.path) if report else {},
-        "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),
-        "rollouts": {
-            key: {
-                name: found
-                for file in files_of(Path(path).expanduser())
-                for name, found in store.fingerprint_path(file).items()
-            }
-            for key, path in config.rollouts
-            if path is not None
-        },
-    }

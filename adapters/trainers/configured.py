@@ -20,8 +20,6 @@ def require_readable(config: Config) -> None:
             f"optimizer.{given[0] if given else 'rule'} is set: inside training the step is the "
             "trainer's own, by its optimizer and its gradients; remove it"
         )
-    if config.run.max_tokens == "auto":
-        raise InputError('run.max_tokens = "auto" is not supported inside training: give a number')
     if config.step.masks:
         raise InputError(
             "step.masks is set: inside training the gradient is the trainer's own, with its own masks; "

@@ -27,12 +27,15 @@ from ..config.file import read_config
 from ..config.schema import Config
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
+from ..stages.max_tokens import recomputing
+from ..stages.microbatch import Size
 from ..stages.plan import EvalSource, load_eval
 from .configured import require_readable, require_same_policy
 from .dropout import OF_STEP, warn_of_dropout
 from .headline import causes, headline
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
+from .size import size_of
 from .together import OtherProcessError, Together, together
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ class StepProbe(NamedTuple):
     measured: Measured  # at theta + lr * direction
     coarsest: torch.dtype  # of the model: in half precision rounding dominates `measured.delta`
     predicted: Interval  # 95 % of lr * along.derivative, over E
+    size: Size  # of microbatches
 
 
 class ProbeCallback(TrainerCallback):
@@ -102,6 +106,7 @@ class ProbeCallback(TrainerCallback):
             )
         self._numbers: dict[str, float] | None = None
         self._together = Together()
+        self._size: Size | None = None  # found at the first step that is probed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -134,7 +139,9 @@ class ProbeCallback(TrainerCallback):
                     self.config,
                     step,
                     self._together,
+                    self._size,
                 )
+            self._size = found.size
         except (InputError, RuntimeError, MemoryError) as error:
             if not (isinstance(error, InputError | OtherProcessError) or out_of_memory(error)):
                 raise
@@ -170,11 +177,12 @@ def probe_step(
     config: Config,
     step: int,
     together: Together = Together(),  # noqa: B008 (alone, it has no state)
+    size: Size | None = None,
 ) -> StepProbe:
     """Prediction and measurement of the step that `optimizer` would take with the gradients in .grad.
 
-    Of several processes each computes a share. Nothing is changed. InputError if a gradient or the
-    policy's probabilities are not finite.
+    Of several processes each computes a share. Nothing is changed. `size`: of microbatches, by default
+    by run.max_tokens. InputError if a gradient or the policy's probabilities are not finite.
     """
     params = policy.params
     state = adam_state(optimizer, policy.model, params)
@@ -186,19 +194,22 @@ def probe_step(
     direction = _direction(params, Y, state)
     Y = {n: Y.get(n, torch.zeros_like(v)) for n, v in direction.total.items()}
     lr = lr_now(optimizer, policy.model, state)
-    entropy, max_tokens = Entropy(**config.entropy.model_dump()), int(config.run.max_tokens)
+    entropy = Entropy(**config.entropy.model_dump())
     with at_rest(policy.model):
         batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step, together)
         forward = funcprobe.frozen_forward(policy.model, params, source.temperature)
         forward = forward._replace(halved=_warn_of_memory, ranks=together.ranks)
+        size = size or size_of(config, policy, source, forward, together)
+        forward = recomputing(forward) if size.recompute else forward
         of_E: dict[str, Any] = {"entropy": entropy, "sampler_logp_NR": sampler_logp_NR}
-        passes = eval_passes(params, batch, direction.total, forward, max_tokens=max_tokens, **of_E)
+        sized = of_E | {"max_tokens": size.max_tokens}
+        passes = eval_passes(params, batch, direction.total, forward, **sized)
         along = summarise_along(passes, Y, direction, batch, unit_N=unit_N, **of_E)
         at = (params, batch, direction.total, lr, along.stats, forward)
-        measured = funcprobe.measure(*at, max_tokens=max_tokens, **of_E)
+        measured = funcprobe.measure(*at, **sized)
     error = delta_error(along.first_order.influence_N, unit_N)
     predicted = student(lr * along.derivative, Error(lr * error.se, error.dof))
-    return StepProbe(lr, direction, along, measured, forward.coarsest, predicted)
+    return StepProbe(lr, direction, along, measured, forward.coarsest, predicted, size)
 
 
 def numbers(found: StepProbe) -> dict[str, float]:

@@ -6,8 +6,6 @@ import torch
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.machine import memory
 from funcprobe.adapters.results.cost import cost_section
-from funcprobe.adapters.stages import max_tokens
-from funcprobe.types import InputError
 
 
 @pytest.mark.skipif(not memory.reset_peaks(), reason="/proc/self/clear_refs cannot be written here")
@@ -26,6 +24,18 @@ def test_the_peak_is_the_stages_own() -> None:
     assert large.process_peak - small.process_peak == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.skipif(not memory.reset_peaks(), reason="/proc/self/clear_refs cannot be written here")
+def test_the_meter_has_the_peak_since_its_last_call() -> None:
+    size = 128 * 2**20
+    held = torch.ones(size, dtype=torch.uint8)
+    peak = memory.peak_meter(held.device)
+    for count in (2, 1):
+        torch.ones(count * size, dtype=torch.uint8)
+        assert peak() == pytest.approx(count * size, rel=0.1)
+    assert peak() < size / 10
+    del held
+
+
 def test_where_the_peak_cannot_be_reset_it_is_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
     narrator = Narrator()
@@ -34,8 +44,7 @@ def test_where_the_peak_cannot_be_reset_it_is_said(tmp_path, monkeypatch) -> Non
     (row,) = cost_section(narrator.costs.values(), {}).stages
     assert row.process_peak_of == "the process since its start"
     assert row.process_peak_bytes >= memory.process_now() // 2
-    with pytest.raises(InputError, match="to measure the memory of a microbatch: give a number"):
-        max_tokens._peak_above(torch.device("cpu"))
+    assert not memory.can_measure(torch.device("cpu"))
 
 
 def test_free_memory_is_what_the_containers_limit_leaves(tmp_path, monkeypatch) -> None:

@@ -1,111 +1,241 @@
-"""The size of a microbatch, by trial."""
+"""The size of a microbatch, by trials, on machines whose memory follows a formula."""
 
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import funcprobe
 from funcprobe.adapters.config.file import read_config
+from funcprobe.adapters.config.schema import Config
+from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.machine import memory
 from funcprobe.adapters.stages import max_tokens
-from funcprobe.adapters.stages.max_tokens import Trial, choose, fitted
+from funcprobe.adapters.stages.max_tokens import FIRST, MOST, Passes, choose
+from funcprobe.adapters.stages.microbatch import Size, resolve
+from funcprobe.adapters.stages.peaks import Curve, Trial, at_most, curve
+from funcprobe.adapters.store import Stages
 from funcprobe.types import InputError
 from support.checkpoints import sets
 from support.policies import tiny_policy
 
-
-def test_the_size_is_the_largest_power_of_two_in_half_of_what_is_free() -> None:
-    """100 bytes at rest and 10 a token."""
-    small, large = Trial(100, 1100.0), Trial(200, 2100.0)
-
-    def size(room: float, longest: int = 8, most: int = 4096) -> int:
-        return fitted(small, large, longest=longest, room=room, most=most)
-
-    assert size(2 * (100 + 10 * 256)) == 256
-    assert size(2 * (100 + 10 * 256) - 1) == 128
-    assert size(1e12) == 4096
-    assert size(1e12, most=32768) == 32768
-    # One sequence may take all of it, and may be longer than `most`.
-    assert size(2 * (100 + 10 * 256), longest=300) == 300
-    assert size(100 + 10 * 300, longest=300) == 300
-    assert size(1e12, longest=5000) == 5000
-    with pytest.raises(InputError, match=r"may have 300 tokens.* takes 0 MiB; 0 MiB are free"):
-        size(100 + 10 * 300 - 1, longest=300)
-    # Memory that does not grow, as far as the trials see.
-    assert fitted(Trial(100, 50.0), Trial(200, 40.0), longest=8, room=1e3, most=4096) == 4096
+CPU = torch.device("cpu")
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+RECOMPUTED = ("gradients are recomputed",)
 
 
-@pytest.fixture
-def measured(monkeypatch) -> funcprobe.Probe:
-    """A policy on a machine that takes 10,000 bytes for every token since the last reset."""
-    probe = funcprobe.bind(tiny_policy())
-    held: Counter = Counter()
+class Machine:
+    """Every gradient takes fixed + a_token T + a_pair T L bytes, for T tokens, L in a sequence.
 
-    def hidden(params: funcprobe.Params, rows: Any) -> torch.Tensor:
-        held["now"] += 10_000 * rows.tokens
-        return probe.forward.hidden(params, rows)
+    If it is recomputed, `recomputed` times as much. Above `short_of` memory runs out.
+    """
 
-    monkeypatch.setattr(max_tokens, "TRIAL_TOKENS", 100)
-    monkeypatch.setattr(memory, "process_now", lambda: 0)
-    monkeypatch.setattr(memory, "process_peak", lambda: held["now"])
-    monkeypatch.setattr(memory, "reset_peaks", lambda: not held.clear())
-    return probe._replace(forward=probe.forward._replace(hidden=hidden))
+    def __init__(self, *formula: float, recomputed: float = 1.0, short_of: float = 1e30) -> None:
+        self.fixed, self.a_token, self.a_pair = formula
+        self.recomputed, self.short_of = recomputed, short_of
+        self.taken: list[float] = []
+        self.since = 0.0
+
+    def takes(self, tokens: float, length: float) -> float:
+        return self.fixed + self.a_token * tokens + self.a_pair * tokens * min(tokens, length)
+
+    def gradient(
+        self, params: Any, batch: funcprobe.Batch, p: Any, q: Any, forward: Any, size: int
+    ) -> None:
+        length_N = batch.prompt_length_N + batch.response_length_N
+        assert int(length_N.sum()) <= size
+        bytes_ = self.takes(int(length_N.sum()), int(length_N.max()))
+        bytes_ *= self.recomputed if forward.notes == RECOMPUTED else 1.0
+        if bytes_ > self.short_of:
+            raise torch.OutOfMemoryError("x")
+        self.taken.append(bytes_)
+        self.since = bytes_
+
+    def meter(self, _: torch.device) -> Callable[[], float]:
+        def peak() -> float:
+            found, self.since = self.since, 0.0
+            return found
+
+        return peak
+
+    def choose(self, prompt: int, response: int, room: float, device: str = "cpu") -> Any:
+        forward = PROBE.forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(funcprobe, "weighted_grad", self.gradient)
+            patch.setattr(memory, "peak_meter", self.meter)
+            patch.setattr(memory, "can_measure", lambda _: True)
+            patch.setattr(max_tokens, "recomputing", lambda f: f._replace(notes=RECOMPUTED))
+            passes = Passes(PROBE.params, forward, prompt, response, 11, torch.device(device))
+            return CHOOSE(passes, room)
 
 
-def test_two_trials_find_what_a_token_takes(measured, monkeypatch) -> None:
-    cpu = torch.device("cpu")
-    for room, expected in ((2 * 10_000 * 1500, 1024), (10**12, 4096), (2 * 10_000 * 50, 32)):
-        monkeypatch.setattr(memory, "free", lambda _, room=room: room)
-        found = choose(measured.params, measured.forward, 7, 5, 11, cpu)
-        assert found.max_tokens == expected
-        assert found.message.startswith(f"run.max_tokens = {expected} (auto): 10 KiB a token")
-    monkeypatch.setattr(memory, "free", lambda _: 100_000)
-    with pytest.raises(InputError, match="lower sampling"):
-        choose(measured.params, measured.forward, 7, 5, 11, cpu)
+CHOOSE = choose  # also where a test replaces it
+PROBE = funcprobe.bind(tiny_policy())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory")])
-def test_a_trial_that_runs_out_of_memory(measured, error) -> None:
-    def short(most: int) -> Any:
-        def hidden(params: funcprobe.Params, rows: Any) -> torch.Tensor:
-            if rows.tokens > most:
-                raise error
-            return measured.forward.hidden(params, rows)
+@settings(max_examples=40, deadline=None)
+@given(
+    fixed=st.floats(0, 2e9),
+    a_token=st.floats(1e3, 1e7),
+    a_pair=st.floats(0, 1e3),
+    prompt=st.integers(1, 300),
+    response=st.integers(1, 3000),
+    room=st.floats(1e8, 1e11),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_no_trial_takes_more_than_half_and_the_choice_is_the_largest(
+    fixed, a_token, a_pair, prompt, response, room, device
+):
+    machine, longest = Machine(fixed, a_token, a_pair), prompt + response
+    powers = [2**i for i in range(16) if 2**i <= MOST[device]]
+    first = machine.takes(1.5 * FIRST, 1.5 * FIRST)  # of which nothing is known beforehand
+    fits = {
+        margin: max([n for n in powers if margin * machine.takes(n, longest) <= room / 2], default=1)
+        for margin in (0.85, 1.15)
+    }
+    try:
+        found = machine.choose(prompt, response, room, device)
+    except InputError:
+        assert machine.takes(longest, longest) > 0.85 * room or first > room / 2
+        assert all(taken <= max(first, room / 2) for taken in machine.taken)
+        return
+    assert all(taken <= max(first, room / 2) for taken in machine.taken)
+    assert found.max_tokens == longest or found.max_tokens in powers
+    assert found.max_tokens >= longest
+    if 16 * first <= room / 2:  # so that there is more than one trial
+        assert fits[1.15] <= found.max_tokens <= max(longest, fits[0.85])
 
-        return measured.forward._replace(hidden=hidden)
 
-    cpu = torch.device("cpu")
-    found = choose(measured.params, short(150), 7, 5, 11, cpu)
-    assert 12 <= found.max_tokens <= 75
-    assert "do not fit" in found.message
-    with pytest.raises(InputError, match="whose gradient takes more; "):
-        choose(measured.params, short(5), 7, 5, 11, cpu)
-    broken = measured.forward._replace(hidden=lambda *_, **__: 1 / 0)
+def test_short_trials_suffice_where_memory_is_plenty():
+    """On a CPU 64 + 128 + 256 tokens; for one long sequence up to a quarter of it."""
+    machine = Machine(0, 3 * MIB, 0)
+    assert machine.choose(50, 250, 100 * GIB).max_tokens == 4096
+    assert sum(machine.taken) / (3 * MIB) <= 64 + 128 + 256
+    machine = Machine(0, 3 * MIB, 300)
+    assert machine.choose(200, 15_800, 1000 * GIB).max_tokens == 16_000
+    assert machine.taken[-1] <= machine.takes(4096, 16_000)
+
+
+def test_the_same_size_where_the_free_memory_is_nearly_the_same():
+    sizes = {Machine(1e6, 1e6, 0).choose(50, 50, room * 1e9).max_tokens for room in (4.2, 4.9, 5.6, 8)}
+    assert sizes == {2048}
+
+
+def test_a_gradient_is_recomputed_where_one_sequence_would_not_fit():
+    """1 MiB a token, 16,000 tokens: 15.6 GiB; recomputed a twentieth of that."""
+    machine = Machine(0, MIB, 0, recomputed=0.05)
+    assert not machine.choose(1000, 15_000, 24 * GIB).recompute
+    found = machine.choose(1000, 15_000, 20 * GIB)
+    assert found.recompute
+    assert found.max_tokens == 16_000
+    assert "51 KiB a token, 20.0 GiB free, and gradients recompute layer by layer" in found.message
+    # Most of a microbatch's memory is free again, which larger ones use, up to half.
+    assert machine.choose(100, 1900, 2.3 * GIB).max_tokens == 4096
+    with pytest.raises(
+        InputError, match=r"16000 tokens.* takes 8\d\d MiB, recomputed layer by layer; 768 MiB are"
+    ):
+        machine.choose(1000, 15_000, 0.75 * GIB)
+
+
+def test_where_memory_runs_out_on_a_trial():
+    """What is known by then counts; if nothing is known, recomputing; if that fails as well, a line."""
+    machine = Machine(0, MIB, 0, short_of=100 * MIB)
+    assert machine.choose(7, 5, 2 * GIB).max_tokens == 1024
+    machine = Machine(0, MIB, 0, recomputed=0.1, short_of=10 * MIB)
+    assert machine.choose(7, 5, GIB).recompute
+    with pytest.raises(InputError, match="whose gradient takes more, recomputed"):
+        Machine(0, MIB, 0, short_of=5 * MIB).choose(7, 5, GIB)
+    broken = Machine(0, MIB, 0)
+    broken.takes = lambda *_: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
-        choose(measured.params, broken, 7, 5, 11, cpu)
+        broken.choose(7, 5, GIB)
+
+
+def test_a_curve_through_three_peaks_is_the_one_they_are_on():
+    of = Curve(5e8, 2e6, 700.0, 1000)
+    trials = [Trial(n, of.peak(n)) for n in (64, 128, 256, 512, 2000)]
+    found = curve(trials, 1000)
+    assert found[:3] == pytest.approx(of[:3], rel=1e-6)
+    assert found.peak(8000) == pytest.approx(5e8 + 2e6 * 8000 + 700 * 8000 * 1000, rel=1e-9)
+    # Peaks that are linear up to what repetitions differ by are taken to be linear.
+    noisy = [Trial(n, 2e6 * n * factor) for n, factor in ((128, 1.02), (256, 0.98), (512, 1.01))]
+    assert curve(noisy, 1000).a_pair == 0
+    # Peaks that do not grow, as far as the trials see; and that fall.
+    assert curve([Trial(128, 5e7), Trial(256, 5e7)], 300).peak(4096) == pytest.approx(5e7)
+    assert curve([Trial(128, 6e7), Trial(256, 5e7)], 300).peak(4096) < 7e7
+    assert at_most([Trial(64, 5e7)], curve([Trial(64, 5e7)], 300), 128) == 2e8
 
 
 @pytest.mark.skipif(not memory.reset_peaks(), reason="/proc/self/clear_refs cannot be written here")
-def test_a_run_sizes_its_microbatches_and_writes_the_number(
+def test_a_run_sizes_its_microbatches_and_the_next_one_keeps_the_size(
     ran, command, checkpoint, monkeypatch
-) -> None:
+):
     document, outcome = ran(run__max_tokens="auto")
     config = read_config(Path("runs/one/config.toml"))
     assert config.run.max_tokens == document["conventions"]["max_tokens"] == 4096  # a tiny policy
     assert "run.max_tokens = 4096 (auto): " in outcome.err
-    same, _ = ran(run__max_tokens=4096)
-    assert same["cost"]["total"]["results_computed"] == 0  # the number is the key
-    monkeypatch.setattr(memory, "free", lambda _: 2**20)
-    peaks = iter([11 * 2**40, 21 * 2**40])  # a TiB at rest, and 10 for the first trial
-    monkeypatch.setattr(memory, "process_peak", lambda: next(peaks))
+    # The number is in the keys of what is stored, and is kept where half of what is free is less.
+    free = memory.free(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(max_tokens, "choose", lambda *_: pytest.fail("a size is stored"))
+        patch.setattr(memory, "free", lambda _: free // 2)
+        same, outcome = ran(run__max_tokens="auto")
+    assert same["cost"]["total"]["results_computed"] == 0
+    assert "run.max_tokens = 4096 (auto): an earlier run's size; 0.0 of " in outcome.err
+    monkeypatch.setattr(memory, "free", lambda _: 1000)
     given = checkpoint.settings() | {"run.max_tokens": "auto", "run.name": "two"}
     outcome = command("run", "c.toml", *sets(given))
     assert outcome.status == 2
     assert 'run.max_tokens = "auto": the longest sequence may have 11 tokens' in outcome.err
     assert not Path("runs/two").exists()
+
+
+def test_a_stored_size_is_kept_while_it_fits(tmp_path, monkeypatch):
+    """10 MB a token: 1024 tokens take 10.24 GB."""
+    config, stages = Config(), Stages(tmp_path)
+    made = Machine(0, 1e7, 0)
+    passes = Passes(PROBE.params, PROBE.forward, 7, 5, 11, CPU)
+    monkeypatch.setattr(
+        max_tokens, "choose", lambda passes, room: made.choose(*passes[2:4], room, "cpu")
+    )
+
+    def size(free: float, stages: Stages = stages, passes: Passes = passes, **policy: str) -> int:
+        monkeypatch.setattr(memory, "free", lambda _: free)
+        return resolve(config, passes, Narrator(), stages, {"base": "b", **policy}).max_tokens
+
+    assert size(22e9, stages._replace(writes=False)) == 1024
+    assert not list(tmp_path.iterdir())
+    assert size(22e9) == 1024
+    assert size(14e9) == 1024
+    assert size(1e12) == 1024
+    # Another adapter of these shapes has the same; another base, another longest sequence has not.
+    assert size(1e12, adapter="another") == 1024
+    assert size(1e12, base="another") == 4096
+    assert size(1e12, passes=passes._replace(response_tokens=6)) == 4096
+    assert size(1e12, stages._replace(fresh=True)) == 4096
+    assert size(22e9, stages._replace(fresh=True)) == 1024
+    assert size(13e9) == 512  # three quarters of which are too little
+    assert size(22e9) == 512
+    for text in ("[]", "{", '[1, false, [1, 2, 3, "x"]]', "null"):  # of another version, or broken
+        for stored in tmp_path.glob("*.json"):
+            stored.write_text(text, encoding="utf-8")
+        assert size(22e9) == 1024
+    given = config.model_copy(update={"run": config.run.model_copy(update={"max_tokens": 77})})
+    assert resolve(given, passes, Narrator(), stages, {}) == Size(77)
+
+
+def test_where_memory_cannot_be_measured_there_is_a_number(command, checkpoint, monkeypatch):
+    monkeypatch.setattr(memory, "can_measure", lambda _: False)
+    Path("c.toml").touch()
+    given = checkpoint.settings() | {"run.max_tokens": "auto"}
+    outcome = command("run", "c.toml", "--dry-run", *sets(given))
+    assert outcome.status == 0
+    assert "run.max_tokens = 2048 (auto): the memory of a pass cannot be measured" in outcome.err
+    assert "of memory at its peak" not in outcome.err
 
 
 @pytest.mark.parametrize("value", ["0", "big", "2.5", "true"])

@@ -326,6 +326,7 @@ def test_a_parameter_without_gradient_stays(checkpoint, tmp_path):
         group["lr"] = 1e-2
     source = probe.load_eval(probe_config(checkpoint), policy)
     found = probe.probe_step(policy, optimizer, source, probe_config(checkpoint), 3)
+    assert found.size.max_tokens == 4096  # by trials, of a tiny policy
     optimizer.step()
     for name, p in named.items():
         taken = (p.detach().double() - before[name]) / 1e-2
@@ -375,17 +376,19 @@ def test_other_processes_do_not_probe(checkpoint, tmp_path, monkeypatch):
 
     def probed(*given):
         called.append(given)
-        return SimpleNamespace(predicted=None)
+        return SimpleNamespace(predicted=None, size="found")
 
     monkeypatch.setattr(probe, "probe_step", probed)
     monkeypatch.setattr(probe, "numbers", lambda _: {})
     monkeypatch.setattr(probe, "headline", lambda *_: "")
     given = {"model": trainer.model, "optimizer": trainer.optimizer}
-    for is_zero, times in ((False, 0), (True, 1)):
+    for is_zero, times in ((False, 0), (True, 1), (True, 2)):
+        callback._numbers = None
         trainer.state.is_world_process_zero = is_zero
         callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
         assert len(called) == times
         assert (callback._numbers is not None) == is_zero
+    assert [given[-1] for given in called] == [None, "found"]  # the size of microbatches, found once
 
 
 def test_responses_end_where_the_trainers_do(checkpoint, tmp_path):

@@ -1,0 +1,56 @@
+"""What the numbers of a run depend on, for its manifest and the keys of stages."""
+
+from pathlib import Path
+from typing import Any
+
+import funcprobe
+
+from .. import store
+from ..checkpoint.model import Policy
+from ..config.schema import Config
+from ..machine.devices import where
+from ..machine.versions import versions
+from ..optimizer import OptimizerReport
+from ..rollouts.files import files_of
+from ..sampling.prompts import Prompt
+
+
+def inputs_of(
+    config: Config,
+    policy: Policy,
+    report: OptimizerReport | None,
+    prompts: list[Prompt],
+    prompt_ids: list[list[int]],
+) -> dict[str, Any]:
+    """Hashes of the files, and what else the numbers depend on."""
+    base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
+    return {
+        # What determines the policy's distribution, except the temperature.
+        "policy": {
+            "base": store.fingerprint_path(base) if base.is_dir() else f"{base} at {policy.commit}",
+            "revision": policy.revision,
+            "adapter": store.fingerprint(policy.params),
+            **policy.settings,
+            "end_and_padding": [*policy.eos_ids, policy.pad_id],
+            "mode": config.policy.mode,
+            "dtype": config.policy.dtype,
+            "precision": config.policy.precision,
+            "attention": policy.attention,
+            "device": where(policy.model),
+            "versions": versions(),
+            # In an editable install the code changes while the version does not.
+            "core": store.fingerprint_core(Path(funcprobe.__file__).parent),
+        },
+        "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
+        "optimizer": store.fingerprint_path(report.path) if report else {},
+        "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),
+        "rollouts": {
+            key: {
+                name: found
+                for file in files_of(Path(path).expanduser())
+                for name, found in store.fingerprint_path(file).items()
+            }
+            for key, path in config.rollouts
+            if path is not None
+        },
+    }
