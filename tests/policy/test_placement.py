@@ -61,8 +61,11 @@ def twice(kind, config, **lora):
 
 
 POLICIES = {
-    "tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True), {}),
-    "windows": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=3), {}),
+    "tied, windows": (
+        MistralForCausalLM,
+        MistralConfig(**SHAPE, sliding_window=3, tie_word_embeddings=True),
+        {},
+    ),
     "head": (LlamaForCausalLM, LlamaConfig(**SHAPE), {"modules_to_save": ["lm_head"]}),
     "tokens": (LlamaForCausalLM, LlamaConfig(**SHAPE), {"trainable_token_indices": [3, 7]}),
 }
