@@ -182,9 +182,9 @@ FAULTS = {
         ("policy/test_readout.py", *MODEL),
     ),
     "a response sees the other responses to its prompt": Fault(
-        "policy/rows.py",
-        "torch.ones(width, width).tril()",
-        "torch.ones(width, width)",
+        "policy/blocks.py",
+        "(key_n1K <= query_nQ1) & self.reach.sees",
+        "(key_n1K < HIDDEN) & self.reach.sees",
         ("policy/test_rows.py",),
     ),
     "positions go on from one response to the next": Fault(

@@ -17,8 +17,8 @@ from torch.func import jvp, vjp
 from ..autodiff.taylor import second_jvp
 from ..autodiff.transforms import Constants, derivatives, in_transform
 from ..policy import readout
+from ..policy.blocks import placed
 from ..policy.forward import Forward
-from ..policy.rows import placed
 from ..types import Params
 
 PLAIN_CHUNK = 256

@@ -1,4 +1,4 @@
-"""Attention within a packed row: each block attends within itself, in one kernel call."""
+"""Attention within a packed row: each block attends within itself, in one kernel call if it can."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..autodiff.replaced import Replaced
-from .rows import Block, Packing
+from .blocks import Block, Packing
 
 
 class NotPackedError(RuntimeError):
@@ -17,7 +17,7 @@ class NotPackedError(RuntimeError):
 
 
 class PackedAttention(Replaced):
-    """Every scaled_dot_product_attention over a packed row becomes one call per block.
+    """Every scaled_dot_product_attention over a packed row becomes one call per block, or span of it.
 
     The model receives the row as one sequence, with explicit positions and a placeholder mask
     (`no_mask`), whose index says by which of `packings` a layer attends: a window's differs from that
@@ -71,20 +71,35 @@ def _attend(
     query_SHd, key_SHd, value_SHd = (x[0].transpose(0, 1) for x in (query, key, value))
     outs = []
     for block in packing.blocks:
-        out_nHQd = scaled_dot_product_attention(
+        out_nHQd = _attend_in(
+            block,
             _queries(query_SHd, block),
             _keys(key_SHd, block),
             _keys(value_SHd, block),
-            attn_mask=block.mask_n1QK,
-            is_causal=block.mask_n1QK is None,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            partial(scaled_dot_product_attention, scale=scale, enable_gqa=enable_gqa),
         )
         outs.append(out_nHQd.transpose(1, 2).flatten(0, 1))
     out_SHd = outs[0] if len(outs) == 1 else torch.cat(outs)
     if packing.place_S is not None:
         out_SHd = out_SHd.index_select(0, packing.place_S)
     return out_SHd.transpose(0, 1)[None]
+
+
+def _attend_in(
+    block: Block, query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor]
+) -> Float[Tensor, "n H Q d"]:
+    if block.seen is None:
+        return attend(query, key, value, is_causal=True)
+    outs = [
+        attend(
+            query[:, :, queries],
+            key[:, :, keys],
+            value[:, :, keys],
+            attn_mask=block.seen.mask(queries, keys),
+        )
+        for queries, keys in block.seen.spans
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 def _own_heads(

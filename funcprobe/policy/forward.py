@@ -13,12 +13,13 @@ from torch.func import functional_call
 from ..ranks import ALONE, Ranks
 from ..tree import require_same
 from ..types import InputError, Params
+from .blocks import placed
 from .layout import Layout
 from .parts import Backbone, Head
 from .placement import head_device, input_device, is_hooked, refuse_out_of_reach, unwrapped
 from .precision import arithmetic_of, products_dtype
 from .readout import Readout
-from .rows import Rows, placed
+from .rows import Rows
 from .suitability import (
     causal_lm,
     longest_position,

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..autodiff.grouped import GroupedProducts
 from .attention import OwnHeads, PackedAttention, no_mask
+from .blocks import Packing, placed, within
 from .parameter_lora import parameter_lora
 from .placement import devices_of, twin_of
-from .reach import reaches, shortened, within
-from .rows import Packing, placed
+from .reach import reaches, shortened
 from .suitability import causal_lm
 
 

@@ -3,49 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ..types import Batch
-
-ALIKE = 0.8  # least length of a row in an attention block, relative to its longest
-
-
-def placed(x: Tensor, device: torch.device) -> Tensor:
-    """A microbatch's tensor on a device: a GPU takes it from pinned memory, while the host goes on."""
-    if device.type != "cuda" or not x.is_cpu:
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-class Block(NamedTuple):
-    """Rows of similar length that attend in one kernel call, as indices into the packed row."""
-
-    query_nQ: Int[Tensor, "n Q"] | None  # None: the n Q consecutive tokens from `start`
-    start: int
-    shape: tuple[int, int]  # n, Q
-    key_nK: Int[Tensor, "n K"] | None  # None: the queries' own tokens
-    mask_n1QK: Bool[Tensor, "n 1 Q K"] | None  # True: attended; None: causal attention to all of these
-
-
-class Packing(NamedTuple):
-    """Structure of a packed row: positions, and the blocks in which its tokens attend."""
-
-    position_1S: Int[Tensor, "1 S"]
-    blocks: tuple[Block, ...]
-    place_S: Int[Tensor, " S"] | None  # index of a token in the blocks' outputs; None: in order
-
-    def to(self, device: torch.device) -> "Packing":
-        """The same packing with its tensors on a device."""
-
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else placed(x, device)
-
-        blocks = tuple(
-            b._replace(query_nQ=move(b.query_nQ), key_nK=move(b.key_nK), mask_n1QK=move(b.mask_n1QK))
-            for b in self.blocks
-        )
-        return Packing(placed(self.position_1S, device), blocks, move(self.place_S))
+from .blocks import Packing, Segments, packing
 
 
 class Rows(NamedTuple):
@@ -138,63 +100,13 @@ def packed_rows(
             None
         ],
         real=len(of_S),
-        packing=_packing(
-            position_S, start, length, len(causal), prompt_at_n[tails], prompt_n[tails], of_S, offset_S
+        packing=packing(
+            position_S,
+            Segments(start, length, len(causal), prompt_at_n[tails], prompt_n[tails]),
+            of_S,
+            offset_S,
         ),
     )
-
-
-def _packing(
-    position_S: Tensor,
-    start: Tensor,
-    length: Tensor,
-    causal: int,
-    prompt_start: Tensor,
-    prompt_length: Tensor,
-    of_S: Tensor,
-    offset_S: Tensor,
-) -> Packing:
-    """Attention in blocks: the first `causal` segments alone, the others after their prompts."""
-    blocks: list[Block] = []
-    places: list[Tensor] = []  # index of every segment's first token in the blocks' outputs
-    done = 0
-    for low, high in (*_alike(length, 0, causal), *_alike(length, causal, len(length))):
-        n, width = high - low, int(length[low])
-        even = int(length[high - 1]) == width
-        own_nQ = start[low:high, None] + torch.arange(width).clamp(max=length[low:high, None] - 1)
-        query_nQ = None if even else own_nQ
-        key_nK = mask = None
-        if low >= causal:
-            prompt = slice(low - causal, high - causal)
-            p_n1, q_n1 = prompt_length[prompt, None], prompt_start[prompt, None]
-            p_K = torch.arange(int(p_n1.max()))
-            key_nK = torch.cat([q_n1 + p_K.clamp(max=p_n1 - 1), own_nQ], 1)
-            mask = torch.cat(
-                [
-                    (p_K < p_n1)[:, None, None].expand(-1, -1, width, -1),
-                    torch.ones(width, width).tril().bool().expand(n, 1, -1, -1),
-                ],
-                -1,
-            )
-        blocks.append(Block(query_nQ, int(start[low]), (n, width), key_nK, mask))
-        places.append(done + width * torch.arange(n))
-        done += n * width
-    even = done == len(of_S)
-    return Packing(
-        position_1S=position_S[None],
-        blocks=tuple(blocks),
-        place_S=None if even else torch.cat(places)[of_S] + offset_S,
-    )
-
-
-def _alike(length: Tensor, low: int, high: int) -> list[tuple[int, int]]:
-    """The segments low..high, of descending length, split into runs of similar length."""
-    cuts = []
-    while low < high:
-        similar = low + int((length[low:high] >= ALIKE * length[low]).sum())
-        cuts.append((low, similar))
-        low = similar
-    return cuts
 
 
 def _shared(index_N: Tensor, first_N: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ from transformers.models.mistral import modeling_mistral
 
 import funcprobe
 from funcprobe import collate
+from funcprobe.policy import blocks
 from funcprobe.policy.attention import PackedAttention, no_mask
+from funcprobe.policy.blocks import Reach, within
 from funcprobe.policy.forward import frozen_forward
 from funcprobe.policy.layout import microbatches
-from funcprobe.policy.reach import Reach, reaches, within
+from funcprobe.policy.reach import reaches
 from funcprobe.policy.rows import packed_rows
 from support.architectures import SHAPE, make_policy
 from support.policies import random_like
@@ -69,19 +72,28 @@ def test_what_a_token_sees_is_transformers_mask(kind, size):
 
 
 @settings(max_examples=60)
-@given(groups(), st.sampled_from(["window", "chunk"]), st.integers(1, 12), st.booleans())
-def test_attention_in_reach_is_each_sequences_own(sequences, kind, size, shared):
+@given(
+    groups(),
+    st.sampled_from(["window", "chunk"]),
+    st.integers(1, 12),
+    st.booleans(),
+    st.sampled_from([1, 3, 512]),
+)
+def test_attention_in_reach_is_each_sequences_own(sequences, kind, size, shared, queries):
     """Random queries, keys and values of every token, by both packings in one context."""
     prompts, responses, _ = sequences
     batch, every = collate(*sequences), torch.arange(len(prompts))
     first_N = torch.tensor([prompts.index(x) for x in prompts]) if shared else None
-    rows = packed_rows(batch, every, first_N)
+    with patch.object(blocks, "QUERIES", queries):
+        rows = packed_rows(batch, every, first_N)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, 2, rows.tokens, 3, generator=generator, dtype=torch.float64) for _ in range(3)
     )
     both = [Reach(), Reach(**{kind: size})]
-    with PackedAttention(*(within(rows.packing, reach) for reach in both)):
+    with patch.object(blocks, "QUERIES", queries):
+        packings = [within(rows.packing, reach) for reach in both]
+    with PackedAttention(*packings):
         outs = [
             scaled_dot_product_attention(query, key, value, no_mask(query.device, index))
             for index in range(2)
@@ -105,10 +117,10 @@ def test_attention_in_reach_is_each_sequences_own(sequences, kind, size, shared)
 def test_blocks_that_reach_everything_stay_causal():
     batch = collate([[1, 2]] * 2, [[3] * 9, [3] * 2], [0, 1])  # read are 10 and 3 tokens
     packing = packed_rows(batch, torch.arange(2)).packing
-    assert [block.mask_n1QK for block in within(packing, Reach(window=10)).blocks] == [None, None]
+    assert [block.seen for block in within(packing, Reach(window=10)).blocks] == [None, None]
     long, short = within(packing, Reach(window=9)).blocks
-    assert long.mask_n1QK is not None
-    assert short.mask_n1QK is None
+    assert long.seen is not None
+    assert short.seen is None
 
 
 @pytest.mark.parametrize(
@@ -196,3 +208,17 @@ def test_the_reach_of_every_type_of_layer():
     mixed.layer_types = ["linear_attention"]
     with pytest.raises(KeyError, match="linear_attention"):
         reaches(mixed)
+
+
+def test_masks_of_a_window_do_not_grow_with_the_square(monkeypatch):
+    """Neither those of a packed row's window nor what is kept of them."""
+    monkeypatch.setattr(blocks, "QUERIES", 8)
+    kept = []
+    for length in (64, 128):
+        packing = packed_rows(collate([[1, 2]], [[3] * (length - 1)], [0]), torch.arange(1)).packing
+        (block,) = within(packing, Reach(window=5)).blocks
+        masks = [block.seen.mask(*span) for span in block.seen.spans]
+        assert sum(mask.shape[2] for mask in masks) == length
+        assert max(mask.shape[3] for mask in masks) == 8 + 5 - 1
+        kept.append(sum(x.numel() for x in (block.seen.query_nQ, block.seen.key_nK)))
+    assert kept[1] == 2 * kept[0]

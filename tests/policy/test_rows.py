@@ -1,5 +1,7 @@
 """Packed rows and shared prompts: who sees whom, by hand; and the same numbers as plain rows."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,22 +13,24 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import funcprobe
 from funcprobe import collate, select
-from funcprobe.policy import precision
+from funcprobe.policy import blocks, precision
 from funcprobe.policy.attention import NotPackedError, PackedAttention, no_mask
+from funcprobe.policy.blocks import ALIKE
 from funcprobe.policy.forward import frozen_forward
 from funcprobe.policy.layout import PACKING, SHARING, microbatches
-from funcprobe.policy.rows import ALIKE, Rows, packed_rows, plain_rows
+from funcprobe.policy.rows import Rows, packed_rows, plain_rows
 from support.architectures import SHAPE, make_policy
 from support.policies import random_like
 from support.rows import BATCH, LAYOUTS, P_NR, Q_NR, equal_lengths, everything, groups, require_right
 
 
 @settings(max_examples=80)
-@given(groups(), st.integers(0, 60), st.sampled_from(LAYOUTS))
-def test_a_response_token_sees_its_own_prefix_and_nothing_else(sequences, room, layout):
+@given(groups(), st.integers(0, 60), st.sampled_from(LAYOUTS), st.sampled_from([1, 3, 512]))
+def test_a_response_token_sees_its_own_prefix_and_nothing_else(sequences, room, layout, queries):
     batch = collate(*sequences)
     longest = int((batch.prompt_length_N + batch.response_length_N).max())
-    parts = microbatches(batch, longest + room, layout)
+    with patch.object(blocks, "QUERIES", queries):
+        parts = microbatches(batch, longest + room, layout)
     require_right(batch, parts)
     assert all(rows.tokens <= longest + room for rows in parts)
 
@@ -142,7 +146,9 @@ def test_tails_of_similar_length_attend_in_one_block():
     lengths = [20, 19, 16, 15, 3, 3, 1]  # read are 19, 18, 15, 14, 2, 2, 0
     batch = collate([[1, 2]] * 7, [[3] * y for y in lengths], [0] * 7)
     (rows,) = microbatches(batch, 99, "shared")
-    assert [b.shape for b in rows.packing.blocks] == [(1, 2), (2, 19), (2, 15), (2, 2)]
+    # Tails far longer than their prompt, with it, so that they stay causal.
+    assert [b.shape for b in rows.packing.blocks] == [(1, 2), (2, 2 + 19), (2, 2 + 15), (2, 2)]
+    assert [b.seen is None for b in rows.packing.blocks] == [True, True, True, False]
     assert ALIKE * 19 > 15  # why 15 is a block's longest
 
 

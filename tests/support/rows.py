@@ -64,13 +64,15 @@ def seen_by(rows: Rows) -> dict[tuple[int, int], list[Token]]:
         assert [len(p) for p in places] == [width] * n
         for i in range(n):
             for j in range(width):
-                if block.key_nK is None:
-                    assert block.mask_n1QK is None
-                    keys = places[i][: j + 1]
+                every = places[i] if block.key_nK is None else block.key_nK[i].tolist()
+                if block.seen is None:
+                    assert block.key_nK is None
+                    keys = every[: j + 1]
                 else:
-                    allowed = block.mask_n1QK[i, 0, j].tolist()
-                    every = block.key_nK[i].tolist()
-                    keys = [k for k, shown in zip(every, allowed, strict=True) if shown]
+                    (part,) = [k for q, k in block.seen.spans if q.start <= j < q.stop]
+                    allowed = block.seen.mask(slice(j, j + 1), part).expand(n, 1, 1, -1)[i, 0, 0]
+                    shown = zip(every[part], allowed.tolist(), strict=True)
+                    keys = [k for k, seen in shown if seen]
                 outputs.append((places[i][j], keys))
     where = range(len(row)) if rows.packing.place_S is None else rows.packing.place_S.tolist()
     if rows.packing.place_S is None:
