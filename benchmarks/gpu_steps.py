@@ -2,12 +2,11 @@
 
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ import torch
 import whole_runs
 from gpu import Place, Report
 from gpu_profile import longest, recorded, totals
+from gpu_variants import compiled_passes, in_products, seconds_of
 from peft import PeftModel
 from shapes import SHAPES, Shape, machine, peak_extra, policy, random_like, rows
 
@@ -27,6 +27,7 @@ Step: TypeAlias = Callable[[Place, Report], None]
 
 ROOT = Path(__file__).parents[1]
 TINY = Shape(64, 2, 4, 2, 128, 512)
+LONG = ("forward", "gradient", "tangents", "contraction")
 PRECISIONS = ("float32", "TF32", "bfloat16 base")
 REPEAT = 3
 EIGHTH = 8
@@ -36,10 +37,11 @@ def tests(place: Place, report: Report) -> None:
     """Each test is a row as soon as it ended."""
     report.machine(_machine(place))
     command = [sys.executable, "-P", "-m", "pytest", "--device", place.device, "-m", "device"]
-    command += [str(ROOT / "tests" / "test_device.py"), "-o", "addopts=", "-W", "ignore", "-vv"]
+    command += [str(ROOT / "tests" / name) for name in ("test_device.py", "test_device_waits.py")]
+    command += ["-o", "addopts=", "-W", "ignore", "-vv"]
     command += ["-p", "no:cacheprovider", "--tb=short", "--color=no"]
     command += ["-k", "test_statistics"] if place.tiny else []  # the suite has them all
-    ended = re.compile(r"test_device\.py::(\S+) (PASSED|FAILED|ERROR|SKIPPED)")
+    ended = re.compile(r"test_device\w*\.py::(\S+) (PASSED|FAILED|ERROR|SKIPPED)")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     count = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
@@ -56,17 +58,28 @@ def tests(place: Place, report: Report) -> None:
         sys.exit(status)
 
 
-def passes(shape: str, tokens: int, place: Place, report: Report) -> None:
+def passes(
+    shape: str,
+    tokens: int,
+    place: Place,
+    report: Report,
+    long: int | None = None,
+) -> None:
     """Seconds of every pass and its ratio to the forward, by precision and length of a sequence.
 
     Sequences have prompts of their own and are of one length, half of it response. The forward is
     token_stats. Seconds are medians of synchronized calls after one that is not counted; memory is what
-    that one took above what was held. Under each length, |<X, v> - sum of tangents| / |<X, v>|.
+    that one took above what was held. Under each length, |<X, v> - sum of tangents| / |<X, v>|. `long`:
+    tokens of a last microbatch of one sequence, and of four of a quarter of its length.
     """
     report.machine(_machine(place))
     size = TINY if place.tiny else SHAPES[shape]
     lengths, tokens = ((12, 24), 96) if place.tiny else ((300, 2048), tokens)
     model = policy(size, place.device)
+    if long:
+        longest = 64 if place.tiny else long
+        for length in (longest // 4, longest):
+            _measure_passes(model, size, "float32", longest // length, length, place, report, LONG)
     for precision in PRECISIONS:
         if precision == "bfloat16 base":
             _halve_base(model)
@@ -84,6 +97,7 @@ def _measure_passes(
     length: int,
     place: Place,
     report: Report,
+    names: Sequence[str] = (),
 ) -> None:
     halved: list[int] = []
     probe = funcprobe.bind(model)
@@ -102,6 +116,8 @@ def _measure_passes(
     }
     of_forward = reverse = None
     for name, call in calls.items():
+        if names and name not in names:
+            continue
         cells: dict[str, Any] = {"precision": precision, "tokens a sequence": length, "pass": name}
         keys = ("seconds", "forwards", "tokens a second", "extra memory, MiB", "note")
         cells |= dict.fromkeys(keys)
@@ -183,7 +199,7 @@ def _quickstart_rows(dtype: str, results: Any, seconds: float, report: Report) -
 
 
 def published(place: Place, report: Report) -> None:
-    """An eighth of the published experiment: `whole_runs.py --published`, with fewer rows."""
+    """An eighth of `whole_runs.py --published`, and of its sampling, which those seconds exclude."""
     report.machine(_machine(place))
     etas = len(whole_runs.ETAS)
     cell = whole_runs.Cell("1.5B", 2048 // EIGHTH, 64 // EIGHTH, 8, 150, 100, etas, max_tokens=16_384)
@@ -192,9 +208,11 @@ def published(place: Place, report: Report) -> None:
     for precision in PRECISIONS[:2]:
         with products("fast" if precision == "TF32" else None):
             cost = whole_runs.run(cell._replace(device=place.device))
-        parts = {"first order": cost.first_order, "five measured points": cost.measured}
+            parts = {"first order": cost.first_order, "five measured points": cost.measured}
+            parts["sampling E and U"] = _seconds_of_sampling(cell, place)
+        parts["all of it (goal: 200)"] = sum(parts.values())
         for what, seconds in parts.items():
-            before = whole_runs.PUBLISHED[what]
+            before = whole_runs.PUBLISHED.get(what)
             report.row(
                 "Qwen2.5-1.5B's shape, random weights, B_E = 2048, B_U = 64, G = 8, five etas",
                 precision=precision,
@@ -203,14 +221,33 @@ def published(place: Place, report: Report) -> None:
                     "an eighth, seconds": seconds,
                     "the whole, seconds": EIGHTH * seconds,
                     "published, seconds": before,
-                    "times faster": before / (EIGHTH * seconds),
+                    "times faster": None if before is None else before / (EIGHTH * seconds),
                     "peak, MiB": cost.held + cost.extra,
                 },
             )
 
 
+def _seconds_of_sampling(cell: whole_runs.Cell, place: Place) -> float:
+    """Of all responses of the cell, of full length, as a run samples them."""
+    from funcprobe.adapters.checkpoint.model import Policy
+    from funcprobe.adapters.config.batches import SamplingConfig
+    from funcprobe.adapters.sampling.generate import sample_responses
+
+    model = policy(cell.shape, place.device)
+    one = Policy(model, None, funcprobe.trainable_params(model), (0,), 0, "", None, "sdpa", ())
+    count = cell.B_E + cell.B_U * cell.G
+    prompts = torch.randint(1, SHAPES[cell.shape].vocab_size, (count, cell.P)).tolist()
+    config = SamplingConfig(max_new_tokens=cell.R)
+    start = time.perf_counter()
+    sample_responses(one, prompts, config, seed=0)
+    return time.perf_counter() - start
+
+
 def profiled(place: Place, report: Report) -> None:
-    """One microbatch each of gradient and tangents, at 0.5B's shape and 300 tokens a sequence."""
+    """One microbatch each of gradient and tangents, at 0.5B's shape and 300 tokens a sequence.
+
+    Then other ways to compute one: linear layers in three products, torch.compile.
+    """
     report.machine(_machine(place))
     size, count, length = (TINY, 8, 12) if place.tiny else (SHAPES["0.5B"], 27, 300)
     model = policy(size, place.device)
@@ -233,21 +270,8 @@ def profiled(place: Place, report: Report) -> None:
             report.row("One microbatch", **what, **found)
             for kernel in longest(events, most=10):
                 report.row("Kernels that take most time", **what, **kernel)
-
-
-def seconds_of(call: Callable[[], Any], device: str) -> float:
-    """Median of synchronized calls."""
-    on_cuda = torch.device(device).type == "cuda"
-    times = []
-    for _ in range(REPEAT):
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if on_cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    in_products(size, batch, place, report)
+    compiled_passes(size, count, length, place, report)
 
 
 def _halve_base(model: PeftModel) -> None:
@@ -267,9 +291,9 @@ def _machine(place: Place) -> str:
 
 STEPS: dict[str, Step] = {
     "tests": tests,
-    "passes-0.5B": partial(passes, "0.5B", 8192),
+    "passes-0.5B": partial(passes, "0.5B", 8192, long=16_384),
     "quickstart": quickstart,
+    "published": published,
     "profile": profiled,
     "passes-1.5B": partial(passes, "1.5B", 4096),
-    "published": published,
 }

@@ -4,7 +4,8 @@
 
 Errors are relative, in the norm over all response tokens: of the tangents, and of the gradient. The
 floor is the learning rate (|v| = 1) at which rounding is 10 % of the change in mean entropy, from the
-noise of measured changes at two tiny learning rates and their negatives, as a run has it.
+noise of measured changes at two tiny learning rates and their negatives, as a run has it. A second
+table has the forward with linear layers in one rounded product, as in "fast", and in three.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from shapes import (
     ratio,
     rows,
 )
+from split_products import compared
 
 import funcprobe
 from funcprobe import Batch, Params, Probe
@@ -69,6 +71,9 @@ def main() -> None:
     print("Times in those of the same pass in float32, medians (quartiles).")
     kinds = [f"{kind}, time" for kind in PASSES]
     print_table(["precision", *kinds, "tangents, error", "gradient, error", "floor, eta"], body)
+    print("A forward, by the products of its linear layers; errors are the largest of a token, nats.")
+    found = compared(single, double, batch, args.repeat, args.device)
+    print_table(list(found[0]), [list(row.values()) for row in found])
 
 
 def _passes(probe: Probe, batch: Batch, v: Params) -> dict[str, Callable[[], object]]:
