@@ -39,7 +39,8 @@ def duration(seconds: float) -> str:
 class Narrator:
     """Prints lines to stderr, shows a progress bar per stage, collects lines and costs for the run."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, processes: int = 1) -> None:
+        self.processes = processes  # that share the work; each counts its own
         # In Jupyter rich would make an output of its own of every line.
         self.console = console or Console(stderr=True, highlight=False, force_jupyter=False)
         self.lines: list[str] = []
@@ -81,6 +82,9 @@ class Narrator:
 
             def advance(sequences: int) -> None:
                 nonlocal due, done
+                sequences *= self.processes
+                if total is not None:
+                    sequences = min(sequences, total - done)
                 done += sequences
                 now = time.perf_counter()
                 progress.update(task, advance=sequences, run=self._left(now))

@@ -19,7 +19,8 @@ class Progress:
     """On a terminal a bar over the checkpoints; in a log file a line a checkpoint, and every half
     minute. What the runs say is in their run.log; of their warnings each is shown once."""
 
-    def __init__(self, narrator: Narrator, total: int) -> None:
+    def __init__(self, narrator: Narrator, total: int, groups: int = 1) -> None:
+        self._groups = groups  # of processes, each at another checkpoint
         self._say, self._total = narrator, total
         self._seen: set[str] = set()
         self._seconds: list[float] = []  # of the runs that were computed
@@ -50,9 +51,9 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def start(self, name: str) -> Narrator:
-        """The next checkpoint; what its run is to speak to."""
-        self._count += 1
+    def start(self, name: str, number: int) -> Narrator:
+        """The checkpoint of this number, from 1; what its run is to speak to."""
+        self._count = number
         self._name, self._stage, self._began = name, "load", time.perf_counter()
         self._run = _Watched(self)
         self._show()
@@ -101,7 +102,7 @@ class Progress:
             return None
         each = sum(self._seconds) / len(self._seconds)
         current = 0.0 if finished else max(0.0, each - (time.perf_counter() - self._began))
-        return each * (self._total - self._count) + current
+        return each * (self._total - self._count) / self._groups + current
 
     def _show(self) -> None:
         left = _after(self._left()).removeprefix("; ")

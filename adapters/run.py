@@ -10,7 +10,9 @@ from .checkpoint.model import Loader
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
+from .machine.cost import together
 from .machine.precision import products
+from .machine.ranks import ONE_PROCESS, World
 from .report.afterwards import report_afterwards
 from .results.attribution import attribution_section
 from .results.attribution_tables import write_tables
@@ -21,6 +23,7 @@ from .results.momentum import momentum_section
 from .results.schema import Results
 from .stages.attribution import attributed
 from .stages.checks import check, untouched, versions_of
+from .stages.everywhere import require_same
 from .stages.first_order import predicted
 from .stages.forecast import forecast, forecast_line, peak_memory
 from .stages.influence import influences
@@ -41,9 +44,11 @@ class Prepared(NamedTuple):
     folder: Path
 
 
-def run(config: Config, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
+def run(
+    config: Config, narrator: Narrator, *, fresh: bool = False, world: World = ONE_PROCESS
+) -> tuple[Results, Path]:
     """The whole probe; returns the results and the run folder, which is whole or absent."""
-    prepared = prepare(config, narrator, fresh=fresh)
+    prepared = prepare(config, narrator, fresh=fresh, world=world)
     _foretell(prepared, narrator, fresh=fresh)
     return probe(prepared, narrator, fresh=fresh)
 
@@ -55,25 +60,29 @@ def prepare(
     *,
     fresh: bool = False,
     writes: bool = True,
+    world: World = ONE_PROCESS,
 ) -> Prepared:
     """Load, the policy by `policy_of` if given, and check: InputError for what a run would reject.
 
     `writes`: whether a size of microbatches that is found is stored for later runs.
     """
     folder = run_folder(config)
-    store.require_writable(folder)
-    sinks.require(config.log)
-    plan = load(config, narrator, policy_of, _stages(folder)._replace(fresh=fresh, writes=writes))
+    if world.first:
+        store.require_writable(folder)
+        sinks.require(config.log)
+    stages = _stages(folder, world)._replace(fresh=fresh, writes=writes)
+    plan = load(config, narrator, policy_of, stages)
     asked = asked_for(plan)
     recorded = recorded_steps(plan, narrator)
     inputs = plan.inputs | {"momentum": recorded.inputs if recorded else {}}
+    require_same(config, inputs, world)
     return Prepared(plan._replace(inputs=inputs), asked, recorded, folder)
 
 
 def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
     """From sampling to the run folder."""
     plan, asked, recorded, folder = prepared
-    stages = _stages(folder)._replace(fresh=fresh)
+    stages = _stages(folder, plan.world)._replace(fresh=fresh)
     before = versions_of(plan.policy.model)
     with products(plan.config.policy.precision):
         found = predicted(plan, stages, narrator)
@@ -85,15 +94,19 @@ def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tup
         sweep = measure_sweep(plan, batches, prediction, unit_N, stages, narrator)
         observed = observe(found, asked, f, sweep, stages, narrator)
         seen = check(found, stages, narrator)
-    seen.append(untouched(before, plan.policy.model))
+    of_ranks = plan.world.gathered(untouched(before, plan.policy.model))
+    seen.append(next((one for one in of_ranks if not one.passed), of_ranks[0]))
     section = attribution_section(found, attribution)
+    costs = together(narrator.costs, plan.world)
     results = document(
-        *(plan, batches, prediction, evidence, unit_N, sweep, seen, narrator.costs),
+        *(plan, batches, prediction, evidence, unit_N, sweep, seen, costs),
         observed,
         section,
         momentum_section(found, momentum),
     )
     results = results.model_copy(update={"influence": influence_section(found, influence)})
+    if not plan.world.first:
+        return results, folder
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()
@@ -117,14 +130,16 @@ def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tup
     return results, folder
 
 
-def _stages(folder: Path) -> Stages:
+def _stages(folder: Path, world: World) -> Stages:
     """What runs beside this folder stored."""
-    return Stages(folder.parent / ".stages")
+    return Stages(folder.parent / ".stages", world=world)
 
 
 def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> None:
     """Say what the run will take, before it starts."""
     plan, asked = prepared.plan, prepared.asked
+    if not plan.world.first:
+        return
     with products(plan.config.policy.precision):
         found = forecast(plan, narrator, kl="kl_base" in asked.names)
     stored = not fresh and (prepared.folder.parent / ".stages").is_dir()
@@ -132,20 +147,22 @@ def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) ->
     narrator.expect(found.seconds)
 
 
-def dry_run(config: Config, narrator: Narrator) -> Plan:
+def dry_run(config: Config, narrator: Narrator, world: World = ONE_PROCESS) -> Plan:
     """Everything that can be rejected before sampling; writes nothing."""
-    prepared = prepare(config, narrator, writes=False)
+    prepared = prepare(config, narrator, writes=False, world=world)
     _foretell(prepared, narrator)
-    if (peak := peak_memory(prepared.plan)) is not None:
+    if world.first and (peak := peak_memory(prepared.plan)) is not None:
         narrator.say(f"about {peak / 2**30:.1f} GiB of memory at its peak, the model included")
     return prepared.plan
 
 
-def check_alone(config: Config, narrator: Narrator) -> list[checks.Check]:
+def check_alone(config: Config, narrator: Narrator, world: World = ONE_PROCESS) -> list[checks.Check]:
     """The sanity checks on separate, small batches; writes nothing."""
     small = {"B_E": min(config.sampling.B_E, 32), "B_U": min(config.sampling.B_U, 8)}
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update=small)})
-    plan = load(config, narrator, stages=_stages(run_folder(config))._replace(writes=False))
+    stages = _stages(run_folder(config), world)._replace(writes=False)
+    plan = load(config, narrator, stages=stages)
+    require_same(config, plan.inputs, world)
     before = versions_of(plan.policy.model)
     with products(config.policy.precision):
         seen = check(predicted(plan, Stages(None), narrator), Stages(None), narrator)

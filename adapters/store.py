@@ -19,6 +19,9 @@ from torch import Tensor
 
 from funcprobe.types import InputError, Params
 
+from .machine.ranks import ONE_PROCESS, World
+from .machine.watch import UNBROKEN
+
 Report: TypeAlias = Callable[[bool], None]
 """Called with whether a result was stored by an earlier run."""
 
@@ -30,56 +33,72 @@ class Stages(NamedTuple):
     """Results of stages, one file each, named by the hash of all their inputs.
 
     A file appears under its name only when complete, so that an interrupted run loses at most one
-    stage. Without a folder nothing is stored.
+    stage. Without a folder nothing is stored. Of several processes all ask, the first one reads and
+    writes, and all compute what is not there.
     """
 
     folder: Path | None
     fresh: bool = False  # compute every result again, also if stored
     writes: bool = True  # else what is stored is read alone
+    world: World = ONE_PROCESS
 
     def tensors(
         self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any], report: Report = _ignore
     ) -> Any:
         """compute(), a tree of tensors with the structure of `like`, or its stored result."""
-        if self.folder is None:
+        folder = self.folder
+        if folder is None:
             report(False)
             return compute()
-        path = _stage_path(self.folder, stage, inputs, "safetensors")
-        is_stored = path.is_file() and not self.fresh
-        report(is_stored)
-        if is_stored:
+
+        def find() -> dict[str, Tensor] | None:
+            path = _stage_path(folder, stage, inputs, "safetensors")
+            if self.fresh or not path.is_file():
+                return None
             try:
-                stored = load_file(path)
+                return load_file(path)
             except (OSError, SafetensorError) as error:
                 raise InputError(
                     f"{path} cannot be read ({error}): delete it, or use --fresh"
                 ) from error
+
+        stored = self.world.on_first(find)
+        report(stored is not None)
+        if stored is not None:
             return optree.tree_unflatten(
                 optree.tree_structure(like), [stored[key] for key in sorted(stored)]
             )
         value = compute()
-        leaves = {f"{i:06d}": leaf.contiguous() for i, leaf in enumerate(optree.tree_leaves(value))}
-        write_whole(path, lambda target: save_file(leaves, target))
+        if self.world.first:
+            leaves = {f"{i:06d}": leaf.contiguous() for i, leaf in enumerate(optree.tree_leaves(value))}
+            path = _stage_path(folder, stage, inputs, "safetensors")
+            write_whole(path, lambda target: save_file(leaves, target))
         return value
 
     def has(self, stage: str, inputs: Any) -> bool:
         """Whether tensors of these inputs are stored, and would be read."""
-        if self.folder is None or self.fresh:
+        folder = self.folder
+        if folder is None or self.fresh:
             return False
-        return _stage_path(self.folder, stage, inputs, "safetensors").is_file()
+        return self.world.on_first(lambda: _stage_path(folder, stage, inputs, "safetensors").is_file())
 
     def recall(self, stage: str, inputs: Any) -> Any:
         """The JSON value that `remember` stored; None without one."""
-        if self.folder is None or self.fresh:
+        folder = self.folder
+        if folder is None or self.fresh:
             return None
-        try:
-            return json.loads(_stage_path(self.folder, stage, inputs, "json").read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
+
+        def read() -> Any:
+            try:
+                return json.loads(_stage_path(folder, stage, inputs, "json").read_text("utf-8"))
+            except (OSError, ValueError):
+                return None
+
+        return self.world.on_first(read)
 
     def remember(self, stage: str, inputs: Any, value: Any) -> None:
         """Store a JSON value, in place of an earlier one."""
-        if self.folder is not None and self.writes:
+        if self.folder is not None and self.writes and self.world.first:
             path = _stage_path(self.folder, stage, inputs, "json")
             write_whole(path, lambda target: write_json(value, target))
 
@@ -92,20 +111,31 @@ class Stages(NamedTuple):
         compute: Callable[[Path], None],
         report: Report = _ignore,
     ) -> Iterator[Path]:
-        """The path of a file that compute(path) writes, if it is not stored."""
-        if self.folder is None:
-            report(False)
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{stage}.{suffix}"
-                compute(path)
-                yield path
-            return
-        path = _stage_path(self.folder, stage, inputs, suffix)
-        is_stored = path.is_file() and not self.fresh
-        report(is_stored)
-        if not is_stored:
-            write_whole(path, compute)
-        yield path
+        """The path of a file that compute(path) writes, if it is not stored.
+
+        Of several processes each has a copy of its own, and calls compute for it.
+        """
+        folder = self.folder
+
+        def find() -> bytes | None:
+            path = None if folder is None else _stage_path(folder, stage, inputs, suffix)
+            stored = path is not None and path.is_file() and not self.fresh
+            return path.read_bytes() if path is not None and stored else None
+
+        found = self.world.on_first(find)
+        report(found is not None)
+        with tempfile.TemporaryDirectory() as scratch:
+            own = Path(scratch) / f"{stage}.{suffix}"
+            if found is None:
+                compute(own)
+            else:
+                own.write_bytes(found)
+            if folder is not None and self.world.first:
+                path = _stage_path(folder, stage, inputs, suffix)
+                if found is None:
+                    write_whole(path, lambda target: target.write_bytes(own.read_bytes()))
+                own = path
+            yield own
 
 
 def require_writable(final: Path) -> None:
@@ -151,17 +181,18 @@ def whole_folder(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     old = staging.with_name(f"{staging.name}.old")
-    try:
-        yield staging
-        staging.chmod(0o755)  # mkdtemp creates a private one
-        if final.exists():
-            final.replace(old)
-        staging.replace(final)
-    finally:
-        if old.exists() and not final.exists():
-            old.replace(final)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(staging, ignore_errors=True)
+    with UNBROKEN:
+        try:
+            yield staging
+            staging.chmod(0o755)  # mkdtemp creates a private one
+            if final.exists():
+                final.replace(old)
+            staging.replace(final)
+        finally:
+            if old.exists() and not final.exists():
+                old.replace(final)
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def fingerprint(value: Any) -> str:
@@ -223,7 +254,7 @@ def _stage_path(folder: Path, stage: str, inputs: Any, suffix: str) -> Path:
     return folder / f"{stage}-{fingerprint(inputs)[:20]}.{suffix}"
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write `path` by write(target); it appears, or is replaced, only when complete.
 
     Parent folders are created. If `write` raises, `path` is unchanged; an error of safetensors becomes
@@ -231,13 +262,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     target = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(target)
-        target.replace(path)
-    except SafetensorError as error:  # also raised for a full disk
-        raise InputError(f"{path} cannot be written: {error}") from error
-    finally:
-        target.unlink(missing_ok=True)
+    with UNBROKEN:
+        try:
+            write(target)
+            target.replace(path)
+        except SafetensorError as error:  # also raised for a full disk
+            raise InputError(f"{path} cannot be written: {error}") from error
+        finally:
+            target.unlink(missing_ok=True)
 
 
 def _file_hash(file: Path) -> str:

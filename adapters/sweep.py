@@ -3,9 +3,12 @@
 import gc
 import glob
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rich.console import Console
 
 from funcprobe.types import InputError
 
@@ -16,6 +19,7 @@ from .checkpoint.toy import ensure_toy_training
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
+from .machine.ranks import ONE_PROCESS, World
 from .progress import Progress
 from .results.manifest import Inputs
 from .results.saved import SavedRun, load_run
@@ -37,7 +41,13 @@ class Outcome(NamedTuple):
 
 
 def sweep(
-    config: Config, patterns: Sequence[str], narrator: Narrator, *, fresh: bool = False
+    config: Config,
+    patterns: Sequence[str],
+    narrator: Narrator,
+    *,
+    fresh: bool = False,
+    world: World = ONE_PROCESS,
+    together: int = 1,
 ) -> list[Outcome]:
     """A run of every checkpoint, in RUN.FOLDER/RUN.NAME-<step>, in the natural order of their names.
 
@@ -45,33 +55,69 @@ def sweep(
     that is rejected does not stop the others: its outcome has the reason. InputError, one line, for
     what is wrong with all of them: no checkpoint, a configuration of one checkpoint alone, two
     checkpoints of one name.
+
+    Several processes take checkpoints in turn, `together` of them each; the outcomes are the first
+    one's to know.
     """
-    config, checkpoints = _with_toy(config, patterns, narrator)
+    config, checkpoints = world.on_first(lambda: _with_toy(config, patterns, narrator))
     _require_of_all(config)
     names = _names(config.run.name, checkpoints)
+    group = _group(world, together)
     policy_of = Resident()
-    outcomes = []
-    with Progress(narrator, len(checkpoints)) as progress:
-        for checkpoint, name in zip(checkpoints, names, strict=True):
-            own = _own(config, checkpoint, name)
-            outcomes.append(_outcome(own, checkpoint, policy_of, progress, fresh=fresh))
+    outcomes = dict[int, Outcome]()
+    if group.first and not world.first:  # which is silent otherwise
+        narrator = Narrator(Console(file=sys.__stderr__, force_terminal=False, highlight=False))
+    with Progress(narrator, len(checkpoints), world.size // group.size) as progress:
+        for i in _taken(world, group, len(checkpoints)):
+            own = _own(config, checkpoints[i], names[i])
+            outcomes[i] = _outcome(own, checkpoints[i], policy_of, progress, group, i + 1, fresh=fresh)
             gc.collect()  # what a run left in cycles
-    return outcomes
+    found = {i: one for of_rank in world.gathered(outcomes) for i, one in of_rank.items()}
+    return [found[i] for i in range(len(checkpoints))]
+
+
+def _group(world: World, together: int) -> World:
+    if world.size % together:
+        raise InputError(
+            f"--ranks-per-checkpoint {together}: {world.size} processes are no multiple of it"
+        )
+    return world if world.size == together else world.in_groups(together)
+
+
+def _taken(world: World, group: World, count: int) -> Iterator[int]:
+    """The checkpoints of a group: each the next that no other group has taken."""
+    if group.size == world.size:
+        yield from range(count)
+        return
+    while (i := group.on_first(lambda: world.next_number("checkpoint"))) < count:
+        yield i
 
 
 def _outcome(
-    config: Config, checkpoint: Path, policy_of: Resident, progress: Progress, *, fresh: bool
+    config: Config,
+    checkpoint: Path,
+    policy_of: Resident,
+    progress: Progress,
+    group: World,
+    number: int,
+    *,
+    fresh: bool,
 ) -> Outcome:
     folder = probing.run_folder(config)
-    narrator = progress.start(checkpoint.name)
+    narrator = progress.start(checkpoint.name, number)
     try:
-        prepared = probing.prepare(config, narrator, policy_of, fresh=fresh)
+        prepared = probing.prepare(config, narrator, policy_of, fresh=fresh, world=group)
         progress.loaded(policy_of.reason)
-        kept = None if fresh else _kept(folder, prepared.plan.config, prepared.plan.inputs, config)
+        plan = prepared.plan
+        kept = group.on_first(
+            lambda: None if fresh else _kept(folder, plan.config, plan.inputs, config)
+        )
         results = kept.results if kept else probing.probe(prepared, narrator, fresh=fresh)[0]
-        if kept is None:
+        if kept is None and group.first:
             sinks.send(folder, narrator)
     except InputError as error:
+        if not group.all_arrive(f"failed/{checkpoint}"):
+            raise  # of this process alone, for which the others of its group wait
         reason = " ".join(str(error).split())
         progress.failed(reason)
         return Outcome(checkpoint, folder, False, reason)

@@ -14,11 +14,14 @@ from funcprobe.types import InputError
 from . import store
 from .config.schema import Config
 from .console import Narrator
+from .machine.cost import together
 from .machine.precision import products
+from .machine.ranks import ONE_PROCESS, World
 from .report.afterwards import report_afterwards
 from .results.saved import load_run, rules_file
 from .results.whatif import whatif_document
 from .results.whatif_sections import WhatIf
+from .stages.everywhere import require_same
 from .stages.first_order import Predicted, predicted
 from .stages.observed import rewards_of_E
 from .stages.plan import Plan, load
@@ -41,7 +44,12 @@ class Question(NamedTuple):
 
 
 def whatif(
-    config: Config, question: Question, narrator: Narrator, *, fresh: bool = False
+    config: Config,
+    question: Question,
+    narrator: Narrator,
+    *,
+    fresh: bool = False,
+    world: World = ONE_PROCESS,
 ) -> tuple[WhatIf, Path]:
     """The table of rules, and the file it was written to, which is whole or unchanged.
 
@@ -53,13 +61,15 @@ def whatif(
     folder = Path(config.run.folder).expanduser()
     run = folder / config.run.name
     path = question.out or rules_file(run)
-    store.require_place(path)
+    if world.first:
+        store.require_place(path)
     asked = bool(question.rules) or "rules" in config.whatif.model_fields_set
     rules = _parsed(question.rules or config.whatif.rules, narrator)
     solve = None if question.solve is None else _solve(question.solve, question.by)
     _require_eta(question.eta)
-    stages = Stages(folder / ".stages", fresh)
+    stages = Stages(folder / ".stages", fresh, world=world)
     plan = load(config, narrator, stages=stages)
+    require_same(config, plan.inputs, world)
     eta = _eta(question.eta, plan)
     with products(config.policy.precision):
         found = predicted(plan, stages, narrator)
@@ -84,7 +94,10 @@ def whatif(
     bound = {rule.text: rule for rule in rules}
     if there is not None:
         bound[there.outcome.name] = there.rule
-    document = whatif_document(given, outcomes, bound, left_out, there, until, narrator.costs)
+    costs = together(narrator.costs, world)
+    document = whatif_document(given, outcomes, bound, left_out, there, until, costs)
+    if not world.first:
+        return document, path
     store.write_whole(path, partial(store.write_json, document.model_dump(mode="json")))
     here = path.absolute() == rules_file(run).absolute()
     if here and config.run.report and (run / "results.json").is_file():

@@ -11,7 +11,8 @@ import pytest
 
 from support.paths import ROOT
 
-CORE = sorted((ROOT / "funcprobe").rglob("*.py"))
+# __main__.py, which starts the shell for `python -m funcprobe`, lies beside the core.
+CORE = sorted(p for p in (ROOT / "funcprobe").rglob("*.py") if p.name != "__main__.py")
 SHELL = sorted((ROOT / "adapters").rglob("*.py"))
 
 LIBRARIES = {"torch", "optree", "jaxtyping"}

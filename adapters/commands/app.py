@@ -2,17 +2,27 @@
 
 import os
 import sys
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from funcprobe.types import InputError
+
+from ..machine.launcher import launched
+
+if TYPE_CHECKING:
+    from ..machine.ranks import World
 
 ABOUT = (
     "Predicts and measures how the next optimizer step changes the entropy of a policy in RL training: "
     "to first order with a standard error, and by importance sampling, without taking the step."
 )
+_world: ContextVar["World | None"] = ContextVar("world", default=None)
+SHARED = ("run", "whatif", "sweep", "check")  # by the processes that a launcher started
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -24,7 +34,8 @@ def _print_version(asked: bool) -> None:
 
 @app.callback(help=ABOUT)
 def common(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 its callback has it
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
@@ -32,6 +43,19 @@ def common(
     ] = False,
 ) -> None:
     """Options before a command."""
+    _world.set(context.obj)
+    if launched() and context.invoked_subcommand not in SHARED:
+        raise InputError(
+            f"funcprobe {context.invoked_subcommand} is the work of one process: start it without "
+            f"torchrun or accelerate launch, which are for {', '.join(SHARED)}"
+        )
+
+
+def world() -> "World":
+    """The processes that share this command; without a launcher this one alone."""
+    from ..machine.ranks import World  # imports torch
+
+    return _world.get() or World()
 
 
 ConfigPath = Annotated[

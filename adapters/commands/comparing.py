@@ -7,7 +7,7 @@ import typer
 
 from ..config.file import read_config
 from ..console import Narrator
-from .app import ConfigPath, Overrides, open_page, stdout
+from .app import ConfigPath, Overrides, open_page, stdout, world
 
 
 def sweep(
@@ -25,19 +25,32 @@ def sweep(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Run every checkpoint again, also those already there.")
     ] = False,
+    together: Annotated[
+        int,
+        typer.Option(
+            "--ranks-per-checkpoint",
+            min=1,
+            help="Under torchrun or accelerate launch: processes that share a checkpoint. One is "
+            "fastest, where the model fits.",
+        ),
+    ] = 1,
 ) -> None:
-    """Run every checkpoint of a training with one configuration, in one process, the base loaded once.
+    """Run every checkpoint of a training with one configuration, the base loaded once.
 
     Writes RUN.FOLDER/RUN.NAME-<step> each. Checkpoints of the same configuration and inputs that are
     there are kept; one that is rejected does not stop the others. Exit status 2 if one was. At the end
-    the runs are compared: RUN.FOLDER/RUN.NAME.compare.html and .json.
+    the runs are compared: RUN.FOLDER/RUN.NAME.compare.html and .json. Started by torchrun or accelerate
+    launch, every process takes the next checkpoint that none has taken.
     """
     parsed = read_config(config, overrides or ())
+    ranks = world()
     narrator = Narrator()
     with narrator.phase("import"):
         from .. import sweep as command  # imports transformers and peft, not needed for --help
 
-    outcomes = command.sweep(parsed, checkpoints, narrator, fresh=fresh)
+    outcomes = command.sweep(parsed, checkpoints, narrator, fresh=fresh, world=ranks, together=together)
+    if not ranks.first:
+        return
     failed = [one for one in outcomes if one.failed is not None]
     done = [one.folder for one in outcomes if one.failed is None]
     if len(done) > 1:

@@ -11,7 +11,7 @@ from ..config.file import read_config
 from ..console import Narrator
 from ..results.check_words import outcome, print_checks
 from ..results.tables import print_results
-from .app import ConfigPath, Overrides, Verbose, stdout
+from .app import ConfigPath, Overrides, Verbose, stdout, world
 
 if TYPE_CHECKING:
     from ..stages.plan import Plan
@@ -30,18 +30,22 @@ def run(
 ) -> None:
     """Predict and measure the entropy change of the next step; write RUN.FOLDER/RUN.NAME.
 
-    Stages whose inputs have not changed are read from RUN.FOLDER/.stages.
+    Stages whose inputs have not changed are read from RUN.FOLDER/.stages. Started by torchrun or
+    accelerate launch, all processes share the work (docs/distributed.md).
     """
     parsed = read_config(config, overrides or ())
-    narrator = Narrator()
+    ranks = world()
+    narrator = Narrator(processes=ranks.size)
     with narrator.phase("import"):
         from .. import run as probe  # imports transformers and peft, not needed for --help
         from .. import sinks
 
     if dry_run:
-        _print_plan(probe.dry_run(parsed, narrator), probe.run_folder(parsed))
+        _print_plan(probe.dry_run(parsed, narrator, ranks), probe.run_folder(parsed))
         return
-    results, folder = probe.run(parsed, narrator, fresh=fresh)
+    results, folder = probe.run(parsed, narrator, fresh=fresh, world=ranks)
+    if not ranks.first:
+        return
     page = folder / "report.html"
     print_results(results, stdout(), verbose=verbose, report=page if page.is_file() else None)
     total = sum(cost.seconds for cost in narrator.costs.values())
@@ -106,13 +110,16 @@ def whatif(
     asked = (*(rules or ()), *(f"mask:{condition}" for condition in masks or ()))
     for text in asked or parsed.whatif.rules:
         registry.rule(text)  # what is wrong is said before the slow imports
-    narrator = Narrator()
+    ranks = world()
+    narrator = Narrator(processes=ranks.size)
     with narrator.phase("import"):
         from .. import whatif as command
         from ..results.whatif_table import print_whatif
 
     question = command.Question(asked, solve, by, eta, out)
-    document, path = command.whatif(parsed, question, narrator, fresh=fresh)
+    document, path = command.whatif(parsed, question, narrator, fresh=fresh, world=ranks)
+    if not ranks.first:
+        return
     print_whatif(document, stdout(), verbose=verbose)
     total = sum(cost.seconds for cost in narrator.costs.values())
     narrator.say(f"wrote {path} in {total:.1f} s")
@@ -123,7 +130,8 @@ def check(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = Fa
     parsed = read_config(config, overrides or ())
     from .. import run as probe
 
-    seen = probe.check_alone(parsed, Narrator())
+    ranks = world()
+    seen = probe.check_alone(parsed, Narrator(processes=ranks.size), ranks)
     print_checks(seen, stdout(), verbose=verbose)
     if any(outcome(one) == "FAIL" for one in seen):
         raise typer.Exit(1)

@@ -11,6 +11,8 @@ from funcprobe.policy.forward import Forward
 from funcprobe.policy.rows import Rows
 from funcprobe.types import Params
 
+from .ranks import World
+
 
 @dataclass
 class Cost:
@@ -45,6 +47,20 @@ class Stage(NamedTuple):
         """Count one result, computed in this run or reused from an earlier one."""
         self.cost.reused += reused
         self.cost.computed += not reused
+
+
+def together(costs: dict[str, Cost], world: World) -> dict[str, Cost]:
+    """The costs of all processes: what was counted is added, the highest peaks, the first's time."""
+    own, *others = world.gathered(costs)
+    for cost in own.values():
+        for other in (found[cost.stage] for found in others if cost.stage in found):
+            cost.sequences = cost.sequences + other.sequences
+            for name in ("tokens", "padding", "drawn", "drawn_padding"):
+                setattr(cost, name, getattr(cost, name) + getattr(other, name))
+            cost.process_peak = max(cost.process_peak, other.process_peak)
+            if other.device_peak is not None:
+                cost.device_peak = max(cost.device_peak or 0, other.device_peak)
+    return own
 
 
 def counted(forward: Forward, stage: Stage, batch: str) -> Forward:

@@ -7,14 +7,25 @@ import torch
 from funcprobe.policy.placement import devices_of
 from funcprobe.types import InputError
 
+from .launcher import local_rank, local_size
+
 
 def resolve_device(name: str, key: str = "run.device") -> torch.device:
     """The device of that name; "auto": a GPU if there is one. InputError if it is not available.
 
-    `key` is the setting that it is from.
+    Of several processes on this machine each has the GPU of its local rank. `key` is the setting that
+    it is from.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    own = local_rank()
+    if own is not None and local_size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise InputError(
+                f'{key} = "{name}" is one GPU for {local_size()} processes: use "cuda" or "auto", by '
+                "which each has its own"
+            )
+        name = f"cuda:{own}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from .allocator import release_freed_memory
+from .launcher import local_size
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_HIGH_WATER = "5"  # sets VmHWM to the current VmRSS: proc_pid_clear_refs(5), Linux 4.0
@@ -102,7 +103,10 @@ def device_peak() -> int | None:
 
 
 def free(device: torch.device) -> int:
-    """Free memory of a device, in bytes; of the CPU's, within the container's limit."""
+    """Free memory of a device, in bytes; of the CPU's, within the container's limit.
+
+    Processes that a launcher started on this machine share the CPU's: each has its part.
+    """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
@@ -114,7 +118,7 @@ def free(device: torch.device) -> int:
                 in_use = int(Path(used).read_text(encoding="ascii")) - _page_cache(Path(used).parent)
                 found = min(found, max(0, int(text) - in_use))
             break
-    return int(found)
+    return int(found) // local_size()
 
 
 def room_for_scores(device: torch.device) -> int | None:

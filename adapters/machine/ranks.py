@@ -5,9 +5,13 @@ there is one, and nothing of torch.distributed is imported.
 """
 
 import os
+import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,20 +19,24 @@ from torch import Tensor
 from funcprobe.ranks import ALONE, Ranks
 from funcprobe.types import InputError
 
+from .launcher import local_rank
+from .watch import Watch
+
 T = TypeVar("T")
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Who is gone is found by `watch.py`; a collective may wait as long as one process computes alone.
 PATIENCE = timedelta(days=30)
+ARRIVAL = 30.0  # seconds
 CHUNK = 2**24  # entries that are added at once, so that a sum takes little memory beside its result
 
 
 class World(NamedTuple):
-    """The processes that share a run, of which this one is `rank`; a group of torch.distributed."""
+    """The processes that share a run, of which this one is `rank`: a group of torch.distributed."""
 
     rank: int = 0
     size: int = 1
     group: Any = None  # None: one process
+    store: Any = None  # of the rendezvous, which all processes of a launch share
 
     @property
     def first(self) -> bool:
@@ -66,6 +74,33 @@ class World(NamedTuple):
         dist.all_gather_object(values, value, self.group)
         return values
 
+    def in_groups(self, size: int) -> "World":
+        """The one of so many consecutive processes in which this process is."""
+        import torch.distributed as dist
+
+        number = self.rank // size
+        if size == 1:
+            return World()
+        made = [
+            dist.new_group(list(range(start, start + size)), timeout=PATIENCE)
+            for start in range(0, self.size, size)  # every process makes every group
+        ]
+        return World(self.rank % size, size, made[number], self.store)
+
+    def next_number(self, name: str) -> int:
+        """0, 1, ...: each to the first that asks for it, which is a process by itself."""
+        return int(self.store.add(f"funcprobe/{name}", 1)) - 1
+
+    def all_arrive(self, name: str) -> bool:
+        """Whether all processes come here within `ARRIVAL` seconds of the first."""
+        if self.size == 1:
+            return True
+        key, end = f"funcprobe/{name}", time.monotonic() + ARRIVAL
+        self.store.add(key, 1)
+        while (here := int(self.store.add(key, 0))) < self.size and time.monotonic() < end:
+            time.sleep(0.1)
+        return here >= self.size
+
     def require_same(self, what: dict[str, Any]) -> None:
         """InputError, one line, unless these values are equal on all processes; by name."""
         every = self.gathered(what)
@@ -79,19 +114,40 @@ class World(NamedTuple):
                 )
 
 
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return all(os.environ.get(name) for name in LAUNCHER) and int(os.environ["WORLD_SIZE"]) > 1
+ONE_PROCESS = World()
 
 
-def local_rank() -> int | None:
-    """Which of this machine's processes this one is; None without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else None
+def join(status_of: Callable[[World], tuple[str | None, int]]) -> NoReturn:
+    """status_of(world) as one of the processes that a launcher started, and the end of this one.
 
+    status_of returns what is to be said at the end, and the exit status. All processes end with the
+    first that fails, whose error alone is printed; only rank 0 prints anything else. Tensors on a CPU
+    are exchanged by gloo, those on a GPU by nccl.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-def local_size() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    store, rank, size = next(rendezvous("env://"))
+    watch = Watch(rank, size, store, os.environ["MASTER_ADDR"])
+    if rank:
+        silent = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 until the process ends
+        sys.stdout = sys.stderr = silent
+
+    def crashed(*error: Any) -> None:
+        watch.fail(1, f"rank {rank}:\n" + "".join(traceback.format_exception(*error)))
+
+    sys.excepthook = crashed
+    device = local_rank() if torch.cuda.is_available() else None
+    if device is not None and device < torch.cuda.device_count():
+        torch.cuda.set_device(device)
+    backend = "gloo" if device is None else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    said, status = status_of(World(rank, size, dist.group.WORLD, store))
+    if status:
+        watch.fail(status, said)
+    watch.succeed()
+    dist.destroy_process_group()
+    sys.exit(0)
 
 
 def ranks_of(group: Any = None) -> Ranks:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ from ..sampling.advantages import (
 )
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import Prompt, draw_distinct, draw_with_replacement
+from ..sampling.responses import Responses
 from ..sampling.rewards import Reward, Text
+from ..sampling.shared_out import shared_out
 from ..store import Stages
 from .plan import Plan, vocabulary
 from .prompts import response_line
@@ -107,13 +110,15 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
 
 def _eval(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
     seed = derived_seed(plan.config.run.seed, "E")
-    index = draw_with_replacement(plan.config.sampling.B_E, len(plan.prompts), seed)
+    index = plan.world.on_first(
+        lambda: draw_with_replacement(plan.config.sampling.B_E, len(plan.prompts), seed)
+    )
     return _sampled(plan, "E", index, seed, stages, narrator)
 
 
 def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
     seed, sampling = derived_seed(plan.config.run.seed, "U"), plan.config.sampling
-    distinct = draw_distinct(sampling.B_U, len(plan.prompts), seed)
+    distinct = plan.world.on_first(lambda: draw_distinct(sampling.B_U, len(plan.prompts), seed))
     index = [i for i in distinct for _ in range(sampling.G)]
     drawn = _sampled(plan, "U", index, seed, stages, narrator)
     assert plan.reward is not None  # loaded unless U is supplied
@@ -123,11 +128,14 @@ def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
 
 
 def rewards_of_drawn(plan: Plan, reward: Reward, drawn: Rollouts) -> Float64[Tensor, " N"]:
-    """Of responses to the plan's prompts, with the prompts' rows. InputError as `reward` raises it."""
+    """Of responses to the plan's prompts, with the prompts' rows. InputError as `reward` raises it.
+
+    By the first of several processes alone, as the user's code may depend on anything.
+    """
     rows = [plan.prompts[i].row for i in drawn.prompt_index]
     conversational = plan.config.reward.conversational
     prompts = [_for_reward(plan.prompts[i], conversational) for i in drawn.prompt_index]
-    return reward(prompts, drawn.response, drawn.response_ids, rows)
+    return plan.world.on_first(lambda: reward(prompts, drawn.response, drawn.response_ids, rows))
 
 
 def _for_reward(prompt: Prompt, conversational: bool | None) -> Text:
@@ -147,8 +155,13 @@ def _sampled(
     def generate(path: Path) -> None:
         ids = [plan.prompt_ids[i] for i in index]
         sampling, server = plan.config.sampling, plan.config.server
-        found = sample_responses(policy, ids, sampling, seed, stage.advance, server=server)
-        stage.drew(found.tokens, found.padding)
+
+        def of_part(part: Sequence[Sequence[int]], own: Sequence[int]) -> Responses:
+            return sample_responses(policy, part, sampling, seed, stage.advance, own, server=server)
+
+        found = shared_out(plan.world, ids, of_part)
+        if plan.world.first:  # of all processes
+            stage.drew(found.tokens, found.padding)
         for line in found.lines:
             narrator.say(line)
         drawn = Rollouts(

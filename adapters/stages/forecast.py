@@ -11,6 +11,7 @@ from funcprobe.policy.forward import Forward
 from funcprobe.policy.layout import microbatches, select
 from funcprobe.policy.rows import Rows
 from funcprobe.policy.trials import attempt
+from funcprobe.ranks import ALONE
 from funcprobe.types import Batch
 
 from .. import rollouts
@@ -59,6 +60,9 @@ def forecast(plan: Plan, narrator: Narrator, *, kl: bool = False, steps: int = 0
     `kl`: whether KL to the base is observed; `steps`: recorded steps that are split by prompt.
     Responses are taken to be as long as sampling.max_new_tokens, so that the tokens are an upper bound.
     """
+    # What takes time is tried by this process alone, and shared then.
+    size, forward = plan.world.size, plan.forward._replace(ranks=ALONE)
+    plan = plan._replace(forward=forward)
     config, etas = plan.config, len(plan.etas)
     E = _batch(plan, "E", plan.supplied_eval)
     U = _batch(plan, "U", plan.supplied_update)
@@ -100,7 +104,8 @@ def forecast(plan: Plan, narrator: Narrator, *, kl: bool = False, steps: int = 0
         drawing = attempt(lambda: _drawing(plan, sampled, 0.0 if isinstance(a_token, str) else a_token))
     seconds = None
     if not isinstance(a_token, str) and not isinstance(drawing, str):
-        seconds = drawing + a_token * sum(part.tokens * part.forwards for part in (of_E, of_U))
+        passes = a_token * sum(part.tokens * part.forwards for part in (of_E, of_U))
+        seconds = (drawing + passes) / size
     drawn = sum(int((b.prompt_length_N + b.response_length_N - 1).sum()) for b in sampled)
     return Forecast(of_E, of_U, drawn, seconds)
 

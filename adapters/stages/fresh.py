@@ -1,5 +1,6 @@
 """The direct estimate from responses resampled at theta + eta v, where importance weights fail."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ..machine.cost import counted
 from ..rollouts import Rollouts
 from ..sampling.generate import sample_responses
 from ..sampling.responses import Responses
+from ..sampling.shared_out import shared_out
 from ..sampling.supplied import fresh_length
 from .batches import Batches, derived_seed
 from .plan import Plan
@@ -60,11 +62,15 @@ def sample_again(
     # Every sequence twice: sampling, then a forward.
     with narrator.phase(f"sample E at eta {eta:g}", 2 * len(prompt_ids)) as stage:
 
-        def sample() -> Responses:
-            return sample_responses(plan.policy, prompt_ids, config, seed, stage.advance)
+        def sample(part: Sequence[Sequence[int]], own: Sequence[int]) -> Responses:
+            def of_part() -> Responses:
+                return sample_responses(plan.policy, part, config, seed, stage.advance, own)
 
-        drawn = with_params(plan.policy.model, moved, sample)
-        stage.drew(drawn.tokens, drawn.padding)
+            return with_params(plan.policy.model, moved, of_part)
+
+        drawn = shared_out(plan.world, prompt_ids, sample)
+        if plan.world.first:  # of all processes
+            stage.drew(drawn.tokens, drawn.padding)
         for line in drawn.lines:
             narrator.say(line)
         batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)

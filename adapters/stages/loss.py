@@ -45,7 +45,8 @@ def with_loss(plan: Plan, batches: Batches, stages: Stages, narrator: Narrator) 
     loss = chosen.loss
     if plan.known_step and loss.divisor is None:  # v has no error over U: no need to derive it
         loss = loss._replace(divisor="tokens", entropy_divisor="tokens")
-    update, report = loss_update(batch, stats, inputs, loss)
+    # By the first of several processes: a loss of one's own may depend on anything.
+    update, report = plan.world.on_first(lambda: loss_update(batch, stats, inputs, loss))
     for line in (*_lines(reference, report), *without_gradient(update, plan.step.rule)):
         narrator.say(line)
     return batches._replace(

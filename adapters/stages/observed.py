@@ -69,7 +69,7 @@ def values_on_E(
         for text, x in zip(found.prompt, found.prompt_ids, strict=True)
     ]
     try:
-        return function(prompts, responses, found.response_ids, rows)
+        return plan.world.on_first(lambda: function(prompts, responses, found.response_ids, rows))
     except InputError as error:
         raise InputError(
             f"{what} does not apply to its columns ({error}): {remedy}, or the columns that the "

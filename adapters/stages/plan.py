@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import funcprobe
 from funcprobe.policy.forward import Forward
+from funcprobe.ranks import ALONE
 from funcprobe.step.objective import Objective
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
@@ -18,6 +19,7 @@ from ..config.schema import Config
 from ..console import Narrator
 from ..machine.devices import resolve_device
 from ..machine.precision import of_machine
+from ..machine.ranks import ONE_PROCESS, World
 from ..optimizer import OptimizerReport
 from ..rollouts import Rollouts, provenance
 from ..sampling.generate import ended_by
@@ -34,6 +36,7 @@ from ..store import Stages
 from .chosen_loss import ChosenLoss, choose_loss
 from .differences import differences
 from .dropout import dropout_masks
+from .everywhere import least_size, refuse_shared_devices
 from .inputs import inputs_of
 from .max_tokens import Passes, recomputing
 from .microbatch import Size, longest, report_halving, require_positions, resolve, with_size
@@ -70,6 +73,7 @@ class Plan(NamedTuple):
     etas: tuple[float, ...]  # ascending, the next step's lr among them
     next_lr: float
     inputs: dict[str, Any]  # hashes of the files the numbers depend on
+    world: World = ONE_PROCESS  # the processes that share the run
 
     @property
     def max_tokens(self) -> int:
@@ -77,9 +81,10 @@ class Plan(NamedTuple):
         return self.size.max_tokens
 
     def passes(self) -> Passes:
-        """What a trial of this plan's gradients is made of."""
+        """What a trial of this plan's gradients is made of: by this process alone."""
         policy, rows = self.policy, vocabulary(self.policy)
-        return Passes(policy.params, self.forward, *self.sequence, rows, policy.model.device)
+        forward = self.forward._replace(ranks=ALONE)
+        return Passes(policy.params, forward, *self.sequence, rows, policy.model.device)
 
 
 def load(
@@ -91,8 +96,10 @@ def load(
     """Load policy (by `policy_of`, if given), optimizer state, prompts, rewards and supplied rollouts.
 
     Everything that can be rejected without sampling is rejected here: InputError, one line. The size of
-    microbatches that an earlier run found for "auto" is taken from `stages`.
+    microbatches that an earlier run found for "auto" is taken from `stages`, whose processes share the
+    run.
     """
+    refuse_shared_devices(config)
     disable_progress_bar()  # transformers', which would appear between the log lines
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_advice_on_masks)
     update_file = open_update(config)
@@ -101,7 +108,8 @@ def load(
     # verl's log contains prompts without special tokens: they are looked up in prompts.source.
     named = config.prompts.source != "toy" or config.policy.checkpoint == "toy"
     needed = sampled or (lossy == "verl" and named)
-    config = _with_toy(config, narrator, prompts=needed)
+    # The first process makes the toy, if it is not there; the others find it.
+    config = stages.world.on_first(lambda: _with_toy(config, narrator, prompts=needed))
     checkpoint = Path(config.policy.checkpoint).expanduser()
     config = with_run_settings(config, narrator.say)
     objective, loss = choose_objective(config), choose_loss(config)
@@ -160,6 +168,9 @@ def load(
         narrator.say(line)
     passes = Passes(policy.params, forward, *sequence, vocabulary(policy), policy.model.device)
     size = resolve(config, passes, narrator, stages, inputs["policy"])
+    size = least_size(size, stages.world)
+    # Not earlier: trials are each process's own.
+    forward, *masks = (one._replace(ranks=stages.world.ranks()) for one in (forward, *masks))
     return Plan(
         config=with_size(config, size),
         policy=policy,
@@ -184,6 +195,7 @@ def load(
         etas=_etas(config, next_lr),
         next_lr=next_lr,
         inputs=inputs,
+        world=stages.world,
     )
 
 

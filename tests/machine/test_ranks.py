@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from funcprobe.adapters.machine import ranks
+from funcprobe.adapters.machine import launcher
 from funcprobe.adapters.machine.ranks import World
 from funcprobe.ranks import ALONE
 from support.rank_processes import start_ranks
@@ -41,15 +41,15 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert world.on_first(lambda: 3) == 3
     assert world.gathered("x") == ["x"]
     world.require_same({"files": 1})
-    for name in ranks.LAUNCHER:
+    for name in launcher.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert not ranks.launched()
-    assert (ranks.local_rank(), ranks.local_size()) == (None, 1)
-    for name, value in zip(ranks.LAUNCHER, ("1", "2", "localhost", "1234"), strict=True):
+    assert not launcher.launched()
+    assert (launcher.local_rank(), launcher.local_size()) == (None, 1)
+    for name, value in zip(launcher.VARIABLES, ("1", "2", "localhost", "1234"), strict=True):
         monkeypatch.setenv(name, value)
-    assert ranks.launched()
+    assert launcher.launched()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert (ranks.local_rank(), ranks.local_size()) == (1, 2)
+    assert (launcher.local_rank(), launcher.local_size()) == (1, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")  # a launcher of one process
-    assert not ranks.launched()
+    assert not launcher.launched()
