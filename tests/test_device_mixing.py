@@ -321,7 +321,7 @@ def waits_do_not_grow() -> None:
                 device.waits.clear()
                 call(make_batch(copies))
                 waits.append(device.waits.total())
-            microbatches = len(funcprobe.policy.layout.microbatches(make_batch(3), 24, "shared"))
+            microbatches = len(funcprobe.policy.layout.microbatches(make_batch(3), 24, "packed"))
             assert microbatches > 2
             # Of contractions as yet a few a microbatch; the others are waited for once, at the end.
             few = 3 * microbatches if name in {"alpha_vjp", "grad_dots"} else 0

@@ -36,17 +36,23 @@ def reset_peaks() -> bool:
     return True
 
 
-def can_measure(device: torch.device) -> bool:
-    """Whether the peak of a pass on this device can be measured: on a GPU, or on Linux."""
-    return device.type == "cuda" or reset_peaks()
+def can_measure(*devices: torch.device) -> bool:
+    """Whether the peak of a pass on these devices can be measured: on GPUs, or on Linux."""
+    return all(device.type == "cuda" for device in devices) or reset_peaks()
 
 
-def peak_meter(device: torch.device) -> Callable[[], float]:
+def peak_meter(*devices: torch.device) -> Callable[[], float]:
     """A function whose calls return the peak since the previous call, above the memory in use now.
 
     Of the device's tensors, or of the process, where freed memory is returned first: a pass that reuses
-    it would seem to take none. In bytes; `can_measure(device)` is required.
+    it would seem to take none. In bytes; `can_measure(*devices)` is required. Of several devices, over
+    which a model is spread, the largest of their peaks.
     """
+    meters = [_meter(device) for device in devices]
+    return lambda: max(meter() for meter in meters)
+
+
+def _meter(device: torch.device) -> Callable[[], float]:
     held = now(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -87,8 +93,11 @@ def process_now() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def now(device: torch.device) -> int:
-    """Memory in use, in bytes: that of a GPU's tensors, else of the process."""
+def now(*devices: torch.device) -> int:
+    """Memory in use, in bytes: of a GPU's tensors, else of the process; of several devices the most."""
+    if len(devices) > 1:
+        return max(now(device) for device in devices)
+    (device,) = devices
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     release_freed_memory()
@@ -102,11 +111,15 @@ def device_peak() -> int | None:
     return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
-def free(device: torch.device) -> int:
+def free(*devices: torch.device) -> int:
     """Free memory of a device, in bytes; of the CPU's, within the container's limit.
 
-    Processes that a launcher started on this machine share the CPU's: each has its part.
+    Of several devices the least. Processes that a launcher started on this machine share the CPU's:
+    each has its part.
     """
+    if len(devices) > 1:
+        return min(free(device) for device in devices)
+    (device,) = devices
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held

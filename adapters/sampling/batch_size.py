@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from funcprobe.policy.placement import devices_of
+
 from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig
 from ..machine import memory
@@ -19,14 +21,15 @@ def batch_size(policy: Policy, config: SamplingConfig, longest: int) -> int:
     """
     if config.generation_batch != "auto":
         return config.generation_batch
-    device = policy.model.device
+    devices = devices_of(policy.model)
     vocabulary = len(policy.model.get_input_embeddings().weight)
     sequence = (longest + config.max_new_tokens) * bytes_of_a_token(policy.model)
-    room = memory.free(device) / 2
+    room = memory.free(*devices) / 2
     return max(
         1,
         min(
-            MOST.get(device.type, MOST["cuda"]), int(room / (sequence + vocabulary * BYTES_OF_A_LOGIT))
+            MOST.get(devices[0].type, MOST["cuda"]),
+            int(room / (sequence + vocabulary * BYTES_OF_A_LOGIT)),
         ),
     )
 

@@ -131,13 +131,13 @@ def peak_memory(plan: Plan) -> float | None:
     On a GPU of the device, else of the process. None: cannot be measured, or does not fit.
     """
     passes = plan.passes()
-    if not memory.can_measure(passes.device):
+    if not memory.can_measure(*passes.devices):
         return None
-    held = memory.now(passes.device)
+    held = memory.now(*passes.devices)
     found = plan.size.curve
     if found is None:
         with products(plan.config.policy.precision):
-            trials = max_tokens.explore(passes, memory.free(passes.device), plan.max_tokens)
+            trials = max_tokens.explore(passes, memory.free(*passes.devices), plan.max_tokens)
         if not trials:
             return None
         found = curve(trials, passes.longest)

@@ -31,7 +31,7 @@ class Passes(NamedTuple):
     prompt_tokens: int
     response_tokens: int
     vocabulary: int
-    device: torch.device
+    devices: tuple[torch.device, ...]  # of the policy
 
     @property
     def longest(self) -> int:
@@ -54,13 +54,13 @@ def choose(passes: Passes, room: float | None = None) -> Choice:
     layer by layer. Raises InputError if that does not fit either. `room`: free bytes, by default those
     of the device. Where peaks cannot be measured, MAX_TOKENS of the core.
     """
-    device, longest = passes.device, passes.longest
-    room = memory.free(device) if room is None else room
-    if not memory.can_measure(device):
+    devices, longest = passes.devices, passes.longest
+    room = memory.free(*devices) if room is None else room
+    if not memory.can_measure(*devices):
         chosen = max(MAX_TOKENS, longest)
         why = "the memory of a pass cannot be measured without a GPU, or Linux's /proc/self/clear_refs"
         return Choice(chosen, False, None, f"run.max_tokens = {chosen} (auto): {why}")
-    most = MOST[device.type]
+    most = MOST[devices[0].type]
     trials = explore(passes, room, most)
     ordinary = curve(trials, longest) if trials else None
     recompute = ordinary is None or ordinary.peak(longest) > SHARE_OF_ONE * room
@@ -83,7 +83,7 @@ def explore(passes: Passes, room: float, most: int) -> list[Trial]:
     Up to the size from which the curve is extended to the one that will be chosen; no further where
     the longest sequence is seen not to fit. No trial if memory runs out on the first.
     """
-    peak = memory.peak_meter(passes.device)
+    peak = memory.peak_meter(*passes.devices)
     trials: list[Trial] = []
     tokens = FIRST
     while (trial := _trial(passes, tokens, peak)) is not None:

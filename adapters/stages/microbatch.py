@@ -87,7 +87,7 @@ def resolve(
         "sequence": [passes.prompt_tokens, passes.response_tokens],
         "layout": passes.forward.layout,
     }
-    room = memory.free(passes.device)
+    room = memory.free(*passes.devices)
     before = _size(stages.recall(STAGE, inputs))
     if before is not None and _peak(before) <= STILL * room:
         how = ", gradients recomputed layer by layer" if before.recompute else ""

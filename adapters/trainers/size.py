@@ -3,6 +3,7 @@
 import logging
 
 from funcprobe.policy.forward import Forward
+from funcprobe.policy.placement import devices_of
 
 from ..checkpoint.model import Policy
 from ..config.schema import Config
@@ -22,8 +23,8 @@ def size_of(
     if asked != "auto":
         return Size(asked)
     sequence = longest(config, source.prompt_ids, source.supplied)
-    device = policy.model.device
-    found = choose(Passes(policy.params, forward, *sequence, vocabulary(policy), device))
+    devices = devices_of(policy.model)
+    found = choose(Passes(policy.params, forward, *sequence, vocabulary(policy), devices))
     if together.rank == 0:
         logger.info(found.message)
     own = Size(found.max_tokens, found.recompute, found.curve)

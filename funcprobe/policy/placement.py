@@ -45,9 +45,9 @@ def head_device(model: nn.Module) -> torch.device:
     return _device_of(causal_lm(model).get_output_embeddings())
 
 
-def devices_of(model: nn.Module) -> list[torch.device]:
+def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
     """All devices of a model's parameters, in the order of the model."""
-    return list(dict.fromkeys(p.device for p in model.parameters()))
+    return tuple(dict.fromkeys(p.device for p in model.parameters()))
 
 
 def is_hooked(module: nn.Module) -> bool:

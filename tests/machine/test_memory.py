@@ -36,6 +36,20 @@ def test_the_meter_has_the_peak_since_its_last_call() -> None:
     del held
 
 
+def test_of_several_devices_the_fullest_counts(monkeypatch) -> None:
+    gpus = [torch.device("cuda", i) for i in range(2)]
+    held, peaks, left = [5, 1], [7, 11], [100, 40]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: held[d.index])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda d: held[d.index] + 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: peaks[d.index])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (left[d.index], 200))
+    assert memory.free(*gpus) == 42 < memory.free(gpus[0]) == 102
+    assert memory.now(*gpus) == 5
+    assert memory.can_measure(*gpus)
+    assert memory.peak_meter(*gpus)() == 10 > memory.peak_meter(gpus[0])() == 2
+
+
 def test_where_the_peak_cannot_be_reset_it_is_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
     narrator = Narrator()

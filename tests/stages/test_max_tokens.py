@@ -69,7 +69,7 @@ class Machine:
             patch.setattr(memory, "peak_meter", self.meter)
             patch.setattr(memory, "can_measure", lambda _: True)
             patch.setattr(max_tokens, "recomputing", lambda f: f._replace(notes=RECOMPUTED))
-            passes = Passes(PROBE.params, forward, prompt, response, 11, torch.device(device))
+            passes = Passes(PROBE.params, forward, prompt, response, 11, (torch.device(device),))
             return CHOOSE(passes, room)
 
 
@@ -198,7 +198,7 @@ def test_a_stored_size_is_kept_while_it_fits(tmp_path, monkeypatch):
     """10 MB a token: 1024 tokens take 10.24 GB."""
     config, stages = Config(), Stages(tmp_path)
     made = Machine(0, 1e7, 0)
-    passes = Passes(PROBE.params, PROBE.forward, 7, 5, 11, CPU)
+    passes = Passes(PROBE.params, PROBE.forward, 7, 5, 11, (CPU,))
     monkeypatch.setattr(
         max_tokens, "choose", lambda passes, room: made.choose(*passes[2:4], room, "cpu")
     )
