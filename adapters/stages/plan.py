@@ -9,11 +9,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import funcprobe
 from funcprobe.policy.forward import Forward
-<<<<<<< HEAD
-from funcprobe.ranks import ALONE
-=======
 from funcprobe.policy.placement import devices_of
->>>>>>> 39b1f57 (Of several devices that a model is spread over, the fullest bounds microbatches and batches of responses)
+from funcprobe.ranks import ALONE
 from funcprobe.step.objective import Objective
 from funcprobe.types import AdamState, Entropy, InputError, Step
 
@@ -87,12 +84,8 @@ class Plan(NamedTuple):
     def passes(self) -> Passes:
         """What a trial of this plan's gradients is made of: by this process alone."""
         policy, rows = self.policy, vocabulary(self.policy)
-<<<<<<< HEAD
         forward = self.forward._replace(ranks=ALONE)
-        return Passes(policy.params, forward, *self.sequence, rows, policy.model.device)
-=======
-        return Passes(policy.params, self.forward, *self.sequence, rows, devices_of(policy.model))
->>>>>>> 39b1f57 (Of several devices that a model is spread over, the fullest bounds microbatches and batches of responses)
+        return Passes(policy.params, forward, *self.sequence, rows, devices_of(policy.model))
 
 
 def load(
