@@ -27,7 +27,7 @@ from .losses.loss import Loss, LossInputs, LossReport, LossValue, loss_update
 from .losses.trl import TrlLoss, trl_loss
 from .losses.verl import VerlLoss, verl_loss
 from .passes.grad_dots import grad_dots
-from .passes.gradients import grad_X, grad_Y, weighted_grad
+from .passes.gradients import grad_X, grad_Y, unlayered, weighted_grad
 from .passes.kl import KlAlong, kl_along, token_kl
 from .passes.logprobs import seq_logprobs, token_stats
 from .passes.second_tangents import second_tangents
@@ -189,6 +189,7 @@ __all__ = [
     "top_pairs",
     "trainable_params",
     "trl_loss",
+    "unlayered",
     "update_batch",
     "update_direction",
     "update_influence",

@@ -77,6 +77,7 @@ CALLS: dict[str, Callable[[World, Order, Order], Any]] = {
     "second_tangents": lambda w, a, b: funcprobe.second_tangents(a(w.params), E, b(w.v), w.forward),
     "alpha_vjp": lambda w, a, b: funcprobe.alpha_vjp(a(w.params), E, b(w.v), w.forward),
     "grad_dots": lambda w, a, b: funcprobe.grad_dots(a(w.params), E, b(w.v), w.forward),
+    "unlayered": lambda w, a, b: funcprobe.unlayered(a(w.params), w.forward),
     "measure": lambda w, a, b: funcprobe.measure(a(w.params), E, b(w.v), 1e-3, w.stats, w.forward),
     "predict": lambda w, a, b: funcprobe.predict(
         a(w.params), E, w.update, w.adam_state(b), w.forward, step=funcprobe.Step(max_grad_norm=0.1)

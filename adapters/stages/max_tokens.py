@@ -63,8 +63,9 @@ def choose(passes: Passes, room: float | None = None) -> Choice:
     most = MOST[devices[0].type]
     trials = explore(passes, room, most)
     ordinary = curve(trials, longest) if trials else None
-    recompute = ordinary is None or ordinary.peak(longest) > SHARE_OF_ONE * room
-    found = ordinary
+    wanted = ordinary is None or ordinary.peak(longest) > SHARE_OF_ONE * room
+    why_not = funcprobe.unlayered(passes.params, passes.forward) if wanted else None
+    recompute, found = wanted and why_not is None, ordinary
     if recompute:
         trials = explore(passes._replace(forward=recomputing(passes.forward)), room, most)
         found = curve(trials, longest) if trials else None
@@ -72,6 +73,7 @@ def choose(passes: Passes, room: float | None = None) -> Choice:
         raise _too_little(longest, None if found is None else found.peak(longest), room)
     chosen = fitted(found, room=room, most=most)
     how = ", and gradients recompute layer by layer, about a forward more" if recompute else ""
+    how = how if why_not is None else f", and gradients cannot recompute layer by layer: {why_not}"
     a_token = (found.peak(chosen) - found.peak(0)) / chosen
     line = f"run.max_tokens = {chosen} (auto): {a_token / 1024:.0f} KiB a token, "
     return Choice(chosen, recompute, found, f"{line}{room / 2**30:.1f} GiB free{how}")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from funcprobe.policy.forward import Forward
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
@@ -132,6 +133,11 @@ def _peak(size: Size) -> float:
     return math.inf if size.curve is None else size.curve.peak(size.max_tokens)
 
 
+def reporting(forward: Forward, narrator: Narrator) -> Forward:
+    """The forward that logs what it does where memory runs out."""
+    return forward._replace(halved=report_halving(narrator), recomputing=report_recomputing(narrator))
+
+
 def report_halving(narrator: Narrator) -> Callable[[int], None]:
     """Logs how far microbatches were halved, each size once; the next pass starts at the full size."""
     reported: set[int] = set()
@@ -144,3 +150,15 @@ def report_halving(narrator: Narrator) -> Callable[[int], None]:
             )
 
     return halved
+
+
+def report_recomputing(narrator: Narrator) -> Callable[[], None]:
+    """Logs, once, that a single sequence's gradient did not fit with all of its activations."""
+    said: list[str] = []
+
+    def recomputing() -> None:
+        if not said:
+            said.append("out of memory on a single sequence: recomputing layer by layer in this pass")
+            narrator.say(said[0])
+
+    return recomputing

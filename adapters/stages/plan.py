@@ -40,7 +40,7 @@ from .dropout import dropout_masks
 from .everywhere import least_size, refuse_shared_devices
 from .inputs import inputs_of
 from .max_tokens import Passes, recomputing
-from .microbatch import Size, longest, report_halving, require_positions, resolve, with_size
+from .microbatch import Size, longest, reporting, require_positions, resolve, with_size
 from .prompts import encoded, no_prompts, response_line, sampled_from
 from .run_settings import with_run_settings
 from .step import choose_objective, load_step, step_lines
@@ -149,7 +149,7 @@ def load(
         require_positions(config, policy, sum(sequence))
         forward = funcprobe.bind(policy.model, temperature=temperature).forward
         forward = of_machine(forward, config.policy.precision)
-        forward = forward._replace(halved=report_halving(narrator))
+        forward = reporting(forward, narrator)
         masks, random = dropout_masks(config, policy, forward, sidecar)
     next_lr = next((group.lr for group in adam_state.groups), 0.0)  # optimizer.lr, if set
     lines = (

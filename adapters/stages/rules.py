@@ -227,7 +227,10 @@ def _at_temperature(plan: Plan, temperature: float | None) -> Plan:
         return plan
     model, params, masks = plan.policy.model, plan.policy.params, plan.masks
     forward = funcprobe.frozen_forward(model, params, temperature)
-    forward = of_machine(forward, plan.config.policy.precision)._replace(halved=plan.forward.halved)
+    own = plan.forward
+    forward = of_machine(forward, plan.config.policy.precision)._replace(
+        halved=own.halved, ranks=own.ranks, recompute=own.recompute, recomputing=own.recomputing
+    )
     if masks:
         masks = masked_forwards(model, params, forward, len(masks), plan.config.run.seed)
     return plan._replace(forward=forward, masks=masks, temperature=temperature)

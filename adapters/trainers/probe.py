@@ -35,7 +35,7 @@ from .dropout import OF_STEP, warn_of_dropout
 from .headline import causes, headline
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
-from .size import size_of
+from .size import size_of, warning
 from .together import OtherProcessError, Together, together
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def probe_step(
     with at_rest(policy.model):
         batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step, together)
         forward = funcprobe.frozen_forward(policy.model, params, source.temperature)
-        forward = forward._replace(halved=_warn_of_memory, ranks=together.ranks)
+        forward = warning(forward)._replace(ranks=together.ranks)
         size = size or size_of(config, policy, source, forward, together)
         forward = recomputing(forward) if size.recompute else forward
         of_E: dict[str, Any] = {"entropy": entropy, "sampler_logp_NR": sampler_logp_NR}
@@ -255,10 +255,6 @@ def _warn_of_rounding(params: Params, coarsest: torch.dtype) -> None:
             "step rounds them, so that the step taken differs from the predicted one",
             stacklevel=2,
         )
-
-
-def _warn_of_memory(tokens: int) -> None:
-    warnings.warn(f"funcprobe: out of memory: microbatches of {tokens:,} tokens", stacklevel=2)
 
 
 def _direction(params: Params, Y: Params, state: AdamState) -> adam.UpdateDirection:

@@ -1,6 +1,7 @@
 """The size of a microbatch inside training."""
 
 import logging
+import warnings
 
 from funcprobe.policy.forward import Forward
 from funcprobe.policy.placement import devices_of
@@ -29,3 +30,18 @@ def size_of(
         logger.info(found.message)
     own = Size(found.max_tokens, found.recompute, found.curve)
     return smallest(together.gathered(own))
+
+
+def warning(forward: Forward) -> Forward:
+    """The forward that warns where memory runs out."""
+    return forward._replace(halved=_warn_of_memory, recomputing=_warn_of_length)
+
+
+def _warn_of_memory(tokens: int) -> None:
+    warnings.warn(f"funcprobe: out of memory: microbatches of {tokens:,} tokens", stacklevel=2)
+
+
+def _warn_of_length() -> None:
+    warnings.warn(
+        "funcprobe: out of memory on a single sequence: recomputing layer by layer", stacklevel=2
+    )

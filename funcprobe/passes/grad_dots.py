@@ -1,7 +1,8 @@
 """<grad f_n, mu> of every sequence, and the gradient of the sum of f_n, from one backward pass."""
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from ..policy.layout import MAX_TOKENS, Layout, gather, response_mask
 from ..policy.rows import Rows
 from ..ranks import added
 from ..types import Batch, Params
-from .gradients import accumulate, on_cpu, weighted_grad, zero_gradient
+from .gradients import accumulate, on_cpu, unlayered, weighted_grad, zero_gradient
 from .head import head_gradient
 from .microbatches import in_microbatches
+from .pullback import by_layer
 from .tangents import aligned, tangents
 
 
@@ -65,26 +67,33 @@ def _in_one_pass(
 ) -> tuple[Float[Tensor, " N"], Params] | None:
     """None if a trained parameter has another use than in linear layers, on any rank."""
 
-    def one(rows: Rows) -> tuple[Params, Tensor]:
+    def one(rows: Rows, recompute: bool = forward.recompute) -> tuple[Params, Tensor]:
         # Plain autograd: torch.func.vjp would wrap every call of _LinearDot, a fifth of the cost.
         given: Params = {n: nn.Parameter(t) for n, t in params.items()}
-        alpha_n = nn.Parameter(_zeros(rows, params))
-        with torch.enable_grad():
-            hidden_TD = _hidden(given, alpha_n, rows, mu, forward)
+        like = next(iter(params.values()))
+        alpha_NL = nn.Parameter(like.new_zeros(rows.tokens_NL.shape))  # of a token: of its sequence
+        with torch.enable_grad(), by_layer(recompute):
+            hidden_TD = _hidden(given, alpha_NL, rows, mu, forward)
         p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
         at_TD = hidden_TD.detach()
         grad_TD, _ = head_gradient(params, at_TD, rows.target_T, p_T, q_T, forward)
-        *found, s_n = torch.autograd.grad(hidden_TD, [*given.values(), alpha_n], grad_TD)
+        *found, s_NL = torch.autograd.grad(hidden_TD, [*given.values(), alpha_NL], grad_TD)
         grads = dict(zip(given, found, strict=True))
-        s_n = tree.f64(s_n)
+        index_NL = rows.sequence_NL.to(s_NL.device)
+        s_n = s_NL.new_zeros(len(rows.sequence_T.unique()))
+        s_n = tree.f64(s_n.index_add(0, index_NL.flatten(), s_NL.flatten()))
         _require_sum(s_n, grads, mu)
         return grads, s_n
 
     s_N, total = torch.zeros(len(p_NR), dtype=torch.float64), zero_gradient(params)
     layout: Layout = "plain" if forward.layout == "plain" else "packed"
+
+    def smaller() -> Callable[[Rows], tuple[Params, Tensor]] | None:
+        return None if unlayered(params, forward) else partial(one, recompute=True)
+
     other_use = torch.zeros(1)
     try:
-        for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, forward, layout):
+        for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, forward, layout, smaller):
             s_N[rows.sequence_T.unique()] = s_n
             total = accumulate(total, grads)
     except _OtherUseError:  # raised by the first microbatch
@@ -104,8 +113,8 @@ class _LinearDots(Replaced):
     def __init__(self, given: Params, mu: Params, alpha_NL: Tensor) -> None:
         super().__init__({linear: self._linear})
         self.name_of = {id(tensor): name for name, tensor in given.items()}
-        self.mu = mu
-        self.alpha_on = cache(alpha_NL.to)  # the devices of a split model
+        self.mu, self.reads = mu, (alpha_NL,)
+        self.alpha_on = cache(partial(_on, alpha_NL))  # the devices of a split model
         self.seen: set[str] = set()
         self.shapes: set[tuple[int, ...]] = set()  # of the trained layers' inputs, without the width
 
@@ -118,6 +127,11 @@ class _LinearDots(Replaced):
         mu = tuple(None if name is None else self.mu[name] for name in names)
         out: Tensor = _LinearDot.apply(input, weight, bias, self.alpha_on(input.device), mu)  # type: ignore[no-untyped-call]
         return out
+
+
+def _on(alpha_NL: Tensor, device: torch.device) -> Tensor:
+    with torch.enable_grad():  # first needed, perhaps, in a layer's first computation
+        return alpha_NL.to(device)
 
 
 class _LinearDot(torch.autograd.Function):
@@ -171,20 +185,14 @@ class _LinearDot(torch.autograd.Function):
 
 
 def _hidden(
-    given: Params, alpha_n: Tensor, rows: Rows, mu: Params, forward: Forward
+    given: Params, alpha_NL: Tensor, rows: Rows, mu: Params, forward: Forward
 ) -> Float[Tensor, "T D"]:
-    alpha_NL = alpha_n[rows.sequence_NL.to(alpha_n.device)]
     with _LinearDots(given, mu, alpha_NL) as mode:
         hidden_TD: Tensor = forward.hidden(given, rows)
     # Some models flatten or select tokens, so that the sequence of each is unknown.
     if mode.seen != given.keys() or mode.shapes != {tuple(rows.tokens_NL.shape)}:
         raise _OtherUseError
     return hidden_TD
-
-
-def _zeros(rows: Rows, params: Params) -> Float[Tensor, " n"]:
-    like = next(iter(params.values()))
-    return like.new_zeros(len(rows.sequence_T.unique()))
 
 
 def _require_sum(s_n: Tensor, grads: Params, mu: Params) -> None:

@@ -1,23 +1,26 @@
 """Gradients with respect to the registry, microbatch by microbatch, in reverse mode."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vjp
 
 from .. import tree
 from ..autodiff.transforms import refuse_differentiated
 from ..policy.forward import Forward
-from ..policy.layout import MAX_TOKENS, gather
+from ..policy.layers import NotLayeredError
+from ..policy.layout import MAX_TOKENS, collate, gather, response_mask
 from ..policy.rows import Rows
-from ..ranks import added
+from ..policy.trials import attempt
+from ..ranks import ALONE, added
 from ..statistics.evaluation import evaluate, gradient_coefficients
 from ..types import Batch, Entropy, Params, UpdateBatch
 from .head import head_gradient
 from .logprobs import token_stats
 from .microbatches import in_microbatches
+from .pullback import pullback
 
 
 def weighted_grad(
@@ -32,20 +35,23 @@ def weighted_grad(
 
     Accumulated over microbatches on the parameters' device, in float32 (float64 where a parameter is
     float64), and returned on the CPU. As p and q are known, the head takes two products and no
-    [tokens, V] tensor exists as a whole. Raises InputError inside a transform that differentiates
-    `params`, as all derivatives here do.
+    [tokens, V] tensor exists as a whole. With `forward.recompute`, and where memory runs out on a
+    single sequence, layers are computed again one at a time (policy/layers.py). Raises InputError
+    inside a transform that differentiates `params`, as all derivatives here do.
     """
     refuse_differentiated(params)
     total = zero_gradient(params)
 
-    def one(rows: Rows) -> list[Params]:
-        hidden_TD, pull = vjp(partial(forward.hidden, rows=rows), params)  # type: ignore[misc]
+    def one(rows: Rows, recompute: bool = forward.recompute) -> list[Params]:
+        hidden_TD, pull = pullback(params, rows, forward, recompute=recompute)
         p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
         grad_TD, grads = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
-        with torch.no_grad():  # else the pullback records an unused graph
-            return [*pull(grad_TD), *grads]
+        return [pull(grad_TD), *grads]
 
-    for _, grads in in_microbatches(one, batch, max_tokens, forward):
+    def smaller() -> Callable[[Rows], list[Params]] | None:
+        return None if unlayered(params, forward) else partial(one, recompute=True)
+
+    for _, grads in in_microbatches(one, batch, max_tokens, forward, smaller=smaller):
         for part in grads:
             total = accumulate(total, part)
     return on_cpu(added(total, forward.ranks))
@@ -77,6 +83,36 @@ def grad_Y(
     c_NR, d_NR = update.coef_NR, update.entropy_coef_NR
     d_NR = torch.zeros_like(c_NR) if d_NR is None else d_NR
     return weighted_grad(params, update.batch, c_NR, d_NR, forward, max_tokens)
+
+
+def unlayered(params: Params, forward: Forward) -> str | None:
+    """Why gradients of this model cannot recompute its layers; None if they can.
+
+    Found with three short responses, whose gradient must be that without recomputation.
+    """
+    batch = collate([[0, 1], [0, 1], [1]], [[1, 0, 0, 1], [0, 1, 1], [0, 1]], [0, 0, 1])
+    p_NR, alone = response_mask(batch).double(), forward._replace(ranks=ALONE)
+
+    def both() -> tuple[Params, Params]:
+        plain, again = (
+            weighted_grad(params, batch, p_NR, -p_NR, alone._replace(recompute=recompute))
+            for recompute in (False, True)
+        )
+        return plain, again
+
+    try:
+        found = attempt(both)
+    except NotLayeredError as error:
+        return error.why
+    if isinstance(found, str):
+        return found
+    plain, again = found
+    difference = tree.norm(tree.axpy(-1.0, plain, again)) / tree.norm(plain)
+    eps = torch.finfo(forward.coarsest).eps
+    # As in `rounding`: half precision would hide anything behind more than a few units.
+    if not difference <= (4 if eps > 1e-4 else 1000) * eps:
+        return f"a layer reads or keeps more than it is given: gradients differ by {difference:.2g}"
+    return None
 
 
 def zero_gradient(params: Params) -> Params:

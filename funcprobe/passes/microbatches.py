@@ -39,21 +39,31 @@ def in_microbatches(
     max_tokens: int,
     forward: Forward,
     layout: Layout | None = None,
+    smaller: Callable[[], Callable[[Rows], T] | None] = lambda: None,
 ) -> Iterator[tuple[Rows, T]]:
     """(rows, compute(rows)) of every microbatch, one after another; `layout`: by default the forward's.
 
     Of several processes each has its own ones, some possibly none: what the caller makes of them is to
     be added over `forward.ranks`. If memory runs out, the microbatch is halved, `forward.halved` is
     called with the new bound, and no later microbatch is larger. If it runs out on a single sequence,
-    the error is raised.
+    `smaller()`, the same with less memory, is computed for it and for all after it, and
+    `forward.recomputing` is called; if that is None, or runs out as well, the error is raised.
     """
+    smallest = forward.recompute  # `compute` already is what smaller() would be
     layout = forward.layout if layout is None else layout
     waiting = _own(batch, max_tokens, layout, forward.ranks)
     while waiting:
         rows, *waiting = waiting
-        out = _unless_out_of_memory(compute, rows)
+        alone = len(rows.sequence_T.unique()) == 1
+        out = _unless_out_of_memory(compute, rows, last=alone and smallest)
         if out is not None:
             yield rows, out[0]
+            continue
+        if alone:
+            waiting, smallest, other = [rows, *waiting], True, smaller()
+            if other is not None:
+                compute = other
+                forward.recomputing()
             continue
         length_N = batch.prompt_length_N + batch.response_length_N
         # The failed microbatch separately, as a later sequence may be longer than half of it.
@@ -128,11 +138,11 @@ def _of_sequences(
     return [rows._replace(sequence_T=index_N[rows.sequence_T]) for rows in parts]
 
 
-def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows) -> tuple[T] | None:
-    """(compute(rows),), or None if memory ran out on more than one sequence."""
+def _unless_out_of_memory(compute: Callable[[Rows], T], rows: Rows, *, last: bool) -> tuple[T] | None:
+    """(compute(rows),), or None if memory ran out; the error, if this was the last attempt."""
     try:
         return (compute(rows),)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error) or len(rows.sequence_T.unique()) == 1:
+        if not out_of_memory(error) or last:
             raise
     return None  # outside the handler, where the error and the tensors of its frames are freed

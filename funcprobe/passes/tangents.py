@@ -58,7 +58,9 @@ def alpha_vjp(
     The reverse-over-reverse counterpart of `tangents`: h(alpha) = <d/d theta sum_i alpha_i f_i, mu> is
     linear in alpha, and s = dh/d alpha is the vjp of a vjp, without per-sequence gradients. dh/d alpha
     is taken at `alpha_N` (default ones), on which the result must not depend. By default f_i = S_i, the
-    log-probability of the response, in nats. Raises ValueError if `mu` does not match `params`,
+    log-probability of the response, in nats. A double backward pass holds all activations: with
+    `forward.recompute`, and where memory runs out on a single sequence, s_i is summed from the tangents
+    of its tokens instead, which is the same number. Raises ValueError if `mu` does not match `params`,
     InputError inside a transform that differentiates either.
     """
     params, mu = aligned(params, mu, "mu")
@@ -85,8 +87,17 @@ def alpha_vjp(
                 (s_n,) = pull_alpha(torch.ones_like(h))
         return tree.f64(s_n)
 
+    def by_tangents(rows: Rows) -> Tensor:
+        hidden = hidden_along(params, rows, mu, forward)
+        *_, dlogp_T, dentropy_T = head_tangents(params, *hidden, rows.target_T, mu, forward)
+        sequence_n, index_T = rows.sequence_T.unique(return_inverse=True)
+        terms_T = gather(p_NR, rows) * tree.f64(dlogp_T) + gather(q_NR, rows) * tree.f64(dentropy_T)
+        return terms_T.new_zeros(len(sequence_n)).index_add(0, index_T, terms_T)
+
     s_N = torch.zeros(len(p_NR), dtype=torch.float64)
-    for rows, s_n in in_microbatches(one, batch, max_tokens, forward):
+    compute = by_tangents if forward.recompute else one
+    parts = in_microbatches(compute, batch, max_tokens, forward, smaller=lambda: by_tangents)
+    for rows, s_n in parts:
         s_N[rows.sequence_T.unique()] = s_n
     return forward.ranks.add([s_N])[0]
 

@@ -43,6 +43,9 @@ class Forward(NamedTuple):
     embedding, if it is frozen and alone determines the logits; `layout` the most compact layout of rows
     that the model can process; `notes` state why nothing faster is used. `halved` is called with the
     new bound on a microbatch's tokens after memory ran out. `ranks` are processes that share a pass.
+    With `recompute`, gradients keep the inputs of layers alone and compute these again (`unlayered`
+    says whether they can); `recomputing` is called when they begin to because memory ran out on a
+    single sequence.
     """
 
     hidden: Callable[..., Tensor]
@@ -53,6 +56,8 @@ class Forward(NamedTuple):
     notes: tuple[str, ...] = ()
     halved: Callable[[int], None] = lambda _: None
     ranks: Ranks = ALONE
+    recompute: bool = False
+    recomputing: Callable[[], None] = lambda: None
 
 
 def trainable_params(model: nn.Module) -> Params:

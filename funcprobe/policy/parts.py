@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..autodiff.grouped import GroupedProducts
 from .attention import OwnHeads, PackedAttention, no_mask
 from .blocks import Packing, placed, within
+from .layers import exchanged, layered
 from .parameter_lora import parameter_lora
 from .placement import devices_of, twin_of
 from .reach import reaches, shortened
@@ -26,6 +27,7 @@ class Backbone(nn.Module):
         own = causal_lm(self.model).get_submodule(self.path)
         if self.size is not None:
             own = shortened(own, self.size)
+        own = layered(own)
         given: dict[str, Any] = {"input_ids": tokens_NL, "use_cache": False}
         with ExitStack() as stack:
             stack.enter_context(parameter_lora(own))
@@ -82,10 +84,10 @@ def after_backbone(
     base: Any, path: str, hidden_TD: Tensor, embedding: nn.Module | None = None
 ) -> Tensor:
     """Logits [T, V] of a causal model from hidden states, with another output embedding if given."""
-    short = _exchanged(base, path, _given(base.get_submodule(path), _Hidden([hidden_TD[None]])))
+    short = exchanged(base, path, _given(base.get_submodule(path), _Hidden([hidden_TD[None]])))
     if embedding is not None:
         own = base.get_output_embeddings()
-        short = _exchanged(short, next(n for n, m in base.named_modules() if m is own), embedding)
+        short = exchanged(short, next(n for n, m in base.named_modules() if m is own), embedding)
     tokens_1T = torch.zeros(1, len(hidden_TD), dtype=torch.long, device=hidden_TD.device)
     # The class's forward: the whole model may be compiled, or accelerate's hooks hold the model itself.
     logits_1TV: Tensor = type(base).forward(short, input_ids=tokens_1T, use_cache=False).logits
@@ -115,14 +117,4 @@ def _given(module: nn.Module, output: Any) -> nn.Module:
         _forward_pre_hooks={},
         _compiled_call_impl=None,
     )
-    return twin
-
-
-def _exchanged(module: nn.Module, path: str, part: nn.Module) -> Any:
-    """The module with another one at `path`: copies on the way there, everything else shared."""
-    name, _, rest = path.partition(".")
-    twin, own = twin_of(module), module._modules
-    inner = own[name]
-    assert inner is not None
-    vars(twin)["_modules"] = own | {name: _exchanged(inner, rest, part) if rest else part}
     return twin
