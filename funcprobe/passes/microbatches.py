@@ -39,7 +39,7 @@ def in_microbatches(
     max_tokens: int,
     forward: Forward,
     layout: Layout | None = None,
-    smaller: Callable[[], Callable[[Rows], T] | None] = lambda: None,
+    smaller: Callable[[], Callable[[Rows], T] | None] | None = None,
 ) -> Iterator[tuple[Rows, T]]:
     """(rows, compute(rows)) of every microbatch, one after another; `layout`: by default the forward's.
 
@@ -49,7 +49,8 @@ def in_microbatches(
     `smaller()`, the same with less memory, is computed for it and for all after it, and
     `forward.recomputing` is called; if that is None, or runs out as well, the error is raised.
     """
-    smallest = forward.recompute  # `compute` already is what smaller() would be
+    # `compute` may already be what smaller() would be.
+    smallest = forward.recompute or smaller is None
     layout = forward.layout if layout is None else layout
     waiting = _own(batch, max_tokens, layout, forward.ranks)
     while waiting:
@@ -59,7 +60,7 @@ def in_microbatches(
         if out is not None:
             yield rows, out[0]
             continue
-        if alone:
+        if alone and smaller is not None:
             waiting, smallest, other = [rows, *waiting], True, smaller()
             if other is not None:
                 compute = other
