@@ -4,10 +4,11 @@ It has the draws of engine "batched" (`draws`), so that the responses are the sa
 of the logits, however the requests come together in its steps.
 """
 
+import gc
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -56,13 +57,15 @@ def sample(
         reported = 0
         while True:
             draws = _Draws(config, u_NR)
+            ids: list[tuple[int, list[int]]] = []
+            made = _generated(policy, prompt_ids, config.max_new_tokens, at_once, draws)
             try:
-                ids = []
-                for found in _generated(policy, prompt_ids, config.max_new_tokens, at_once, draws):
-                    ids.append(found)
-                    if len(ids) > reported:
-                        reported += 1
-                        advance(1)
+                with closing(made):  # the thread ends with an interruption, too
+                    for found in made:
+                        ids.append(found)
+                        if len(ids) > reported:
+                            reported += 1
+                            advance(1)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not (isinstance(error, MemoryError) or out_of_memory(error)):
@@ -164,8 +167,8 @@ def _generated(
     most: int,
     at_once: int,
     processor: _OfRequests,
-) -> Iterator[tuple[int, list[int]]]:
-    """(number of the prompt, response) as they end; the model is left as it was.
+) -> Generator[tuple[int, list[int]], None, None]:
+    """(number of the prompt, response) as they end; closed, the model is as it was.
 
     Raises the error of the thread that generates.
     """
@@ -189,7 +192,7 @@ def _generated(
         auto_switch_to_flash=False,  # half precision only, and another attention than the policy's
         seed=0,  # of nothing, as no random numbers are drawn there
     )
-    with _quiet(), _attention_kept(model):
+    with _quiet(), _attention_kept(model), _few_to_collect():
         manager = model.init_continuous_batching(
             generation_config=settings, continuous_batching_config=batching
         )
@@ -225,6 +228,19 @@ def _attention_kept(model: Any) -> Iterator[None]:
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
+
+
+@contextmanager
+def _few_to_collect() -> Iterator[None]:
+    """At its end a manager collects garbage twice, over all objects of the process: here, its own."""
+    if gc.get_freeze_count():  # someone else's, which unfreezing would end
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

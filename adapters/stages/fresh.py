@@ -71,6 +71,8 @@ def sample_again(
         drawn = shared_out(plan.world, prompt_ids, sample)
         if plan.world.first:  # of all processes
             stage.drew(drawn.tokens, drawn.padding)
+            if engine == "server":
+                narrator.say(f"responses at eta {eta:g} are sampled here: the server has theta alone")
         for line in drawn.lines:
             narrator.say(line)
         batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)

@@ -1,6 +1,9 @@
 """Continuous batching draws the responses of plain batches, and leaves the model as it was."""
 
+import gc
 import logging
+import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from funcprobe.adapters.checkpoint.model import Policy, load_policy
 from funcprobe.adapters.config.schema import PolicyConfig, SamplingConfig
 from funcprobe.adapters.sampling import batched, continuous
 from funcprobe.adapters.sampling.generate import sample_responses
+from funcprobe.policy.forward import with_params
 from support.checkpoints import make_checkpoint
 
 PROMPTS = [[2, 3, 3], [3, 2, 3, 3, 2, 2, 3, 2, 2], [3, 3], [2, 2, 3, 3, 2]] * 8
@@ -78,6 +82,19 @@ def test_the_model_the_random_state_and_the_log_are_left_alone(policy, capfd) ->
     assert capfd.readouterr() == ("", "")
 
 
+def test_parameters_in_place_of_the_models_reach_the_thread(policy) -> None:
+    other = {n: 3 * p for n, p in policy.params.items()}
+
+    def sampled(engine: str) -> list[list[int]]:
+        def call() -> list[list[int]]:
+            return sample_responses(policy, PROMPTS, settings(engine=engine), 3).ids
+
+        return with_params(policy.model, other, call)
+
+    assert sampled("continuous") == sampled("batched")
+    assert sampled("continuous") != sample_responses(policy, PROMPTS, settings(), 3).ids
+
+
 def test_log_probability_plus_entropy_has_mean_zero(checkpoint) -> None:
     """A fixed seed: |z| < 4 passes always or never; at another temperature it fails."""
     chosen = PolicyConfig(checkpoint=str(checkpoint.adapter), dtype="float32")
@@ -99,11 +116,11 @@ def test_memory_that_runs_out_halves_what_is_at_once(policy, monkeypatch) -> Non
 
     def limited(policy, prompt_ids, most, at_once, processor):
         sizes.append(at_once)
-        yields = generated(policy, prompt_ids, most, at_once, processor)
-        for count, one in enumerate(yields):
-            if at_once > room[0] and count == 2 and most == 12:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            yield one
+        with closing(generated(policy, prompt_ids, most, at_once, processor)) as made:
+            for count, one in enumerate(made):
+                if at_once > room[0] and count == 2 and most == 12:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                yield one
 
     monkeypatch.setattr(continuous, "_generated", limited)
     done: list[int] = []
@@ -133,6 +150,22 @@ def test_an_error_of_the_thread_is_raised_and_all_is_put_back(policy, monkeypatc
     assert policy.model.config._attn_implementation == attention
     monkeypatch.undo()
     assert len(sample_responses(policy, PROMPTS, settings(), seed=1).ids) == len(PROMPTS)
+
+
+def test_an_interruption_ends_the_thread(policy) -> None:
+    def interrupted(count: int) -> None:
+        raise KeyboardInterrupt
+
+    attention, threads, frozen = (
+        policy.model.config._attn_implementation,
+        threading.active_count(),
+        gc.get_freeze_count(),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        sample_responses(policy, PROMPTS, settings(), 1, interrupted)
+    assert threading.active_count() == threads
+    assert policy.model.config._attn_implementation == attention
+    assert gc.get_freeze_count() == frozen
 
 
 def test_probabilities_that_are_not_finite_are_refused() -> None:

@@ -278,6 +278,8 @@ def test_fresh_responses_are_of_the_moved_policy(checkpoint, command, brought) -
         save_rollouts(E._replace(sampler_logp=[[-1.5] * len(y) for y in E.response_ids]), path)
         given |= {"rollouts.eval": str(path), "sampling.max_new_tokens": 9, "sampling.top_p": 0.5}
         given |= {"sampling.top_k": 2, "rollouts.update": "runs/one/rollouts/update.parquet"}
+        # Which has theta alone: it is not asked, and is not there.
+        given |= {"sampling.engine": "server", "server.url": "http://h", "server.model": "m"}
     config = read_config(Path("c.toml"), sets(given)[1::2])
     planned = plan.load(config, Narrator())
     batches = sample(planned, Stages(None), Narrator())
@@ -298,7 +300,12 @@ def test_fresh_responses_are_of_the_moved_policy(checkpoint, command, brought) -
                 p.add_(eta * v[name])
     ids = batches.eval_rollouts.prompt_ids
     like_E = config.sampling.model_copy(
-        update={"top_p": 1.0, "top_k": 0, **({"max_new_tokens": 3} if brought else {})}
+        update={
+            "engine": "batched",
+            "top_p": 1.0,
+            "top_k": 0,
+            **({"max_new_tokens": 3} if brought else {}),
+        }
     )
     seed = derived_seed(config.run.seed, f"E at eta {eta!r}")
     drawn = sample_responses(other, ids, like_E, seed)
