@@ -1,5 +1,6 @@
 """Before a run starts: tokens through the model, and how long they take, by a trial on this machine."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from funcprobe.policy.layout import microbatches, select
 from funcprobe.policy.rows import Rows
 from funcprobe.policy.trials import attempt
 from funcprobe.ranks import ALONE
+from funcprobe.statistics.blocks import BLOCKS
 from funcprobe.types import Batch
 
 from .. import rollouts
@@ -24,7 +26,7 @@ from ..sampling.batched import seconds_of_a_step
 from ..sampling.prompts import draw_distinct, draw_with_replacement
 from . import checks, max_tokens, sweep
 from .batches import derived_seed
-from .peaks import curve
+from .peaks import Curve, curve
 from .plan import Plan, vocabulary
 
 # Costs in forwards over the same rows, the middle of docs/precision.md's ranges.
@@ -126,23 +128,39 @@ def forecast_line(found: Forecast, *, stored: bool = False) -> str:
 
 
 def peak_memory(plan: Plan) -> float | None:
-    """Bytes, the model's included, of a gradient over the largest microbatch of E and U.
+    """Bytes, the model's included, of the largest gradient or tangents over a microbatch of E or U.
 
-    On a GPU of the device, else of the process. None: cannot be measured, or does not fit.
+    With attribution E's gradient goes block by block. On a GPU of the device, else of the process.
+    None: cannot be measured, or does not fit.
     """
     passes = plan.passes()
     if not memory.can_measure(*passes.devices):
         return None
     held = memory.now(*passes.devices)
-    found = plan.size.curve
-    if found is None:
-        with products(plan.config.policy.precision):
-            trials = max_tokens.explore(passes, memory.free(*passes.devices), plan.max_tokens)
-        if not trials:
-            return None
-        found = curve(trials, passes.longest)
-    batches = _batch(plan, "E", plan.supplied_eval), _batch(plan, "U", plan.supplied_update)
-    return held + found.peak(max(rows.tokens for batch in batches for rows in _rows(batch, plan)))
+    gradient, tangents = plan.size.curve, None
+    with products(plan.config.policy.precision):
+        gradient = gradient or _curve(plan, passes, max_tokens.gradient)
+        tangents = _curve(plan, passes, max_tokens.along)
+    if gradient is None or tangents is None:
+        return None
+    E = _batch(plan, "E", plan.supplied_eval)
+    U = _batch(plan, "U", plan.supplied_update)
+    count = len(E.prompt_N)
+    block = math.ceil(count / BLOCKS) if plan.config.attribution.level != "off" else count
+    blocks = [select(E, part) for part in torch.arange(count).split(block)]
+    in_reverse = max(_largest(part, plan) for part in (*blocks, U))
+    forwards = max(_largest(E, plan), _largest(U, plan))
+    return held + max(gradient.peak(in_reverse), tangents.peak(forwards))
+
+
+def _curve(plan: Plan, passes: max_tokens.Passes, compute: max_tokens.Compute) -> Curve | None:
+    trials = max_tokens.explore(passes, memory.free(*passes.devices), plan.max_tokens, compute)
+    return curve(trials, passes.longest) if trials else None
+
+
+def _largest(batch: Batch, plan: Plan) -> int:
+    """Tokens of the largest microbatch."""
+    return max(rows.tokens for rows in _rows(batch, plan))
 
 
 def short(count: int) -> str:

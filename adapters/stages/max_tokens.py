@@ -1,7 +1,7 @@
 """run.max_tokens = "auto": from the peak memory of ever larger trials of a gradient, not their time."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -17,7 +17,7 @@ from .peaks import Curve, Trial, at_most, curve
 MOST = {"cpu": 4096, "cuda": 32768}  # larger microbatches are not faster
 SHARE = 0.5  # of the free memory: of a trial, and of a microbatch
 SHARE_OF_ONE = 0.75  # of a microbatch of one sequence, before its gradient is recomputed instead
-FIRST = 64  # tokens of the first trial; each other has twice as many
+FIRST = 16  # tokens of the first trial; each other has twice as many
 AT_LEAST = 240  # tokens of the largest trial, if they fit; a whole number of sequences is near 256
 BEYOND, BEYOND_IN_ONE = 16, 4  # how far the curve is extended: in sequences, and within one
 MIB = 2**20
@@ -36,6 +36,9 @@ class Passes(NamedTuple):
     @property
     def longest(self) -> int:
         return self.prompt_tokens + self.response_tokens
+
+
+Compute: TypeAlias = Callable[[Passes, Batch, Forward, int], None]
 
 
 class Choice(NamedTuple):
@@ -79,16 +82,28 @@ def choose(passes: Passes, room: float | None = None) -> Choice:
     return Choice(chosen, recompute, found, f"{line}{room / 2**30:.1f} GiB free{how}")
 
 
-def explore(passes: Passes, room: float, most: int) -> list[Trial]:
-    """Gradients of ever larger microbatches; none is predicted to take more than half of `room`.
+def gradient(passes: Passes, batch: Batch, forward: Forward, size: int) -> None:
+    """A gradient over one microbatch, the pass that takes most."""
+    p_NR = funcprobe.response_mask(batch).double()
+    funcprobe.weighted_grad(passes.params, batch, p_NR, p_NR, forward, size)
+
+
+def along(passes: Passes, batch: Batch, forward: Forward, size: int) -> None:
+    """Tangents over one microbatch, which hold the activations of a layer."""
+    funcprobe.tangents(passes.params, batch, passes.params, forward, size)
+
+
+def explore(passes: Passes, room: float, most: int, compute: Compute = gradient) -> list[Trial]:
+    """Passes over ever larger microbatches; none is predicted to take more than half of `room`.
 
     Up to the size from which the curve is extended to the one that will be chosen; no further where
-    the longest sequence is seen not to fit. No trial if memory runs out on the first.
+    the longest sequence is seen not to fit. Where that is after the first, one of half its size, which
+    shows what is fixed and what grows. No trial if memory runs out on the first.
     """
     peak = memory.peak_meter(*passes.devices)
     trials: list[Trial] = []
     tokens = FIRST
-    while (trial := _trial(passes, tokens, peak)) is not None:
+    while (trial := _trial(passes, tokens, peak, compute)) is not None:
         trials.append(trial)
         known = _measured(trials)
         found = curve(known, passes.longest)
@@ -96,7 +111,8 @@ def explore(passes: Passes, room: float, most: int) -> list[Trial]:
         if _is_enough(known, found, room, most):
             break
         if at_most(known, found, _whole(passes, tokens)) > SHARE * room:
-            break
+            smaller = _trial(passes, FIRST // 2, peak, compute) if len(trials) == 1 else None
+            return _measured(trials) if smaller is None else [smaller, *trials]
     return _measured(trials)
 
 
@@ -128,8 +144,8 @@ def recomputing(forward: Forward) -> Forward:
     return fields._replace(recompute=True) if "recompute" in forward._fields else forward
 
 
-def _trial(passes: Passes, tokens: int, peak: Callable[[], float]) -> Trial | None:
-    """The gradient of a microbatch of about `tokens`; None if memory ran out.
+def _trial(passes: Passes, tokens: int, peak: Callable[[], float], compute: Compute) -> Trial | None:
+    """A pass over a microbatch of about `tokens`; None if memory ran out.
 
     Of one sequence, shortened like the longest, or of several of the longest ones.
     """
@@ -141,8 +157,7 @@ def _trial(passes: Passes, tokens: int, peak: Callable[[], float]) -> Trial | No
     forward = passes.forward._replace(halved=halves.append, ranks=ALONE)
     peak()
     try:
-        p_NR = funcprobe.response_mask(batch).double()
-        funcprobe.weighted_grad(passes.params, batch, p_NR, p_NR, forward, size)
+        compute(passes, batch, forward, size)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -66,18 +66,20 @@ def _is_close(found: Curve, trials: Sequence[Trial]) -> bool:
 
 
 def _least_squares(trials: Sequence[Trial], longest: int, terms: Sequence[int]) -> Curve:
-    """The least sum of squared relative deviations; of the given terms, none is negative."""
+    """The least sum of squared deviations, relative but for noise; of these terms, none is negative."""
     tokens_M = torch.tensor([float(trial.tokens) for trial in trials], dtype=torch.float64)
-    peak_M = torch.tensor([max(trial.peak, 1.0) for trial in trials], dtype=torch.float64)
+    peak_M = torch.tensor([trial.peak for trial in trials], dtype=torch.float64)
+    scale_M = peak_M.clamp(min=NOISE / TOLERANCE)
     pairs_M = tokens_M * tokens_M.clamp(max=longest)
-    terms_MK = torch.stack([torch.ones_like(tokens_M), tokens_M, pairs_M], 1) / peak_M[:, None]
-    best, least = [0.0, 0.0, 0.0], float(len(trials))  # of the curve that is 0
+    terms_MK = torch.stack([torch.ones_like(tokens_M), tokens_M, pairs_M], 1) / scale_M[:, None]
+    target_M = peak_M / scale_M
+    best, least = [0.0, 0.0, 0.0], float(target_M.square().sum())  # of the curve that is 0
     for count in range(1, len(terms) + 1):
         for chosen in itertools.combinations(terms, count):
             scale_K = terms_MK[:, list(chosen)].norm(dim=0)
             design_MK = terms_MK[:, list(chosen)] / scale_K
-            found_K = torch.linalg.lstsq(design_MK, torch.ones_like(peak_M), driver="gelsd").solution
-            error = float((design_MK @ found_K - 1).square().sum())
+            found_K = torch.linalg.lstsq(design_MK, target_M, driver="gelsd").solution
+            error = float((design_MK @ found_K - target_M).square().sum())
             if bool((found_K >= 0).all()) and error < least - 1e-12:
                 least, best = error, [0.0, 0.0, 0.0]
                 for term, value in zip(chosen, (found_K / scale_K).tolist(), strict=True):

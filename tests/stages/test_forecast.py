@@ -13,6 +13,7 @@ from funcprobe.adapters.console import Narrator, duration
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
 from funcprobe.adapters.stages import forecast as module
 from funcprobe.adapters.stages.forecast import Forecast, Part, forecast, forecast_line, short
+from funcprobe.adapters.stages.peaks import Curve
 from funcprobe.adapters.stages.plan import load as load_plan
 from support.checkpoints import sets
 
@@ -111,6 +112,23 @@ def test_a_trial_that_fails_leaves_the_tokens(monkeypatch, checkpoint, tmp_path)
     found = forecast(load_plan(config, Narrator()), Narrator())
     assert found.seconds is None
     assert "some" not in forecast_line(found)
+
+
+@pytest.mark.parametrize("level", ["off", "summary"])
+def test_the_peak_is_of_the_largest_pass(monkeypatch, checkpoint, tmp_path, level):
+    """With attribution gradients go over E in 16 blocks, here of three sequences; U has four of 11."""
+    (tmp_path / "c.toml").touch()
+    given = {"sampling.B_E": 40, "sampling.B_U": 2, "sampling.G": 2}
+    given |= {"run.max_tokens": 100, "attribution.level": level}
+    config = read_config(tmp_path / "c.toml", sets(checkpoint.settings() | given)[1::2])
+    plan = load_plan(config, Narrator())
+    monkeypatch.setattr(module.memory, "now", lambda _: 10**9)
+    monkeypatch.setattr(module.memory, "can_measure", lambda _: True)
+    for gradient, tangents in ((1e4, 1.0), (1.0, 1e4)):  # bytes a token
+        curves = [Curve(0.0, gradient, 0.0, 11), Curve(0.0, tangents, 0.0, 11)]
+        monkeypatch.setattr(module, "_curve", lambda *_, of=curves: of.pop(0))
+        tokens = (module.peak_memory(plan) - 10**9) / 1e4
+        assert 30 <= tokens <= 40 if gradient > tangents and level != "off" else 70 <= tokens <= 100
 
 
 def test_a_dry_run_says_time_and_memory_and_writes_nothing(command, checkpoint):
