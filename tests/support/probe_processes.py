@@ -46,11 +46,11 @@ def shared_and_alone(seen: list[dict[str, Any]]) -> Any:
         return forward._replace(hidden=hidden)
 
     def both(*given: Any) -> Any:
-        together: Together = given[-1]
+        together: Together = given[5]
         steps, tokens = [], []
         for group in (together, Together()):
             counted[0] = 0
-            steps.append(original(*given[:-1], group))
+            steps.append(original(*given[:5], group, *given[6:]))
             tokens.append(counted[0])
         numbers = [probe.numbers(step) for step in steps]
         seen.append({"size": together.size, "numbers": numbers, "tokens": tokens})
