@@ -42,7 +42,7 @@ def main() -> None:
     given = {
         "policy.checkpoint": str(made / "checkpoint-1"),
         "prompts.source": str(made / "prompts.jsonl"),
-        "reward.function": f"{made / 'rewards.py'}:length",
+        "reward.function": f"{made / 'rewards.py'}:third",
         "optimizer.accept_positional": True,
         "run.folder": str(made / "runs"),
         "run.report": False,
@@ -105,7 +105,10 @@ def _make(folder: Path, shape: str) -> None:
     rows = [{"prompt": f"{a}+{b}=" * 5} for a in range(10, 20) for b in range(10, 20)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
-    reward = "def length(completions, **_):\n    return [float(len(text)) for text in completions]\n"
+    # The tokenizer has few of the model's tokens, so that most responses are empty texts.
+    reward = (
+        "def third(completions, **_):\n    return [float(i % 3) for i in range(len(completions))]\n"
+    )
     (folder / "rewards.py").write_text(reward, encoding="utf-8")
 
 
