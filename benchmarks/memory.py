@@ -67,7 +67,7 @@ def main() -> None:
     results = json.loads((made / "runs" / "probe" / "results.json").read_text(encoding="utf-8"))
     for stage in results["cost"]["stages"]:
         print(
-            f"  {stage['name']}: {stage['process_peak_bytes'] / GIB:.2f} GiB, {stage['seconds']:.0f} s"
+            f"  {stage['stage']}: {stage['process_peak_bytes'] / GIB:.2f} GiB, {stage['seconds']:.0f} s"
         )
     print(
         f"max_tokens {results['conventions']['max_tokens']}, peak {peak / GIB:.2f} GiB, "
