@@ -11,10 +11,10 @@ from .. import tree
 from ..autodiff.transforms import refuse_differentiated
 from ..policy.forward import Forward
 from ..policy.layers import NotLayeredError
-from ..policy.layout import MAX_TOKENS, collate, gather, response_mask
+from ..policy.layout import MAX_TOKENS, collate, gather, microbatches, response_mask
 from ..policy.rows import Rows
 from ..policy.trials import attempt
-from ..ranks import ALONE, added
+from ..ranks import added
 from ..statistics.evaluation import evaluate, gradient_coefficients
 from ..types import Batch, Entropy, Params, UpdateBatch
 from .head import head_gradient
@@ -40,17 +40,14 @@ def weighted_grad(
     inside a transform that differentiates `params`, as all derivatives here do.
     """
     refuse_differentiated(params)
-    total = zero_gradient(params)
 
     def one(rows: Rows, recompute: bool = forward.recompute) -> list[Params]:
-        hidden_TD, pull = pullback(params, rows, forward, recompute=recompute)
-        p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
-        grad_TD, grads = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
-        return [pull(grad_TD), *grads]
+        return _of_rows(params, rows, p_NR, q_NR, forward, recompute=recompute)
 
     def smaller() -> Callable[[Rows], list[Params]] | None:
         return None if unlayered(params, forward) else partial(one, recompute=True)
 
+    total = zero_gradient(params)
     for _, grads in in_microbatches(one, batch, max_tokens, forward, smaller=smaller):
         for part in grads:
             total = accumulate(total, part)
@@ -91,14 +88,17 @@ def unlayered(params: Params, forward: Forward) -> str | None:
     Found with three short responses, whose gradient must be that without recomputation.
     """
     batch = collate([[0, 1], [0, 1], [1]], [[1, 0, 0, 1], [0, 1, 1], [0, 1]], [0, 0, 1])
-    p_NR, alone = response_mask(batch).double(), forward._replace(ranks=ALONE)
+    p_NR = response_mask(batch).double()
+
+    def gradient(recompute: bool) -> Params:
+        total = zero_gradient(params)
+        for rows in microbatches(batch, MAX_TOKENS, forward.layout):
+            for part in _of_rows(params, rows, p_NR, -p_NR, forward, recompute=recompute):
+                total = accumulate(total, part)
+        return on_cpu(total)
 
     def both() -> tuple[Params, Params]:
-        plain, again = (
-            weighted_grad(params, batch, p_NR, -p_NR, alone._replace(recompute=recompute))
-            for recompute in (False, True)
-        )
-        return plain, again
+        return gradient(False), gradient(True)
 
     try:
         found = attempt(both)
@@ -107,12 +107,31 @@ def unlayered(params: Params, forward: Forward) -> str | None:
     if isinstance(found, str):
         return found
     plain, again = found
-    difference = tree.norm(tree.axpy(-1.0, plain, again)) / tree.norm(plain)
+    difference, size = tree.norm(tree.axpy(-1.0, plain, again)), tree.norm(plain)
     eps = torch.finfo(forward.coarsest).eps
     # As in `rounding`: half precision would hide anything behind more than a few units.
-    if not difference <= (4 if eps > 1e-4 else 1000) * eps:
-        return f"a layer reads or keeps more than it is given: gradients differ by {difference:.2g}"
+    if not difference <= (4 if eps > 1e-4 else 1000) * eps * size:
+        return (
+            "a layer reads or keeps more than it is given: gradients differ by "
+            f"{difference:.2g}, of {size:.2g}"
+        )
     return None
+
+
+def _of_rows(
+    params: Params,
+    rows: Rows,
+    p_NR: Float[Tensor, "N R"],
+    q_NR: Float[Tensor, "N R"],
+    forward: Forward,
+    *,
+    recompute: bool,
+) -> list[Params]:
+    """The gradient of one microbatch, in parts that are to be added."""
+    hidden_TD, pull = pullback(params, rows, forward, recompute=recompute)
+    p_T, q_T = gather(p_NR, rows), gather(q_NR, rows)
+    grad_TD, grads = head_gradient(params, hidden_TD, rows.target_T, p_T, q_T, forward)
+    return [pull(grad_TD), *grads]
 
 
 def zero_gradient(params: Params) -> Params:

@@ -136,7 +136,8 @@ class _Layer:
 
     def inputs(self) -> list[Tensor]:
         """Everything that a gradient may be asked for; all but the activations are leaves."""
-        own = [*self.own.values(), *self.reads]
+        # Each tensor once: of one under two names, the gradient in either is the whole.
+        own = list({id(t): t for t in (*self.own.values(), *self.reads)}.values())
         if not all(t.is_leaf for t in own):
             raise NotLayeredError("its parameters are no leaves of autograd")
         return [*(self.leaves[i] for i in self.active), *own]
@@ -161,9 +162,11 @@ class _Layer:
 
     def _compute(self, leaves: list[Any]) -> list[Tensor]:
         args, kwargs = optree.tree_unflatten(self.structure, leaves)
+        before = _versions(leaves)
         out = functional_call(_Called(self.layer), self.own, (args, kwargs), tie_weights=False)
         after, structure = _flat((args, kwargs))
-        if structure != self.structure or any(a is not b for a, b in zip(after, leaves, strict=True)):
+        same = structure == self.structure and all(a is b for a, b in zip(after, leaves, strict=True))
+        if not same or _versions(leaves) != before:
             raise NotLayeredError(
                 f"{type(self.layer).__name__} changes its arguments, as layers that share keys do"
             )
@@ -222,6 +225,11 @@ class _Again(torch.autograd.Function):
 
 def _flat(tree: Any) -> tuple[list[Any], Any]:
     return optree.tree_flatten(tree)
+
+
+def _versions(leaves: Sequence[Any]) -> list[int]:
+    """How often each tensor was written to."""
+    return [x._version for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
 
 
 @contextmanager

@@ -195,6 +195,68 @@ def test_models_whose_layers_cannot_be_computed_again_are_told(monkeypatch):
     assert "gradients differ" in reason
 
 
+def test_a_weight_that_a_layer_has_twice_is_counted_once():
+    torch.manual_seed(2)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).double().eval()
+    model.get_input_embeddings().padding_idx = None
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
+    params, plain, again = pair(model)
+    grads = [funcprobe.weighted_grad(params, BATCH, P_NR, Q_NR, f) for f in (again, plain)]
+    for name, expected in grads[1].items():
+        torch.testing.assert_close(grads[0][name], expected, rtol=1e-12, atol=1e-12)
+    assert unlayered(params, plain) is None
+
+
+def test_memory_that_is_out_for_the_trial_as_well_is_the_error():
+    params, plain, _ = pair(make_policy())
+    calls = []
+
+    def hidden(given, rows):
+        calls.append(rows)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        funcprobe.weighted_grad(params, BATCH, P_NR, Q_NR, plain._replace(hidden=hidden))
+    assert len(calls) < 10  # halved, and tried once: no trial within the trial
+
+
+def test_a_registry_without_effect_on_the_trial_can_be_computed_again():
+    model = make_policy(adapter="all-linear")
+    params, plain, _ = pair(model)
+    still = plain._replace(
+        logits=lambda given, hidden_TD: 0 * plain.logits(given, hidden_TD), readout=None
+    )
+    assert unlayered(params, still) is None
+
+
+class Writes(nn.Module):
+    """A layer that adds to its argument in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x.add_(self.linear(x))
+
+
+class OfWriters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Writes(), Writes()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_write_into_their_argument_are_refused():
+    with LayerByLayer(), pytest.raises(NotLayeredError, match="Writes changes its arguments"):
+        layered(OfWriters())(torch.ones(2, 3))
+
+
 class Shared(nn.Module):
     """A layer that passes its keys on in a dict, as Gemma 3n's do."""
 
