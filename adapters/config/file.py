@@ -14,6 +14,8 @@ from funcprobe.types import InputError
 from .paths import resolve
 from .schema import Config, Section
 
+_WITH_SECRETS = {"server.url", "server.api_key_env"}  # where a password or key may be by mistake
+
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """TOML file and `section.key=value` overrides -> Config; InputError, one line, if invalid.
@@ -105,7 +107,8 @@ def _one_line(error: ValidationError) -> str:
         if first["type"] == "tuple_type":
             reason = "a list is expected, such as [1e-5, 1e-4]"
         found = first["input"]
-        shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+        show = isinstance(found, str | int | float | bool) and where not in _WITH_SECRETS
+        shown = f" (found {found!r})" if show else ""
         message = f"{where}: {reason}{shown}" if where else reason
     return message + (f"; and {len(rest)} more" if rest else "")
 

@@ -41,6 +41,9 @@ class ServerConfig(Section):
         if url is None:
             return url
         parts = urlsplit(url)
+        if not url.isprintable() or " " in url:
+            raise ValueError("has a space or a character that cannot be printed: remove it")
+        parts.port  # noqa: B018 ValueError, with the reason, if it is none
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError('an address such as "http://localhost:8000" is expected')
         if parts.username is not None or parts.password is not None:

@@ -20,7 +20,7 @@ from funcprobe.ranks import ALONE, Ranks
 from funcprobe.types import InputError
 
 from .launcher import local_rank
-from .watch import Watch
+from .watch import JOINING, Watch
 
 T = TypeVar("T")
 
@@ -127,8 +127,14 @@ def join(status_of: Callable[[World], tuple[str | None, int]]) -> NoReturn:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://"))
-    watch = Watch(rank, size, store, os.environ["MASTER_ADDR"])
+    try:
+        limit = timedelta(seconds=JOINING)
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        watch = Watch(rank, size, store, os.environ["MASTER_ADDR"])
+        store.set_timeout(PATIENCE)  # from here on the watch ends what waits
+    except (OSError, dist.DistError) as error:
+        _say_alone(error)
+        sys.exit(2)
     if rank:
         silent = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 until the process ends
         sys.stdout = sys.stderr = silent
@@ -148,6 +154,15 @@ def join(status_of: Callable[[World], tuple[str | None, int]]) -> NoReturn:
     watch.succeed()
     dist.destroy_process_group()
     sys.exit(0)
+
+
+def _say_alone(error: Exception) -> None:
+    number, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    sys.stderr.write(
+        f"funcprobe: rank {number} of {size} does not find the others ({reason}): start all of them by "
+        "one torchrun or accelerate launch; to run alone, unset RANK and WORLD_SIZE\n"
+    )
 
 
 def ranks_of(group: Any = None) -> Ranks:

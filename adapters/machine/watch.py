@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
+JOINING = 300  # seconds in which all processes of a launch are to come
 SILENCE = 20  # seconds without a sign of the other machine's kernel
 ANSWER = 10.0  # seconds for an answer of a process that is alive
 GRACE = 2.0  # seconds in which a reason for SIGTERM may be found, as that another rank is gone
@@ -89,7 +90,7 @@ class Watch:
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
-            server.settimeout(300)
+            server.settimeout(JOINING)
             token = secrets.token_hex(16)
             store.set("funcprobe/watch", f"{server.getsockname()[1]} {token}")
             while len(self._peers) < len(self._done):
@@ -176,7 +177,7 @@ def _keep_alive(connection: socket.socket) -> None:
 def _lines(connection: socket.socket) -> Any:
     """Lines until the connection ends, in whatever way."""
     try:
-        with connection.makefile("r", encoding="ascii") as stream:
+        with connection.makefile("r", encoding="ascii", errors="backslashreplace") as stream:
             for line in stream:
                 yield line.strip()
     except OSError:

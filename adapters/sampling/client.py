@@ -101,7 +101,7 @@ async def _post(client: httpx2.AsyncClient, config: ServerConfig, call: Call) ->
     status, text = await _answer(config, sent, call.most_bytes)
     if status != 200:
         raise InputError(
-            f"{config.url} rejects the request with status {status} ({_reason(text)}): check "
+            f"{config.url} rejects the request with status {status} ({_reason(text, config)}): check "
             "server.url, server.model, server.api_key_env and the length of prompts"
         )
     return text
@@ -139,7 +139,7 @@ async def _answer(
     except httpx2.TransportError as error:
         raise AnswerError(_of_transport(error, config)) from error
     if answer.status_code in BUSY or answer.status_code >= 500:
-        raise AnswerError(f"status {answer.status_code} ({_reason(text)})")
+        raise AnswerError(f"status {answer.status_code} ({_reason(text, config)})")
     return answer.status_code, text
 
 
@@ -167,11 +167,19 @@ def _client(config: ServerConfig) -> httpx2.AsyncClient:
                 f"{'has no key of printable characters' if key else 'is not set'}: export it"
             )
         headers["Authorization"] = f"Bearer {key}"
-    return httpx2.AsyncClient(
-        headers=headers,
-        timeout=httpx2.Timeout(config.timeout, connect=min(30.0, config.timeout)),
-        limits=httpx2.Limits(max_connections=config.concurrency),
-    )
+    try:
+        httpx2.URL(f"{config.url}/v1/models")
+        return httpx2.AsyncClient(
+            headers=headers,
+            timeout=httpx2.Timeout(config.timeout, connect=min(30.0, config.timeout)),
+            limits=httpx2.Limits(max_connections=config.concurrency),
+        )
+    except httpx2.InvalidURL as error:
+        raise InputError(f"server.url = {excerpt(str(config.url))} is no address: {error}") from error
+    except ValueError as error:  # of a proxy that the environment names
+        raise InputError(
+            f"{error}: check the variables HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
+        ) from error
 
 
 def _of_transport(error: httpx2.TransportError, config: ServerConfig) -> str:
@@ -182,7 +190,10 @@ def _of_transport(error: httpx2.TransportError, config: ServerConfig) -> str:
     return f"half an answer ({excerpt(str(error) or type(error).__name__)})"
 
 
-def _reason(text: str) -> str:
+def _reason(text: str, config: ServerConfig) -> str:
+    """The beginning of an answer, which may repeat the key that was sent."""
+    key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+    text = text.replace(key, "***") if key else text
     return excerpt(text[:200].strip() or "no reason given")
 
 

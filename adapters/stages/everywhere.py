@@ -10,7 +10,6 @@ from ..config.file import to_toml
 from ..config.schema import Config
 from ..machine.launcher import local_size
 from ..machine.ranks import World
-from .microbatch import Size
 
 # Copies of one file on several machines have times of their own (store.fingerprint_path).
 _MODIFIED = re.compile(r", modified \d+")
@@ -38,15 +37,6 @@ def refuse_shared_devices(config: Config) -> None:
             f"policy.device_map splits the model over this machine's devices, which {local_size()} "
             "processes would share: start one process a machine (--nproc-per-node 1)"
         )
-
-
-def least_size(size: Size, world: World) -> Size:
-    """The least that any process found; recomputing gradients where any has to."""
-    every = world.gathered(size)
-    return size._replace(
-        max_tokens=min(one.max_tokens for one in every),
-        recompute=any(one.recompute for one in every),
-    )
 
 
 def _without_times(value: Any) -> Any:

@@ -24,7 +24,7 @@ def gradients_on_U(
     params, update = plan.policy.params, batches.update
     inputs = {
         "policy": plan.inputs["policy"],
-        "max_tokens": plan.max_tokens,
+        **plan.cut,
         "temperature": plan.temperature,
         "coef": [update.coef_NR, update.entropy_coef_NR],
         "update": update.batch,

@@ -89,7 +89,7 @@ def update_statistics(
     inputs = {
         "policy": plan.inputs["policy"],
         "params": params,
-        "max_tokens": plan.max_tokens,
+        **plan.cut,
         "temperature": plan.temperature,
         "update": batch,
     }

@@ -77,7 +77,8 @@ def resolve(
 
     An earlier choice is kept since every result depends on it in rounding, so that stored ones would
     be computed again. It is one for the same base, shapes, longest sequence and device; `policy`: what
-    determines the distribution (`plan.inputs`), whose adapter's values do not matter here.
+    determines the distribution (`plan.inputs`), whose adapter's values do not matter here. Of several
+    processes the least that one of them finds, which is the choice that is kept.
     """
     asked = config.run.max_tokens
     if asked != "auto":
@@ -88,8 +89,20 @@ def resolve(
         "sequence": [passes.prompt_tokens, passes.response_tokens],
         "layout": passes.forward.layout,
     }
-    room = memory.free(*passes.devices)
     before = _size(stages.recall(STAGE, inputs))
+    own = _own(before, passes, narrator)
+    size = smallest(stages.world.gathered(own))
+    if size[:2] != own[:2]:
+        how = ", gradients recomputed layer by layer" if size.recompute else ""
+        narrator.say(f"run.max_tokens = {size.max_tokens} (auto): the least of all processes{how}")
+    if size != before and size.curve is not None:
+        stages.remember(STAGE, inputs, size)
+    return size
+
+
+def _own(before: Size | None, passes: Passes, narrator: Narrator) -> Size:
+    """Of this process: an earlier choice that still fits, else by trials."""
+    room = memory.free(*passes.devices)
     if before is not None and _peak(before) <= STILL * room:
         how = ", gradients recomputed layer by layer" if before.recompute else ""
         narrator.say(
@@ -100,10 +113,7 @@ def resolve(
     with narrator.phase("size of microbatches"):
         found = max_tokens.choose(passes, room)
     narrator.say(found.message)
-    size = Size(found.max_tokens, found.recompute, found.curve)
-    if size.curve is not None:
-        stages.remember(STAGE, inputs, size)
-    return size
+    return Size(found.max_tokens, found.recompute, found.curve)
 
 
 def smallest(sizes: Sequence[Size]) -> Size:

@@ -37,7 +37,7 @@ from ..store import Stages
 from .chosen_loss import ChosenLoss, choose_loss
 from .differences import differences
 from .dropout import dropout_masks
-from .everywhere import least_size, refuse_shared_devices
+from .everywhere import refuse_shared_devices
 from .inputs import inputs_of
 from .max_tokens import Passes, recomputing
 from .microbatch import Size, longest, reporting, require_positions, resolve, with_size
@@ -80,6 +80,12 @@ class Plan(NamedTuple):
     def max_tokens(self) -> int:
         """run.max_tokens, or the number found for "auto"."""
         return self.size.max_tokens
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """How passes are cut, on which results depend in rounding alone: for the keys of stages."""
+        size = self.world.size
+        return {"max_tokens": self.max_tokens} | ({"processes": size} if size > 1 else {})
 
     def passes(self) -> Passes:
         """What a trial of this plan's gradients is made of: by this process alone."""
@@ -169,7 +175,6 @@ def load(
         narrator.say(line)
     passes = Passes(policy.params, forward, *sequence, vocabulary(policy), devices_of(policy.model))
     size = resolve(config, passes, narrator, stages, inputs["policy"])
-    size = least_size(size, stages.world)
     # Not earlier: trials are each process's own.
     forward, *masks = (one._replace(ranks=stages.world.ranks()) for one in (forward, *masks))
     return Plan(

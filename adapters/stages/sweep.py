@@ -132,12 +132,10 @@ def state_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:
     """The inputs of E's statistics, for the keys of stages."""
     return {
         "policy": plan.inputs["policy"],
-        "max_tokens": plan.max_tokens,
+        **plan.cut,
         "eval": batches.eval_batch,
         "temperature": plan.temperature,
         "sampler_logp": batches.sampler_logp_NR,
-        # By how many processes microbatches are cut finer changes nothing but rounding, as their size.
-        **({"processes": plan.world.size} if plan.world.size > 1 else {}),
     }
 
 

@@ -278,6 +278,23 @@ def test_a_file_that_cannot_be_used(tmp_path, text, said) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('url = "http://me:hunter2@host"', "has a user or a password: name an environment variable"),
+        ('url = "http://host/?key=hunter2"', "has a query or a fragment"),
+        ('api_key_env = "sk-hunter2"', "server.api_key_env: String should match pattern"),
+        ('url = "http://host:99999/hunter2"', "Port out of range"),
+        ('url = "http://host/\\u001bhunter2"', "a character that cannot be printed: remove it"),
+        ('url = "http://a host"', "has a space"),
+    ],
+)
+def test_an_address_or_a_key_in_the_wrong_place_is_not_repeated(tmp_path, text, said) -> None:
+    message = refusal(tmp_path, f"[server]\n{text}")
+    assert said in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
     "override", ["zork", "a=b", "a.b.c.d=1", "=1", "run.=1", ".x=1", "run.seed", ""]
 )
 def test_an_override_of_another_form(tmp_path, override) -> None:

@@ -1,13 +1,15 @@
 """Real processes add in rank order, have the first one's answers, and see that they disagree."""
 
+import socket
 from pathlib import Path
 
+import pytest
 import torch
 
-from funcprobe.adapters.machine import launcher
+from funcprobe.adapters.machine import launcher, ranks, watch
 from funcprobe.adapters.machine.ranks import World
 from funcprobe.ranks import ALONE
-from support.rank_processes import start_ranks
+from support.rank_processes import free_port, start_ranks
 
 SIZE = 3
 
@@ -53,3 +55,28 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert (launcher.local_rank(), launcher.local_size()) == (1, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")  # a launcher of one process
     assert not launcher.launched()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_launch_of_which_the_others_do_not_come_is_a_line(monkeypatch, capsys, rank):
+    """As where a training's variables are inherited by a command that is started alone."""
+    values = (str(rank), "2", "127.0.0.1", str(free_port()))
+    for name, value in zip(launcher.VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "JOINING", 1)
+    with pytest.raises(SystemExit) as ended:
+        ranks.join(lambda _: pytest.fail("no others are there"))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"funcprobe: rank {rank} of 2 does not find the others (")
+    assert "unset RANK and WORLD_SIZE" in line
+
+
+def test_bytes_of_a_stranger_are_a_line_like_another():
+    """A scan of ports sends whatever it likes, which must not end a run."""
+    here, stranger = socket.socketpair()
+    stranger.sendall(b"\x16\x03\xff\xfe\n")
+    stranger.close()
+    with here:
+        (line,) = watch._lines(here)
+    assert line.isascii()

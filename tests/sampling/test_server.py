@@ -127,8 +127,24 @@ def test_a_key_is_sent_and_shown_nowhere(policy, stand_in, monkeypatch) -> None:
     monkeypatch.setenv("KEY_OF_THE_TEST", KEY)
     sampled(policy, stand_in, settings(), api_key_env="KEY_OF_THE_TEST")
     assert stand_in.headers[0]["Authorization"] == f"Bearer {KEY}"
-    stand_in.fault = lambda *_: "400"
-    assert KEY not in refusal(policy, stand_in, api_key_env="KEY_OF_THE_TEST")
+    for fault in ("400", "500"):  # which repeat it
+        stand_in.fault = lambda *_, fault=fault: fault
+        message = refusal(policy, stand_in, api_key_env="KEY_OF_THE_TEST")
+        assert KEY not in message
+        assert "dead, Bearer ***" in message
+
+
+@pytest.mark.parametrize("url", ["http://\u2603.net", "http://exa\xadmple"])
+def test_an_address_that_is_none_is_a_line(policy, url) -> None:
+    with pytest.raises(InputError) as caught:
+        client.require_model(ServerConfig.model_construct(url=url, model="policy"))
+    assert "is no address" in str(caught.value)
+    assert str(caught.value).isascii()
+
+
+def test_a_proxy_that_is_none_is_a_line(policy, stand_in, monkeypatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "nonsense://proxy")
+    assert "check the variables HTTP_PROXY" in refusal(policy, stand_in)
 
 
 # What is read

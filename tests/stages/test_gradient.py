@@ -11,7 +11,12 @@ import torch
 
 import funcprobe
 from funcprobe.adapters.checkpoint.toy import ensure_toy
-from funcprobe.adapters.stages.gradient import verify_state
+from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.machine.ranks import World
+from funcprobe.adapters.stages.gradient import gradients_on_U, verify_state
+from funcprobe.adapters.stages.loss import update_statistics
+from funcprobe.adapters.stages.plan import Plan
+from funcprobe.adapters.stages.sweep import state_inputs
 from funcprobe.types import InputError, Step
 from support.checkpoints import sets
 
@@ -111,3 +116,39 @@ def test_a_checkpoint_without_names(command, tmp_path) -> None:
         outcome = command("check", "c.toml", *sets(given | {"optimizer.accept_positional": accept}))
         assert outcome.status == 2
         assert "another order (k_proj and v_proj exchanged)" in outcome.err
+
+
+def test_what_is_stored_says_how_many_processes_cut_it() -> None:
+    """For one number of processes results are bit-identical; another rounds its sums otherwise."""
+
+    def keys(size: int) -> list[Any]:
+        asked: list[Any] = []
+        world = World(0, size)
+        plan: Any = SimpleNamespace(
+            inputs={"policy": {}},
+            policy=SimpleNamespace(params={}),
+            temperature=1.0,
+            max_tokens=64,
+            masks=[],
+            world=world,
+            cut=Plan.cut.fget(SimpleNamespace(max_tokens=64, world=world)),
+        )
+        batch = SimpleNamespace(prompt_N=[])
+        update = SimpleNamespace(coef_NR=None, entropy_coef_NR=None, batch=batch, moves=True)
+        batches: Any = SimpleNamespace(update=update, eval_batch=None, sampler_logp_NR=None)
+
+        def tensors(stage: str, inputs: Any, *_: Any) -> None:
+            asked.append((stage, inputs))
+
+        stages: Any = SimpleNamespace(tensors=tensors)
+        narrator: Any = Narrator()
+        gradients_on_U(plan, batches, stages, narrator)
+        update_statistics(plan, update.batch, {}, "statistics of U", stages, narrator)
+        return [*asked, ("E", state_inputs(plan, batches))]
+
+    one, two, three = keys(1), keys(2), keys(3)
+    assert [stage for stage, _ in one] == ["gradient", "update-stats", "E"]
+    assert all(key["max_tokens"] == 64 and "processes" not in key for _, key in one)
+    for (_, a), (_, b) in zip(two, three, strict=True):
+        assert (a.pop("processes"), b.pop("processes")) == (2, 3)
+    assert one == two == three

@@ -14,6 +14,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.machine import memory
+from funcprobe.adapters.machine.ranks import World
 from funcprobe.adapters.stages import max_tokens
 from funcprobe.adapters.stages.max_tokens import FIRST, MOST, Passes, choose
 from funcprobe.adapters.stages.microbatch import Size, resolve
@@ -226,6 +227,27 @@ def test_a_stored_size_is_kept_while_it_fits(tmp_path, monkeypatch):
         assert size(22e9) == 1024
     given = config.model_copy(update={"run": config.run.model_copy(update={"max_tokens": 77})})
     assert resolve(given, passes, Narrator(), stages, {}) == Size(77)
+
+
+def test_the_least_of_several_processes_is_the_one_that_is_kept(tmp_path, monkeypatch):
+    """Else the next run would begin with another size, and find none of this one's results."""
+    other = Size(256, True, Curve(0.0, 1e7, 0.0, 12))
+
+    class Two(World):
+        def gathered(self, value):
+            return [value, other] if isinstance(value, Size) else [value]
+
+    passes = Passes(PROBE.params, PROBE.forward, 7, 5, 11, (CPU,))
+    choice = max_tokens.Choice(1024, False, Curve(0.0, 1e7, 0.0, 12), "found")
+    monkeypatch.setattr(max_tokens, "choose", lambda *_: choice)
+    monkeypatch.setattr(memory, "free", lambda _: 22e9)
+    narrator = Narrator()
+    found = resolve(Config(), passes, narrator, Stages(tmp_path, world=Two()), {})
+    assert found == other
+    line = "run.max_tokens = 256 (auto): the least of all processes, gradients recomputed"
+    assert narrator.lines[-1].startswith(line)
+    monkeypatch.setattr(max_tokens, "choose", lambda *_: pytest.fail("a size is stored"))
+    assert resolve(Config(), passes, Narrator(), Stages(tmp_path), {}) == other
 
 
 def test_where_memory_cannot_be_measured_there_is_a_number(command, checkpoint, monkeypatch):

@@ -113,7 +113,8 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
 
         def answer(self, body: dict[str, Any], fault: str | None) -> None:
             if fault in {"500", "429", "400"}:
-                return self.send(int(fault), b'{"error": {"message": "the engine\\u001b[31m is dead"}}')
+                said = f"the engine\\u001b[31m is dead, {self.headers.get('Authorization')}"
+                return self.send(int(fault), f'{{"error": {{"message": "{said}"}}}}'.encode())
             if fault == "time-out":
                 stand_in.released.wait(20)
                 return self.send(500, b"")
