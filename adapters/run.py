@@ -27,6 +27,7 @@ from .stages.everywhere import require_same
 from .stages.first_order import predicted
 from .stages.forecast import forecast, forecast_line, peak_memory
 from .stages.influence import influences
+from .stages.microbatch import STAGE as SIZE
 from .stages.momentum import momentum_of
 from .stages.observables import Asked, asked_for, functions_of_E, observe
 from .stages.plan import Plan, load
@@ -142,7 +143,8 @@ def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) ->
         return
     with products(plan.config.policy.precision):
         found = forecast(plan, narrator, kl="kl_base" in asked.names)
-    stored = not fresh and (prepared.folder.parent / ".stages").is_dir()
+    left = (prepared.folder.parent / ".stages").glob("*")
+    stored = not fresh and any(not file.name.startswith(f"{SIZE}-") for file in left)
     narrator.say(forecast_line(found, stored=stored))
     narrator.expect(found.seconds)
 

@@ -78,8 +78,10 @@ def sweep(
 
 def _group(world: World, together: int) -> World:
     if world.size % together:
+        found = "1 process is" if world.size == 1 else f"{world.size} processes are"
         raise InputError(
-            f"--ranks-per-checkpoint {together}: {world.size} processes are no multiple of it"
+            f"--ranks-per-checkpoint {together}: {found} no multiple of it: start such a "
+            f"number, as by torchrun --standalone --nproc-per-node {together} -m funcprobe sweep"
         )
     return world if world.size == together else world.in_groups(together)
 

@@ -91,6 +91,13 @@ class PolicyConfig(Section):
     trust_remote_code: bool = Field(False, description="Execute modelling code from the hub.")
     max_trainable: Positive = Field(50_000_000, description="More trainable parameters are rejected.")
 
+    @field_validator("device_map", mode="before")
+    @classmethod
+    def _auto_or_table(cls, value: Any) -> Any:
+        if value is not None and value != "auto" and not isinstance(value, dict):
+            raise ValueError('"auto", or a table of modules and GPUs, is expected')
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _dtype_of_the_precision(cls, table: Any) -> Any:

@@ -75,6 +75,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _server_named(self) -> "Config":
         if self.sampling.engine == "server" and (self.server.url is None or self.server.model is None):
-            missing = "url" if self.server.url is None else "model"
-            raise ValueError(f'sampling.engine = "server" needs server.{missing}: set it')
+            missing = (
+                'url: the address, as "http://localhost:8000"'
+                if self.server.url is None
+                else "model: the name under which the server has the adapter"
+            )
+            raise ValueError(f'sampling.engine = "server" needs server.{missing}')
         return self

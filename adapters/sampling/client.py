@@ -201,8 +201,8 @@ def _give_up(config: ServerConfig, error: AnswerError, repeated: int) -> NoRetur
     times = "once" if repeated == 1 else f"{repeated} times"
     again = f", asked {times} more" if repeated else ""
     raise InputError(
-        f"{config.url} (server.url): {error}{again}: see the server's log; server.timeout, "
-        "server.retries and server.concurrency say how it is asked"
+        f"{config.url} (server.url): {error}{again}: check that a server is running there, and its "
+        "log; server.timeout, server.retries and server.concurrency say how it is asked"
     )
 
 

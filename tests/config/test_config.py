@@ -254,6 +254,10 @@ def test_a_byte_order_mark_is_no_error(tmp_path) -> None:
         ("[measure]\netas = [inf]", "finite number (found inf)"),
         ("[measure]\netas = [nan]", "finite number (found nan)"),
         ("[sampling]\nB_E = 1", "sampling.B_E: Input should be greater than or equal to 2 (found 1)"),
+        (
+            "[policy]\ndevice_map = 'atuo'",
+            "policy.device_map: \"auto\", or a table of modules and GPUs, is expected (found 'atuo')",
+        ),
         ("[policy]\ndtype = 'int8'", "'float64' (found 'int8')"),
         ("[optimizer]\nbetas = [0.9, 1.5]", "less than 1 (found 1.5)"),
         ("[optimizer]\nbetas = [-0.1, 0.9]", "greater than or equal to 0"),
