@@ -322,13 +322,13 @@ def test_responses_without_a_reward_do_not_count(ran, monkeypatch) -> None:
     reward_N = rewards_of_E(plan, batches, Narrator())
     reward_N[::3] = math.nan
     monkeypatch.setattr(command_module, "rewards_of_E", lambda *_: reward_N)
-    document = ask(ran.folder, ran.settings, "own", eta=1e-3)
+    document = ask(ran.folder, ran.settings, "own", eta=1e-4)
     assert document.reward is not None
     kept = ~reward_N.isnan()
     assert document.reward.value == pytest.approx(float(reward_N[kept].mean()))
     v = own.direction.total
     moved = funcprobe.token_stats(
-        tree.axpy(1e-3, v, plan.policy.params), batches.eval_batch, plan.forward
+        tree.axpy(1e-4, v, plan.policy.params), batches.eval_batch, plan.forward
     )
     w_N = (moved.logp_NR - own.stats.logp_NR).sum(1).exp()[kept]
     change = float((w_N * reward_N[kept]).sum() / w_N.sum() - reward_N[kept].mean())

@@ -120,7 +120,7 @@ def test_hostile_texts_are_read_as_text(hostile, open_page):
     assert page.title() == f"{visible(NAME)} – funcprobe"
     everything = _squeezed(page.locator("body").text_content())
     for name in ("issue", "svg onload", "template syntax", "end of a style", "right to left", "ANSI"):
-        assert everything.count(_squeezed(visible(PAYLOADS[name]))) > 2, name
+        assert everything.count(_squeezed(visible(PAYLOADS[name]))) > 1, name
 
 
 def test_the_file_holds_no_hostile_character(hostile):

@@ -55,7 +55,9 @@ def test_the_end_is_a_screen_and_names_what_is_left_out(document) -> None:
     document = document.model_copy(update={"rules": (own, *many)})
     text = shown(document, 80)
     assert len(text.splitlines()) <= 29
-    rows = [line for line in text.splitlines() if line.startswith(("own ", "mask:"))]
+    lines = text.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("rule "))
+    rows = [line for line in lines[header:] if line.startswith(("own ", "mask:"))]
     assert f"{len(many) + 1 - len(rows)} rules more with -v" in text
     assert rows[0].startswith("own ")
     largest = max(many, key=lambda one: one.entropy.difference.value)

@@ -38,7 +38,7 @@ def test_a_prompt_and_a_response_stand_in_the_log(ran, command, checkpoint):
 
 
 def test_responses_end_with_the_tokens_that_are_set(ran, command, checkpoint):
-    _, outcome = ran(sampling__eos_ids=[PLUS], sampling__B_E=40)
+    _, outcome = ran(sampling__eos_ids=[PLUS], sampling__B_E=160)
     assert f"responses end with {PLUS} '+' (sampling.eos_ids)" in outcome.err
     drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
     ended = [ids for ids in drawn.response_ids if PLUS in ids]
