@@ -126,11 +126,12 @@ class Stages(NamedTuple):
         report(found is not None)
         with tempfile.TemporaryDirectory() as scratch:
             own = Path(scratch) / f"{stage}.{suffix}"
+            kept = folder is not None and self.world.first
             if found is None:
                 compute(own)
-            else:
+            elif not kept:
                 own.write_bytes(found)
-            if folder is not None and self.world.first:
+            if folder is not None and kept:
                 path = _stage_path(folder, stage, inputs, suffix)
                 if found is None:
                     write_whole(path, lambda target: target.write_bytes(own.read_bytes()))

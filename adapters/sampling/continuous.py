@@ -205,10 +205,13 @@ def _generated(
         try:
             manager.start()
             while waiting:
+                runs = manager.is_running()  # asked before: what it makes at its end is in the queue
                 found = manager.get_result(timeout=1)
                 failed = manager.background_thread_status.fatal_error
                 if failed is not None:
                     raise failed
+                if found is None and not runs:
+                    raise RuntimeError("its thread ended before the responses")
                 if found is not None and found.error is not None:
                     raise RuntimeError(found.error)
                 if found is not None and found.is_finished():

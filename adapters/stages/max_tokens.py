@@ -1,7 +1,7 @@
 """run.max_tokens = "auto": from the peak memory of ever larger trials of a gradient, not their time."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -70,10 +70,11 @@ def choose(passes: Passes, room: float | None = None) -> Choice:
     why_not = funcprobe.unlayered(passes.params, passes.forward) if wanted else None
     recompute, found = wanted and why_not is None, ordinary
     if recompute:
-        trials = explore(passes._replace(forward=recomputing(passes.forward)), room, most)
+        again = passes._replace(forward=passes.forward._replace(recompute=True))
+        trials = explore(again, room, most)
         found = curve(trials, longest) if trials else None
     if found is None or found.peak(longest) > room:
-        raise _too_little(longest, None if found is None else found.peak(longest), room)
+        raise _too_little(longest, None if found is None else found.peak(longest), room, why_not)
     chosen = fitted(found, room=room, most=most)
     how = ", and gradients recompute layer by layer, about a forward more" if recompute else ""
     how = how if why_not is None else f", and gradients cannot recompute layer by layer: {why_not}"
@@ -138,14 +139,8 @@ def fitted(found: Curve, *, room: float, most: int) -> int:
     return max(found.longest, fits[-1] if fits else 0)
 
 
-def recomputing(forward: Forward) -> Forward:
-    """The forward whose gradients recompute layer by layer."""
-    fields: Any = forward
-    return fields._replace(recompute=True) if "recompute" in forward._fields else forward
-
-
 def _trial(passes: Passes, tokens: int, peak: Callable[[], float], compute: Compute) -> Trial | None:
-    """A pass over a microbatch of about `tokens`; None if memory ran out.
+    """A pass over a microbatch of about `tokens`; None if memory ran out, be it for a while.
 
     Of one sequence, shortened like the longest, or of several of the longest ones.
     """
@@ -153,8 +148,10 @@ def _trial(passes: Passes, tokens: int, peak: Callable[[], float], compute: Comp
     length = min(size, passes.longest)
     prompt = max(1, passes.prompt_tokens * length // passes.longest)
     batch = _batch(size // length, prompt, length - prompt, passes.vocabulary)
-    halves: list[int] = []
-    forward = passes.forward._replace(halved=halves.append, ranks=ALONE)
+    short: list[int] = []  # halved, or recomputed: the peak is not that of the pass
+    forward = passes.forward._replace(
+        ranks=ALONE, halved=short.append, recomputing=lambda: short.append(size)
+    )
     peak()
     try:
         compute(passes, batch, forward, size)
@@ -163,7 +160,7 @@ def _trial(passes: Passes, tokens: int, peak: Callable[[], float], compute: Comp
             raise
         return None
     taken = peak()
-    return None if halves else Trial(size, taken)
+    return None if short else Trial(size, taken)
 
 
 def _whole(passes: Passes, tokens: int) -> int:
@@ -181,10 +178,12 @@ def _batch(count: int, prompt_tokens: int, response_tokens: int, vocabulary: int
     )
 
 
-def _too_little(longest: int, needed: float | None, room: float) -> InputError:
+def _too_little(longest: int, needed: float | None, room: float, why_not: str | None) -> InputError:
     takes = "more" if needed is None else f"{needed / MIB:.0f} MiB"
+    how = "recomputed layer by layer"
+    how = how if why_not is None else f"which cannot be {how} ({why_not})"
     return InputError(
         f'run.max_tokens = "auto": the longest sequence may have {longest} tokens, whose gradient '
-        f"takes {takes}, recomputed layer by layer; {room / MIB:.0f} MiB are free: lower "
-        "sampling.max_new_tokens, drop long prompts, or free memory"
+        f"takes {takes}, {how}; {room / MIB:.0f} MiB are free: lower sampling.max_new_tokens, drop "
+        "long prompts, or free memory"
     )

@@ -39,7 +39,7 @@ from .differences import differences
 from .dropout import dropout_masks
 from .everywhere import refuse_shared_devices
 from .inputs import inputs_of
-from .max_tokens import Passes, recomputing
+from .max_tokens import Passes
 from .microbatch import Size, longest, reporting, require_positions, resolve, with_size
 from .prompts import encoded, no_prompts, response_line, sampled_from
 from .run_settings import with_run_settings
@@ -89,9 +89,7 @@ class Plan(NamedTuple):
 
     def passes(self) -> Passes:
         """What a trial of this plan's gradients is made of: by this process alone."""
-        policy, rows = self.policy, vocabulary(self.policy)
-        forward = self.forward._replace(ranks=ALONE)
-        return Passes(policy.params, forward, *self.sequence, rows, devices_of(policy.model))
+        return _passes(self.policy, self.forward._replace(ranks=ALONE), self.sequence)
 
 
 def load(
@@ -173,17 +171,17 @@ def load(
     )
     for line in (*lines, *forward.notes, *_notices(config, objective, next_lr)):
         narrator.say(line)
-    passes = Passes(policy.params, forward, *sequence, vocabulary(policy), devices_of(policy.model))
-    size = resolve(config, passes, narrator, stages, inputs["policy"])
+    size = resolve(config, _passes(policy, forward, sequence), narrator, stages, inputs["policy"])
     # Not earlier: trials are each process's own.
-    forward, *masks = (one._replace(ranks=stages.world.ranks()) for one in (forward, *masks))
+    ranks, again = stages.world.ranks(), size.recompute
+    forward, *masks = (f._replace(ranks=ranks, recompute=again) for f in (forward, *masks))
     return Plan(
         config=with_size(config, size),
         policy=policy,
         size=size,
         sequence=sequence,
-        forward=recomputing(forward) if size.recompute else forward,
-        masks=[recomputing(mask) for mask in masks] if size.recompute else masks,
+        forward=forward,
+        masks=masks,
         temperature=temperature,
         adam_state=adam_state,
         optimizer=report,
@@ -203,6 +201,10 @@ def load(
         inputs=inputs,
         world=stages.world,
     )
+
+
+def _passes(policy: Policy, forward: Forward, sequence: tuple[int, int]) -> Passes:
+    return Passes(policy.params, forward, *sequence, vocabulary(policy), devices_of(policy.model))
 
 
 def _is_no_advice_on_masks(record: logging.LogRecord) -> bool:

@@ -27,7 +27,6 @@ from ..config.file import read_config
 from ..config.schema import Config
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
-from ..stages.max_tokens import recomputing
 from ..stages.microbatch import Size
 from ..stages.plan import EvalSource, load_eval
 from .configured import require_readable, require_same_policy
@@ -200,7 +199,7 @@ def probe_step(
         forward = funcprobe.frozen_forward(policy.model, params, source.temperature)
         forward = warning(forward)._replace(ranks=together.ranks)
         size = size or size_of(config, policy, source, forward, together)
-        forward = recomputing(forward) if size.recompute else forward
+        forward = forward._replace(recompute=size.recompute)
         of_E: dict[str, Any] = {"entropy": entropy, "sampler_logp_NR": sampler_logp_NR}
         sized = of_E | {"max_tokens": size.max_tokens}
         passes = eval_passes(params, batch, direction.total, forward, **sized)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, RobertaConfig, RobertaForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import funcprobe
 from funcprobe import InputError, sampler_checks
@@ -18,6 +18,7 @@ from funcprobe.adapters.sampling import batched, continuous
 from funcprobe.adapters.sampling.generate import sample_responses
 from funcprobe.policy.forward import with_params
 from support.checkpoints import make_checkpoint
+from support.policies import of_shifted_positions
 
 PROMPTS = [[2, 3, 3], [3, 2, 3, 3, 2, 2, 3, 2, 2], [3, 3], [2, 2, 3, 3, 2]] * 8
 
@@ -152,6 +153,16 @@ def test_an_error_of_the_thread_is_raised_and_all_is_put_back(policy, monkeypatc
     assert len(sample_responses(policy, PROMPTS, settings(), seed=1).ids) == len(PROMPTS)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_without_an_error_is_one(policy, monkeypatch) -> None:
+    def ends(*_) -> None:
+        raise SystemExit  # which ends a thread without a word
+
+    monkeypatch.setattr(continuous._Draws, "__call__", ends)
+    with pytest.raises(RuntimeError, match="its thread ended before the responses"):
+        sample_responses(policy, PROMPTS, settings(), seed=1)
+
+
 def test_an_interruption_ends_the_thread(policy) -> None:
     def interrupted(count: int) -> None:
         raise KeyboardInterrupt
@@ -187,19 +198,7 @@ def test_probabilities_that_are_not_finite_are_refused() -> None:
 
 def test_logits_that_are_not_the_forwards_are_refused() -> None:
     """RoBERTa counts positions from its pad token's id on."""
-    config = RobertaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        is_decoder=True,
-    )
-    torch.manual_seed(0)
-    policy = SimpleNamespace(model=RobertaForCausalLM(config).eval(), eos_ids=(1,), pad_id=0)
-    for p in policy.model.parameters():
-        p.data += 0.3 * torch.randn_like(p)
+    policy = SimpleNamespace(model=of_shifted_positions(), eos_ids=(1,), pad_id=0)
     with pytest.raises(InputError, match=r'RobertaForCausalLM: continuous batching .*"batched"'):
         sample_responses(policy, [[3, 4, 5]], settings(), seed=0)
 

@@ -11,8 +11,6 @@ from scipy import stats
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    RobertaConfig,
-    RobertaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -26,6 +24,7 @@ from funcprobe.adapters.sampling.batch_size import batch_size, bytes_of_a_token
 from funcprobe.adapters.sampling.batched import pads
 from funcprobe.adapters.sampling.generate import sample_responses
 from support.checkpoints import Checkpoint, edit_json, make_checkpoint
+from support.policies import of_shifted_positions
 
 PIECES = ("<pad>", "<eos>", "1", "2", "<end>")
 EOS = (1, 4)  # the tokenizer's, and one more that the base's generation_config names
@@ -250,18 +249,6 @@ def test_a_layer_that_reads_padding_is_found_out():
 
 def test_generation_that_is_not_the_forwards_is_refused():
     """RoBERTa counts positions from its pad token's id on, generate() from 0 (transformers 5.23)."""
-    config = RobertaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        is_decoder=True,
-    )
-    torch.manual_seed(0)
-    policy = SimpleNamespace(model=RobertaForCausalLM(config).eval(), eos_ids=(1,), pad_id=0)
-    for p in policy.model.parameters():
-        p.data += 0.3 * torch.randn_like(p)
+    policy = SimpleNamespace(model=of_shifted_positions(), eos_ids=(1,), pad_id=0)
     with pytest.raises(InputError, match=r"RobertaForCausalLM: generate\(\) gives other logits"):
         sample_responses(policy, [[3, 4, 5]], SamplingConfig(max_new_tokens=4), seed=0)

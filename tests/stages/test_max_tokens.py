@@ -26,7 +26,6 @@ from support.policies import tiny_policy
 
 CPU = torch.device("cpu")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-RECOMPUTED = ("gradients are recomputed",)
 
 
 class Machine:
@@ -50,7 +49,7 @@ class Machine:
         length_N = batch.prompt_length_N + batch.response_length_N
         assert int(length_N.sum()) <= size
         bytes_ = self.takes(int(length_N.sum()), int(length_N.max()))
-        bytes_ *= self.recomputed if forward.notes == RECOMPUTED else 1.0
+        bytes_ *= self.recomputed if forward.recompute else 1.0
         if bytes_ > self.short_of:
             raise torch.OutOfMemoryError("x")
         self.taken.append(bytes_)
@@ -69,7 +68,6 @@ class Machine:
             patch.setattr(funcprobe, "weighted_grad", self.gradient)
             patch.setattr(memory, "peak_meter", self.meter)
             patch.setattr(memory, "can_measure", lambda _: True)
-            patch.setattr(max_tokens, "recomputing", lambda f: f._replace(notes=RECOMPUTED))
             passes = Passes(PROBE.params, forward, prompt, response, 11, (torch.device(device),))
             return CHOOSE(passes, room)
 
@@ -150,10 +148,32 @@ def test_where_memory_runs_out_on_a_trial():
     assert machine.choose(7, 5, GIB).recompute
     with pytest.raises(InputError, match="whose gradient takes more, recomputed"):
         Machine(0, MIB, 0, short_of=5 * MIB).choose(7, 5, GIB)
+    machine = Machine(0, MIB, 0, recomputed=0.1, short_of=5 * MIB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(funcprobe, "unlayered", lambda *_: "of a reason")
+        with pytest.raises(InputError, match=r"cannot be recomputed layer by layer \(of a reason\)"):
+            machine.choose(7, 5, GIB)
     broken = Machine(0, MIB, 0)
     broken.takes = lambda *_: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         broken.choose(7, 5, GIB)
+
+
+def test_a_trial_that_was_recomputed_is_none():
+    """As one that was halved: what it took is not what an ordinary gradient takes."""
+    machine = Machine(0, MIB, 0, recomputed=0.1, short_of=100 * MIB)
+    ordinary = machine.gradient
+
+    def again(params, batch, p, q, forward, size):
+        try:
+            ordinary(params, batch, p, q, forward, size)
+        except torch.OutOfMemoryError:
+            forward.recomputing()
+            ordinary(params, batch, p, q, forward._replace(recompute=True), size)
+
+    machine.gradient = again
+    found = machine.choose(100, 100, 100 * GIB)
+    assert found.curve.peak(200) == pytest.approx(200 * MIB, rel=0.01)
 
 
 def test_a_curve_through_three_peaks_is_the_one_they_are_on():
@@ -175,6 +195,8 @@ def test_a_curve_through_three_peaks_is_the_one_they_are_on():
 def test_a_run_sizes_its_microbatches_and_the_next_one_keeps_the_size(
     ran, command, checkpoint, monkeypatch
 ):
+    # A tiny policy's own peaks are those of the process's noise, at times 0.
+    monkeypatch.setattr(memory, "peak_meter", lambda *_: lambda: 1e6)
     document, outcome = ran(run__max_tokens="auto")
     config = read_config(Path("runs/one/config.toml"))
     assert config.run.max_tokens == document["conventions"]["max_tokens"] == 4096  # a tiny policy

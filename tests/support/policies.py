@@ -2,7 +2,7 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, RobertaConfig, RobertaForCausalLM
 
 import funcprobe
 
@@ -60,3 +60,21 @@ def random_like(params: funcprobe.Params, seed: int = 1) -> funcprobe.Params:
         n: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
         for n, t in params.items()
     }
+
+
+def of_shifted_positions() -> RobertaForCausalLM:
+    """RoBERTa counts positions from its pad token's id on, generate() from 0 (transformers 5.23)."""
+    config = RobertaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        is_decoder=True,
+    )
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(config).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model
