@@ -5,8 +5,9 @@
 The forward is `token_stats`; all of the sequence but its prompt (--prompt, 256 tokens) is response, so
 that the head computes log-probability and entropy of tokens - prompt positions. Ratios are taken within
 a repetition. Memory is what the process takes at its highest above what it held, in a call of its own
-before the repetitions. `135M` is a saved base with random LoRA: --base, by default the one that
-`python benchmarks/real_policy.py` makes.
+before the repetitions. Those that recompute keep the inputs of layers alone and compute these again, as
+a run does by itself where a sequence would not fit. `135M` is a saved base with random LoRA: --base, by
+default the one that `python benchmarks/real_policy.py` makes.
 """
 
 import argparse
@@ -36,7 +37,11 @@ import funcprobe
 from funcprobe import tree
 
 FORWARD = "forward"
-PASSES = (FORWARD, "tangents", "second", "gradient", "contraction")
+AGAIN = "-recomputed"
+PASSES = (
+    *(FORWARD, "tangents", "second", "gradient", "contraction"),
+    *(f"gradient{AGAIN}", f"contraction{AGAIN}"),
+)
 REAL = "135M"
 
 
@@ -54,7 +59,7 @@ AT_4096 = {
     "gradient": Bounds(2.6),
     "contraction": Bounds(2.7),
 }
-LONGER = {"tangents": Bounds(memory=4.0), "gradient": Bounds(3.6, memory=6.0)}
+LONGER = {"tangents": Bounds(memory=4.0), f"gradient{AGAIN}": Bounds(3.6, memory=6.0)}
 BOUNDS = {
     ("small", 4096): AT_4096,
     ("0.5B", 4096): AT_4096,
@@ -82,13 +87,17 @@ def main() -> None:
     v = random_like(probe.params)
     p_NR, q_NR = torch.randn(2, 1, args.tokens - args.prompt, generator=draw).double()
 
-    params = probe.params
+    params, again = probe.params, probe.forward._replace(recompute=True)
     every = {
         FORWARD: torch.no_grad()(partial(probe.token_stats, params, batch)),
         "tangents": partial(probe.tangents, params, batch, v),
         "second": partial(probe.second_tangents, params, batch, v),
         "gradient": partial(probe.weighted_grad, params, batch, p_NR, q_NR),
         "contraction": partial(probe.grad_dots, params, batch, v),
+        f"gradient{AGAIN}": partial(
+            funcprobe.weighted_grad, params, batch, p_NR, q_NR, again, args.tokens
+        ),
+        f"contraction{AGAIN}": partial(funcprobe.grad_dots, params, batch, v, again, args.tokens),
     }
     calls = {name: every[name] for name in PASSES if name in (FORWARD, *args.passes)}
     values: dict[str, Any] = {}
@@ -142,11 +151,12 @@ def _require_agreement(
     pairs = {}
     if "second" in values:
         pairs["second"] = (values["second"][1].logp_NR, tangent.logp_NR)
-    if "contraction" in values:
-        pairs["contraction"] = (values["contraction"][0], tangent.logp_NR.sum(1))
-    if "gradient" in values:
-        weighted = (p_NR * tangent.logp_NR + q_NR * tangent.entropy_NR).sum()
-        pairs["gradient"] = (torch.tensor(tree.dot(values["gradient"], v)), weighted)
+    weighted = (p_NR * tangent.logp_NR + q_NR * tangent.entropy_NR).sum()
+    for name, value in values.items():
+        if name.startswith("contraction"):
+            pairs[name] = (value[0], tangent.logp_NR.sum(1))
+        if name.startswith("gradient"):
+            pairs[name] = (torch.tensor(tree.dot(value, v)), weighted)
     most = max((require_equal(what, a, b, 1e-3) for what, (a, b) in pairs.items()), default=0.0)
     return f"values agree to {most:.1g}, those of tangents are the forward's to the bit"
 

@@ -1,13 +1,29 @@
 """The responses of a batch, each process sampling some of them."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
-from ..machine.ranks import World
 from .responses import Responses
+
+T = TypeVar("T")
+
+
+class Processes(Protocol):
+    """Those of a run (`World`), or of a training (`Together`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process, by rank."""
+        ...
 
 
 def shared_out(
-    world: World,
+    processes: Processes,
     prompt_ids: Sequence[Sequence[int]],
     sample: Callable[[Sequence[Sequence[int]], Sequence[int]], Responses],
 ) -> Responses:
@@ -16,12 +32,12 @@ def shared_out(
     Prompts go to the processes in turn, the longest first, so that all have similar ones. The responses
     are the same for any number of processes where each depends on its position and prompt alone.
     """
-    if world.size == 1:
+    if processes.size == 1:
         return sample(prompt_ids, range(len(prompt_ids)))
     order = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))
-    own = sorted(order[world.rank :: world.size])
+    own = sorted(order[processes.rank :: processes.size])
     found = [sample([prompt_ids[i] for i in own], own)] if own else []
-    parts = [(indices, of_rank[0]) for indices, of_rank in world.gathered((own, found)) if of_rank]
+    parts = [(indices, of_rank[0]) for indices, of_rank in processes.gathered((own, found)) if of_rank]
     row = {i: (part, k) for indices, part in parts for k, i in enumerate(indices)}
     whole = [row[i] for i in range(len(prompt_ids))]
     logp = [part.logp[k] for part, k in whole if part.logp is not None]

@@ -6,6 +6,7 @@ import os
 import random
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from ..config.file import read_config
 from ..config.schema import Config
 from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
+from ..sampling.responses import Responses
+from ..sampling.shared_out import shared_out
 from ..stages.microbatch import Size
 from ..stages.plan import EvalSource, load_eval
 from .configured import require_readable, require_same_policy
@@ -286,9 +289,9 @@ def _eval_batch(
     seed = random.Random(f"{config.run.seed}/{step}/E").getrandbits(48)
     index = draw_with_replacement(config.sampling.B_E, len(source.prompt_ids), seed)
     ids = [source.prompt_ids[i] for i in index]
-    own = together.share(len(ids))
-    asked = [ids[i] for i in own]
-    found = sample_responses(policy, asked, config.sampling, seed, indices=own).ids if asked else []
-    shares = together.gathered(found)
-    sampled = [shares[i % together.size][i // together.size] for i in range(len(ids))]
-    return funcprobe.collate(ids, sampled, index), None, torch.arange(len(index))
+
+    def sample(prompt_ids: Sequence[Sequence[int]], own: Sequence[int]) -> Responses:
+        return sample_responses(policy, prompt_ids, config.sampling, seed, indices=own)
+
+    found = shared_out(together, ids, sample)
+    return funcprobe.collate(ids, found.ids, index), None, torch.arange(len(index))

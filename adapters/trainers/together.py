@@ -44,10 +44,6 @@ class Together:
         self._vote(None)
         return self._exchanged(value)
 
-    def share(self, count: int) -> range:
-        """This process's of the indices 0 to count - 1, every one of them some process's."""
-        return range(self.rank, count, self.size)
-
     def __enter__(self) -> Self:
         return self
 

@@ -86,15 +86,6 @@ def test_of_two_that_fail_each_has_its_own_reason() -> None:
     assert (first, middle, last) == ("0", "process 0 of 3: 0", "2")
 
 
-def test_shares_are_all_of_it() -> None:
-    own = Together()
-    assert list(own.share(4)) == [0, 1, 2, 3]
-    own.size, parts = 3, []
-    for own.rank in range(3):
-        parts += own.share(7)
-    assert sorted(parts) == list(range(7))
-
-
 def test_alone_nothing_is_asked_of_torch(monkeypatch) -> None:
     monkeypatch.setattr(module.distributed, "new_group", None)
     with module.together() as own:
