@@ -1,9 +1,10 @@
 """Against what people would use, on identical rows and directions, values asserted equal.
 
     python benchmarks/against.py [--shape small|0.5B|1.5B] [--repeat 5] [--device cpu]
+    python benchmarks/against.py --rows 2 4096 --routes bergson   # the first table, of long rows
     pip install --no-deps bergson==2.5.1; pip install natsort ml_dtypes petname simple-parsing torchopt
 
-The second line brings bergson, which is no dependency of funcprobe; without it the rest runs.
+The third line installs bergson, which is no dependency of funcprobe; without it the rest runs.
 First table: s_n = <grad S_n, mu>, S_n the log-probability of response n, for all sequences of a
 microbatch. Second: the whole first-order computation against the imperative way of imperative.py.
 """
@@ -65,17 +66,33 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--whole-repeat", type=int, default=3, help="of the second table")
     parser.add_argument("--whole", type=int, nargs=5, metavar=("B_E", "B_U", "G", "P", "R"))
+    parser.add_argument(
+        "--rows", type=int, nargs=2, metavar=("N", "L"), help="first table alone: N rows of L tokens"
+    )
+    parser.add_argument(
+        "--routes", nargs="+", default=[""], help="beginnings of the names of routes beside the loop"
+    )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     model = policy(args.shape, args.device)
     print(f"{args.shape} shape, float32. {machine(args.device)}")
-    _contraction(model, args.shape, args.repeat, args.device)
+    count, length = args.rows or CONTRACTION.get(args.shape, (8, 128))
+    _contraction(model, args.shape, count, length, args.repeat, args.device, tuple(args.routes))
+    if args.rows:
+        return
     sizes = args.whole or WHOLE.get(args.shape, (16, 2, 4, 64, 64))
     _first_order(model, args.shape, sizes, args.whole_repeat, args.device)
 
 
-def _contraction(model: PeftModel, shape: str, repeat: int, device: str) -> None:
-    count, length = CONTRACTION.get(shape, (8, 128))
+def _contraction(
+    model: PeftModel,
+    shape: str,
+    count: int,
+    length: int,
+    repeat: int,
+    device: str,
+    routes: tuple[str, ...],
+) -> None:
     batch = rows(shape, prompts=count, G=1, P=length - length // 2, R=length // 2)
     probe = funcprobe.bind(model, max_tokens=count * length)
     params, mu = probe.params, random_like(probe.params)
@@ -90,6 +107,7 @@ def _contraction(model: PeftModel, shape: str, repeat: int, device: str) -> None
         calls |= bergson_routes(model, params, batch, mu)
     else:
         print(f"bergson is not installed, and left out: {INSTALL}")
+    calls = {n: c for n, c in calls.items() if n in (OURS, "naive loop") or n.startswith(routes)}
     memory, values = {}, {}
     for name, call in calls.items():
         values[name], memory[name] = peak_extra(call, device)

@@ -1,4 +1,4 @@
-"""Forward-mode rules where torch's own are slow or missing: frozen linear layers, fused attention."""
+"""Forward-mode rules where torch's own are slow or missing: linear layers, attention, products."""
 
 from typing import Any
 
@@ -14,18 +14,24 @@ from .transforms import Constants, derivatives, in_transform
 
 
 class ForwardMode(Replaced):
-    """While active, linear layers and attention use the forward-mode rules of this file.
+    """While active, linear layers, attention and elementwise products use the rules of this file.
 
     For a frozen weight torch's forward mode multiplies the input by a tangent of zeros, a third product
     where two suffice; it is omitted here. The values of attention come from the fused kernel, so that
     they are bit-identical to those of a pass without tangents; in nested forward mode attention is
-    torch's own, which needs `sdpa_kernel(SDPBackend.MATH)`. Works under torch.func.jvp and, with less
-    overhead per call, inside forward_ad.dual_level.
+    torch's own, which needs `sdpa_kernel(SDPBackend.MATH)`. An elementwise product's tangent is summed
+    in place. Works under torch.func.jvp and, with less overhead per call, inside forward_ad.dual_level.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            {linear: _linear, torch.addmm: _addmm, scaled_dot_product_attention: _attention}
+            {
+                linear: _linear,
+                torch.addmm: _addmm,
+                torch.mul: _mul,
+                torch.Tensor.mul: _mul,
+                scaled_dot_product_attention: _attention,
+            }
         )
 
 
@@ -50,6 +56,19 @@ def _addmm(*args: Tensor, **scales: Any) -> Tensor:
         # Transposed inside the Function: a view created here would count as differentiated.
         return _frozen_linear(x, weight, bias, transposed=True)
     return torch.addmm(bias, x, weight)
+
+
+def _mul(input: Any, other: Any, **out: Any) -> Tensor:
+    """a b with the tangent a b' + a' b; torch's own adds zeros for a factor that has none."""
+    factors = [x for x in (input, other) if isinstance(x, Tensor)]
+    if out or any(in_transform(x) or x.dtype != factors[0].dtype for x in factors):
+        return torch.mul(input, other, **out)
+    (a, da), (b, db) = (unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in (input, other))
+    moved = [a * db] if db is not None else []
+    if da is not None:
+        moved = [moved[0].addcmul_(da, b)] if moved else [da * b]
+    value: Tensor = a * b
+    return make_dual(value, moved[0]) if moved else value
 
 
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:

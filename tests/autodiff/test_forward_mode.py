@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcprobe
@@ -99,6 +100,67 @@ def test_linear_layers(case):
     close(*both(lambda: vjp(f, *at)[1](cotangent)))
     close(*both(lambda: vjp(lambda *x: jvp(f, x, along)[1].sin(), *at)[1](cotangent)))
     close(*both(lambda: (torch.func.vmap(lambda *d: jvp(f, at, d)[1])(*(x[None] for x in along)),)))
+
+
+PRODUCTS = {
+    "both": (lambda a, b: a * b, (X, 2 + X), (DX, DX.flip(0))),
+    "with itself": (lambda a: a * a, (X,), (DX,)),
+    "broadcast": (lambda a, b: b * a, (X, X[0, :1]), (DX, DX[1, 1:2])),
+    "of a function's": (lambda a: torch.mul(a.sin(), a.sum(-1, keepdim=True)), (X,), (DX,)),
+    "by name": (lambda a: torch.mul(input=a, other=a.exp()), (X,), (DX,)),
+    "one of them": (lambda a: a * X + X * a, (X,), (DX,)),
+    "a number": (lambda a: 3 * a * 2, (X,), (DX,)),
+    "another dtype": (lambda a: a * a.float(), (X,), (DX,)),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products(case):
+    f, at, along = PRODUCTS[case]
+    value, tangent = dual(f, at, along)
+    assert value.equal(f(*at))
+    close((value, tangent), plain(lambda: jvp(f, at, along)))
+    close(*both(lambda: twice(f, at, along)))
+
+
+def test_a_product_leaves_its_factors():
+    a, b, da, db = (t.clone() for t in (X, 2 + X, DX, DX.flip(0)))
+    dual(lambda x, y: (x * y) * x, (a, b), (da, db))
+    for now, before in zip((a, b, da, db), (X, 2 + X, DX, DX.flip(0)), strict=True):
+        assert now.equal(before)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that are executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("f", "most"),
+    [
+        (lambda a, b: a * b, 3),  # a b, a b', + a' b
+        (lambda a, _: a * X, 2),
+        (lambda a, _: X * a, 2),
+        (lambda a, _: a * 2.5, 2),
+    ],
+)
+def test_a_product_adds_no_zeros(f, most):
+    def counted(*x):
+        with Operations() as seen:
+            out = f(*x)
+        computed.append([name for name in seen.names if name in ("mul", "add", "addcmul_", "_to_copy")])
+        return out
+
+    computed: list[list[str]] = []
+    dual(counted, (X, 2 + X), (DX, DX))
+    assert len(computed[0]) == most, computed
 
 
 def products(call) -> int:
