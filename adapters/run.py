@@ -71,7 +71,7 @@ def prepare(
     if world.first:
         store.require_writable(folder)
         sinks.require(config.log)
-    stages = _stages(folder, world)._replace(fresh=fresh, writes=writes)
+    stages = _stages(folder, narrator, world)._replace(fresh=fresh, writes=writes)
     plan = load(config, narrator, policy_of, stages)
     asked = asked_for(plan)
     recorded = recorded_steps(plan, narrator)
@@ -83,7 +83,7 @@ def prepare(
 def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
     """From sampling to the run folder."""
     plan, asked, recorded, folder = prepared
-    stages = _stages(folder, plan.world)._replace(fresh=fresh)
+    stages = _stages(folder, narrator, plan.world)._replace(fresh=fresh)
     before = versions_of(plan.policy.model)
     with products(plan.config.policy.precision):
         found = predicted(plan, stages, narrator)
@@ -131,9 +131,9 @@ def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tup
     return results, folder
 
 
-def _stages(folder: Path, world: World) -> Stages:
+def _stages(folder: Path, narrator: Narrator, world: World) -> Stages:
     """What runs beside this folder stored."""
-    return Stages(folder.parent / ".stages", world=world)
+    return Stages(folder.parent / ".stages", world=world, say=narrator.say, run=folder.name)
 
 
 def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> None:
@@ -162,7 +162,7 @@ def check_alone(config: Config, narrator: Narrator, world: World = ONE_PROCESS) 
     """The sanity checks on separate, small batches; writes nothing."""
     small = {"B_E": min(config.sampling.B_E, 32), "B_U": min(config.sampling.B_U, 8)}
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update=small)})
-    stages = _stages(run_folder(config), world)._replace(writes=False)
+    stages = _stages(run_folder(config), narrator, world)._replace(writes=False)
     plan = load(config, narrator, stages=stages)
     require_same(config, plan.inputs, world)
     before = versions_of(plan.policy.model)

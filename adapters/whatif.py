@@ -67,7 +67,7 @@ def whatif(
     rules = _parsed(question.rules or config.whatif.rules, narrator)
     solve = None if question.solve is None else _solve(question.solve, question.by)
     _require_eta(question.eta)
-    stages = Stages(folder / ".stages", fresh, world=world)
+    stages = Stages(folder / ".stages", fresh, world=world, say=narrator.say, run=config.run.name)
     plan = load(config, narrator, stages=stages)
     require_same(config, plan.inputs, world)
     eta = _eta(question.eta, plan)

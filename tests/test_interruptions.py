@@ -51,8 +51,9 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
                 return wrapped
 
             patch.setattr(pq, "write_table", failing(pq.write_table))
-            patch.setattr("funcprobe.adapters.store.save_file", failing(save_file))
+            patch.setattr("funcprobe.adapters.store.values.save_file", failing(save_file))
             patch.setattr(Path, "write_text", failing(Path.write_text))
+            patch.setattr(Path, "write_bytes", failing(Path.write_bytes))
             patch.setattr(Path, "replace", failing(Path.replace))
             given = checkpoint.settings() | {"run.folder": f"runs{fail_at}", "measure.next_lr": False}
             given |= {"measure.etas": [1e-4], "sampling.max_new_tokens": 2, "sampling.B_E": 6}
@@ -63,8 +64,8 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
         assert outcome.err.endswith("funcprobe: No space left on device; no incomplete file was left\n")
         assert left_in(Path(f"runs{fail_at}")) == []
     # Two rollouts, Y, first order, attribution, one eta, the rounding and two for the second
-    # derivative: written and renamed; then ten files and the folder.
-    assert fail_at == 9 * 2 + 10 + 1 + 1
+    # derivative: written and renamed, the rollouts as Parquet before; then ten files and the folder.
+    assert fail_at == 9 * 2 + 2 + 10 + 1 + 1
     assert outcome.status == 0
 
 
@@ -133,7 +134,7 @@ def test_interrupted(command, checkpoint, monkeypatch) -> None:
         outcome = command("run", "c.toml", *sets(checkpoint.settings()))
     assert outcome.status == 130
     assert left_in(Path("runs")) == []
-    assert list(Path("runs/.stages").glob("*.parquet"))
+    assert list(Path("runs/.stages").glob("rollouts-*"))
 
 
 @pytest.fixture

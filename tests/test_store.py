@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and a stage is computed again when its inputs change."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from funcprobe.adapters import store
 from funcprobe.adapters.store import Stages, fingerprint, fingerprint_path, run_folder
+from funcprobe.adapters.store.sealed import about
 from funcprobe.types import InputError, TokenStats
 
 LIKE = TokenStats(torch.zeros(0), torch.zeros(0))
@@ -68,55 +70,170 @@ def test_a_dict_comes_back_under_its_own_names(tmp_path) -> None:
 def test_a_stage_that_is_a_file_is_computed_once_for_the_same_inputs(tmp_path) -> None:
     compute = Counted("content")
     for fresh, calls in ((False, 1), (False, 1), (True, 2)):
-        with Stages(tmp_path, fresh).file("s", [1], "txt", compute) as path:
-            assert path.read_text() == "content"
-            assert path.parent == tmp_path
+        assert Stages(tmp_path, fresh).file("s", [1], "txt", compute, Path.read_text) == "content"
         assert compute.calls == calls
-    with Stages(None).file("s", [1], "txt", compute) as path:
-        assert path.read_text() == "content"
-    assert not path.exists()
+    paths = []
+    assert Stages(None).file("s", [1], "txt", compute, lambda path: paths.append(path) or 5) == 5
+    assert not paths[0].exists()
     assert len(files(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_breaks_off_leaves_no_file(tmp_path, monkeypatch, error) -> None:
-    def half(content: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    write_bytes = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> None:
+        write_bytes(path, content[: len(content) // 2])
         raise error
 
     def compute(path: Path) -> None:
-        half("", path)
+        half(path, b"content")
 
-    with pytest.raises(type(error)), Stages(tmp_path).file("s", 1, "txt", compute):
-        pass
+    with pytest.raises(type(error)):
+        Stages(tmp_path).file("s", 1, "txt", compute, Path.read_text)
     assert files(tmp_path) == []
-    monkeypatch.setattr(store, "save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(type(error)):
         Stages(tmp_path).tensors("s", 1, LIKE, stats)
     assert files(tmp_path) == []
 
 
 def test_a_write_that_breaks_off_leaves_the_older_file(tmp_path) -> None:
-    with Stages(tmp_path).file("s", 1, "txt", Counted("old")):
-        pass
-    with (
-        pytest.raises(ZeroDivisionError),
-        Stages(tmp_path, fresh=True).file("s", 1, "txt", lambda _: 1 / 0),
-    ):
-        pass
-    with Stages(tmp_path).file("s", 1, "txt", Counted("new")) as path:
-        assert path.read_text() == "old"
+    Stages(tmp_path).file("s", 1, "txt", Counted("old"), Path.read_text)
+    with pytest.raises(ZeroDivisionError):
+        Stages(tmp_path, fresh=True).file("s", 1, "txt", lambda _: 1 / 0, Path.read_text)
+    assert Stages(tmp_path).file("s", 1, "txt", Counted("new"), Path.read_text) == "old"
 
 
-def test_a_damaged_stage_is_named(tmp_path) -> None:
-    Stages(tmp_path).tensors("s", 1, LIKE, stats)
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def sealed(tensors: dict[str, torch.Tensor]) -> bytes:
+    """As a stranger would write it: all of it right but for what is inside."""
+    place = Stages(Path()).place("s", 1)
+    return store.seal(tensors, place.about)
+
+
+DAMAGE = {
+    "cut off": (lambda data: data[:-1], "its checksum is another"),
+    "cut in its header": (lambda data: data[:40], "no checksum"),
+    "empty": (lambda _: b"", "no checksum"),
+    "a number changed": (lambda data: flipped(data, len(data) - 3), "its checksum is another"),
+    "a header changed": (lambda data: flipped(data, data.index(b"000001") + 5), "its checksum"),
+    "longer": (lambda data: data + b"0", "its checksum is another"),
+    "a huge header": (lambda data: b"\xff" * 8 + data[8:], "its checksum"),
+    "no checksum": (lambda data: data.replace(b"sha256", b"sha257"), "no checksum"),
+    "text": (lambda _: b"not safetensors at all", "no checksum"),
+    "one tensor": (lambda _: sealed({"000000": torch.ones(3, 4)}), "has 1 tensors, 2 are expected"),
+    "other names": (lambda _: sealed({"a": torch.ones(3), "b": torch.ones(3)}), "2 are expected"),
+    "another shape": (
+        lambda _: sealed({f"{i:06d}": torch.ones(9, dtype=torch.float64) for i in range(2)}),
+        r"a tensor of torch.float64 \(9,\), torch.float64 \(3, 4\)",
+    ),
+    "another dtype": (
+        lambda _: sealed({f"{i:06d}": torch.ones(3, 4) for i in range(2)}),
+        "a tensor of torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_stage_is_computed_again_and_said(tmp_path, how) -> None:
+    damage, reason = DAMAGE[how]
+    compute, said = Counted(stats()), []
+    stages = Stages(tmp_path, say=said.append)
+    stages.tensors("s", 1, stats(), compute)
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match="delete it, or use --fresh") as caught:
-        Stages(tmp_path).tensors("s", 1, LIKE, stats)
-    assert str(path) in str(caught.value)
-    Stages(tmp_path, fresh=True).tensors("s", 1, LIKE, stats)
-    Stages(tmp_path).tensors("s", 1, LIKE, stats)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    found = stages.tensors("s", 1, stats(), compute)
+    assert compute.calls == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, stats(), strict=True))
+    assert len(said) == 1
+    assert said[0].startswith(f"warning: stored stage {path} ")
+    assert said[0].endswith("it is computed again")
+    assert re.search(reason, said[0])
+    assert path.read_bytes() == whole
+    stages.tensors("s", 1, stats(), compute)
+    assert (compute.calls, len(said)) == (2, 1)
+
+
+def test_a_stage_under_the_name_of_another_is_computed_again(tmp_path) -> None:
+    """Of other inputs, of another stage of the same inputs; a result, a value and a file."""
+    said: list[str] = []
+    stages = Stages(tmp_path, say=said.append)
+
+    def swapped(one: tuple[str, int], other: tuple[str, int]) -> None:
+        stages.place(*one).path.replace(stages.place(*other).path)
+
+    stages.tensors("s", 1, LIKE, lambda: stats(1))
+    swapped(("s", 1), ("s", 2))
+    assert torch.equal(stages.tensors("s", 2, LIKE, lambda: stats(2))[0], stats(2)[0])
+    swapped(("s", 2), ("other", 2))
+    assert torch.equal(stages.tensors("other", 2, LIKE, lambda: stats(3))[0], stats(3)[0])
+    stages.remember("size", 1, [5])
+    swapped(("size", 1), ("size", 2))
+    assert stages.recall("size", 2) is None
+    stages.file("f", 1, "txt", Counted("one"), Path.read_text)
+    swapped(("f", 1), ("f", 2))
+    assert stages.file("f", 2, "txt", Counted("two"), Path.read_text) == "two"
+    stages.tensors("s", 3, LIKE, stats)
+    swapped(("s", 3), ("f", 3))
+    assert stages.file("f", 3, "txt", Counted("three"), Path.read_text) == "three"
+    assert [re.search(r"its (stage|key) is", line)[1] for line in said] == [
+        *("key", "stage", "key", "key", "stage")
+    ]
+
+
+def test_a_stored_file_that_its_reader_rejects_is_made_again(tmp_path) -> None:
+    said: list[str] = []
+
+    def read(path: Path) -> str:
+        if path.read_text() == "old":
+            raise InputError("of an earlier version")
+        return path.read_text()
+
+    Stages(tmp_path).file("s", 1, "txt", Counted("old"), Path.read_text)
+    for _ in range(2):
+        found = Stages(tmp_path, say=said.append).file("s", 1, "txt", Counted("new"), read)
+        assert found == "new"
+    assert len(said) == 1
+    assert "is not as expected: of an earlier version; it is computed again" in said[0]
+
+
+def test_a_stage_that_cannot_be_read_is_computed_again(tmp_path) -> None:
+    said: list[str] = []
+    stages = Stages(tmp_path, say=said.append)
+    stages.place("s", 1).path.mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):  # where it would be written
+        stages.tensors("s", 1, LIKE, stats)
+    assert "cannot be read (Is a directory)" in said[0]
+    assert files(tmp_path) == []
+
+
+def test_a_value_comes_back_and_says_its_run(tmp_path) -> None:
+    stages = Stages(tmp_path, run="mine")
+    assert stages.recall("size", 1) is None
+    for value in ([1, None, 2.5], {"a": "b"}):
+        stages.remember("size", 1, value)
+        assert stages.recall("size", 1) == value
+    stages._replace(writes=False).remember("size", 1, 0)
+    assert stages.recall("size", 1) == value
+    assert stages._replace(fresh=True).recall("size", 1) is None
+    path = stages.place("size", 1).path
+    found = about(path)
+    assert (found["stage"], found["run"]) == ("size", "mine")
+    for content in (
+        b"",
+        b"\xff" * 100,
+        (3).to_bytes(8, "little") + b"[" * 9,
+        b"\x02" + b"\0" * 7 + b"[]",
+    ):
+        path.write_bytes(content)
+        assert about(path) == {}
+    assert about(tmp_path / "none") == {}
 
 
 def fill(target: Path, text: str) -> None:

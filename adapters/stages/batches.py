@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funcprobe.losses.loss import LossInputs, LossReport
 from funcprobe.step.objective import update_batch
-from funcprobe.types import Batch, InputError, UpdateBatch
+from funcprobe.types import Batch, UpdateBatch
 
 from .. import rollouts
 from ..checkpoint.model import Policy
@@ -184,14 +184,15 @@ def _sampled(
         "index": index,
         "seed": seed,
     }
-    with (
-        narrator.phase(f"sample {name}", len(index)) as stage,
-        stages.file(f"rollouts-{name}", inputs, "parquet", generate, stage.found) as path,
-    ):
-        try:
-            found = rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
-        except InputError as error:
-            raise InputError(f"stored stage is damaged ({error}): delete it, or use --fresh") from error
+    with narrator.phase(f"sample {name}", len(index)) as stage:
+        found = stages.file(
+            f"rollouts-{name}",
+            inputs,
+            "parquet",
+            generate,
+            lambda path: rollouts.load_rollouts(path, vocabulary(policy), rewards=False),
+            stage.found,
+        )
     # The text of a stored stage, which rewards read, may be by an earlier tokenizer of the same ids.
     return found._replace(prompt=[plan.prompts[i].text for i in index], response=_texts(found, policy))
 

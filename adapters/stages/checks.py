@@ -54,12 +54,12 @@ def check(found: Predicted, stages: Stages, narrator: Narrator) -> list[Check]:
 
 
 def stored_checks(path: Path) -> list[list[Check]]:
-    """The checks in a file of the stage; InputError if it is damaged."""
+    """The checks in a file of the stage; InputError if it has none."""
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))
         return [[Check(**one) for one in group] for group in groups]
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete it, or use --fresh") from error
+        raise InputError(f"no checks ({error})") from error
 
 
 def versions_of(model: torch.nn.Module) -> dict[str, int]:
@@ -94,8 +94,7 @@ def _stored(found: Predicted, stages: Stages, stage: Stage) -> list[list[Check]]
         made = _by_passes(found, counted(plan.forward, stage, "E"))
         store.write_json([[one._asdict() for one in group] for group in made], path)
 
-    with stages.file("checks", inputs, "json", write, stage.found) as path:
-        return stored_checks(path)
+    return stages.file("checks", inputs, "json", write, stored_checks, stage.found)
 
 
 def _by_passes(found: Predicted, forward: Forward) -> list[list[Check]]:

@@ -205,16 +205,13 @@ def linear_until(found: Predicted, stages: Stages) -> float | None:
     changes = []
     for eta in (wide, -wide):
         inputs = moved_inputs(plan, batches, v, eta)
-        if not stages.has("moved", inputs):
+        stored: TokenStats | None = stages.stored("moved", inputs, STATS)
+        if stored is None:
             return None
-        changes.append(funcprobe.change(prediction.at, stages.tensors("moved", inputs, STATS, _never)))
+        changes.append(funcprobe.change(prediction.at, stored))
     curvature = by_difference(changes[0], changes[1], wide, found.unit_N)
     star = funcprobe.eta_star(prediction.derivative, curvature.second)
     return None if math.isinf(star) else CURVED * star
-
-
-def _never() -> TokenStats:
-    raise AssertionError("a stored result is read")
 
 
 def _rows(stats: TokenStats, row_n: Tensor, width: int) -> TokenStats:

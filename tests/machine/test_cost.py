@@ -165,13 +165,12 @@ def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     }
 
 
-def test_a_damaged_result_of_the_checks_is_named(tmp_path) -> None:
+def test_a_file_without_checks_is_rejected(tmp_path) -> None:
     path = tmp_path / "checks-0.json"
     for text in ('[[{"name": "a", "passed": tr', '[[{"name": "a", "failed": false}]]', "[1]"):
         path.write_text(text)
-        with pytest.raises(InputError, match="delete it, or use --fresh") as caught:
+        with pytest.raises(InputError, match="no checks"):
             checks.stored_checks(path)
-        assert str(path) in str(caught.value)
 
 
 def test_responses_sampled_anew_and_the_exact_second_order_are_stages(ran) -> None:

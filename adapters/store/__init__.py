@@ -1,0 +1,28 @@
+"""Files that appear only when whole, stored results of stages, fingerprints of what both depend on."""
+
+from .fingerprints import fingerprint, fingerprint_core, fingerprint_path
+from .places import require_place, require_writable
+from .sealed import Damaged, read_sealed, seal, unseal, write_sealed
+from .stages import Stages
+from .values import require_finite, save_params, write_json
+from .whole import run_folder, whole_folder, write_whole
+
+__all__ = [
+    "Damaged",
+    "Stages",
+    "fingerprint",
+    "fingerprint_core",
+    "fingerprint_path",
+    "read_sealed",
+    "require_finite",
+    "require_place",
+    "require_writable",
+    "run_folder",
+    "save_params",
+    "seal",
+    "unseal",
+    "whole_folder",
+    "write_json",
+    "write_sealed",
+    "write_whole",
+]
