@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from funcprobe.policy.layout import out_of_memory
 from funcprobe.types import InputError
 
 from . import run as probing
@@ -19,6 +20,7 @@ from .checkpoint.toy import ensure_toy_training
 from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
+from .machine.failures import free, reason_of
 from .machine.ranks import ONE_PROCESS, World
 from .progress import Progress
 from .results.manifest import Inputs
@@ -52,9 +54,9 @@ def sweep(
     """A run of every checkpoint, in RUN.FOLDER/RUN.NAME-<step>, in the natural order of their names.
 
     A run that is there, with the same configuration and inputs, is kept unless `fresh`. A checkpoint
-    that is rejected does not stop the others: its outcome has the reason. InputError, one line, for
-    what is wrong with all of them: no checkpoint, a configuration of one checkpoint alone, two
-    checkpoints of one name.
+    that fails, whatever the error, does not stop the others: its outcome has the reason. InputError,
+    one line, for what is wrong with all of them: no checkpoint, a configuration of one checkpoint
+    alone, two checkpoints of one name.
 
     Several processes take checkpoints in turn, `together` of them each; the outcomes are the first
     one's to know.
@@ -117,14 +119,23 @@ def _outcome(
         results = kept.results if kept else probing.probe(prepared, narrator, fresh=fresh)[0]
         if kept is None and group.first:
             sinks.send(folder, narrator)
-    except InputError as error:
+    except Exception as error:
         if not group.all_arrive(f"failed/{checkpoint}"):
             raise  # of this process alone, for which the others of its group wait
-        reason = " ".join(str(error).split())
+        reason = _reason(error)
+        if not isinstance(error, InputError):
+            policy_of.forget()  # what state it is in is not known, and memory may be short
+        free(error)
         progress.failed(reason)
         return Outcome(checkpoint, folder, False, reason)
     progress.done(_summary(results), reused=kept is not None)
     return Outcome(checkpoint, folder, kept is not None, None)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, InputError | OSError) or out_of_memory(error):
+        return reason_of(error, OSError)
+    return f"{reason_of(error)} (funcprobe run on this checkpoint alone shows where)"
 
 
 def _kept(folder: Path, config: Config, inputs: dict[str, Any], asked: Config) -> SavedRun | None:

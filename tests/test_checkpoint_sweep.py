@@ -184,6 +184,48 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_run(sweep, training, m
 
 
 @pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "CUDA out of memory. Tried"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (KeyError("lora_A"), "KeyError: 'lora_A' (funcprobe run on this checkpoint alone shows where)"),
+    ],
+)
+def test_whatever_fails_at_one_checkpoint_the_others_are_run(
+    error, said, checkpoint, command, tmp_path, monkeypatch
+) -> None:
+    """Said at its place and at the end; the others are as without it; the next sweep has it alone."""
+    training = trained(checkpoint, tmp_path / "out", 1, 2, 3)
+    Path("c.toml").touch()
+    whole, count = run_module.measure_sweep, []
+
+    def second_fails(*args: Any, **kwargs: Any):
+        count.append(1)
+        if len(count) == 2:
+            raise error
+        return whole(*args, **kwargs)
+
+    given = ("sweep", "c.toml", "--checkpoints", f"{training.folder}/checkpoint-*")
+    seen = loads(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "measure_sweep", second_fails)
+        outcome = command(*given, *sets(training.settings))
+    assert outcome.status == 2
+    lines = outcome.err.splitlines()
+    assert lines[-1].startswith(f"funcprobe: {training.at(2)} failed: {said}")
+    assert sum(line.startswith(f"checkpoint-2 (2 of 3): failed: {said}") for line in lines) == 1
+    assert sorted(p.name for p in Path("runs").glob("t-*/")) == ["t-1", "t-3"]
+    assert seen == ["checkpoint-1", "checkpoint-3"]
+    assert "checkpoint-3: the base was loaded anew, as the run before it failed" in outcome.err
+    third = numbers(Path("runs/t-3"))
+    outcome = command(*given, *sets(training.settings))
+    assert outcome.status == 0
+    assert outcome.err.count("as before") == 2
+    assert command(*given, *sets(training.settings), "--fresh").status == 0
+    assert numbers(Path("runs/t-3")) == third
+
+
+@pytest.mark.parametrize(
     ("change", "why"),
     [
         ("rank", "adapter_config.json differs"),

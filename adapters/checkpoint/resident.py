@@ -27,12 +27,17 @@ class Resident:
     def __init__(self) -> None:
         self.reason: str | None = None  # why the last policy was loaded anew; None: it was not
         self._held: _Held | None = None
+        self._anew = "it is the first"  # why, where nothing is held
+
+    def forget(self) -> None:
+        """Hold no policy any more, so that the next one is loaded anew."""
+        self._held, self._anew = None, "the run before it failed"
 
     def __call__(self, config: PolicyConfig, device: torch.device) -> Policy:
         """`load_policy`, bit for bit. InputError as there."""
         held = self._held
         found = None if full_model(config) else _read(config, device)
-        self.reason = "it is the first" if held is None else _other(held, found)
+        self.reason = self._anew if held is None else _other(held, found)
         self._held = None  # after an error nothing is known of the tensors
         if self.reason is None:
             assert held is not None  # for the type checker, as below

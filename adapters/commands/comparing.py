@@ -38,8 +38,8 @@ def sweep(
     """Run every checkpoint of a training with one configuration, the base loaded once.
 
     Writes RUN.FOLDER/RUN.NAME-<step> each. Checkpoints of the same configuration and inputs that are
-    there are kept; one that is rejected does not stop the others. Exit status 2 if one was. At the end
-    the runs are compared: RUN.FOLDER/RUN.NAME.compare.html and .json. Started by torchrun or accelerate
+    there are kept; one that fails does not stop the others. Exit status 2 if one did. At the end the
+    runs are compared: RUN.FOLDER/RUN.NAME.compare.html and .json. Started by torchrun or accelerate
     launch, every process takes the next checkpoint that none has taken.
     """
     parsed = read_config(config, overrides or ())
@@ -53,15 +53,17 @@ def sweep(
         return
     failed = [one for one in outcomes if one.failed is not None]
     done = [one.folder for one in outcomes if one.failed is None]
-    if len(done) > 1:
-        from ..compare import compare_runs
-        from ..results.comparison_words import print_comparison
+    try:
+        if len(done) > 1:
+            from ..compare import compare_runs
+            from ..results.comparison_words import print_comparison
 
-        written = compare_runs(done, done[0].parent, f"{parsed.run.name}.compare")
-        print_comparison(written.comparison, stdout())
-        narrator.say(f"wrote {written.html} and {written.json.name}")
-    for one in failed:
-        typer.echo(f"funcprobe: {one.checkpoint} failed: {one.failed}", err=True)
+            written = compare_runs(done, done[0].parent, f"{parsed.run.name}.compare")
+            print_comparison(written.comparison, stdout())
+            narrator.say(f"wrote {written.html} and {written.json.name}")
+    finally:
+        for one in failed:
+            typer.echo(f"funcprobe: {one.checkpoint} failed: {one.failed}", err=True)
     if failed:
         raise typer.Exit(2)
 

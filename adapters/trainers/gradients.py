@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -25,6 +26,7 @@ from ..rollouts.gradients import (
 )
 from ..store import write_whole
 from .live import adam_state, plain_optimizer, policy_of, require_live
+from .unharmed import unharmed
 
 
 def require_count(gradients: Any) -> None:
@@ -41,7 +43,8 @@ class GradientRing(TrainerCallback):
     """Writes what each optimizer step is made from, and deletes the files of more than K steps ago.
 
     Gradients are accumulated, averaged over processes and clipped before on_pre_optimizer_step
-    (transformers 5.23), which is what the optimizer is given. One process writes.
+    (transformers 5.23), which is what the optimizer is given. One process writes. What cannot be
+    written is one warning, and training goes on.
     """
 
     def __init__(self, trainer: Any, folder: Path, count: int) -> None:
@@ -52,15 +55,34 @@ class GradientRing(TrainerCallback):
     ) -> None:
         require_live(self.trainer, plain_optimizer(kwargs["optimizer"]))
         if state.is_world_process_zero:
-            self._delete(lambda step: step > state.global_step)  # of a training that went on from here
+            with unharmed("gradients of another training that went on from here are still there"):
+                self._delete(lambda step: step > state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
-        model, optimizer = policy_of(self.trainer.model), plain_optimizer(kwargs["optimizer"])
-        params, step = trainable_params(model), state.global_step + 1
+        step = state.global_step + 1
+        with unharmed(f"the gradient of step {step} is not recorded"):
+            self._write(step, args, plain_optimizer(kwargs["optimizer"]))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The ring's files in the checkpoint, too, where no later step deletes them."""
+        if not args.should_save:
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        with unharmed(f"{name} has not all of the recorded gradients"):
+            for file in recorded_gradients(self.folder).values():
+                write_whole(
+                    Path(str(args.output_dir)) / name / FOLDER / file.name, partial(_link, file)
+                )
+
+    def _write(self, step: int, args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+        model = policy_of(self.trainer.model)
+        params = trainable_params(model)
         gradient = {
             n: p.grad for n, p in model.named_parameters() if n in params and p.grad is not None
         }
@@ -73,16 +95,6 @@ class GradientRing(TrainerCallback):
         )
         save_gradient(found, gradient_path(self.folder, step))
         self._delete(lambda of: of <= step - self.count)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The ring's files in the checkpoint, too, where no later step deletes them."""
-        if not args.should_save:
-            return
-        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FOLDER
-        for file in recorded_gradients(self.folder).values():
-            write_whole(folder / file.name, partial(_link, file))
 
     def _delete(self, is_old: Callable[[int], bool]) -> None:
         for step, file in recorded_gradients(self.folder).items():

@@ -16,6 +16,7 @@ from ..optimizer.names import sidecar_content
 from ..optimizer.sidecar import FILE
 from ..store import write_json, write_whole
 from .live import plain_optimizer, policy_of
+from .unharmed import unharmed
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
 LOSS = (
@@ -81,7 +82,8 @@ class ParamNamesCallback(TrainerCallback):
     It contains the name and shape of every position of optimizer.pt, by the identity of the optimizer's
     parameters, the versions of the libraries, and the settings of loss and sampling in the trainer's
     arguments. For transformers.Trainer and all trainers of TRL. Raises InputError, one line, before the
-    first step, if a parameter of the optimizer is not in the model.
+    first step, if a parameter of the optimizer is not in the model. A sidecar that cannot be written is
+    one warning, and training goes on.
     """
 
     def on_train_begin(
@@ -100,10 +102,11 @@ class ParamNamesCallback(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if not folder.is_dir():
-            raise InputError(f"{folder}: the trainer reported it as saved, but it does not exist")
-        content = param_names(args, state, kwargs["model"], kwargs["optimizer"])
-        write_whole(folder / FILE, lambda target: write_json(content, target))
+        with unharmed(f"{folder.name} has no {FILE}"):
+            if not folder.is_dir():
+                raise InputError(f"{folder}: the trainer reported it as saved, but it does not exist")
+            content = param_names(args, state, kwargs["model"], kwargs["optimizer"])
+            write_whole(folder / FILE, lambda target: write_json(content, target))
 
 
 def param_names(

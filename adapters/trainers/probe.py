@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import funcprobe
 from funcprobe import tree
 from funcprobe.along import Along, eval_passes, summarise_along
-from funcprobe.policy.layout import out_of_memory
 from funcprobe.statistics.estimators import Measured
 from funcprobe.statistics.intervals import Error, Interval, delta_error, student
 from funcprobe.step import adam
@@ -37,8 +35,10 @@ from .dropout import OF_STEP, warn_of_dropout
 from .headline import causes, headline
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
+from .rounding import is_half, warn_of_rounding
 from .size import size_of, warning
-from .together import OtherProcessError, Together, together
+from .together import Together, several, together
+from .unharmed import unharmed
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,10 @@ class ProbeCallback(TrainerCallback):
     The results are in the trainer's log as funcprobe/*, at their step, and one line of the logger of
     this module says who makes the change (level INFO). Weights, gradients, modes, hooks
     and random states are restored, so that training continues bit for bit. Raises InputError, one line,
-    here or before the first step, if the trainer cannot be probed. At a step that cannot be probed (a
-    gradient or probability that is not finite; memory that runs out) the reason is a warning,
-    funcprobe/skipped is logged, and training continues.
+    here or before the first step, if the trainer cannot be probed. After that nothing ends the training
+    but what would without a probe: whatever fails (a gradient that is not finite, memory that runs out,
+    a process that does not answer, an error of any kind) is one warning with its reason,
+    funcprobe/skipped is logged, training continues bit for bit, and the next probe tries again.
     """
 
     def __init__(self, trainer: Trainer, every: int, config: str | Path | Config) -> None:
@@ -113,51 +114,24 @@ class ProbeCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = plain_optimizer(kwargs["optimizer"])
-        require_live(self.trainer, optimizer)
-        policy = live_policy(self.trainer, self.config.policy.max_trainable)
-        adam.require_state(policy.params, adam_state(optimizer, policy.model, policy.params), "adamw")
-        self._together = together()
-        with self._together, at_rest(policy.model):  # raises for what cannot be probed
-            forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
-        if state.is_world_process_zero:
-            _warn_of_rounding(policy.params, forward.coarsest)
-            warn_of_dropout(policy.model, OF_STEP)
+        with unharmed("the trainer was not examined before the first step", refuses=True):
+            self._require(plain_optimizer(kwargs["optimizer"]), first=state.is_world_process_zero)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step + 1
+        step, first = state.global_step + 1, state.is_world_process_zero
         # Processes that torch.distributed does not join leave it to the first.
-        if step % self.every or not (state.is_world_process_zero or self._together.size > 1):
+        if step % self.every or not (first or several()):
             return
-        start = time.perf_counter()
-        try:
-            with self._together:
-                found = probe_step(
-                    live_policy(self.trainer, self.config.policy.max_trainable),
-                    plain_optimizer(kwargs["optimizer"]),
-                    self.source,
-                    self.config,
-                    step,
-                    self._together,
-                    self._size,
-                )
-            self._size = found.size
-        except (InputError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, InputError | OtherProcessError) or out_of_memory(error)):
-                raise
-            if not state.is_world_process_zero:
-                return
-            reason = " ".join(str(error).split())[:300]
-            warnings.warn(f"funcprobe: step {step} is not probed: {reason}", stacklevel=2)
-            self._numbers = {"funcprobe/skipped": 1.0}
-            return
-        if not state.is_world_process_zero:
-            return
-        logged = numbers(found) | {"seconds": time.perf_counter() - start}
-        logger.info("step %d: %s", step, headline(logged, found.predicted))
-        self._numbers = {f"funcprobe/{key}": value for key, value in logged.items()}
+        self._numbers = {"funcprobe/skipped": 1.0} if first else None
+        with unharmed(f"step {step} is not probed" if first else None):
+            start = time.perf_counter()
+            found = self._probed(plain_optimizer(kwargs["optimizer"]), step)
+            if first:
+                logged = numbers(found) | {"seconds": time.perf_counter() - start}
+                logger.info("step %d: %s", step, headline(logged, found.predicted))
+                self._numbers = {f"funcprobe/{key}": value for key, value in logged.items()}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,8 +142,38 @@ class ProbeCallback(TrainerCallback):
         # The base class's: GRPOTrainer's own log adds its running means and resets them. Both end in
         # on_log, which resets should_log, so that the trainer would not log this step.
         should_log = control.should_log
-        Trainer.log(self.trainer, logged)
+        with unharmed(f"step {state.global_step}: funcprobe/* is not in every log"):
+            Trainer.log(self.trainer, logged)
         control.should_log = should_log
+
+    def _require(self, optimizer: torch.optim.Optimizer, *, first: bool) -> None:
+        """InputError for a trainer that cannot be probed; warnings of what its numbers lack."""
+        require_live(self.trainer, optimizer)
+        policy = live_policy(self.trainer, self.config.policy.max_trainable)
+        adam.require_state(policy.params, adam_state(optimizer, policy.model, policy.params), "adamw")
+        self._together = together(self._together)
+        with self._together, at_rest(policy.model):  # raises for what cannot be probed
+            forward = funcprobe.bind(policy.model, temperature=self.source.temperature).forward
+        if first:
+            warn_of_rounding(policy.params, forward.coarsest)
+            warn_of_dropout(policy.model, OF_STEP)
+
+    def _probed(self, optimizer: torch.optim.Optimizer, step: int) -> StepProbe:
+        self._together = together(self._together)
+        with self._together:
+            # One process may have missed the end of a probe that others have finished.
+            sizes = self._together.gathered(self._size)
+            found = probe_step(
+                live_policy(self.trainer, self.config.policy.max_trainable),
+                optimizer,
+                self.source,
+                self.config,
+                step,
+                self._together,
+                None if None in sizes else self._size,
+            )
+        self._size = found.size
+        return found
 
 
 def probe_step(
@@ -234,29 +238,10 @@ def numbers(found: StepProbe) -> dict[str, float]:
         "derivative_reverse": along.bars_dot,
         "direction_norm": tree.norm(found.direction.total),
     } | causes(along, found.direction, lr)
-    if _is_half(found.coarsest):
+    if is_half(found.coarsest):
         return logged
     ratio = {"ratio": measured.delta / predicted} if predicted else {}
     return logged | {"measured": measured.delta} | ratio
-
-
-def _is_half(dtype: torch.dtype) -> bool:
-    return torch.finfo(dtype).bits < 32
-
-
-def _warn_of_rounding(params: Params, coarsest: torch.dtype) -> None:
-    if _is_half(coarsest):
-        warnings.warn(
-            f"funcprobe: the model computes in {coarsest}, where rounding exceeds most measured "
-            "changes: funcprobe/measured and funcprobe/ratio are omitted",
-            stacklevel=2,
-        )
-    if rounded := [n for n, t in params.items() if _is_half(t.dtype)]:
-        warnings.warn(
-            f"funcprobe: {len(rounded)} trainable tensors are in half precision, as {rounded[0]}: each "
-            "step rounds them, so that the step taken differs from the predicted one",
-            stacklevel=2,
-        )
 
 
 def _direction(params: Params, Y: Params, state: AdamState) -> adam.UpdateDirection:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from funcprobe.types import InputError
+
 from ..rollouts import Rollouts, save_rollouts
 from ..rollouts.files import of_rank
 from ..store import write_whole
@@ -15,6 +17,7 @@ from .dropout import warn_of_dropout
 from .gradients import GradientRing, require_count
 from .live import tokenizer_of
 from .recordable import images, other_trl, require_recordable
+from .unharmed import unharmed, warn
 
 # Private methods of TRL (1.16), and the tensors that the first returns for the sequences.
 _GENERATE, _REWARD = "_generate_and_score_completions", "_calculate_rewards"
@@ -32,17 +35,18 @@ def record_rollouts(trainer: Any, folder: str | Path, *, gradients: int | None =
     loss, those of its generation, micro-batch, process, and log-probabilities of the old policy, the
     reference and the sampler where the loss has them; prompt_index is the index of the group. Of
     several processes each writes its own, step-000006.rank-00000-of-00002.parquet; the first name
-    stands for all. Training is unchanged; evaluations are not recorded.
+    stands for all. Training is unchanged; evaluations are not recorded. A step that cannot be recorded
+    (a full disk, an error of any kind) is one warning with its reason, and training goes on.
 
     With `gradients` = K, folder/step-000006.safetensors has what the optimizer made the step from: the
     accumulated, clipped gradient of the loss and the parameters before the step, by name. The last K
     steps' are kept there, and linked into checkpoint-N/gradients as it is saved; two adapters each.
 
     Raises InputError, one line, for a trainer without TRL's methods, for images, and for RLOOTrainer
-    where a step may use responses of an earlier policy. At the first generation: for output other than
-    TRL's. With `gradients`, before the first step: for sharded models, float16 with a scaler, and an
-    optimizer other than AdamW. Warns where the model has dropout, since the masks of the step are not
-    recorded, and of a router's loss.
+    where a step may use responses of an earlier policy. Before the first step: for generations other
+    than TRL's; with `gradients`, for sharded models, float16 with a scaler, and an optimizer other than
+    AdamW. Warns where the model has dropout, since the masks of the step are not recorded, and of a
+    router's loss.
     """
     require_recordable(trainer, (_GENERATE, _REWARD, _LOSS))
     require_count(gradients)
@@ -109,9 +113,14 @@ class _Recorder(TrainerCallback):
         self.generations = 0
         self.sequences: list[_Sequence] = []
         self.calls: list[_Call] = []
+        self.begun = False  # whether a step has been taken, which nothing here may take back
+        self.lost: str | None = None  # why the step in progress is not recorded
+        self.lost_generation = ""  # why its generation is not
 
     def rewarding(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> Any:
-        length = [len(y) for y in ids]
+        length: list[int] = []
+        with unharmed():  # what is lost here is missed by _generation
+            length += [len(y) for y in ids]
         found = self.reward(inputs, prompts, completions, ids)
         self.scored.append((found, length))
         return found
@@ -121,31 +130,43 @@ class _Recorder(TrainerCallback):
         output = self.generate(*args, **kwargs)
         if not self.trainer.model.training:
             return output
-        self.generation = self._generation(output)
-        self.generations += 1
-        return {**output, _ROW: torch.arange(len(self.generation.length))}
+        self.generation = None
+        with unharmed(refuses=not self.begun) as attempt:
+            self.generation = self._generation(output)
+            self.generations += 1
+            return {**output, _ROW: torch.arange(len(self.generation.length))}
+        self.lost_generation = attempt.reason or ""
+        return output
 
     def computing(self, model: Any, inputs: Any) -> Any:
-        if self.trainer.model.training:
-            self._keep(inputs)
+        if self.trainer.model.training and self.lost is None:
+            with unharmed(refuses=not self.begun) as attempt:
+                self._keep(inputs)
+            self.lost = attempt.reason
         return self.loss(model, inputs)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.sequences, self.calls = [], []
+        self.sequences, self.calls, self.lost = [], [], None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step + 1
-        if self.calls:
-            path = self.folder / f"step-{step:06d}.parquet"
-            if (count := self.trainer.accelerator.num_processes) > 1:
-                path = of_rank(path, self.trainer.accelerator.process_index, count)
-            found = self._rollouts()._replace(step=step)
-            write_whole(path, lambda target: save_rollouts(found, target))
-        self.sequences, self.calls = [], []
+        step, self.begun = state.global_step + 1, True
+        with unharmed() as attempt:
+            if self.calls and self.lost is None:
+                self._write(step)
+        if (reason := self.lost or attempt.reason) is not None:
+            warn(f"step {step} is not recorded: {reason}")
+        self.sequences, self.calls, self.lost = [], [], None
+
+    def _write(self, step: int) -> None:
+        path = self.folder / f"step-{step:06d}.parquet"
+        if (count := self.trainer.accelerator.num_processes) > 1:
+            path = of_rank(path, self.trainer.accelerator.process_index, count)
+        found = self._rollouts()._replace(step=step)
+        write_whole(path, lambda target: save_rollouts(found, target))
 
     def _generation(self, output: Any) -> _Generation:
         if missing := [key for key in _TENSORS if not torch.is_tensor(output.get(key))]:
@@ -174,6 +195,8 @@ class _Recorder(TrainerCallback):
     def _keep(self, inputs: Any) -> None:
         """The sequences of a micro-batch, as the loss is given them."""
         made = self.generation
+        if self.lost_generation and _ROW not in inputs:
+            raise InputError(f"its generation was not: {self.lost_generation}")
         if made is None or _ROW not in inputs:
             raise other_trl(f"{_LOSS}() is not given what {_GENERATE}() returns")
         rows = inputs[_ROW].tolist()

@@ -6,20 +6,29 @@ casts its own before it leaves.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from torch import Tensor, distributed
 
 from funcprobe.ranks import Ranks
+from funcprobe.types import InputError
 
 from ..machine.ranks import ranks_of
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(minutes=30)  # after which a process that does not answer is taken to be gone
+
 
 class OtherProcessError(RuntimeError):
     """Another process could not go on; the message is its reason."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused  # whether by an InputError
 
 
 class Together:
@@ -41,7 +50,7 @@ class Together:
 
     def gathered(self, value: T) -> list[T]:
         """The value of every process, by rank."""
-        self._vote(None)
+        self._vote()
         return self._exchanged(value)
 
     def __enter__(self) -> Self:
@@ -51,23 +60,26 @@ class Together:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if kind is None:
-            self._vote(None)
+            self._vote()
         elif issubclass(kind, Exception) and not issubclass(kind, OtherProcessError):
             reason = " ".join(str(error).split()) or kind.__name__
-            self._exchanged(reason)  # others' reasons do not matter: this process has its own
+            # Others' reasons do not matter, nor whether they answer: this process has its own.
+            with suppress(RuntimeError):
+                self._exchanged((reason, issubclass(kind, InputError)))
 
     def _added(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over the processes; a GPU's memory may run out before the vote, and after the sum."""
         own = [t.detach().cpu() for t in tensors]
-        self._vote(None)
+        self._vote()
         totals = own if self.group is None else ranks_of(self.group).add(own)
         return [total.to(t.device) for total, t in zip(totals, tensors, strict=True)]
 
-    def _vote(self, reason: str | None) -> None:
-        reasons = self._exchanged(reason)
-        for rank, other in enumerate(reasons):
-            if other is not None:
-                raise OtherProcessError(f"process {rank} of {self.size}: {other}")
+    def _vote(self) -> None:
+        votes: list[Any] = self._exchanged(None)
+        for rank, vote in enumerate(votes):
+            if vote is not None:
+                reason, refused = vote
+                raise OtherProcessError(f"process {rank} of {self.size}: {reason}", refused=refused)
 
     def _exchanged(self, value: T) -> list[T]:
         if self.group is None:
@@ -77,11 +89,19 @@ class Together:
         return found
 
 
-def together() -> Together:
+def several() -> bool:
+    """Whether torch.distributed joins this process to others."""
+    return distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def together(before: Together | None = None) -> Together:
     """The processes of this training, which all call this; alone if there is one.
 
-    In a group of their own, so that no exchange meets one of the training's, by gloo, which takes a
-    process to be gone after half an hour, as torch does by default.
+    In a group of their own, so that no exchange meets one of the training's, by gloo. Another one each
+    time, since a group in which a process did not answer is of no more use; that of `before` ends.
     """
-    several = distributed.is_initialized() and distributed.get_world_size() > 1
-    return Together(distributed.new_group(backend="gloo") if several else None)
+    if before is not None and before.group is not None:
+        with suppress(ValueError, AssertionError):  # the training ended its groups
+            distributed.destroy_process_group(before.group)
+        before.group = None
+    return Together(distributed.new_group(backend="gloo", timeout=PATIENCE) if several() else None)

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch
 from transformers import Trainer
 
 from funcprobe import InputError
-from funcprobe.adapters.trainers import ProbeCallback, probe
+from funcprobe.adapters.trainers import ProbeCallback, probe, together
 from funcprobe.adapters.trainers.together import Together
 from support.checkpoints import Checkpoint
 from support.trainers import outcome, plain_trainer, probe_config
 
 FAILS = {2: 1, 3: 0}  # step: the process whose probe fails
+HANGS = 2  # the step in whose probe the second process does not answer
+PATIENCE, ASLEEP = 30, 45  # seconds
 
 
 def trainer_of(checkpoint: Checkpoint, folder: Path) -> Trainer:
@@ -78,6 +82,15 @@ def failing(original: Any, rank: int) -> Any:
     return fail
 
 
+def hanging(original: Any, rank: int) -> Any:
+    def hang(*given: Any) -> Any:
+        if given[4] == HANGS and rank == 1:
+            time.sleep(ASLEEP)
+        return original(*given)
+
+    return hang
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -87,13 +100,16 @@ def main(folder: Path) -> None:
     trainer = trainer_of(checkpoint, folder / "on")
     add_probe(trainer, checkpoint)
     found["on"] = outcome(trainer)
-    probe.probe_step = failing(original, rank)
-    trainer = trainer_of(checkpoint, folder / "failing")
-    add_probe(trainer, checkpoint)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        found["failing"] = outcome(trainer)
-    found["said"] = [str(w.message) for w in said if "is not probed" in str(w.message)]
+    for name, step in (("failing", failing(original, rank)), ("hanging", hanging(original, rank))):
+        if name == "hanging":
+            together.PATIENCE = timedelta(seconds=PATIENCE)
+        probe.probe_step = step
+        trainer = trainer_of(checkpoint, folder / name)
+        add_probe(trainer, checkpoint)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found[name] = outcome(trainer)
+        found[f"said by {name}"] = [str(w.message) for w in said if "is not probed" in str(w.message)]
     torch.save(found, folder / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 

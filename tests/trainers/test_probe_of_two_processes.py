@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.probe_processes import FAILS
+from support.probe_processes import FAILS, HANGS
 from support.trainers import require_same
 from support.two_processes import run_on_two
 
@@ -44,15 +44,27 @@ def test_training_goes_on_bit_by_bit_in_both(of_rank) -> None:
     for rank, found in enumerate(of_rank):
         require_same(found["off"], found["on"])
         require_same(found["off"], found["failing"])
+        require_same(found["off"], found["hanging"])
         assert [e["step"] for e in found["on"].probed] == ([] if rank else [1, 2, 3])
 
 
 def test_one_that_fails_is_one_warning_and_no_hang(of_rank) -> None:
     first, second = of_rank
-    assert second["said"] == []
-    said = dict(zip(FAILS, first["said"], strict=True))
+    assert second["said by failing"] == []
+    said = dict(zip(FAILS, first["said by failing"], strict=True))
     assert said[2] == "funcprobe: step 2 is not probed: process 1 of 2: no numbers here"
     assert said[3] == "funcprobe: step 3 is not probed: out of memory"
     skipped = [e.get("funcprobe/skipped") for e in first["failing"].probed]
     assert skipped == [None, 1, 1]
     assert first["failing"].probed[0] == first["on"].probed[0]
+
+
+def test_one_that_hangs_is_one_warning_and_the_next_step_is_probed(of_rank) -> None:
+    """The other waits no longer than its patience, and the group of the next probe is a new one."""
+    first, second = of_rank
+    assert second["said by hanging"] == []
+    (said,) = first["said by hanging"]
+    assert said.startswith(f"funcprobe: step {HANGS} is not probed: ")
+    probed = first["hanging"].probed
+    assert [e.get("funcprobe/skipped") for e in probed] == [None, 1, None]
+    assert [probed[i] for i in (0, 2)] == [first["on"].probed[i] for i in (0, 2)]
