@@ -1,17 +1,20 @@
 """Passes over one long sequence: time in forwards of the same row, and memory.
 
     python benchmarks/long.py [--shape small|0.5B|135M] [--tokens 4096] [--passes forward tangents ...]
+    python benchmarks/long.py --shape 0.5B --repetitions 0   # where a pass takes minutes
 
 The forward is `token_stats`; all of the sequence but its prompt (--prompt, 256 tokens) is response, so
 that the head computes log-probability and entropy of tokens - prompt positions. Ratios are taken within
 a repetition. Memory is what the process takes at its highest above what it held, in a call of its own
-before the repetitions. Those that recompute keep the inputs of layers alone and compute these again, as
+before the repetitions; with none of these, that call is timed, and the forward again after it. Those
+that recompute keep the inputs of layers alone and compute these again, as
 a run does by itself where a sequence would not fit. `135M` is a saved base with random LoRA: --base, by
 default the one that `python benchmarks/real_policy.py` makes.
 """
 
 import argparse
 import statistics
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +23,7 @@ import torch
 from real_policy import FOLDER, Real
 from shapes import (
     SHAPES,
+    Times,
     machine,
     paired,
     peak_extra,
@@ -74,7 +78,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the sequence")
     parser.add_argument("--prompt", type=int, default=256, help="how many of them are prompt")
     parser.add_argument("--passes", choices=PASSES, nargs="+", default=list(PASSES))
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--repetitions", type=int, default=3, help="0: each pass once, by its first call"
+    )
     parser.add_argument("--base", type=Path, default=Real(FOLDER.expanduser()).base)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -102,18 +108,25 @@ def main() -> None:
     calls = {name: every[name] for name in PASSES if name in (FORWARD, *args.passes)}
     values: dict[str, Any] = {}
     memory: dict[str, float] = {}  # GiB
+    times: Times = {}
     for name, call in calls.items():
+        start = time.perf_counter()
         values[name], mib = peak_extra(call, args.device)
+        times[name] = [time.perf_counter() - start]
         memory[name] = mib / 1024
     agreement = _require_agreement(values, v, p_NR, q_NR)
     del values
-    times = paired(calls, args.repetitions, args.device, warm=False)  # warm from the calls above
+    if args.repetitions:  # warm from the calls above
+        times = paired(calls, args.repetitions, args.device, warm=False)
+    else:
+        times |= paired({FORWARD: calls[FORWARD]}, 1, args.device, warm=False)
 
     print(
         f"{args.shape} shape, one sequence of {args.tokens} tokens, {args.prompt} of them prompt, "
         f"float32. {machine(args.device)}"
     )
-    print(f"Medians (quartiles) of {args.repetitions} paired ratios; {agreement}.")
+    paired_ratios = f"Medians (quartiles) of {args.repetitions} paired ratios"
+    print(f"{paired_ratios if args.repetitions else 'Each pass once'}; {agreement}.")
     bounds = BOUNDS.get((args.shape, args.tokens), {})
     body = []
     for name in calls:
