@@ -2,10 +2,16 @@
 
     python benchmarks/load.py sweep [--checkpoints 50]
     python benchmarks/load.py probes [--probes 200]
+    python benchmarks/load.py prompts [--rows 2000000] [--kind parquet]
+    python benchmarks/load.py rollouts [--responses 100000] [--kind parquet]
 
 Memory (resident, after collection of garbage) and open file handles after each checkpoint of a sweep,
 and after each probe of one training; their slopes are by least squares over the later three quarters,
 since libraries are loaded and pools filled in the first.
+
+Of large files: seconds until a run could sample or compute, imports aside, and what that added to the
+largest memory of the process, in a process of its own. The files are made in --folder, if they are not
+there.
 """
 
 import argparse
@@ -14,6 +20,8 @@ import gc
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,9 +30,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import torch
 from shapes import machine
+
+from funcprobe.adapters.rollouts import SCHEMA
 
 MIB = 2**20
 
@@ -39,11 +53,26 @@ class Seen(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["sweep", "probes"])
+    parser.add_argument("what", choices=["sweep", "probes", "prompts", "rollouts"])
     parser.add_argument("--checkpoints", type=int, default=50)
     parser.add_argument("--probes", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--responses", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, default=256, help="of a response of the rollouts")
+    parser.add_argument("--kind", choices=["parquet", "jsonl", "csv"], default="parquet")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/funcprobe-load"))
     args = parser.parse_args()
     print(f"{machine('cpu')}; load {psutil.getloadavg()[0]:.1f}", flush=True)
+    if args.what == "prompts":
+        file = args.folder / f"prompts-{args.rows}.{args.kind}"
+        _make_prompts(file, args.rows)
+        _start(file, {"prompts.source": str(file)})
+        return
+    if args.what == "rollouts":
+        file = args.folder / f"rollouts-{args.responses}-{args.tokens}.{args.kind}"
+        _make_rollouts(file, args.responses, args.tokens)
+        _start(file, {"rollouts.eval": str(file)})
+        return
     with tempfile.TemporaryDirectory() as scratch:
         if args.what == "sweep":
             _report("checkpoints of a sweep", _sweep(Path(scratch), args.checkpoints))
@@ -154,6 +183,91 @@ def _probes(folder: Path, count: int) -> list[Seen]:
     probed = [e for e in trainer.state.log_history if "funcprobe/predicted" in e]
     assert len(probed) == count, f"{len(probed)} of {count} steps were probed"
     return seen
+
+
+START = """
+import json, sys, threading, time, warnings
+import psutil
+warnings.simplefilter("ignore")
+import datasets, torch, transformers
+from funcprobe.adapters.config.choices import configuration
+from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.stages.plan import load
+seen, ends = [], threading.Event()
+def look():
+    while not ends.wait(0.02):
+        seen.append(psutil.Process().memory_info().rss / 2**20)
+look_on = threading.Thread(target=look)
+before = psutil.Process().memory_info().rss / 2**20
+start, cpu = time.perf_counter(), time.process_time()
+look_on.start()
+plan = load(configuration(json.loads(sys.argv[1])), Narrator())
+took, of_cpu = time.perf_counter() - start, time.process_time() - cpu
+ends.set()
+look_on.join()
+print(f"{took:.1f} s ({of_cpu:.1f} s of it on the CPU), {max(seen) - before:.0f} MiB over {before:.0f}")
+"""
+
+
+def _start(file: Path, settings: dict[str, Any]) -> None:
+    given = {"policy.checkpoint": "toy", "prompts.source": "toy", "run.max_tokens": 4096} | settings
+    print(f"{file.name}, {file.stat().st_size / MIB:.0f} MiB", flush=True)
+    done = subprocess.run(
+        [sys.executable, "-c", START, json.dumps(given)], capture_output=True, text=True, check=False
+    )
+    print(done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr[-2000:])
+
+
+def _make_prompts(file: Path, count: int) -> None:
+    """Sums as prompts, their answers, and a text of a hundred characters beside them."""
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(10, 70, (2, count))
+    rows = [f"{x}+{y}=" for x, y in zip(a, b, strict=True)]
+    answers = [str(x + y) for x, y in zip(a, b, strict=True)]
+    notes = [f"{i:08d} " * 11 for i in range(count)]
+    table = pa.table({"prompt": rows, "answer": answers, "note": notes})
+    if file.suffix == ".parquet":
+        pq.write_table(table, file)
+    elif file.suffix == ".csv":
+        pa.csv.write_csv(table, file)
+    else:
+        with file.open("w", encoding="utf-8") as out:
+            for batch in table.to_batches(10_000):
+                out.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+
+
+def _make_rollouts(file: Path, count: int, tokens: int) -> None:
+    """Four responses a prompt, each with a log-probability for every token."""
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    fields = ["prompt_index", "prompt_ids", "response_ids", "temperature", "sampler_logp", "response"]
+    schema = pa.schema([*(SCHEMA.field(name) for name in fields)])
+    lines = file.suffix == ".jsonl"
+    with (
+        contextlib.nullcontext() if lines else pq.ParquetWriter(file, schema) as parquet,
+        file.open("w", encoding="utf-8") if lines else contextlib.nullcontext() as out,
+    ):
+        for start in range(0, count, 1000):
+            index = np.arange(start, min(start + 1000, count)) // 4
+            ids = rng.integers(3, 13, (len(index), tokens))
+            rows = {
+                "prompt_index": index.tolist(),
+                "prompt_ids": [[3 + i % 9, 4, 5, 6] for i in index],
+                "response_ids": ids.tolist(),
+                "temperature": [1.0] * len(index),
+                "sampler_logp": (-rng.exponential(2.0, ids.shape)).tolist(),
+                "response": ["".join(map(str, row % 10)) for row in ids],
+            }
+            table = pa.table(rows, schema=schema)
+            if parquet is not None:
+                parquet.write_table(table)
+            else:
+                out.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
 
 
 def _now() -> Seen:

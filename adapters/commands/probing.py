@@ -145,7 +145,9 @@ def _print_plan(plan: "Plan", folder: Path) -> None:
     typer.echo(f"E: {eval_source}")
     typer.echo(f"U: {update_source}")
     if plan.prompt_ids:
-        longest = max(len(ids) for ids in plan.prompt_ids)
+        from ..stages.large_prompts import known
+
+        longest = max(len(ids) for ids in known(plan.prompt_ids))
         typer.echo(f"longest prompt: {longest} tokens; responses: up to {sampling.max_new_tokens}")
     divisor = plan.objective.normalisation
     by = f"normalisation {divisor}"

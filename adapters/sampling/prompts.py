@@ -40,23 +40,28 @@ def load_prompts(
     split: str = "train",
     template: str | None = None,
     limit: int | None = None,
+    where: str | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Example]:
     """The prompts of a source (`sources.read_rows`) or of rows, in order, the first `limit` of them.
 
     `template` is a Python format string over the columns; without one the prompt is the column's own
-    text, or its messages (`messages.as_messages`).
+    text, or its messages (`messages.as_messages`). For messages: `where` rows are from, and their
+    `numbers` there, by default from 1.
     Raises InputError if source, columns or template cannot be used, and for text beside messages.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1 prompt")
-    where = source if isinstance(source, str) else "the data set"
+    where = where or (source if isinstance(source, str) else "the data set")
     rows = (read_rows(source, split) if isinstance(source, str) else source)[:limit]
     if not rows:
         raise InputError(f"{where} has no rows, expected at least one prompt: check file and split")
+    numbers = numbers or range(1, len(rows) + 1)
     given = [
-        _given(row, f"row {i} of {where}", prompt_column, template) for i, row in enumerate(rows, 1)
+        _given(row, f"row {i} of {where}", prompt_column, template)
+        for i, row in zip(numbers, rows, strict=False)
     ]
-    for i, (one, other) in enumerate(pairwise(given), 2):
+    for i, (one, other) in zip(numbers[1:], pairwise(given), strict=False):
         if isinstance(one, str) != isinstance(other, str):
             raise InputError(
                 f"row {i} of {where}: column {prompt_column!r} has {_kind(other)}, the row before "

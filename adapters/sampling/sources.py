@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,61 @@ def read_rows(source: str, split: str) -> list[Row]:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix not in FILE_TYPES:
-            raise InputError(f"{source}: expected a file of type {', '.join(FILE_TYPES)}")
-        if missing := pointer(path):
-            raise missing
+        require_file(path, source)
         readers = {".parquet": _parquet, ".csv": _csv}
         return readers.get(path.suffix, _json)(path)
+    return plain(opened_dataset(source, split))
+
+
+def require_file(path: Path, source: str) -> None:
+    """InputError for a file that is of no known type, or a pointer to one."""
+    if path.suffix not in FILE_TYPES:
+        raise InputError(f"{source}: expected a file of type {', '.join(FILE_TYPES)}")
+    if missing := pointer(path):
+        raise missing
+
+
+def opened_dataset(source: str, split: str) -> Any:
+    """What `datasets` has of a source that is no file; InputError if it has nothing."""
+    path = Path(source).expanduser()
     if path.is_dir():
         saved = (path / _SPLITS).is_file() or all((path / name).is_file() for name in _SAVED)
         return _saved(path, split) if saved else _dataset(str(path), split)
     if path.suffix in FILE_TYPES or source.startswith((".", "/", "~")):
         raise InputError(f"file not found: {source} (from {Path.cwd()}): correct the path")
     return _dataset(source, split)
+
+
+def csv_dataset(path: Path, cache: str, *, in_memory: bool) -> Any:
+    """As `datasets` reads it, for the types of a trainer's columns, with its files in `cache`."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    _quiet()
+    try:
+        return Dataset.from_csv(
+            str(path), cache_dir=cache, keep_in_memory=in_memory, encoding="utf-8-sig"
+        )
+    except (OSError, ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as CSV: {_line(error.__cause__ or error)}") from error
+
+
+def json_line(path: Path, line: bytes, number: Callable[[], int]) -> Row:
+    """The object of a line; InputError, with its `number`, if it has none."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line {number()}: expected UTF-8 text: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise InputError(
+            f"{path}, line {number()}: {why}; expected one JSON object per line: correct or drop it"
+        ) from error
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{path}, line {number()}: {type(row).__name__}, expected a JSON object: drop the line"
+        )
+    return row
 
 
 def _json(path: Path) -> list[Row]:
@@ -80,25 +124,18 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _csv(path: Path) -> list[Row]:
-    """As `datasets` reads it, for the types of a trainer's columns; nothing is left in its cache."""
-    from datasets import Dataset
-    from datasets.exceptions import DatasetsError
-
-    _quiet()
+    """Nothing is left in the cache of `datasets`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        if sum(bool(line.strip()) for line in lines) < 2:
-            return []  # names of columns alone, for which datasets has an error of its own
-        with tempfile.TemporaryDirectory() as cache:
-            found = Dataset.from_csv(
-                str(path), cache_dir=cache, keep_in_memory=True, encoding="utf-8-sig"
-            )
-            return _plain(found)
-    except (OSError, ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} cannot be read as CSV: {_line(error.__cause__ or error)}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as CSV: {_line(error)}") from error
+    if sum(bool(line.strip()) for line in lines) < 2:
+        return []  # names of columns alone, for which datasets has an error of its own
+    with tempfile.TemporaryDirectory() as cache:
+        return plain(csv_dataset(path, cache, in_memory=True))
 
 
-def _saved(path: Path, split: str) -> list[Row]:
+def _saved(path: Path, split: str) -> Any:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -108,15 +145,15 @@ def _saved(path: Path, split: str) -> list[Row]:
             f"{path} is a saved data set that cannot be read ({_line(error)}): save it again"
         ) from error
     if not isinstance(found, DatasetDict):
-        return _plain(found)
+        return found
     if split not in found:
         raise InputError(
             f"{path} has no split {split!r}, its splits are: {', '.join(found)}; set prompts.split"
         )
-    return _plain(found[split])
+    return found[split]
 
 
-def _dataset(source: str, split: str) -> list[Row]:
+def _dataset(source: str, split: str) -> Any:
     # Imported here, as it takes a second and local files do not need it.
     import datasets
     from datasets.exceptions import DatasetsError
@@ -132,10 +169,11 @@ def _dataset(source: str, split: str) -> list[Row]:
             f"dataset {name!r} (configuration {configuration or None!r}, split {split!r}) cannot be "
             f"loaded: {_line(error)}; expected a name on the Hub (openai/gsm8k:main) or a local file"
         ) from error
-    return _plain(found)
+    return found
 
 
-def _plain(found: Any) -> list[Row]:
+def plain(found: Any) -> list[Row]:
+    """Every row of what `datasets` has."""
     return [dict(row) for row in found]
 
 

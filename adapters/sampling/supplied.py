@@ -1,7 +1,7 @@
 """E and U supplied as files: in SCHEMA or, for U, as logged by trainers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,26 +66,24 @@ def load_supplied_update(
     *,
     mode: Mode,
     rule: Rule,
-    prompt_ids: Sequence[Sequence[int]] | None,
+    prompt_ids: Iterable[Sequence[Sequence[int]]] | None,
     run: TrainingRun,
     loss: bool = False,
 ) -> tuple[Rollouts | None, list[str]]:
     """U, if there is a file, and a line for each assumption that was needed.
 
-    `prompt_ids` are those of prompts.source, in which the prompts of verl's log are looked up; None if
-    it is not set. `mode` states where U's advantages come from. InputError also for a U with a single
-    prompt, for a log of another step than the next, and, unless `loss` (a loss may have a gradient
-    where every advantage is 0), for one without gradient with another `rule` than "adamw".
+    `prompt_ids` are those of prompts.source, some at once, in which the prompts of verl's log are
+    looked up; None if it is not set. `mode` states where U's advantages come from. InputError also for
+    a U with a single prompt, for a log of another step than the next, and, unless `loss` (a loss may
+    have a gradient where every advantage is 0), for one without gradient with another `rule` than
+    "adamw".
     """
     if file is None:
         return None, []
     advantages, columns = mode == "rollouts", file.columns
     lines: list[str] = []
     if file.layout:
-        decode = policy.tokenizer.decode
-        known = (
-            None if prompt_ids is None else {decode(x, skip_special_tokens=True): x for x in prompt_ids}
-        )
+        known = None if prompt_ids is None else _by_text(columns, policy, prompt_ids)
         guesses = Guesses(
             tokenizer=policy.tokenizer,
             eos_ids=policy.eos_ids,
@@ -104,6 +102,19 @@ def load_supplied_update(
     if not loss:
         lines += require_step(advantage_N, found.prompt_index, mode, rule, supplied=True)
     return found, lines
+
+
+def _by_text(
+    columns: Columns, policy: Policy, prompt_ids: Iterable[Sequence[Sequence[int]]]
+) -> dict[str, Sequence[int]]:
+    """The prompts that the log has, by their text without special tokens."""
+    logged = {x for x in columns.values.get("input", []) if isinstance(x, str)}
+    found: dict[str, Sequence[int]] = {}
+    for some in prompt_ids:
+        for ids in some:
+            if (text := policy.tokenizer.decode(ids, skip_special_tokens=True)) in logged:
+                found[text] = ids
+    return found
 
 
 def common_temperature(

@@ -1,6 +1,5 @@
 """E and U: sampled from the policy, read from an earlier run's stage, or supplied; with rewards."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,9 @@ from ..sampling.advantages import (
     update_advantages,
     zero_means,
 )
+from ..sampling.drawing import derived_seed, eval_index, update_index
 from ..sampling.generate import sample_responses
-from ..sampling.prompts import Prompt, draw_distinct, draw_with_replacement
+from ..sampling.prompts import Prompt
 from ..sampling.responses import Responses
 from ..sampling.rewards import Reward, Text
 from ..sampling.shared_out import shared_out
@@ -110,15 +110,13 @@ def sample(plan: Plan, stages: Stages, narrator: Narrator) -> Batches:
 
 def _eval(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
     seed = derived_seed(plan.config.run.seed, "E")
-    index = plan.world.on_first(
-        lambda: draw_with_replacement(plan.config.sampling.B_E, len(plan.prompts), seed)
-    )
+    index = plan.world.on_first(lambda: eval_index(plan.config, len(plan.prompts)))
     return _sampled(plan, "E", index, seed, stages, narrator)
 
 
 def _update(plan: Plan, stages: Stages, narrator: Narrator) -> Rollouts:
     seed, sampling = derived_seed(plan.config.run.seed, "U"), plan.config.sampling
-    distinct = plan.world.on_first(lambda: draw_distinct(sampling.B_U, len(plan.prompts), seed))
+    distinct = plan.world.on_first(lambda: update_index(plan.config, len(plan.prompts)))
     index = [i for i in distinct for _ in range(sampling.G)]
     drawn = _sampled(plan, "U", index, seed, stages, narrator)
     assert plan.reward is not None  # loaded unless U is supplied
@@ -205,8 +203,3 @@ def _served(plan: Plan) -> list[str | None]:
 
 def _texts(found: Rollouts, policy: Policy) -> list[str]:
     return [policy.tokenizer.decode(y, skip_special_tokens=True) for y in found.response_ids]
-
-
-def derived_seed(seed: int, purpose: str) -> int:
-    """Independent seeds of E and U from one; those of neighbouring run seeds are unrelated."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:6])

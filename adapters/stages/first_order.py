@@ -14,8 +14,9 @@ from funcprobe.types import Params
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
 from ..machine.cost import Stage, counted
+from ..sampling.drawing import derived_seed
 from ..store import Stages
-from .batches import Batches, derived_seed, sample
+from .batches import Batches, sample
 from .gradient import gradients_on_U, verify_state
 from .loss import with_loss
 from .plan import Plan

@@ -23,9 +23,8 @@ from ..machine.precision import products
 from ..rollouts import Rollouts
 from ..sampling.batch_size import batch_size
 from ..sampling.batched import seconds_of_a_step
-from ..sampling.prompts import draw_distinct, draw_with_replacement
+from ..sampling.drawing import eval_index, update_index
 from . import checks, max_tokens, sweep
-from .batches import derived_seed
 from .peaks import Curve, curve
 from .plan import Plan, vocabulary
 
@@ -178,11 +177,10 @@ def _batch(plan: Plan, name: str, supplied: Rollouts | None) -> Batch:
     if supplied is not None:
         return rollouts.to_batch(supplied)
     sampling, count = plan.config.sampling, len(plan.prompts)
-    seed = derived_seed(plan.config.run.seed, name)
     if name == "E":
-        index = draw_with_replacement(sampling.B_E, count, seed)
+        index = eval_index(plan.config, count)
     else:
-        index = [i for i in draw_distinct(sampling.B_U, count, seed) for _ in range(sampling.G)]
+        index = [i for i in update_index(plan.config, count) for _ in range(sampling.G)]
     generator = torch.Generator().manual_seed(0)
     shape = (len(index), sampling.max_new_tokens)
     responses = torch.randint(vocabulary(plan.policy), shape, generator=generator).tolist()

@@ -17,11 +17,12 @@ from funcprobe.types import Params
 from ..console import Narrator
 from ..machine.cost import counted
 from ..rollouts import Rollouts
+from ..sampling.drawing import derived_seed
 from ..sampling.generate import sample_responses
 from ..sampling.responses import Responses
 from ..sampling.shared_out import shared_out
 from ..sampling.supplied import fresh_length
-from .batches import Batches, derived_seed
+from .batches import Batches
 from .plan import Plan
 
 

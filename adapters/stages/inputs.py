@@ -1,5 +1,6 @@
 """What the numbers of a run depend on, for its manifest and the keys of stages."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from ..machine.versions import versions
 from ..optimizer import OptimizerReport
 from ..rollouts.files import files_of
 from ..sampling.prompts import Prompt
+from .large_prompts import Drawn, known
 
 
 def inputs_of(
     config: Config,
     policy: Policy,
     report: OptimizerReport | None,
-    prompts: list[Prompt],
-    prompt_ids: list[list[int]],
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
 ) -> dict[str, Any]:
     """Hashes of the files, and what else the numbers depend on."""
     base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
@@ -43,7 +45,9 @@ def inputs_of(
         },
         "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
         "optimizer": store.fingerprint_path(report.path) if report else {},
-        "prompts": store.fingerprint([prompt_ids, [prompt.row for prompt in prompts]]),
+        "prompts": store.fingerprint(
+            [known(prompt_ids), [prompt.row for prompt in known(prompts)], *_population(prompts)]
+        ),
         "rollouts": {
             key: {
                 name: found
@@ -54,3 +58,8 @@ def inputs_of(
             if path is not None
         },
     }
+
+
+def _population(prompts: Sequence[Prompt]) -> list[int]:
+    """Of prompts of which only those that were drawn are known: how many there are."""
+    return [len(prompts)] if isinstance(prompts, Drawn) else []

@@ -15,6 +15,7 @@ from ..rollouts import Rollouts
 from ..sampling.supplied import fresh_length
 from ..store import Stages
 from . import max_tokens
+from .large_prompts import known
 from .max_tokens import Passes
 from .peaks import Curve
 
@@ -22,12 +23,15 @@ STAGE = "size"
 STILL = 0.75  # of what is free: an earlier choice that takes no more is kept
 
 
-def longest(config: Config, prompt_ids: list[list[int]], *supplied: Rollouts | None) -> tuple[int, int]:
+def longest(
+    config: Config, prompt_ids: Sequence[list[int]], *supplied: Rollouts | None
+) -> tuple[int, int]:
     """(prompt, response): tokens of the longest sequence that exists or may be sampled.
 
-    `supplied` are E, then U; for a supplied E, responses that may be resampled count as well.
+    `supplied` are E, then U; for a supplied E, responses that may be resampled count as well. Of a data
+    set too large to be read, of the prompts that are drawn.
     """
-    lengths = [(len(ids), config.sampling.max_new_tokens) for ids in prompt_ids]
+    lengths = [(len(ids), config.sampling.max_new_tokens) for ids in known(prompt_ids)]
     for rollouts in filter(None, supplied):
         pairs = zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)
         lengths += [(len(x), len(y)) for x, y in pairs]

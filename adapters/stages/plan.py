@@ -26,7 +26,6 @@ from ..rollouts import Rollouts, provenance
 from ..sampling.generate import ended_by
 from ..sampling.prompts import Prompt
 from ..sampling.rewards import Reward, load_reward
-from ..sampling.sources import Row
 from ..sampling.supplied import (
     common_temperature,
     load_supplied_eval,
@@ -41,7 +40,7 @@ from .everywhere import refuse_shared_devices
 from .inputs import inputs_of
 from .max_tokens import Passes
 from .microbatch import Size, longest, reporting, require_positions, resolve, with_size
-from .prompts import encoded, no_prompts, response_line, sampled_from
+from .prompts import no_prompts, response_line, sampled_from
 from .run_settings import with_run_settings
 from .step import choose_objective, load_step, step_lines
 
@@ -65,8 +64,8 @@ class Plan(NamedTuple):
     loss: ChosenLoss | None  # instead of J of the objective
     unlike_the_run: tuple[str, ...]  # what of the run's settings the predicted step does not have
     entropy: Entropy
-    prompts: list[Prompt]  # none if E and U are supplied
-    prompt_ids: list[list[int]]
+    prompts: Sequence[Prompt]  # none if E and U are supplied; of very many, those that are drawn
+    prompt_ids: Sequence[list[int]]
     reward: Reward | None  # None if U is supplied
     supplied_eval: Rollouts | None
     supplied_update: Rollouts | None
@@ -126,7 +125,7 @@ def load(
         adam_state, report, step = load_step(config, policy)
         sidecar = report.sidecar if report else None
         run = provenance.training_run(checkpoint, sidecar)
-        made = sampled_from(config, policy) if needed else no_prompts()
+        made, every = sampled_from(config, policy) if needed else (no_prompts(), None)
         prompts, prompt_ids = made.prompts, made.ids
         supplied_eval = load_supplied_eval(config, policy, vocabulary(policy))
         supplied_update, guessed = load_supplied_update(
@@ -136,7 +135,7 @@ def load(
             vocabulary(policy),
             mode=objective.advantage,
             rule=step.rule,
-            prompt_ids=prompt_ids if needed else None,
+            prompt_ids=(every.every() if every else [prompt_ids]) if needed else None,
             run=run,
             loss=loss is not None,
         )
@@ -236,27 +235,6 @@ def _etas(config: Config, next_lr: float) -> tuple[float, ...]:
     """The learning rates to measure at, ascending, each once."""
     coming = {next_lr} if config.measure.next_lr and next_lr > 0 else set()
     return tuple(sorted({*config.measure.etas, *coming}))
-
-
-class EvalSource(NamedTuple):
-    """The source of E: prompts to sample from, or supplied rollouts."""
-
-    temperature: float
-    prompt_ids: list[list[int]]  # none if E is supplied
-    supplied: Rollouts | None
-    lines: list[str]  # on how the prompts were made
-
-
-def load_eval(config: Config, policy: Policy, rows: Sequence[Row] | None = None) -> EvalSource:
-    """E's prompts or rollouts for a policy that is already loaded; InputError as in `load`.
-
-    The prompts are those of `rows`, by default of prompts.source.
-    """
-    supplied = load_supplied_eval(config, policy, vocabulary(policy))
-    made = no_prompts() if supplied else encoded(config, policy, rows)
-    require_positions(config, policy, sum(longest(config, made.ids, supplied)))
-    temperature = supplied.temperature if supplied else config.sampling.temperature
-    return EvalSource(temperature, made.ids, supplied, made.lines)
 
 
 def vocabulary(policy: Policy) -> int:

@@ -1,7 +1,6 @@
 """The prompts of a run: loaded, rendered, encoded, shown."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from funcprobe.types import InputError
 
@@ -11,33 +10,55 @@ from ..config.schema import Config
 from ..console import excerpt
 from ..rollouts import Rollouts
 from ..sampling.answers import ground_truth_of_verl
+from ..sampling.drawing import eval_index, update_index
 from ..sampling.encoding import encode_prompts
-from ..sampling.prompts import Prompt, load_prompts, missing_column, render_prompts
+from ..sampling.large import LargeRows, open_rows
+from ..sampling.prompts import load_prompts, missing_column, render_prompts
 from ..sampling.rewards import BUILT_IN
 from ..sampling.sources import Row
+from .large_prompts import Drawn, LargePrompts, Made
 
 
-class Prompts(NamedTuple):
-    """Prompts, their token ids, and lines for the log."""
-
-    prompts: list[Prompt]
-    ids: list[list[int]]
-    lines: list[str]
-
-
-def no_prompts() -> Prompts:
+def no_prompts() -> Made:
     """For batches that are supplied."""
-    return Prompts([], [], [])
+    return Made([], [], [])
 
 
-def encoded(config: Config, policy: Policy, rows: Sequence[Row] | None = None) -> Prompts:
-    """Of `rows`, by default those of prompts.source. InputError if they cannot be used."""
+def prompts_of(
+    config: Config, policy: Policy, rows: Sequence[Row] | LargeRows | None = None
+) -> Made | LargePrompts:
+    """Of `rows`, by default those of prompts.source; read as they are drawn if they are very many.
+
+    InputError if they cannot be used.
+    """
+    chosen = config.prompts
+    where = chosen.source if rows is None else "the data set"
+    rows = open_rows(chosen.source, chosen.split) if rows is None else rows
+    if not isinstance(rows, LargeRows):
+        return encoded(config, policy, rows, where)
+
+    def make(of: Sequence[Row], numbers: Sequence[int]) -> Made:
+        return encoded(config, policy, of, where, numbers)
+
+    return LargePrompts(rows, where, make)
+
+
+def encoded(
+    config: Config,
+    policy: Policy,
+    rows: Sequence[Row],
+    where: str,
+    numbers: Sequence[int] | None = None,
+) -> Made:
+    """Of rows. InputError, with `where` they are from and their `numbers`, if they cannot be used."""
     chosen = config.prompts
     examples = load_prompts(
-        chosen.source if rows is None else rows,
+        rows,
         prompt_column=chosen.prompt_column,
         split=chosen.split,
         template=chosen.template,
+        where=where,
+        numbers=numbers,
     )
     prompts, made = render_prompts(
         examples,
@@ -53,15 +74,30 @@ def encoded(config: Config, policy: Policy, rows: Sequence[Row] | None = None) -
         max_prompt_tokens=chosen.max_prompt_tokens,
     )
     require_rows(ids, policy.tokenizer, policy.model.get_input_embeddings().weight.shape[0])
-    return Prompts(prompts, ids, [*made, *special])
+    return Made(prompts, ids, [*made, *special])
 
 
-def sampled_from(config: Config, policy: Policy) -> Prompts:
+def _drawn(config: Config, prompts: LargePrompts) -> Made:
+    """Those that E and U are of, and the first two."""
+    places = {0, 1}
+    if config.rollouts.eval is None:
+        places |= set(eval_index(config, len(prompts)))
+    if config.rollouts.update is None:
+        places |= set(update_index(config, len(prompts)))
+    found, count = prompts.take(places), len(prompts)
+    given = Drawn({i: prompt for i, (prompt, _) in found.items()}, count)
+    return Made(given, Drawn({i: ids for i, (_, ids) in found.items()}, count), prompts.lines)
+
+
+def sampled_from(config: Config, policy: Policy) -> tuple[Made, LargePrompts | None]:
     """The prompts from which E and U are drawn, and the first of them in a line.
 
-    InputError also for too few of them, and for prompts that do not suit the reward.
+    Of a data set too large to be read, which is returned beside them, those that are drawn. InputError
+    also for too few of them, and for prompts that do not suit the reward.
     """
-    found, source = encoded(config, policy), config.prompts.source
+    made, source = prompts_of(config, policy), config.prompts.source
+    every = made if isinstance(made, LargePrompts) else None
+    found = _drawn(config, made) if isinstance(made, LargePrompts) else made
     prompts, samples_update = found.prompts, config.rollouts.update is None
     if samples_update and len(prompts) < config.sampling.B_U:
         raise InputError(
@@ -82,7 +118,7 @@ def sampled_from(config: Config, policy: Policy) -> Prompts:
             "reward.conversational = true needs prompts of messages: set prompts.chat = true as well"
         )
     shown = f"prompt 1 of {len(prompts)}, {_tokens(policy, found.ids[0])}"
-    return found._replace(lines=[*found.lines, shown])
+    return found._replace(lines=[*found.lines, shown]), every
 
 
 def response_line(policy: Policy, name: str, rollouts: Rollouts) -> str:

@@ -17,8 +17,9 @@ from funcprobe.types import Params, TokenStats
 from .. import store
 from ..console import Narrator
 from ..machine.cost import Stage, counted
+from ..sampling.drawing import derived_seed
 from ..store import Stages
-from .batches import Batches, derived_seed
+from .batches import Batches
 from .fresh import Fresh, sample_again
 from .plan import Plan
 from .weight_diagnostics import WeightDiagnostics, verdict

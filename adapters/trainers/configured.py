@@ -5,7 +5,7 @@ from transformers import Trainer
 from funcprobe.types import InputError
 
 from ..config.schema import Config
-from ..stages.plan import EvalSource
+from ..stages.eval_source import EvalSource
 
 # The step is determined by the trainer, not by the configuration.
 _NOT_READ = ("state", "max_grad_norm", "lr", "betas", "eps", "weight_decay", "checkpoint_step")

@@ -28,15 +28,16 @@ from ..sampling.generate import sample_responses
 from ..sampling.prompts import draw_with_replacement
 from ..sampling.responses import Responses
 from ..sampling.shared_out import shared_out
-from ..stages.microbatch import Size
-from ..stages.plan import EvalSource, load_eval
+from ..stages.eval_source import EvalSource, load_eval
+from ..stages.large_prompts import taken
+from ..stages.microbatch import Size, longest, require_positions
 from .configured import require_readable, require_same_policy
 from .dropout import OF_STEP, warn_of_dropout
 from .headline import causes, headline
 from .live import adam_state, ascent, at_rest, live_policy, lr_now, plain_optimizer, require_live
 from .prompts import own_prompts
 from .rounding import is_half, warn_of_rounding
-from .size import size_of, warning
+from .size import sequence_of, size_of, warning
 from .together import Together, several, together
 from .unharmed import unharmed
 
@@ -205,7 +206,9 @@ def probe_step(
         batch, sampler_logp_NR, unit_N = _eval_batch(policy, source, config, step, together)
         forward = funcprobe.frozen_forward(policy.model, params, source.temperature)
         forward = warning(forward)._replace(ranks=together.ranks)
-        size = size or size_of(config, policy, source, forward, together)
+        sequence = sequence_of(config, source, batch)
+        if size is None or size.max_tokens < sum(sequence):
+            size = size_of(config, policy, sequence, forward, together)
         forward = forward._replace(recompute=size.recompute)
         of_E: dict[str, Any] = {"entropy": entropy, "sampler_logp_NR": sampler_logp_NR}
         sized = of_E | {"max_tokens": size.max_tokens}
@@ -273,7 +276,8 @@ def _eval_batch(
     # A separate generator, seeded by text, so that neighbouring steps and seeds are unrelated.
     seed = random.Random(f"{config.run.seed}/{step}/E").getrandbits(48)
     index = draw_with_replacement(config.sampling.B_E, len(source.prompt_ids), seed)
-    ids = [source.prompt_ids[i] for i in index]
+    ids = taken(source.prompt_ids, index)
+    require_positions(config, policy, sum(longest(config, ids, None)))  # of prompts read just now
 
     def sample(prompt_ids: Sequence[Sequence[int]], own: Sequence[int]) -> Responses:
         return sample_responses(policy, prompt_ids, config.sampling, seed, indices=own)

@@ -5,12 +5,15 @@ from typing import Any
 from funcprobe.types import InputError
 
 from ..config.schema import Config
+from ..sampling.large import LARGE, LargeRows, OfDataset
 from ..sampling.messages import as_messages
 from ..sampling.sources import Row
 
 
-def own_prompts(trainer: Any, config: Config) -> tuple[Config, list[Row] | None]:
+def own_prompts(trainer: Any, config: Config) -> tuple[Config, list[Row] | LargeRows | None]:
     """The configuration with which prompts are the run's, and the rows of the trainer's train_dataset.
+
+    Very many rows are read as they are drawn.
 
     As the GRPOTrainer of TRL 1.16 (`_tokenize_prompts`): messages by its chat template, with its
     arguments and tools; text as it is, with the tokenizer's special tokens, whatever it begins with.
@@ -27,15 +30,17 @@ def own_prompts(trainer: Any, config: Config) -> tuple[Config, list[Row] | None]
             f"which prompts cannot be drawn: {remedy}"
         )
     unread = ("tools", "chat_template_kwargs")  # by that trainer, which has its own
-    rows = [{k: v for k, v in row.items() if k not in unread} for row in _rows(dataset)]
-    if not rows or chosen.prompt_column not in rows[0]:
+    found = OfDataset(dataset, unread)
+    rows = found if len(found) > LARGE else found.take(range(len(found)))
+    first = found.take([0])[0] if len(found) else {}
+    if chosen.prompt_column not in first:
         raise InputError(
             "prompts.source is not set, and the trainer's data set has no column "
-            f"{chosen.prompt_column!r} (its columns: {', '.join(sorted(rows[0]) if rows else ())}): "
+            f"{chosen.prompt_column!r} (its columns: {', '.join(sorted(first))}): "
             f"{remedy}"
         )
     changes: dict[str, Any] = {}
-    if as_messages(rows[0][chosen.prompt_column], "the trainer's data set") is None:
+    if as_messages(first[chosen.prompt_column], "the trainer's data set") is None:
         if chosen.chat == "auto":
             changes = {"chat": False}
             if chosen.add_special_tokens is None:
@@ -48,7 +53,3 @@ def own_prompts(trainer: Any, config: Config) -> tuple[Config, list[Row] | None]
         }
         changes = {"chat_template_kwargs": own | chosen.chat_template_kwargs}
     return config.model_copy(update={"prompts": chosen.model_copy(update=changes)}), rows
-
-
-def _rows(dataset: Any) -> list[Row]:
-    return [dict(dataset[i]) for i in range(len(dataset))]

@@ -5,25 +5,34 @@ import warnings
 
 from funcprobe.policy.forward import Forward
 from funcprobe.policy.placement import devices_of
+from funcprobe.types import Batch
 
 from ..checkpoint.model import Policy
 from ..config.schema import Config
+from ..stages.eval_source import EvalSource
+from ..stages.large_prompts import LargePrompts
 from ..stages.max_tokens import Passes, choose
 from ..stages.microbatch import Size, longest, smallest
-from ..stages.plan import EvalSource, vocabulary
+from ..stages.plan import vocabulary
 from .together import Together
 
 logger = logging.getLogger(__name__)
 
 
+def sequence_of(config: Config, source: EvalSource, batch: Batch) -> tuple[int, int]:
+    """(prompt, response): tokens of the longest sequence; of very many prompts, of those of `batch`."""
+    if isinstance(source.prompt_ids, LargePrompts):
+        return int(batch.prompt_length_N.max()), config.sampling.max_new_tokens
+    return longest(config, source.prompt_ids, source.supplied)
+
+
 def size_of(
-    config: Config, policy: Policy, source: EvalSource, forward: Forward, together: Together
+    config: Config, policy: Policy, sequence: tuple[int, int], forward: Forward, together: Together
 ) -> Size:
     """run.max_tokens; for "auto" by trials beside what training holds, the least of all processes."""
     asked = config.run.max_tokens
     if asked != "auto":
         return Size(asked)
-    sequence = longest(config, source.prompt_ids, source.supplied)
     devices = devices_of(policy.model)
     found = choose(Passes(policy.params, forward, *sequence, vocabulary(policy), devices))
     if together.rank == 0:

@@ -48,7 +48,7 @@ def brought(config: Config, prompt_ids=(), step: int = 1) -> tuple[Rollouts, lis
         len(PIECES),
         mode=mode,
         rule="adamw",
-        prompt_ids=prompt_ids,
+        prompt_ids=None if prompt_ids is None else [prompt_ids],
         run=run_before(step),
     )
     assert found is not None
