@@ -64,11 +64,14 @@ def _mul(input: Any, other: Any, **out: Any) -> Tensor:
     if out or any(in_transform(x) or x.dtype != factors[0].dtype for x in factors):
         return torch.mul(input, other, **out)
     (a, da), (b, db) = (unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in (input, other))
-    moved = [a * db] if db is not None else []
-    if da is not None:
-        moved = [moved[0].addcmul_(da, b)] if moved else [da * b]
-    value: Tensor = a * b
-    return make_dual(value, moved[0]) if moved else value
+    moved = ([] if db is None else [a * db]) + ([] if da is None else [da * b])
+    if not moved:
+        return torch.mul(a, b)
+    # Summed in place, and before the values, so that no more than two tensors are held.
+    along = torch.add(*moved, out=moved[0]) if len(moved) == 2 else moved[0]
+    del moved
+    dual: Tensor = make_dual(torch.mul(a, b), along)
+    return dual
 
 
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
