@@ -300,6 +300,7 @@ def test_weights_that_are_not_finite_are_refused_and_leave_no_half_policy(traini
     assert all(torch.equal(t, alone.params[k]) for k, t in policy.params.items())
 
 
+@pytest.mark.slow
 def test_memory_is_flat(checkpoint, command, tmp_path, monkeypatch) -> None:
     """No plan outlives its run, and as many tensors are alive after six checkpoints as after three."""
     training = trained(checkpoint, tmp_path / "out", *range(1, 7))

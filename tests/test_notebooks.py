@@ -17,7 +17,11 @@ from support.real import real_policy
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REAL = ROOT / "notebooks" / "04_your_own_run.ipynb"
-FAST = [path for path in NOTEBOOKS if path != REAL]
+FAST = [
+    path if path.stem.startswith("01") else pytest.param(path, marks=pytest.mark.slow)
+    for path in NOTEBOOKS
+    if path != REAL
+]
 MOST_CELLS = 40
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -267,6 +267,7 @@ def test_a_page_of_a_large_run_is_made_in_time(large_run):
     assert len(html.encode()) < 8e6
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(run_folder):
     assert report_html(load_run(run_folder)) == report_html(load_run(run_folder))
 

@@ -358,6 +358,7 @@ def test_a_link_beyond_long_responses_leads_to_its_section(open_page, run_folder
     assert abs(page.evaluate(top)) < 40
 
 
+@pytest.mark.slow
 def test_a_browser_that_cannot_inflate_says_so_and_filters_still(open_page, page_file):
     page = open_page(page_file).page
     page.context.add_init_script("delete window.DecompressionStream")

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("continuous"))
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def policy(checkpoint, request) -> Policy:
     chosen = PolicyConfig(checkpoint=str(checkpoint.adapter), dtype="float32", attention=request.param)
     return load_policy(chosen, torch.device("cpu"))
