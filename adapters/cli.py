@@ -1,7 +1,9 @@
 """The entry point: the commands, and what a rejected input, a full disk or Ctrl-C ends with."""
 
 import inspect
+import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -10,10 +12,12 @@ from funcprobe.types import InputError
 
 from .commands import preparing
 from .commands.app import app
+from .commands.caching import cache
 from .commands.comparing import compare, sweep
 from .commands.looking import report
 from .commands.probing import check, run, whatif
 from .machine.allocator import keep_freed_memory
+from .machine.ending import UNBROKEN, ended_by_signals, status, words
 from .machine.launcher import launched
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 # In the order in which --help lists them.
-COMMANDS = (run, whatif, sweep, compare, report, check, preparing.init, preparing.inspect)
+COMMANDS = (run, whatif, sweep, compare, report, cache, check, preparing.init, preparing.inspect)
 
 for command in COMMANDS:
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
@@ -36,10 +40,12 @@ def main() -> None:
         from .machine.ranks import join  # imports torch.distributed, not needed for one process
 
         join(_outcome)
-    said, status = _outcome()
-    if said is not None:
-        typer.echo(said, err=True)
-    sys.exit(status)
+    with ended_by_signals():
+        said, code = _outcome()
+    with suppress(OSError):  # of a terminal that was closed
+        if said is not None:
+            typer.echo(said, err=True)
+    sys.exit(code)
 
 
 def _outcome(world: "World | None" = None) -> tuple[str | None, int]:
@@ -49,14 +55,21 @@ def _outcome(world: "World | None" = None) -> tuple[str | None, int]:
     except InputError as error:
         return _line(str(error)), 2
     except OSError as error:  # an unwritable folder, a full disk
+        if UNBROKEN.received is not None:  # a terminal that was closed takes no line
+            return _ended()
         where = f"{error.filename}: " if error.filename else ""
         return _line(f"{where}{error.strerror or error}; no incomplete file was left"), 2
     except SystemExit as end:
-        said = None
-        if end.code == INTERRUPTED:  # typer's, on KeyboardInterrupt
-            said = _line("interrupted; finished stages are stored, no incomplete file was left")
-        return said, end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return _ended() if code == INTERRUPTED else (None, code)  # typer's, on KeyboardInterrupt
+    except KeyboardInterrupt:  # outside of typer
+        return _ended()
     return None, 0
+
+
+def _ended() -> tuple[str, int]:
+    received = UNBROKEN.received or signal.SIGINT
+    return _line(words(received)), status(received)
 
 
 def _line(message: str) -> str:

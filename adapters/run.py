@@ -26,6 +26,7 @@ from .stages.checks import check, untouched, versions_of
 from .stages.everywhere import require_same
 from .stages.first_order import predicted
 from .stages.forecast import forecast, forecast_line, peak_memory
+from .stages.holding import holding, run_folder, stages_of
 from .stages.influence import influences
 from .stages.microbatch import STAGE as SIZE
 from .stages.momentum import momentum_of
@@ -33,6 +34,7 @@ from .stages.observables import Asked, asked_for, functions_of_E, observe
 from .stages.plan import Plan, load
 from .stages.recorded_steps import RecordedSteps, recorded_steps
 from .stages.sweep import measure_sweep
+from .stages.unchanged import Sources, loaded, require_unchanged
 from .store import Stages
 
 
@@ -43,47 +45,39 @@ class Prepared(NamedTuple):
     asked: Asked
     recorded: RecordedSteps | None
     folder: Path
+    stages: Stages
+    sources: Sources  # the files that were read
 
 
 def run(
     config: Config, narrator: Narrator, *, fresh: bool = False, world: World = ONE_PROCESS
 ) -> tuple[Results, Path]:
     """The whole probe; returns the results and the run folder, which is whole or absent."""
-    prepared = prepare(config, narrator, fresh=fresh, world=world)
-    _foretell(prepared, narrator, fresh=fresh)
-    return probe(prepared, narrator, fresh=fresh)
+    with holding(config, narrator, world, fresh=fresh) as stages:
+        prepared = prepare(config, narrator, stages)
+        _foretell(prepared, narrator)
+        return probe(prepared, narrator)
 
 
 def prepare(
-    config: Config,
-    narrator: Narrator,
-    policy_of: Loader | None = None,
-    *,
-    fresh: bool = False,
-    writes: bool = True,
-    world: World = ONE_PROCESS,
+    config: Config, narrator: Narrator, stages: Stages, policy_of: Loader | None = None
 ) -> Prepared:
-    """Load, the policy by `policy_of` if given, and check: InputError for what a run would reject.
-
-    `writes`: whether a size of microbatches that is found is stored for later runs.
-    """
+    """Load, the policy by `policy_of` if given, and check: InputError for what a run would reject."""
     folder = run_folder(config)
-    if world.first:
+    if stages.world.first:
         store.require_writable(folder)
         sinks.require(config.log)
-    stages = _stages(folder, narrator, world)._replace(fresh=fresh, writes=writes)
-    plan = load(config, narrator, policy_of, stages)
+    plan, sources = loaded(config, narrator, stages, policy_of)
     asked = asked_for(plan)
     recorded = recorded_steps(plan, narrator)
     inputs = plan.inputs | {"momentum": recorded.inputs if recorded else {}}
-    require_same(config, inputs, world)
-    return Prepared(plan._replace(inputs=inputs), asked, recorded, folder)
+    require_same(config, inputs, stages.world)
+    return Prepared(plan._replace(inputs=inputs), asked, recorded, folder, stages, sources)
 
 
-def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tuple[Results, Path]:
+def probe(prepared: Prepared, narrator: Narrator) -> tuple[Results, Path]:
     """From sampling to the run folder."""
-    plan, asked, recorded, folder = prepared
-    stages = _stages(folder, narrator, plan.world)._replace(fresh=fresh)
+    plan, asked, recorded, folder, stages, sources = prepared
     before = versions_of(plan.policy.model)
     with products(plan.config.policy.precision):
         found = predicted(plan, stages, narrator)
@@ -108,6 +102,7 @@ def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tup
     results = results.model_copy(update={"influence": influence_section(found, influence)})
     if not plan.world.first:
         return results, folder
+    require_unchanged(sources, narrator)
     with store.run_folder(folder) as target:
         (target / "config.toml").write_text(to_toml(plan.config), encoding="utf-8")
         (target / "rollouts").mkdir()
@@ -131,27 +126,23 @@ def probe(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> tup
     return results, folder
 
 
-def _stages(folder: Path, narrator: Narrator, world: World) -> Stages:
-    """What runs beside this folder stored."""
-    return Stages(folder.parent / ".stages", world=world, say=narrator.say, run=folder.name)
-
-
-def _foretell(prepared: Prepared, narrator: Narrator, *, fresh: bool = False) -> None:
+def _foretell(prepared: Prepared, narrator: Narrator) -> None:
     """Say what the run will take, before it starts."""
-    plan, asked = prepared.plan, prepared.asked
+    plan, asked, stages = prepared.plan, prepared.asked, prepared.stages
     if not plan.world.first:
         return
     with products(plan.config.policy.precision):
         found = forecast(plan, narrator, kl="kl_base" in asked.names)
-    left = (prepared.folder.parent / ".stages").glob("*")
-    stored = not fresh and any(not file.name.startswith(f"{SIZE}-") for file in left)
+    left = store.stored(prepared.folder.parent / store.FOLDER)
+    stored = not stages.fresh and any(one.stage != SIZE for one in left)
     narrator.say(forecast_line(found, stored=stored))
     narrator.expect(found.seconds)
 
 
 def dry_run(config: Config, narrator: Narrator, world: World = ONE_PROCESS) -> Plan:
     """Everything that can be rejected before sampling; writes nothing."""
-    prepared = prepare(config, narrator, writes=False, world=world)
+    stages = stages_of(config, narrator, world)._replace(writes=False)
+    prepared = prepare(config, narrator, stages)
     _foretell(prepared, narrator)
     if world.first and (peak := peak_memory(prepared.plan)) is not None:
         narrator.say(f"about {peak / 2**30:.1f} GiB of memory at its peak, the model included")
@@ -162,15 +153,10 @@ def check_alone(config: Config, narrator: Narrator, world: World = ONE_PROCESS) 
     """The sanity checks on separate, small batches; writes nothing."""
     small = {"B_E": min(config.sampling.B_E, 32), "B_U": min(config.sampling.B_U, 8)}
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update=small)})
-    stages = _stages(run_folder(config), narrator, world)._replace(writes=False)
+    stages = stages_of(config, narrator, world)._replace(writes=False)
     plan = load(config, narrator, stages=stages)
     require_same(config, plan.inputs, world)
     before = versions_of(plan.policy.model)
     with products(config.policy.precision):
         seen = check(predicted(plan, Stages(None), narrator), Stages(None), narrator)
     return [*seen, untouched(before, plan.policy.model)]
-
-
-def run_folder(config: Config) -> Path:
-    """The folder to which a run of this configuration is written."""
-    return Path(config.run.folder).expanduser() / config.run.name

@@ -26,8 +26,10 @@ from .progress import Progress
 from .results.manifest import Inputs
 from .results.saved import SavedRun, load_run
 from .results.schema import Results
+from .stages.holding import holding, run_folder
 
 _STEP = re.compile(r"(?:checkpoint-|global_step_)(\d+)")
+_OF_CACHE = re.compile(r"^cache_(size|days) = .*\n", re.MULTILINE)  # settings that change no number
 # Inputs that belong to one checkpoint.
 _OF_ONE = ("optimizer.state", "rollouts.eval", "rollouts.update", "attribution.earlier_checkpoint")
 LONGEST = 100  # characters of run.name
@@ -107,16 +109,17 @@ def _outcome(
     *,
     fresh: bool,
 ) -> Outcome:
-    folder = probing.run_folder(config)
+    folder = run_folder(config)
     narrator = progress.start(checkpoint.name, number)
     try:
-        prepared = probing.prepare(config, narrator, policy_of, fresh=fresh, world=group)
-        progress.loaded(policy_of.reason)
-        plan = prepared.plan
-        kept = group.on_first(
-            lambda: None if fresh else _kept(folder, plan.config, plan.inputs, config)
-        )
-        results = kept.results if kept else probing.probe(prepared, narrator, fresh=fresh)[0]
+        with holding(config, narrator, group, fresh=fresh) as stages:
+            prepared = probing.prepare(config, narrator, stages, policy_of)
+            progress.loaded(policy_of.reason)
+            plan = prepared.plan
+            kept = group.on_first(
+                lambda: None if fresh else _kept(folder, plan.config, plan.inputs, config)
+            )
+            results = kept.results if kept else probing.probe(prepared, narrator)[0]
         if kept is None and group.first:
             sinks.send(folder, narrator)
     except Exception as error:
@@ -146,11 +149,11 @@ def _kept(folder: Path, config: Config, inputs: dict[str, Any], asked: Config) -
         found = load_run(folder)
     except (InputError, OSError):  # of another version, or incomplete: it is replaced
         return None
-    before = found.config
+    before = _OF_CACHE.sub("", found.config)
     if asked.run.max_tokens == "auto":  # another number today changes nothing but rounding
         config = config.model_copy(update={"run": config.run.model_copy(update={"max_tokens": 1})})
         before = re.sub(r"^max_tokens = \d+$", "max_tokens = 1", before, count=1, flags=re.MULTILINE)
-    same = before == to_toml(config) and found.manifest.inputs == Inputs(**inputs)
+    same = before == _OF_CACHE.sub("", to_toml(config)) and found.manifest.inputs == Inputs(**inputs)
     return found if same else None
 
 

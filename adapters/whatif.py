@@ -23,11 +23,13 @@ from .results.whatif import whatif_document
 from .results.whatif_sections import WhatIf
 from .stages.everywhere import require_same
 from .stages.first_order import Predicted, predicted
+from .stages.holding import holding, run_folder
 from .stages.observed import rewards_of_E
-from .stages.plan import Plan, load
+from .stages.plan import Plan
 from .stages.rule_inputs import rule_inputs
 from .stages.rules import Given, Rewarded, applied, linear_until, outcome, own, rewarded
 from .stages.solve import require_solvable, solved
+from .stages.unchanged import Sources, loaded, require_unchanged
 from .store import Stages
 
 OWN = "own"
@@ -58,18 +60,35 @@ def whatif(
     the default list that this run cannot have is left out with a line; one that was asked for is an
     InputError. What is wrong in the question itself is one before anything is loaded.
     """
-    folder = Path(config.run.folder).expanduser()
-    run = folder / config.run.name
+    run = run_folder(config)
     path = question.out or rules_file(run)
     if world.first:
         store.require_place(path)
-    asked = bool(question.rules) or "rules" in config.whatif.model_fields_set
     rules = _parsed(question.rules or config.whatif.rules, narrator)
     solve = None if question.solve is None else _solve(question.solve, question.by)
     _require_eta(question.eta)
-    stages = Stages(folder / ".stages", fresh, world=world, say=narrator.say, run=config.run.name)
-    plan = load(config, narrator, stages=stages)
-    require_same(config, plan.inputs, world)
+    with holding(config, narrator, world, fresh=fresh) as stages:
+        document, sources = _answered(config, question, rules, solve, stages, narrator)
+        if world.first:
+            require_unchanged(sources, narrator)
+            store.write_whole(path, partial(store.write_json, document.model_dump(mode="json")))
+            here = path.absolute() == rules_file(run).absolute()
+            if here and config.run.report and (run / "results.json").is_file():
+                _report_again(run, narrator)
+    return document, path
+
+
+def _answered(
+    config: Config,
+    question: Question,
+    rules: list[BoundRule],
+    solve: tuple[float, NamedRule] | None,
+    stages: Stages,
+    narrator: Narrator,
+) -> tuple[WhatIf, Sources]:
+    asked = bool(question.rules) or "rules" in config.whatif.model_fields_set
+    plan, sources = loaded(config, narrator, stages)
+    require_same(config, plan.inputs, stages.world)
     eta = _eta(question.eta, plan)
     with products(config.policy.precision):
         found = predicted(plan, stages, narrator)
@@ -94,15 +113,8 @@ def whatif(
     bound = {rule.text: rule for rule in rules}
     if there is not None:
         bound[there.outcome.name] = there.rule
-    costs = together(narrator.costs, world)
-    document = whatif_document(given, outcomes, bound, left_out, there, until, costs)
-    if not world.first:
-        return document, path
-    store.write_whole(path, partial(store.write_json, document.model_dump(mode="json")))
-    here = path.absolute() == rules_file(run).absolute()
-    if here and config.run.report and (run / "results.json").is_file():
-        _report_again(run, narrator)
-    return document, path
+    costs = together(narrator.costs, stages.world)
+    return whatif_document(given, outcomes, bound, left_out, there, until, costs), sources
 
 
 def _report_again(folder: Path, narrator: Narrator) -> None:

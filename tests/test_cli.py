@@ -36,6 +36,7 @@ def test_usage_errors(command, arguments) -> None:
         (("run",), ("--set", "KEY=VALUE", "--dry-run", "--fresh", "sampling.B_E=64", "CFG.TOML")),
         (("check",), ("sanity checks", "write nothing", "Exit status 1", "--set")),
         (("init",), ("every key", "default")),
+        (("cache",), ("--clear", "--older-than", "run.cache_size", "runs in progress")),
     ],
 )
 def test_help_names_what_there_is(command, verb, words) -> None:

@@ -14,6 +14,7 @@ from funcprobe.adapters import run as run_module
 from funcprobe.adapters.report import write as write_module
 from funcprobe.adapters.report.figure import Figure
 from funcprobe.adapters.sampling import batched as sampling_module
+from funcprobe.adapters.stages import unchanged
 from support.checkpoints import edit_json, sets
 from support.commands import children, left_in
 
@@ -26,14 +27,14 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
     """Every write of a whole run in turn: Parquet, safetensors, text, and a rename."""
     Path("c.toml").touch()
     plans: list[Any] = []  # loading writes nothing: once is enough
-    load = run_module.load
+    load = unchanged.load
 
     def load_once(*args: Any) -> Any:
         if not plans:
             plans.append(load(*args))
         return plans[0]
 
-    monkeypatch.setattr(run_module, "load", load_once)
+    monkeypatch.setattr(unchanged, "load", load_once)
     monkeypatch.setattr(run_module, "check", lambda *_: [])  # nor do the checks
     fail_at = 0
     for fail_at in range(1, 60):

@@ -39,9 +39,10 @@ def run(
     with narrator.phase("import"):
         from .. import run as probe  # imports transformers and peft, not needed for --help
         from .. import sinks
+        from ..stages.holding import run_folder
 
     if dry_run:
-        _print_plan(probe.dry_run(parsed, narrator, ranks), probe.run_folder(parsed))
+        _print_plan(probe.dry_run(parsed, narrator, ranks), run_folder(parsed))
         return
     results, folder = probe.run(parsed, narrator, fresh=fresh, world=ranks)
     if not ranks.first:

@@ -30,6 +30,15 @@ class RunConfig(Section):
         description='Largest number of tokens in a microbatch; more need more memory. "auto": as many '
         "as fit into half of the free memory, found by trials, or by an earlier run's.",
     )
+    cache_size: float = Field(
+        20.0,
+        gt=0,
+        description="GiB that stored stages (in .stages of run.folder) may take: at the end of a run "
+        "those least recently used are deleted, of runs in progress none.",
+    )
+    cache_days: float = Field(
+        30.0, gt=0, description="Stored stages that were not used for so many days are deleted, too."
+    )
     report: bool = Field(
         True,
         description="Write report.html and figures/ into the run folder; if not, `funcprobe report` "

@@ -17,15 +17,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
+from .ending import SIGNALS, UNBROKEN, status, words
+
 JOINING = 300  # seconds in which all processes of a launch are to come
 SILENCE = 20  # seconds without a sign of the other machine's kernel
 ANSWER = 10.0  # seconds for an answer of a process that is alive
 GRACE = 2.0  # seconds in which a reason for SIGTERM may be found, as that another rank is gone
 WRITING = 10.0  # seconds for a file that is being written
-TERMINATED = 128 + signal.SIGTERM
-
-UNBROKEN = threading.RLock()
-"""Held while a file or a folder is written: no end of the process falls into it."""
 
 
 class Watch:
@@ -48,7 +46,7 @@ class Watch:
             _thread(self._listen)
         else:
             self._accept(store)
-        _on_termination(self._terminated)
+        _on_signals(self._ended_by)
 
     def succeed(self) -> None:
         """Wait for the others, whose success this one's is."""
@@ -142,26 +140,33 @@ class Watch:
                 _say("funcprobe: rank 0 is gone: killed, perhaps because memory ran out; all ranks end")
             _leave(1)
 
-    def _terminated(self) -> None:
+    def _ended_by(self, received: signal.Signals) -> None:
         time.sleep(GRACE)
         if self._rank == 0 and self._claims():
-            _say("funcprobe: ended by SIGTERM; finished stages are stored, no incomplete file was left")
-            self._tell(f"end {TERMINATED}")
-        _leave(TERMINATED)
+            _say(f"funcprobe: {words(received)}")
+            self._tell(f"end {status(received)}")
+        _leave(status(received))
 
 
-def _on_termination(act: Callable[[], None]) -> None:
-    """act() in a thread at SIGTERM: the main one may be inside a collective, where no handler runs."""
+def _on_signals(act: Callable[[signal.Signals], None]) -> None:
+    """act() in a thread: the main one may be inside a collective, where no handler runs.
+
+    SIGINT, which also interrupts the main thread, ends it in this way if it does not end by itself.
+    """
     read, write = socket.socketpair()
     write.setblocking(False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for one in SIGNALS:
+        if signal.getsignal(one) == signal.SIG_DFL:
+            signal.signal(one, lambda *_: None)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, UNBROKEN.handle)
     signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
 
     def wait() -> None:
         assert write.fileno() >= 0  # kept, with the thread
         while signals := read.recv(64):
-            if signal.SIGTERM in signals:
-                act()
+            if found := [one for one in SIGNALS if one in signals]:
+                act(found[0])
 
     _thread(wait)
 
@@ -204,7 +209,7 @@ def _say(text: str) -> None:
 
 def _leave(status: int) -> NoReturn:
     """End the process wherever its main thread is, but not while it writes."""
-    UNBROKEN.acquire(timeout=WRITING)
+    UNBROKEN.acquire(WRITING)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)

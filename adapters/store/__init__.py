@@ -1,6 +1,8 @@
 """Files that appear only when whole, stored results of stages, fingerprints of what both depend on."""
 
+from .cache import Stored, bound, clear, stored
 from .fingerprints import fingerprint, fingerprint_core, fingerprint_path
+from .leases import FOLDER, Lease, lease
 from .places import require_place, require_writable
 from .sealed import Damaged, read_sealed, seal, unseal, write_sealed
 from .stages import Stages
@@ -8,11 +10,17 @@ from .values import require_finite, save_params, write_json
 from .whole import run_folder, whole_folder, write_whole
 
 __all__ = [
+    "FOLDER",
     "Damaged",
+    "Lease",
     "Stages",
+    "Stored",
+    "bound",
+    "clear",
     "fingerprint",
     "fingerprint_core",
     "fingerprint_path",
+    "lease",
     "read_sealed",
     "require_finite",
     "require_place",
@@ -20,6 +28,7 @@ __all__ = [
     "run_folder",
     "save_params",
     "seal",
+    "stored",
     "unseal",
     "whole_folder",
     "write_json",

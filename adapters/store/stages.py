@@ -3,8 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -16,6 +16,8 @@ from funcprobe.types import InputError
 
 from ..machine.ranks import ONE_PROCESS, World
 from .fingerprints import fingerprint
+from .leases import LOCKS, Lease
+from .locks import held
 from .sealed import Damaged, read_sealed, write_sealed
 
 T = TypeVar("T")
@@ -34,14 +36,19 @@ class Place(NamedTuple):
     path: Path
     about: dict[str, str]
 
+    @property
+    def lock(self) -> Path:
+        return self.path.parent / LOCKS / f"{self.path.stem}.lock"
+
 
 class Stages(NamedTuple):
     """Results of stages, one file each, named by the hash of all their inputs.
 
     A file appears under its name only when complete, so that an interrupted run loses at most one
     stage. Each has a checksum: one that is damaged, or does not have the tensors that are expected, is
-    computed again, and `say` has a line. Without a folder nothing is stored. Of several processes all
-    ask, the first one reads and writes, and all compute what is not there.
+    computed again, and `say` has a line. Another run that needs the same one waits for the run that
+    computes it. Without a folder nothing is stored. Of several processes all ask, the first one reads
+    and writes, and all compute what is not there.
     """
 
     folder: Path | None
@@ -50,6 +57,7 @@ class Stages(NamedTuple):
     world: World = ONE_PROCESS
     say: Callable[[str], None] = _ignore  # one line each
     run: str = ""  # whose results these are, for who lists them
+    lease: Lease | None = None  # the run's, which says what it uses
 
     def tensors(
         self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any], report: Report = _ignore
@@ -58,41 +66,33 @@ class Stages(NamedTuple):
 
         A stored tensor has the shape and dtype of its leaf in `like`, unless that has no entries.
         """
-        stored = self.stored(stage, inputs, like)
-        report(stored is not None)
-        if stored is not None:
-            return stored
-        value = compute()
-        self._write(stage, inputs, _named(optree.tree_leaves(value)))
-        return value
+        where = self._where(stage, inputs)
+        with self._alone(where):
+            stored = self._stored(where, like)
+            report(stored is not None)
+            if stored is not None:
+                return stored
+            value = compute()
+            self._write(where, _named(optree.tree_leaves(value)))
+            return value
 
     def stored(self, stage: str, inputs: Any, like: Any) -> Any:
         """What `tensors` would read; None without it."""
-
-        def find() -> dict[str, Tensor] | None:
-            return self._read(stage, inputs, lambda found: _require_like(found, like))
-
-        found = None if self.folder is None else self.world.on_first(find)
-        if found is None:
-            return None
-        return optree.tree_unflatten(optree.tree_structure(like), [found[key] for key in sorted(found)])
+        return self._stored(self._where(stage, inputs), like)
 
     def recall(self, stage: str, inputs: Any) -> Any:
         """The JSON value that `remember` stored; None without one."""
-
-        def find() -> Any:
-            found = self._read(stage, inputs, _require_file)
-            try:
-                return None if found is None else json.loads(_content(found))
-            except (ValueError, RecursionError):
-                return None
-
-        return None if self.folder is None else self.world.on_first(find)
+        content = self._content(self._where(stage, inputs))
+        try:
+            return None if content is None else json.loads(content)
+        except (ValueError, RecursionError):
+            return None
 
     def remember(self, stage: str, inputs: Any, value: Any) -> None:
         """Store a JSON value, in place of an earlier one."""
         if self.writes:
-            self._write(stage, inputs, _of_bytes(json.dumps(value, allow_nan=False).encode()))
+            content = json.dumps(value, allow_nan=False).encode()
+            self._write(self._where(stage, inputs), _of_bytes(content))
 
     def file(
         self,
@@ -108,27 +108,25 @@ class Stages(NamedTuple):
         An InputError of `read` about what is stored says that it is not as expected: it is computed
         again. Of several processes each has a copy of its own, and calls compute for it.
         """
-
-        def find() -> bytes | None:
-            found = self._read(stage, inputs, _require_file)
-            return None if found is None else _content(found)
-
-        found = None if self.folder is None else self.world.on_first(find)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            own = Path(scratch) / f"{stage}.{suffix}"
+        where = self._where(stage, inputs)
+        with (
+            self._alone(where),
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        ):
+            own, found = Path(scratch) / f"{stage}.{suffix}", self._content(where)
             if found is not None:
                 own.write_bytes(found)
                 try:
                     value = read(own)
                 except InputError as error:
-                    self._say_damaged(self.place(stage, inputs).path, f"is not as expected: {error}")
+                    self._say_damaged(where, f"is not as expected: {error}")
                 else:
                     report(True)
                     return value
             report(False)
             compute(own)
-            if self.folder is not None and self.world.first:
-                self._write(stage, inputs, _of_bytes(own.read_bytes()))
+            if where is not None:
+                self._write(where, _of_bytes(own.read_bytes()))
             return read(own)
 
     def place(self, stage: str, inputs: Any) -> Place:
@@ -137,33 +135,71 @@ class Stages(NamedTuple):
         key = fingerprint(inputs)
         return Place(self.folder / f"{stage}-{key[:20]}.safetensors", {"stage": stage, "key": key})
 
+    def _where(self, stage: str, inputs: Any) -> Place | None:
+        """For the one process that reads and writes; inputs are hashed once for all it does."""
+        own = self.folder is not None and self.world.first
+        return self.place(stage, inputs) if own else None
+
+    @contextmanager
+    def _alone(self, where: Place | None) -> Iterator[None]:
+        """While no other run computes, or reads, this result; a run that is killed lets go of it."""
+        with ExitStack() as stack:
+
+            def hold() -> None:
+                if where is not None and self.writes:
+                    what = f"stage {where.path.stem}"
+                    stack.enter_context(held(where.lock, what, self.say))
+
+            self.world.on_first(hold)
+            yield
+
+    def _stored(self, where: Place | None, like: Any) -> Any:
+        def find() -> dict[str, Tensor] | None:
+            return self._read(where, lambda found: _require_like(found, like))
+
+        found = None if self.folder is None else self.world.on_first(find)
+        if found is None:
+            return None
+        return optree.tree_unflatten(optree.tree_structure(like), [found[key] for key in sorted(found)])
+
+    def _content(self, where: Place | None) -> bytes | None:
+        def find() -> bytes | None:
+            found = self._read(where, _require_file)
+            return None if found is None else found[FILE].numpy().tobytes()
+
+        return None if self.folder is None else self.world.on_first(find)
+
     def _read(
-        self, stage: str, inputs: Any, require: Callable[[dict[str, Tensor]], None]
+        self, where: Place | None, require: Callable[[dict[str, Tensor]], None]
     ) -> dict[str, Tensor] | None:
         """Of the first process: what is stored and as expected."""
-        if self.fresh:
+        if where is None or self.fresh:
             return None
-        path, about = self.place(stage, inputs)
+        self._use(where)
         try:
-            found = read_sealed(path, about)
+            found = read_sealed(where.path, where.about)
             if found is not None:
                 require(found)
         except Damaged as error:
-            self._say_damaged(path, str(error))
+            self._say_damaged(where, str(error))
             return None
         if found is not None:
             with suppress(OSError):  # a folder that is read alone
-                os.utime(path)  # its last use
+                os.utime(where.path)  # its last use
         return found
 
-    def _say_damaged(self, path: Path, reason: str) -> None:
-        if self.world.first:
-            self.say(f"warning: stored stage {path} {reason}; it is computed again")
+    def _write(self, where: Place | None, tensors: dict[str, Tensor]) -> None:
+        if where is not None:
+            self._use(where)
+            write_sealed(where.path, tensors, where.about | {"run": self.run})
 
-    def _write(self, stage: str, inputs: Any, tensors: dict[str, Tensor]) -> None:
-        if self.folder is not None and self.world.first:
-            path, about = self.place(stage, inputs)
-            write_sealed(path, tensors, about | {"run": self.run})
+    def _use(self, where: Place) -> None:
+        if self.lease is not None and self.writes:
+            self.lease.use(where.path)
+
+    def _say_damaged(self, where: Place | None, reason: str) -> None:
+        if where is not None:
+            self.say(f"warning: stored stage {where.path} {reason}; it is computed again")
 
 
 def _named(leaves: list[Tensor]) -> dict[str, Tensor]:
@@ -190,7 +226,3 @@ def _of_bytes(content: bytes) -> dict[str, Tensor]:
 def _require_file(found: dict[str, Tensor]) -> None:
     if found.keys() != {FILE} or found[FILE].dtype != torch.uint8:
         raise Damaged("holds no file")
-
-
-def _content(found: dict[str, Tensor]) -> bytes:
-    return found[FILE].numpy().tobytes()
