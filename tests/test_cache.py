@@ -270,6 +270,19 @@ def test_two_runs_compute_a_stage_once(tmp_path) -> None:
     assert all(line.startswith("stage s-") and line.endswith("waiting for it") for line in said)
 
 
+def test_a_lock_holds_without_the_file_that_says_who_has_it(tmp_path, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(leases, "PATIENCE", 0.1)
+    with store.lease(tmp_path / "one", silent) as own:
+        own.use(Path("s-0.safetensors"))
+        with pytest.raises(InputError, match="in use by another process: wait for it"):
+            store.lease(tmp_path / "one", silent).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
     for error in (OSError(37, "No locks available"), NotImplementedError()):
         said: list[str] = []

@@ -44,7 +44,7 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
             def failing(write: Callable[..., Any], fail_at: int = fail_at) -> Callable[..., Any]:
                 def wrapped(*args: Any, **kwargs: Any) -> Any:
                     nonlocal count
-                    count += 1
+                    count += ".holder" not in str(args[0])  # who holds a lock, which holds without
                     if count == fail_at:
                         raise OSError(28, "No space left on device")
                     return write(*args, **kwargs)

@@ -104,10 +104,14 @@ def holder_facts(path: Path) -> dict[str, Any]:
 
 
 def write_holder(path: Path, **more: Any) -> None:
-    """Say that this process holds the lock, since now unless `more` has the time."""
+    """Say that this process holds the lock, since now unless `more` has the time.
+
+    The lock holds without it: that a disk is full is said where something is lost.
+    """
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since} | more)
-    write_whole(_holder_file(path), lambda target: target.write_text(text, encoding="utf-8"))
+    with suppress(OSError):
+        write_whole(_holder_file(path), lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def _parents(path: Path) -> list[Path]:
