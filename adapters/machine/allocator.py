@@ -1,9 +1,18 @@
 """Settings of the C library's allocator: keep freed memory, as passes reuse the same large sizes."""
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h> of glibc
+
+
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's own, read when torch is imported
+
+
+def leaves_holes(device: str) -> bool:
+    """Whether tensors are on a CPU where LARGE_PAGES would place them with fewer holes between them."""
+    return device == "cpu" and sys.platform.startswith("linux") and os.environ.get(LARGE_PAGES) != "1"
 
 
 def release_freed_memory() -> None:

@@ -1,6 +1,6 @@
 """run.max_tokens = "auto": from the peak memory of ever larger trials of a gradient, not their time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from funcprobe.ranks import ALONE
 from funcprobe.types import Batch, InputError, Params
 
 from ..machine import memory
+from ..machine.allocator import LARGE_PAGES, leaves_holes
 from .peaks import Curve, Trial, at_most, curve
 
 MOST = {"cpu": 4096, "cuda": 32768}  # larger microbatches are not faster
@@ -74,10 +75,12 @@ def choose(passes: Passes, room: float | None = None) -> Choice:
         trials = explore(again, room, most)
         found = curve(trials, longest) if trials else None
     if found is None or found.peak(longest) > room:
-        raise _too_little(longest, None if found is None else found.peak(longest), room, why_not)
+        needed = None if found is None else found.peak(longest)
+        raise _too_little(longest, needed, room, why_not, _advice(devices))
     chosen = fitted(found, room=room, most=most)
     how = ", and gradients recompute layer by layer, about a forward more" if recompute else ""
     how = how if why_not is None else f", and gradients cannot recompute layer by layer: {why_not}"
+    how += f"; {advice}" if wanted and (advice := _advice(devices)) else ""
     a_token = (found.peak(chosen) - found.peak(0)) / chosen
     line = f"run.max_tokens = {chosen} (auto): {a_token / 1024:.0f} KiB a token, "
     return Choice(chosen, recompute, found, f"{line}{room / 2**30:.1f} GiB free{how}")
@@ -178,12 +181,20 @@ def _batch(count: int, prompt_tokens: int, response_tokens: int, vocabulary: int
     )
 
 
-def _too_little(longest: int, needed: float | None, room: float, why_not: str | None) -> InputError:
+def _advice(devices: Sequence[torch.device]) -> str:
+    if any(leaves_holes(device.type) for device in devices):
+        return f"{LARGE_PAGES}=1 in the environment takes less memory"
+    return ""
+
+
+def _too_little(
+    longest: int, needed: float | None, room: float, why_not: str | None, advice: str
+) -> InputError:
     takes = "more" if needed is None else f"{needed / MIB:.0f} MiB"
     how = "recomputed layer by layer"
     how = how if why_not is None else f"which cannot be {how} ({why_not})"
     return InputError(
         f'run.max_tokens = "auto": the longest sequence may have {longest} tokens, whose gradient '
         f"takes {takes}, {how}; {room / MIB:.0f} MiB are free: lower sampling.max_new_tokens, drop "
-        "long prompts, or free memory"
+        f"long prompts, or free memory{advice and f'; {advice}'}"
     )
