@@ -61,12 +61,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of a response of the rollouts")
     parser.add_argument("--kind", choices=["parquet", "jsonl", "csv"], default="parquet")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/funcprobe-load"))
+    parser.add_argument("--whole", action="store_true", help="read every row of the prompts")
     args = parser.parse_args()
     print(f"{machine('cpu')}; load {psutil.getloadavg()[0]:.1f}", flush=True)
     if args.what == "prompts":
         file = args.folder / f"prompts-{args.rows}.{args.kind}"
         _make_prompts(file, args.rows)
-        _start(file, {"prompts.source": str(file)})
+        _start(file, {"prompts.source": str(file)}, whole=args.whole)
         return
     if args.what == "rollouts":
         file = args.folder / f"rollouts-{args.responses}-{args.tokens}.{args.kind}"
@@ -192,7 +193,9 @@ warnings.simplefilter("ignore")
 import datasets, torch, transformers
 from funcprobe.adapters.config.choices import configuration
 from funcprobe.adapters.console import Narrator
+from funcprobe.adapters.sampling import large
 from funcprobe.adapters.stages.plan import load
+large.LARGE = large.LARGE if sys.argv[2] == "0" else sys.maxsize
 seen, ends = [], threading.Event()
 def look():
     while not ends.wait(0.02):
@@ -209,11 +212,14 @@ print(f"{took:.1f} s ({of_cpu:.1f} s of it on the CPU), {max(seen) - before:.0f}
 """
 
 
-def _start(file: Path, settings: dict[str, Any]) -> None:
+def _start(file: Path, settings: dict[str, Any], *, whole: bool = False) -> None:
     given = {"policy.checkpoint": "toy", "prompts.source": "toy", "run.max_tokens": 4096} | settings
     print(f"{file.name}, {file.stat().st_size / MIB:.0f} MiB", flush=True)
     done = subprocess.run(
-        [sys.executable, "-c", START, json.dumps(given)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", START, json.dumps(given), str(int(whole))],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     print(done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr[-2000:])
 

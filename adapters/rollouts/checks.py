@@ -1,17 +1,20 @@
 """Requirements on rows of rollouts beyond their types; the first row that fails is named."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from funcprobe.types import InputError
 
+from . import whole
 from .columns import COUNTED
 from .files import Columns
 
 
-def check_tokens(file: Columns, columns: dict[str, list[Any]], vocabulary: int) -> None:
+def check_tokens(file: Columns, columns: dict[str, Sequence[Any]], vocabulary: int) -> None:
     """InputError for zero tokens, an id outside the vocabulary, an index with two prompts."""
+    if whole.tokens_are_right(columns, vocabulary):
+        return
     prompts: dict[int, list[int]] = {}
     for place, index, x, y in zip(
         file.place,
@@ -38,13 +41,15 @@ def check_tokens(file: Columns, columns: dict[str, list[Any]], vocabulary: int) 
 
 
 def check_ends(
-    file: Columns, columns: dict[str, list[Any]], eos_ids: Collection[int], *, masked: bool
+    file: Columns, columns: dict[str, Sequence[Any]], eos_ids: Collection[int], *, masked: bool
 ) -> None:
     """InputError if a response's end contradicts finish_reason, or tokens follow its first EOS.
 
     With `masked` a token that is not in loss_mask may follow: output of a tool, after which the policy
     goes on. Without `eos_ids` only the values of finish_reason are checked.
     """
+    if whole.ends_are_right(columns, eos_ids, masked=masked):
+        return
     masks = columns["loss_mask"] if masked else [None] * len(file.place)
     for place, y, reason, mask in zip(
         file.place, columns["response_ids"], columns["finish_reason"], masks, strict=True
@@ -74,7 +79,7 @@ def check_ends(
             )
 
 
-def check_temperature(file: Columns, values: list[float]) -> None:
+def check_temperature(file: Columns, values: Sequence[float]) -> None:
     """InputError unless all are the same positive number."""
     found = sorted(set(values))
     if len(found) > 1 or not 0 < found[0] < math.inf:
@@ -83,13 +88,13 @@ def check_temperature(file: Columns, values: list[float]) -> None:
 
 
 def check_of_tokens(
-    file: Columns, name: str, columns: dict[str, list[Any]], *, unknown: bool = False
+    file: Columns, name: str, columns: dict[str, Sequence[Any]], *, unknown: bool = False
 ) -> None:
     """InputError unless every response token has one value, if the column exists.
 
     Of log-probabilities: a finite one, at most 0, or with `unknown`, NaN.
     """
-    if columns[name][0] is None:
+    if columns[name][0] is None or whole.values_are_right(columns, name, unknown=unknown):
         return
     for place, row, y in zip(file.place, columns[name], columns["response_ids"], strict=True):
         if len(row) != len(y):
@@ -107,7 +112,7 @@ def check_of_tokens(
             )
 
 
-def check_counts(file: Columns, columns: dict[str, list[Any]]) -> None:
+def check_counts(file: Columns, columns: dict[str, Sequence[Any]]) -> None:
     """InputError for a micro-batch or a process of negative number."""
     for name in COUNTED:
         for place, value in zip(file.place, columns[name], strict=True):
@@ -115,7 +120,7 @@ def check_counts(file: Columns, columns: dict[str, list[Any]]) -> None:
                 raise InputError(f"{file.path}: {place} has {name} {value}: they count from 0")
 
 
-def check_generations(file: Columns, columns: dict[str, list[Any]]) -> None:
+def check_generations(file: Columns, columns: dict[str, Sequence[Any]]) -> None:
     """InputError unless all rows of a micro-batch have the same finite number of tokens, at least 0."""
     first: dict[int | None, float] = {}
     for place, value, microbatch in zip(
@@ -131,7 +136,7 @@ def check_generations(file: Columns, columns: dict[str, list[Any]]) -> None:
             )
 
 
-def check_entropy_coef(file: Columns, values: list[float | None]) -> None:
+def check_entropy_coef(file: Columns, values: Sequence[float | None]) -> None:
     """InputError unless all rows have the same finite number, if any."""
     for place, value in zip(file.place, values, strict=True):
         if value is not None and (value != values[0] or not math.isfinite(value)):
@@ -141,7 +146,7 @@ def check_entropy_coef(file: Columns, values: list[float | None]) -> None:
             )
 
 
-def check_step(file: Columns, values: list[int | None]) -> None:
+def check_step(file: Columns, values: Sequence[int | None]) -> None:
     """InputError unless all rows are of one optimizer step, or none has one."""
     for place, step in zip(file.place, values, strict=True):
         if step != values[0] or (step is not None and step < 1):

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +13,15 @@ from funcprobe.types import InputError
 
 from .. import strict_json
 from ..machine.pointers import pointer
+from .columns import SCHEMA
+from .growing import Growing
+from .ragged import Ragged, joined
 
 ENDINGS = (".parquet", ".jsonl", ".json")
+MARK = "response_ids"  # the column by which a file is in SCHEMA
+BATCH = 512  # rows that are Python values at the same time
+
+Part: TypeAlias = Literal["all", "schema", "others"]
 
 
 class Columns(NamedTuple):
@@ -22,7 +29,7 @@ class Columns(NamedTuple):
 
     path: Path
     place: Sequence[str]  # of every row, for messages: "row 0" of Parquet, "line 1" of JSON lines
-    values: dict[str, list[Any]]
+    values: dict[str, Sequence[Any]]  # empty of a column that was not to be read
 
 
 def of_rank(path: Path, rank: int, count: int) -> Path:
@@ -69,8 +76,12 @@ def require_all_ranks(path: Path) -> None:
         )
 
 
-def read_columns(path: Path) -> Columns:
-    """Every column of a .parquet file, or of a .jsonl or .json file with one object per line.
+def read_columns(path: Path, part: Part = "all") -> Columns:
+    """The columns of a .parquet file, or of a .jsonl or .json file with one object per line.
+
+    A batch of rows at a time: token ids and log-probabilities take little more memory than in the file.
+    Of a file in SCHEMA the `part`: "all" columns, those of the "schema", or the "others"; the names of
+    all are there. Of another file all are read, but for "others" alike.
 
     Of a Parquet file that does not exist, but of which several processes wrote their parts, the rows of
     all ranks. JSON numbers keep their type and the precision of a double. NaN and infinities, which
@@ -79,7 +90,7 @@ def read_columns(path: Path) -> Columns:
     `files_of`.
     """
     if path.suffix == ".parquet" and (files := files_of(path)) != [path]:
-        return _joined(path, [read_columns(file) for file in files])
+        return _joined(path, [read_columns(file, part) for file in files])
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the file in it, of Parquet or JSON lines")
     if not path.is_file():
@@ -88,26 +99,35 @@ def read_columns(path: Path) -> Columns:
         raise InputError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}: rename it")
     if missing := pointer(path):
         raise missing
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+    return _read_parquet(path, part) if path.suffix == ".parquet" else _read_json(path, part)
 
 
 def _joined(path: Path, parts: Sequence[Columns]) -> Columns:
     names = dict.fromkeys(name for part in parts for name in part.values)
     places = [f"{place} of rank {rank}" for rank, part in enumerate(parts) for place in part.place]
-    values = {
-        name: [x for part in parts for x in part.values.get(name, [None] * len(part.place))]
-        for name in names
-    }
+    values: dict[str, Sequence[Any]] = {}
+    for name in names:
+        columns = [part.values.get(name, [None] * len(part.place)) for part in parts]
+        ragged = [column for column in columns if isinstance(column, Ragged)]
+        alike = len(ragged) == len(parts)
+        values[name] = joined(ragged) if alike else [x for column in columns for x in column]
     return Columns(path, places, values)
 
 
-def write_parquet(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
+def _is_read(name: str, names: Collection[str], part: Part) -> bool:
+    """Whether a column is of the part of a file with these names that is asked for."""
+    if part == "all" or MARK not in names:
+        return part != "others" or name not in SCHEMA.names
+    return (name in SCHEMA.names) == (part == "schema")
+
+
+def write_parquet(columns: Mapping[str, Sequence[Any]], schema: pa.Schema, path: Path) -> None:
     """Write the columns of `schema`."""
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    arrays = [_array(columns[field.name], field.type) for field in schema]
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
 
 
-def write_json(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) -> None:
+def write_json(columns: Mapping[str, Sequence[Any]], schema: pa.Schema, path: Path) -> None:
     """Write one object per line, without keys that are None. InputError for NaN and infinities."""
     lines = []
     for i in range(len(columns[schema.names[0]])):
@@ -121,28 +141,58 @@ def write_json(columns: Mapping[str, list[Any]], schema: pa.Schema, path: Path) 
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def _read_parquet(path: Path) -> Columns:
+def _array(values: Sequence[Any], of: pa.DataType) -> pa.Array:
+    if isinstance(values, Ragged):
+        return pa.ListArray.from_arrays(pa.array(values.offsets, pa.int32()), values.flat).cast(of)
+    return pa.array(values, of)
+
+
+def _read_parquet(path: Path, part: Part) -> Columns:
+    count = 0
     try:
-        table = pq.read_table(path)
-        names = table.column_names
-        values = {name: column.to_pylist() for name, column in zip(names, table.columns, strict=True)}
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            names = _distinct(file.schema_arrow.names)
+            read = [name for name in names if _is_read(name, names, part)]
+            columns = {name: Growing(name) for name in read}
+            # Else all: by a name with a dot part of another column would be found.
+            chosen = read if part == "schema" else None
+            for batch in file.iter_batches(BATCH, columns=chosen):
+                count += len(batch)
+                for name, values in zip(batch.schema.names, batch.columns, strict=True):
+                    if name in columns:
+                        columns[name].add_arrow(values)
+            count = file.metadata.num_rows
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise InputError(
             f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:200]}): write it again"
         ) from error
-    return Columns(path, [f"row {i}" for i in range(len(table))], values)
+    found = {name: columns[name].found() if name in columns else () for name in names}
+    return Columns(path, [f"row {i}" for i in range(count)], found)
 
 
-def _read_json(path: Path) -> Columns:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read, expected UTF-8 text: {error}") from error
-    rows: dict[str, dict[str, Any]] = {}
-    # Not splitlines(), which also splits at U+2028 and similar, allowed inside a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+def _distinct(names: list[str]) -> list[str]:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"Multiple matches for the column {twice}")
+    return names
+
+
+def _read_json(path: Path, part: Part) -> Columns:
+    columns: dict[str, Growing | None] = {}
+    places: list[str] = []
+    rows: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        names = dict.fromkeys(name for row in rows for name in row)
+        for name in names:
+            if name not in columns:
+                read = _is_read(name, {*columns, *names}, part)
+                columns[name] = Growing(name, len(places) - len(rows)) if read else None
+        for name, column in columns.items():
+            if column is not None:
+                column.add([row.get(name) for row in rows])
+        rows.clear()
+
+    for number, line in _lines(path):
         try:
             row = strict_json.parse(line, nan=True)
         except ValueError as error:
@@ -154,7 +204,22 @@ def _read_json(path: Path) -> Columns:
             raise InputError(
                 f"{path}: line {number} is {type(row).__name__}, one JSON object per line is expected"
             )
-        rows[f"line {number}"] = row
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    values = {name: [row.get(name) for row in rows.values()] for name in names}
-    return Columns(path, list(rows), values)
+        rows.append(row)
+        places.append(f"line {number}")
+        if len(rows) == BATCH:
+            keep()
+    keep()
+    found = {name: () if column is None else column.found() for name, column in columns.items()}
+    return Columns(path, places, found)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their number from 1."""
+    try:
+        # With or without a byte order mark. No other end of a line than \n: JSON may have U+2028.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read, expected UTF-8 text: {error}") from error

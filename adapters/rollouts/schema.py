@@ -26,6 +26,7 @@ from .checks import (
 )
 from .columns import ABOUT, ALIASES, OF_LOSS, OF_STEP, OF_TOKENS, SCHEMA
 from .files import Columns, read_columns, write_json, write_parquet
+from .ragged import Ragged
 
 REQUIRED = ("prompt_index", "prompt_ids", "response_ids", "temperature")
 # Columns that are read of E, and of U besides those of its step.
@@ -39,17 +40,17 @@ class Rollouts(NamedTuple):
     prompt_index: list[int]
     prompt: list[str]
     response: list[str]
-    prompt_ids: list[list[int]]
-    response_ids: list[list[int]]
+    prompt_ids: Sequence[list[int]]
+    response_ids: Sequence[list[int]]
     finish_reason: list[str]  # stop, length or unknown
     temperature: float
     reward: list[float] | None = None  # NaN: not applicable
     advantage: list[float] | None = None
-    sampler_logp: list[list[float]] | None = None  # if another program sampled; NaN in U: unknown
+    sampler_logp: Sequence[list[float]] | None = None  # if another program sampled; NaN in U: unknown
     step: int | None = None  # that the responses make, if it is known
-    old_logp: list[list[float]] | None = None  # None: those of theta itself
-    ref_logp: list[list[float]] | None = None
-    loss_mask: list[list[bool]] | None = None  # None: all response tokens are in the loss
+    old_logp: Sequence[list[float]] | None = None  # None: those of theta itself
+    ref_logp: Sequence[list[float]] | None = None
+    loss_mask: Sequence[list[bool]] | None = None  # None: all response tokens are in the loss
     microbatch: list[int] | None = None
     process: list[int] | None = None
     generated_tokens: list[float] | None = None  # of each row's generation
@@ -72,7 +73,7 @@ def padded(rows: Sequence[Sequence[float]], batch: Batch) -> Float[Tensor, "N R"
     """A number for every response token as [N, R], float64; 0 past the end of a response."""
     mask_NR = response_mask(batch)
     values_NR = torch.zeros(mask_NR.shape, dtype=torch.float64)
-    flat = [x for row in rows for x in row]
+    flat = rows.flat if isinstance(rows, Ragged) else [x for row in rows for x in row]
     values_NR[mask_NR] = torch.tensor(flat, dtype=torch.float64)
     return values_NR
 
@@ -81,7 +82,7 @@ def save_rollouts(rollouts: Rollouts, path: Path) -> None:
     """Write SCHEMA, as JSON lines if the path ends in .jsonl or .json, else as Parquet."""
     count = len(rollouts.response_ids)
     columns: dict[str, Any] = {
-        k: v if isinstance(v, list) else [v] * count for k, v in rollouts._asdict().items()
+        k: v if isinstance(v, list | Ragged) else [v] * count for k, v in rollouts._asdict().items()
     }
     columns["finish_reason"] = [None if x == "unknown" else x for x in rollouts.finish_reason]
     for name in ("reward", "advantage"):
@@ -99,7 +100,11 @@ def load_rollouts(
 ) -> Rollouts:
     """Read SCHEMA from Parquet or JSON lines; see `parse_rollouts`."""
     return parse_rollouts(
-        read_columns(Path(path)), vocabulary, rewards=rewards, advantages=advantages, eos_ids=eos_ids
+        read_columns(Path(path), "schema"),
+        vocabulary,
+        rewards=rewards,
+        advantages=advantages,
+        eos_ids=eos_ids,
     )
 
 
@@ -128,7 +133,7 @@ def parse_rollouts(
     of_E = not (rewards or advantages)
     used = _OF_E if of_E else _OF_U + ("reward",) * rewards + ("advantage",)
     _require_columns(file, needed, used)
-    columns = {field.name: _typed(file, field) for field in SCHEMA}
+    columns: dict[str, Any] = {field.name: _typed(file, field) for field in SCHEMA}
     for name in needed:
         _require_whole(file, name, columns[name])
     optional = ("sampler_logp",) if of_E else (*OF_TOKENS, *OF_STEP)
@@ -189,9 +194,11 @@ def _require_columns(file: Columns, needed: Sequence[str], read: Sequence[str]) 
         )
 
 
-def _typed(file: Columns, field: pa.Field) -> list[Any]:
+def _typed(file: Columns, field: pa.Field) -> Sequence[Any]:
     """The column in the field's type; InputError for the first value of another type."""
     values = file.values.get(field.name, [None] * len(file.place))
+    if isinstance(values, Ragged):  # read as what SCHEMA has
+        return values
     of_list = pa.types.is_list(field.type)
     one = field.type.value_type if of_list else field.type
     good, single, several = _KINDS[one]
@@ -236,7 +243,7 @@ def _require_own_samples(file: Columns, columns: dict[str, list[Any]]) -> None:
         )
 
 
-def _whole(values: list[Any]) -> list[Any] | None:
+def _whole(values: Any) -> Any:
     return None if None in values else values
 
 
@@ -246,7 +253,7 @@ def _known(values: list[float | None]) -> list[float] | None:
     return [math.nan if value is None else value for value in values]
 
 
-def _require_whole(file: Columns, name: str, values: list[Any]) -> None:
+def _require_whole(file: Columns, name: str, values: Sequence[Any]) -> None:
     if None not in values:
         return
     whole = (*REQUIRED, "advantage")

@@ -27,7 +27,7 @@ def load_supplied_eval(config: Config, policy: Policy, vocabulary: int) -> Rollo
     """E, if rollouts.eval is set. InputError for a file without token ids, or with a single prompt."""
     if config.rollouts.eval is None:
         return None
-    file = read_columns(Path(config.rollouts.eval).expanduser())
+    file = read_columns(Path(config.rollouts.eval).expanduser(), "schema")
     if layout := layout_of(file):
         raise refused_as_e(file, layout)
     found = parse_rollouts(file, vocabulary, rewards=False, eos_ids=policy.eos_ids)
@@ -54,7 +54,7 @@ def open_update(config: Config) -> UpdateFile | None:
         return None
     path = Path(config.rollouts.update).expanduser()
     require_all_ranks(path)
-    columns = read_columns(path)
+    columns = read_columns(path, "schema")
     return UpdateFile(columns, layout_of(columns))
 
 

@@ -60,7 +60,8 @@ def values_on_E(
     if plan.config.reward.conversational:
         raise InputError(f"{what} needs messages (reward.conversational = true): {remedy}")
     path = Path(str(plan.config.rollouts.eval)).expanduser()
-    columns = {k: v for k, v in read_columns(path).values.items() if k not in SCHEMA.names}
+    found_beside = read_columns(path, "others").values
+    columns = {k: v for k, v in found_beside.items() if k not in SCHEMA.names}
     rows = [{k: v[i] for k, v in columns.items()} for i in range(len(found.response_ids))]
     decode = plan.policy.tokenizer.decode
     responses = [decode(y, skip_special_tokens=True) for y in found.response_ids]
