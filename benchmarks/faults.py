@@ -370,20 +370,20 @@ def main_() -> None:
         seconds, truth = time.monotonic() - start, results(folder)
         print(f"a run takes {seconds:.1f} s\n", flush=True)
         print(
-            "| fault | times | exit statuses | incomplete files | other results | "
+            "| pairs of runs on | pairs | exit statuses | waits | incomplete files | other results | "
+            "stages computed, a pair |"
+        )
+        print("|---|---|---|---|---|---|---|", flush=True)
+        print(pairs(given.pairs, settings, truth, ("one", "one")), flush=True)
+        print(pairs(given.pairs, settings, truth, ("one", "two")), flush=True)
+        print(
+            "\n| fault | times | exit statuses | incomplete files | other results | "
             "stored stages computed again | said, most often |"
         )
         print("|---|---|---|---|---|---|---|", flush=True)
         for case in cases(seconds):
             _show(tried(case, given.times, settings, truth, rng))
         _show(while_written(2 * given.times, checkpoint, settings, truth, seconds, rng))
-        print(
-            "\n| pairs of runs on | pairs | exit statuses | waits | incomplete files | other results | "
-            "stages computed, a pair |"
-        )
-        print("|---|---|---|---|---|---|---|", flush=True)
-        print(pairs(given.pairs, settings, truth, ("one", "one")), flush=True)
-        print(pairs(given.pairs, settings, truth, ("one", "two")), flush=True)
 
 
 def _show(row: Row) -> None:
