@@ -200,7 +200,7 @@ seen, ends = [], threading.Event()
 def look():
     while not ends.wait(0.02):
         seen.append(psutil.Process().memory_info().rss / 2**20)
-look_on = threading.Thread(target=look)
+look_on = threading.Thread(target=look, daemon=True)
 before = psutil.Process().memory_info().rss / 2**20
 start, cpu = time.perf_counter(), time.process_time()
 look_on.start()
