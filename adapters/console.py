@@ -94,7 +94,7 @@ class Narrator:
                     of_run = f" ({left})" if (left := self._left(now)) else ""
                     self._print(f"{name}: {_so_far(done, total, elapsed)}{of_run}")
 
-            yield Stage(cost, advance)
+            yield Stage(cost, advance, total, self.say)
         seconds = time.perf_counter() - start
         if quiet and (total is not None or seconds >= LONG):
             self._print(f"{name}: {seconds:.1f} s")

@@ -1,5 +1,6 @@
 """A full disk, a limit on files, an interrupt: one line, and nothing half written."""
 
+import math
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import save_file
 
+from funcprobe.adapters import resume
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.report import write as write_module
 from funcprobe.adapters.report.figure import Figure
@@ -18,7 +20,14 @@ from funcprobe.adapters.stages import unchanged
 from support.checkpoints import edit_json, sets
 from support.commands import children, left_in
 
-pytestmark = pytest.mark.usefixtures("offline")
+pytestmark = pytest.mark.usefixtures("offline", "quick")
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """As on a machine that is quick enough for no progress to be written; test_resume.py has that."""
+    monkeypatch.setattr(resume, "EVERY", math.inf)
+
 
 # The disk fills up
 

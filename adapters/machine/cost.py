@@ -9,6 +9,7 @@ import torch
 
 from funcprobe.policy.forward import Forward
 from funcprobe.policy.rows import Rows
+from funcprobe.progress import NOTHING_KEPT, Progress
 from funcprobe.types import Params
 
 from .ranks import World
@@ -37,6 +38,9 @@ class Stage(NamedTuple):
 
     cost: Cost
     advance: Callable[[int], None]  # advances the progress bar by this many sequences
+    total: int | None = None  # sequences
+    say: Callable[[str], None] = lambda _: None
+    progress: Progress = NOTHING_KEPT  # of the results that it computes
 
     def drew(self, tokens: int, padding: int) -> None:
         """Count the tokens that went through the model to sample responses."""
@@ -64,7 +68,10 @@ def together(costs: dict[str, Cost], world: World) -> dict[str, Cost]:
 
 
 def counted(forward: Forward, stage: Stage, batch: str) -> Forward:
-    """The same forward, which counts each microbatch as a fraction of a pass over `batch`."""
+    """The same forward, which counts each microbatch as a fraction of a pass over `batch`.
+
+    Its passes keep what they have in the stage's progress.
+    """
 
     def hidden(params: Params, rows: Rows) -> torch.Tensor:
         out = forward.hidden(params, rows)
@@ -75,4 +82,4 @@ def counted(forward: Forward, stage: Stage, batch: str) -> Forward:
         stage.advance(sequences)
         return out
 
-    return forward._replace(hidden=hidden)
+    return forward._replace(hidden=hidden, progress=stage.progress)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from funcprobe.policy.layout import out_of_memory
 from funcprobe.policy.precision import arithmetic_of
 from funcprobe.policy.suitability import causal_lm
 from funcprobe.policy.trials import attempt
+from funcprobe.progress import NOTHING_KEPT, Kept, Progress
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig
 from ..machine.devices import random_state_kept
 from .batch_size import batch_size
+from .drawn import packed, unpacked
 from .draws import Draws, uniforms
 from .own_logits import TRIED, gap, refused
 from .responses import Responses, through_first_eos, tokens_of
@@ -36,10 +39,12 @@ def sample(
     seed: int,
     indices: Sequence[int],
     advance: Callable[[int], None],
+    progress: Progress = NOTHING_KEPT,
 ) -> Responses:
     """Longest prompts first, so that memory is at its peak at the start and rows are hardly padded.
 
-    Where memory runs out, batches are halved for the rest, down to a single sequence.
+    Where memory runs out, batches are halved for the rest, down to a single sequence. Batches are kept
+    in `progress`; those of an interrupted sampling determine the others, as rounding depends on them.
     """
     with random_state_kept(), torch.no_grad():
         try:
@@ -49,33 +54,77 @@ def sample(
                 raise too_long(policy, prompt_ids, config) from error
             raise
         most = batch_size(policy, config, max(map(len, prompt_ids)))
+        asked = 0 if config.generation_batch == "auto" else config.generation_batch
+        kept = progress.begin((len(prompt_ids), config.max_new_tokens, asked, int(padded)))
+        if kept.so_far is not None:
+            most = kept.so_far.counts[0]
         waiting = _parts(prompt_ids, most, padded=padded)
-        ids: dict[int, list[int]] = {}
-        tokens, smallest = 0, most
-        while waiting:
-            part = waiting.pop(0)
-            if len(part) > smallest:
-                waiting = [part[:smallest], part[smallest:], *waiting]
-                continue
+
+        def generate(part: list[int]) -> list[list[int]]:
             u_NR = uniforms(seed, [indices[i] for i in part], config.max_new_tokens)
-            try:
-                found = _generate(policy, [prompt_ids[i] for i in part], config, u_NR)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if len(part) == 1:
-                    raise too_long(policy, prompt_ids, config) from error
-                smallest = len(part) // 2
-                waiting = [part, *waiting]
-                continue
-            ids.update(zip(part, found, strict=True))
-            # The last token of the longest is sampled, never an input.
-            tokens += len(part) * (max(len(prompt_ids[i]) for i in part) + len(found[0]) - 1)
+            found = _generate(policy, [prompt_ids[i] for i in part], config, u_NR)
             advance(len(part))
-    cut = [through_first_eos(ids[i], policy.eos_ids) for i in range(len(prompt_ids))]
+            return found
+
+        try:
+            ids, tokens, smallest = _in_batches(policy, prompt_ids, waiting, generate, kept, most)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise too_long(policy, prompt_ids, config) from error
+            raise
+    cut = [ids[i] for i in range(len(prompt_ids))]
     finished = [response[-1] in policy.eos_ids for response in cut]
     lines = (f"out of memory: {smallest} responses at once, then",) if smallest < most else ()
     return Responses(cut, finished, tokens, tokens - tokens_of(prompt_ids, cut), lines=lines)
+
+
+def _in_batches(
+    policy: Policy,
+    prompt_ids: Sequence[Sequence[int]],
+    waiting: list[list[int]],
+    generate: Callable[[list[int]], list[list[int]]],
+    kept: Kept,
+    most: int,
+) -> tuple[dict[int, list[int]], int, int]:
+    """Responses by prompt, tokens through the model, and the size to which batches were halved.
+
+    The error of memory that ran out on a single sequence.
+    """
+    ids: dict[int, list[int]] = {}
+    done = known = tokens = 0
+    again: list[int] = []  # the batches before which memory ran out, as often as it did
+    if kept.so_far is not None:
+        _, known, tokens, *again = kept.so_far.counts
+        ids, _ = unpacked(kept.so_far.tensors)
+    smallest, ran_out = most, tuple(again)
+    while waiting:
+        part = waiting.pop(0)
+        if len(part) > smallest:
+            waiting = [part[:smallest], part[smallest:], *waiting]
+            continue
+        found = None
+        if again[:1] == [done]:
+            del again[0]
+        elif done < known:
+            done += 1
+            continue
+        else:
+            try:
+                found = generate(part)
+            except RuntimeError as error:
+                if not out_of_memory(error) or len(part) == 1:
+                    raise
+                ran_out = (*ran_out, done)
+        if found is None:
+            smallest = len(part) // 2
+            waiting = [part, *waiting]
+            continue
+        ids |= {i: through_first_eos(y, policy.eos_ids) for i, y in zip(part, found, strict=True)}
+        # The last token of the longest is sampled, never an input.
+        tokens += len(part) * (max(len(prompt_ids[i]) for i in part) + len(found[0]) - 1)
+        done += 1
+        kept.keep((most, done, tokens, *ran_out), partial(packed, dict(ids)))
+    return ids, tokens, smallest
 
 
 def seconds_of_a_step(

@@ -30,16 +30,14 @@ class Call:
         self.body, self.most_bytes, self.read = body, most_bytes, read
 
 
-def answers(
-    config: ServerConfig, calls: Sequence[Call], advance: Callable[[int], None]
-) -> tuple[list[Any], int]:
-    """What every call's `read` returns, in order; and how many requests were sent again.
+def answers(config: ServerConfig, calls: Sequence[Call], arrived: Callable[[int, Any], None]) -> int:
+    """arrived(number of the call, what its `read` returns) of all; how many requests were sent again.
 
     InputError, one line, for a server that does not answer, or not so that it can be read, after
     `config.retries` repetitions; at once for a request that it rejects.
     """
-    found: tuple[list[Any], int] = _run(lambda: _answers(config, calls, advance))
-    return found
+    repeated: int = _run(lambda: _answers(config, calls, arrived))
+    return repeated
 
 
 def require_model(config: ServerConfig) -> None:
@@ -64,12 +62,12 @@ def require_model(config: ServerConfig) -> None:
 
 
 async def _answers(
-    config: ServerConfig, calls: Sequence[Call], advance: Callable[[int], None]
-) -> tuple[list[Any], int]:
+    config: ServerConfig, calls: Sequence[Call], arrived: Callable[[int, Any], None]
+) -> int:
     repeated = 0
     free = asyncio.Semaphore(config.concurrency)
 
-    async def one(client: httpx2.AsyncClient, call: Call) -> Any:
+    async def one(client: httpx2.AsyncClient, number: int, call: Call) -> None:
         nonlocal repeated
         async with free:
             for attempt in range(config.retries + 1):
@@ -82,14 +80,14 @@ async def _answers(
                     repeated += 1
                     await asyncio.sleep(min(LONGEST_PAUSE, PAUSE * 2**attempt))
                     continue
-                advance(1)
-                return found
-        raise AssertionError  # the last attempt returns or raises
+                arrived(number, found)
+                return
 
     async with _client(config) as client:
-        tasks = [asyncio.ensure_future(one(client, call)) for call in calls]
+        tasks = [asyncio.ensure_future(one(client, i, call)) for i, call in enumerate(calls)]
         try:
-            return list(await asyncio.gather(*tasks)), repeated
+            await asyncio.gather(*tasks)
+            return repeated
         finally:
             for task in tasks:
                 task.cancel()

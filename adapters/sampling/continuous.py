@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from funcprobe.policy.layout import out_of_memory
 from funcprobe.policy.suitability import causal_lm
 from funcprobe.policy.trials import attempt
+from funcprobe.progress import NOTHING_KEPT, Progress
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
@@ -28,6 +30,7 @@ from ..config.schema import SamplingConfig
 from ..machine.devices import random_state_kept
 from .batch_size import batch_size
 from .batched import NOT_FINITE, too_long
+from .drawn import packed, unpacked
 from .draws import chosen, uniforms, warpers
 from .own_logits import TRIED, gap, refused
 from .responses import Responses, through_first_eos, tokens_of
@@ -45,27 +48,31 @@ def sample(
     seed: int,
     indices: Sequence[int],
     advance: Callable[[int], None],
+    progress: Progress = NOTHING_KEPT,
 ) -> Responses:
-    """As `batched.sample`; where memory runs out, once more with half as many responses at once.
+    """As `batched.sample`; where memory runs out, the others with half as many responses at once.
 
-    InputError also where continuous batching does not have the model, or has other logits.
+    Each response is kept in `progress` when it ends. InputError also where continuous batching does not
+    have the model, or has other logits.
     """
     most = at_once = batch_size(policy, config, max(map(len, prompt_ids)))
     u_NR = uniforms(seed, indices, config.max_new_tokens).to(policy.model.device)
     with random_state_kept(), torch.no_grad():
         require_own_logits(policy, prompt_ids)
-        reported = 0
-        while True:
-            draws = _Draws(config, u_NR)
-            ids: list[tuple[int, list[int]]] = []
-            made = _generated(policy, prompt_ids, config.max_new_tokens, at_once, draws)
+        kept = progress.begin((len(prompt_ids), config.max_new_tokens))
+        ids = {} if kept.so_far is None else unpacked(kept.so_far.tensors)[0]
+        finite = True
+        while left := [i for i in range(len(prompt_ids)) if i not in ids]:
+            draws = _Draws(config, u_NR[left])
+            own = [prompt_ids[i] for i in left]
+            made = _generated(policy, own, config.max_new_tokens, at_once, draws)
             try:
                 with closing(made):  # the thread ends with an interruption, too
-                    for found in made:
-                        ids.append(found)
-                        if len(ids) > reported:
-                            reported += 1
-                            advance(1)
+                    for k, found in made:
+                        ids[left[k]] = through_first_eos(found, policy.eos_ids)
+                        advance(1)
+                        kept.keep((len(ids),), partial(packed, dict(ids)))
+                finite = bool(draws.finite)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not (isinstance(error, MemoryError) or out_of_memory(error)):
@@ -73,10 +80,9 @@ def sample(
                 if at_once == 1:
                     raise too_long(policy, prompt_ids, config) from error
             at_once //= 2
-    if not bool(draws.finite):
+    if not finite:
         raise InputError(NOT_FINITE)
-    by_row = dict(ids)
-    cut = [through_first_eos(by_row[i], policy.eos_ids) for i in range(len(prompt_ids))]
+    cut = [ids[i] for i in range(len(prompt_ids))]
     finished = [y[-1] in policy.eos_ids for y in cut]
     lines = (f"out of memory: {at_once} responses at once, then",) if at_once < most else ()
     return Responses(cut, finished, tokens_of(prompt_ids, cut), 0, lines=lines)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from funcprobe.progress import NOTHING_KEPT, Progress
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
@@ -36,6 +37,7 @@ def sample_responses(
     advance: Callable[[int], None] = lambda _: None,
     indices: Sequence[int] | None = None,
     server: ServerConfig | None = None,
+    progress: Progress = NOTHING_KEPT,
 ) -> Responses:
     """One response per prompt from softmax(logits / temperature), after top_k and top_p if set.
 
@@ -46,6 +48,9 @@ def sample_responses(
     with the number of sequences that are done. Raises InputError if probabilities are not finite, if
     not even one sequence fits into memory, and if responses would be no samples of this policy.
 
+    What is drawn is kept in `progress`, and an interrupted sampling draws the other responses alone:
+    engine "batched" in the same batches, so that they are the same to the bit.
+
     Engine "server" needs `server`, and has random numbers of its own, by the same seed and index.
     """
     own = range(len(prompt_ids)) if indices is None else indices
@@ -53,9 +58,9 @@ def sample_responses(
         from . import server as program  # and with it a client of the network
 
         assert server is not None  # as the configuration requires
-        return program.sample(policy, prompt_ids, config, server, seed, own, advance)
+        return program.sample(policy, prompt_ids, config, server, seed, own, advance, progress)
     engine = batched.sample if config.engine == "batched" else _continuous()
-    return engine(policy, prompt_ids, config, seed, own, advance)
+    return engine(policy, prompt_ids, config, seed, own, advance, progress)
 
 
 def _continuous() -> Callable[..., Responses]:

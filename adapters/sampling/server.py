@@ -5,7 +5,7 @@ They are stored as the sampler's, so that E is weighted by the policy's probabil
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,12 +13,14 @@ import torch
 
 import funcprobe
 from funcprobe.policy.layout import collate, response_mask
+from funcprobe.progress import NOTHING_KEPT, Progress
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig, ServerConfig
 from .client import Call, answers, require_model
 from .completions import Answer, Asked, body, most_bytes, read
+from .drawn import packed, unpacked
 from .responses import Responses
 
 TRIED = 8  # responses whose log-probabilities are compared before the others are asked for
@@ -42,8 +44,9 @@ def sample(
     seed: int,
     indices: Sequence[int],
     advance: Callable[[int], None],
+    progress: Progress = NOTHING_KEPT,
 ) -> Responses:
-    """A request for every prompt, with a seed of its own.
+    """A request for every prompt, with a seed of its own; answers are kept in `progress` as they come.
 
     InputError as `client` raises it, and where the log-probabilities of the first responses are those
     of another policy, or from before the temperature.
@@ -57,12 +60,32 @@ def sample(
         request = body(asked, server.model, config, request_seed(seed, index))
         reading = partial(read, asked=asked, model=server.model)
         calls.append(Call(request, most_bytes(asked), reading))
-    first, repeated = answers(server, calls[:TRIED], advance)
-    lines = _compared(policy, prompt_ids[:TRIED], first, config, server)
-    others, again = answers(server, calls[TRIED:], advance)
-    found: list[Answer] = [*first, *others]
-    if repeated + again:
-        lines.append(f"server: {repeated + again} requests were sent again")
+    kept = progress.begin((len(calls), config.max_new_tokens))
+    here: dict[int, Answer] = {}
+    if kept.so_far is not None:
+        drawn, logp = unpacked(kept.so_far.tensors)
+        here = {i: Answer(drawn[i], logp[i]) for i in drawn}
+
+    left = [i for i in range(len(calls)) if i not in here]
+    tried, others = left[:TRIED], left[TRIED:]
+
+    def ask(rows: list[int]) -> int:
+        def arrived(number: int, answer: Answer) -> None:
+            here[rows[number]] = answer
+            advance(1)
+            if rows is others:  # else not yet known to be of this policy
+                kept.keep((len(here),), partial(_packed, dict(here)))
+
+        return answers(server, [calls[i] for i in rows], arrived)
+
+    repeated, lines = ask(tried), list[str]()
+    if tried:
+        new = [here[i] for i in tried]
+        lines = _compared(policy, [prompt_ids[i] for i in tried], new, config, server)
+    repeated += ask(others)
+    found = [here[i] for i in range(len(calls))]
+    if repeated:
+        lines.append(f"server: {repeated} requests were sent again")
     return Responses(
         ids=[x.ids for x in found],
         finished=[x.ids[-1] in policy.eos_ids for x in found],
@@ -71,6 +94,10 @@ def sample(
         logp=[x.logp for x in found],
         lines=tuple(lines),
     )
+
+
+def _packed(found: Mapping[int, Answer]) -> list[torch.Tensor]:
+    return packed({i: x.ids for i, x in found.items()}, {i: x.logp for i, x in found.items()})
 
 
 def request_seed(seed: int, index: int) -> int:

@@ -6,9 +6,10 @@ from funcprobe.types import TokenStats
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
 from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..store import Stages
 from .first_order import Predicted, step_inputs
-from .sweep import STATS
+from .like import STATS
 
 
 def attributed(found: Predicted, stages: Stages, narrator: Narrator) -> funcprobe.Attribution | None:
@@ -37,7 +38,7 @@ def marginals(found: Predicted, stages: Stages, stage: Stage) -> TokenStats:
     """`funcprobe.marginal_tangents` of a prediction: one pass over U, or stored."""
     plan, batches, passes = found.plan, found.batches, found.passes
 
-    def compute() -> TokenStats:
+    def compute(stage: Stage) -> TokenStats:
         return funcprobe.marginal_tangents(
             plan.policy.params,
             passes,
@@ -49,5 +50,4 @@ def marginals(found: Predicted, stages: Stages, stage: Stage) -> TokenStats:
         )
 
     inputs = {**step_inputs(plan, batches), "X": passes.X}
-    along_DX: TokenStats = stages.tensors("marginals", inputs, STATS, compute, stage.found)
-    return along_DX
+    return computed(stages, "marginals", inputs, STATS, compute, stage)

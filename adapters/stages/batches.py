@@ -15,7 +15,9 @@ from funcprobe.types import Batch, UpdateBatch
 
 from .. import rollouts
 from ..checkpoint.model import Policy
+from ..config.schema import SamplingConfig
 from ..console import Narrator
+from ..resume import resumable
 from ..rollouts import Rollouts
 from ..sampling.advantages import (
     groups_of_zero,
@@ -155,7 +157,9 @@ def _sampled(
         sampling, server = plan.config.sampling, plan.config.server
 
         def of_part(part: Sequence[Sequence[int]], own: Sequence[int]) -> Responses:
-            return sample_responses(policy, part, sampling, seed, stage.advance, own, server=server)
+            return sample_responses(
+                policy, part, sampling, seed, here.advance, own, server, here.progress
+            )
 
         found = shared_out(plan.world, ids, of_part)
         if plan.world.first:  # of all processes
@@ -182,7 +186,11 @@ def _sampled(
         "index": index,
         "seed": seed,
     }
-    with narrator.phase(f"sample {name}", len(index)) as stage:
+    how = parts_of(plan.config.sampling)
+    with (
+        narrator.phase(f"sample {name}", len(index)) as stage,
+        resumable(stages, f"rollouts-{name}", inputs, stage, how) as here,
+    ):
         found = stages.file(
             f"rollouts-{name}",
             inputs,
@@ -193,6 +201,11 @@ def _sampled(
         )
     # The text of a stored stage, which rewards read, may be by an earlier tokenizer of the same ids.
     return found._replace(prompt=[plan.prompts[i].text for i in index], response=_texts(found, policy))
+
+
+def parts_of(sampling: SamplingConfig) -> str:
+    """What of responses is kept at once."""
+    return "batches" if sampling.engine == "batched" else "responses"
 
 
 def _served(plan: Plan) -> list[str | None]:

@@ -16,11 +16,13 @@ from funcprobe.types import Batch, InputError, TokenStats
 from .. import store
 from ..console import Narrator
 from ..machine.cost import Stage, counted
+from ..resume import computed, resumable
 from ..store import Stages
 from .batches import Batches
 from .first_order import Predicted
+from .like import STATS
 from .plan import Plan
-from .sweep import STATS, state_inputs
+from .sweep import state_inputs
 
 FEW = 32  # sequences of E in the checks that take passes
 FEWEST = 4  # in the one that is made in every run
@@ -91,10 +93,11 @@ def _stored(found: Predicted, stages: Stages, stage: Stage) -> list[list[Check]]
     }
 
     def write(path: Path) -> None:
-        made = _by_passes(found, counted(plan.forward, stage, "E"))
+        made = _by_passes(found, counted(plan.forward, own, "E"))
         store.write_json([[one._asdict() for one in group] for group in made], path)
 
-    return stages.file("checks", inputs, "json", write, stored_checks, stage.found)
+    with resumable(stages, "checks", inputs, stage) as own:
+        return stages.file("checks", inputs, "json", write, stored_checks, stage.found)
 
 
 def _by_passes(found: Predicted, forward: Forward) -> list[list[Check]]:
@@ -176,13 +179,12 @@ def _at_temperature_1(
 ) -> TokenStats:
     params = plan.policy.params
 
-    def compute() -> TokenStats:
+    def compute(stage: Stage) -> TokenStats:
         at_1 = funcprobe.frozen_forward(plan.policy.model, params, 1.0, "packed")
         return funcprobe.token_stats(params, part, counted(at_1, stage, "E"), plan.max_tokens)
 
     inputs = {**state_inputs(plan, batches), "few": FEW}
-    found: TokenStats = stages.tensors("at-temperature-1", inputs, STATS, compute, stage.found)
-    return found
+    return computed(stages, "at-temperature-1", inputs, STATS, compute, stage)
 
 
 def _is_own_sample(plan: Plan, batches: Batches) -> bool:

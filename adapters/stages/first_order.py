@@ -14,13 +14,15 @@ from funcprobe.types import Params
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
 from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..sampling.drawing import derived_seed
 from ..store import Stages
 from .batches import Batches, sample
 from .gradient import gradients_on_U, verify_state
+from .like import LEAVES, STATS
 from .loss import with_loss
 from .plan import Plan
-from .sweep import LEAVES, STATS, state_inputs
+from .sweep import state_inputs
 
 
 class Predicted(NamedTuple):
@@ -103,7 +105,7 @@ def _passes(
     like = funcprobe.Passes(masks, STATS, STATS, leaves, baseline, STATS, STATS, STATS, blocks)
     inputs = {**step_inputs(plan, batches), "passes": funcprobe.Passes._fields, "blocks": block_N}
 
-    def compute() -> funcprobe.Passes:
+    def compute(stage: Stage) -> funcprobe.Passes:
         return funcprobe.first_order_passes(
             params,
             batches.eval_batch,
@@ -119,8 +121,7 @@ def _passes(
             block_N=block_N,
         )
 
-    passes: funcprobe.Passes = stages.tensors("first-order", inputs, like, compute, stage.found)
-    return passes
+    return computed(stages, "first-order", inputs, like, compute, stage)
 
 
 def step_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:

@@ -12,17 +12,21 @@ from funcprobe.policy.layout import collate
 from funcprobe.statistics import estimators
 from funcprobe.statistics.evaluation import Evaluation
 from funcprobe.statistics.intervals import Error, delta_error
-from funcprobe.types import Params
+from funcprobe.types import Params, TokenStats
 
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..rollouts import Rollouts
 from ..sampling.drawing import derived_seed
+from ..sampling.drawn import packed, unpacked
 from ..sampling.generate import sample_responses
 from ..sampling.responses import Responses
 from ..sampling.shared_out import shared_out
 from ..sampling.supplied import fresh_length
-from .batches import Batches
+from ..store import Stages
+from .batches import Batches, parts_of
+from .like import LEAVES, STATS
 from .plan import Plan
 
 
@@ -41,13 +45,11 @@ def sample_again(
     direction: Params,
     eta: float,
     unit_N: torch.Tensor,
+    stages: Stages,
     narrator: Narrator,
 ) -> Fresh:
-    """One response at theta + eta v to the prompt of every sequence of E; the model is unchanged.
-
-    Resampled in every run, as no stage stores them.
-    """
-    prompt_ids = batches.eval_rollouts.prompt_ids
+    """One response at theta + eta v to the prompt of every sequence of E; the model is unchanged."""
+    prompt_ids = list(batches.eval_rollouts.prompt_ids)
     moved = tree.axpy(eta, direction, plan.policy.params)
     engine = plan.config.sampling.engine
     config = plan.config.sampling.model_copy(
@@ -60,35 +62,52 @@ def sample_again(
         }
     )
     seed = derived_seed(plan.config.run.seed, f"E at eta {eta!r}")
-    # Every sequence twice: sampling, then a forward.
-    with narrator.phase(f"sample E at eta {eta:g}", 2 * len(prompt_ids)) as stage:
+    lines = list[str]()
 
-        def sample(part: Sequence[Sequence[int]], own: Sequence[int]) -> Responses:
-            def of_part() -> Responses:
-                return sample_responses(plan.policy, part, config, seed, stage.advance, own)
+    def sample(stage: Stage) -> list[torch.Tensor]:
+        def of_part(part: Sequence[Sequence[int]], own: Sequence[int]) -> Responses:
+            def there() -> Responses:
+                return sample_responses(
+                    plan.policy, part, config, seed, stage.advance, own, progress=stage.progress
+                )
 
-            return with_params(plan.policy.model, moved, of_part)
+            return with_params(plan.policy.model, moved, there)
 
-        drawn = shared_out(plan.world, prompt_ids, sample)
+        drawn = shared_out(plan.world, prompt_ids, of_part)
         if plan.world.first:  # of all processes
             stage.drew(drawn.tokens, drawn.padding)
             if engine == "server":
                 narrator.say(f"responses at eta {eta:g} are sampled here: the server has theta alone")
-        for line in drawn.lines:
-            narrator.say(line)
-        batch = collate(prompt_ids, drawn.ids, batches.eval_rollouts.prompt_index)
+        lines.extend(drawn.lines)
+        return [torch.tensor(drawn.finished), *packed(dict(enumerate(drawn.ids)))]
+
+    def measure(stage: Stage) -> TokenStats:
         forward = counted(plan.forward, stage, "fresh")
-        stats = funcprobe.token_stats(moved, batch, forward, plan.max_tokens)
+        return funcprobe.token_stats(moved, batch, forward, plan.max_tokens)
+
+    there = {"policy": plan.inputs["policy"], "direction": direction, "eta": eta}
+    how = config.model_dump(exclude={"B_E", "B_U", "G", "generation_batch"})
+    asked = {**there, "prompt_ids": prompt_ids, "sampling": how, "seed": seed}
+    # Every sequence twice: sampling, then a forward.
+    with narrator.phase(f"sample E at eta {eta:g}", 2 * len(prompt_ids)) as stage:
+        like, parts = [LEAVES] * 4, parts_of(config)
+        finished_N, *tokens = computed(stages, "rollouts-fresh", asked, like, sample, stage, parts)
+        for line in lines:
+            narrator.say(line)
+        ids = list(unpacked(tokens)[0].values())
+        batch = collate(prompt_ids, ids, batches.eval_rollouts.prompt_index)
+        inputs = {**there, **plan.cut, "temperature": plan.temperature, "batch": batch}
+        stats = computed(stages, "fresh", inputs, STATS, measure, stage)
     here = (at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
-    there = (stats, funcprobe.response_mask(batch), at.entropy)
-    influence_N = estimators.entropy_influence(*there) - estimators.entropy_influence(*here)
+    moved_to = (stats, funcprobe.response_mask(batch), at.entropy)
+    influence_N = estimators.entropy_influence(*moved_to) - estimators.entropy_influence(*here)
     return Fresh(
-        delta=estimators.entropy_value(*there) - estimators.entropy_value(*here),
+        delta=estimators.entropy_value(*moved_to) - estimators.entropy_value(*here),
         error=delta_error(influence_N, unit_N),
         rollouts=batches.eval_rollouts._replace(
-            response=[plan.policy.tokenizer.decode(y, skip_special_tokens=True) for y in drawn.ids],
-            response_ids=drawn.ids,
-            finish_reason=["stop" if done else "length" for done in drawn.finished],
+            response=[plan.policy.tokenizer.decode(y, skip_special_tokens=True) for y in ids],
+            response_ids=ids,
+            finish_reason=["stop" if done else "length" for done in finished_N.tolist()],
             sampler_logp=None,
         ),
     )

@@ -1,20 +1,18 @@
 """The gradient on U, and what it shows about the optimizer's state before it is used."""
 
-import torch
-
 import funcprobe
 from funcprobe.along import update_gradients
 from funcprobe.types import InputError, Params
 
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
 from ..optimizer import OptimizerReport
+from ..resume import computed
 from ..store import Stages
 from .batches import Batches
+from .like import LEAVES
 from .plan import Plan
-
-_LEAF = torch.zeros(0)
 
 
 def gradients_on_U(
@@ -34,14 +32,13 @@ def gradients_on_U(
     sequences = count * len(update.batch.prompt_N) if update.moves else 0
     with narrator.phase("gradient on U", sequences) as stage:
 
-        def compute() -> tuple[Params, ...]:
+        def compute(stage: Stage) -> tuple[Params, ...]:
             trained = (as_trained(f, plan.policy.padding) for f in (plan.forward, *plan.masks))
             forward, *masks = (counted(f, stage, "U") for f in trained)
             return update_gradients(params, update, forward, plan.max_tokens, masks)
 
-        like = (dict.fromkeys(params, _LEAF),) * count
-        Y: tuple[Params, ...] = stages.tensors("gradient", inputs, like, compute, stage.found)
-        return Y
+        like = (dict.fromkeys(params, LEAVES),) * count
+        return computed(stages, "gradient", inputs, like, compute, stage)
 
 
 def verify_state(plan: Plan, Y: Params, narrator: Narrator) -> funcprobe.Evidence | None:

@@ -1,5 +1,7 @@
 """Which prompts of E the largest prompts of U change: a gradient and a pass over E for each."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,8 @@ from funcprobe.statistics.estimators import FirstOrder
 
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..store import Stages
 from .first_order import Predicted, step_inputs
 
@@ -31,30 +34,34 @@ def influences(
         return None
     E, update, params = batches.eval_batch, batches.update, plan.policy.params
     rows = int(torch.isin(update.batch.prompt_N, torch.tensor(columns)).sum())
-    inputs = {**step_inputs(plan, batches), "columns": columns, "units": found.unit_N}
-    with narrator.phase("influence", rows + len(columns) * len(E.prompt_N)) as stage:
+    inputs = {**step_inputs(plan, batches), "units": found.unit_N}
 
-        def compute() -> dict[str, Tensor]:
-            return _packed(
-                funcprobe.influence(
-                    params,
-                    passes,
-                    E,
-                    update,
-                    plan.adam_state,
-                    counted(plan.forward, stage, "E"),
-                    columns=columns,
-                    route="columns",
-                    entropy=plan.entropy,
-                    step=plan.step,
-                    max_tokens=plan.max_tokens,
-                    sampler_logp_NR=batches.sampler_logp_NR,
-                    unit_N=found.unit_N,
-                    update_forward=counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
-                )
+    def column(m: int, stage: Stage) -> dict[str, Tensor]:
+        return _packed(
+            funcprobe.influence(
+                params,
+                passes,
+                E,
+                update,
+                plan.adam_state,
+                counted(plan.forward, stage, "E"),
+                columns=[m],
+                route="columns",
+                entropy=plan.entropy,
+                step=plan.step,
+                max_tokens=plan.max_tokens,
+                sampler_logp_NR=batches.sampler_logp_NR,
+                unit_N=found.unit_N,
+                update_forward=counted(as_trained(plan.forward, plan.policy.padding), stage, "U"),
             )
+        )
 
-        packed: dict[str, Tensor] = stages.tensors("influence", inputs, PACKED, compute, stage.found)
+    with narrator.phase("influence", rows + len(columns) * len(E.prompt_N)) as stage:
+        each = [
+            computed(stages, "influence", {**inputs, "column": m}, PACKED, partial(column, m), stage)
+            for m in columns
+        ]
+    packed = {key: torch.cat([of_m[key] for of_m in each], int(key == "pair")) for key in PACKED}
     return _unpacked(packed, E.prompt_N.unique(), columns, sorted(params))
 
 

@@ -10,15 +10,16 @@ from funcprobe.types import Batch, InputError, Params, Rule, TokenStats, UpdateB
 from ..checkpoint.padding import as_trained
 from ..checkpoint.reference import initial_adapter, reference_params
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..rollouts import Rollouts
 from ..rollouts.loss_inputs import loss_inputs
 from ..store import Stages
 from .batches import Batches
 from .chosen_loss import ChosenLoss
+from .like import STATS
 from .plan import Plan
 
-_LEAVES = torch.zeros(0)
 LARGE_RESIDUAL = 0.01  # a hundredth of a standard error, if a prompt is typical
 
 
@@ -95,13 +96,11 @@ def update_statistics(
     }
     with narrator.phase(phase, len(batch.prompt_N)) as stage:
 
-        def compute() -> TokenStats:
+        def compute(stage: Stage) -> TokenStats:
             forward = counted(as_trained(plan.forward, plan.policy.padding), stage, "U")
             return funcprobe.token_stats(params, batch, forward, plan.max_tokens)
 
-        like = TokenStats(_LEAVES, _LEAVES)
-        found: TokenStats = stages.tensors("update-stats", inputs, like, compute, stage.found)
-        return found
+        return computed(stages, "update-stats", inputs, STATS, compute, stage)
 
 
 def _as_called(inputs: LossInputs, rollouts: Rollouts, chosen: ChosenLoss, seed: int) -> LossInputs:

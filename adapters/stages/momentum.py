@@ -12,16 +12,17 @@ from funcprobe.types import Params, UpdateBatch
 from .. import rollouts
 from ..checkpoint.padding import as_trained
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..rollouts import Rollouts
 from ..rollouts.gradients import RecordedGradient, load_gradient
 from ..store import Stages
 from .chosen_loss import choose_loss
 from .first_order import Predicted, step_inputs
+from .like import LEAVES
 from .loss import with_loss
 from .plan import Plan
 from .recorded_steps import RecordedSteps
-from .sweep import LEAVES
 
 
 class StepPrompts(NamedTuple):
@@ -91,14 +92,14 @@ def _recomputed(
     }
     with narrator.phase("momentum by prompt", 2 * len(update.batch.prompt_N)) as stage:
 
-        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+        def compute(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
             made = _passes(
                 found, file, theta, update, recorded.taken - step, counted(plan.forward, stage, "U")
             )
             numbers = (made.recorded, made.gradient_residual, made.clip_coefficient)
             return made.shares.token_NR, torch.tensor(numbers, dtype=torch.float64)
 
-        kept = stages.tensors(f"momentum-{step}", inputs, (LEAVES, LEAVES), compute, stage.found)
+        kept = computed(stages, f"momentum-{step}", inputs, (LEAVES, LEAVES), compute, stage)
     token_NR, numbers = kept
     of_step, residual, clip = numbers.tolist()
     return funcprobe.RecomputedStep(of_step, token_shares(token_NR, update.batch), residual, clip)

@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import Tensor
 
 import funcprobe
-from funcprobe.passes.kl import KlAlong, kl_along
 from funcprobe.policy.layout import select
 from funcprobe.policy.reference import base_params
 from funcprobe.statistics import evaluation
@@ -22,13 +21,16 @@ from funcprobe.types import Baseline, Entropy, InputError, TokenStats
 
 from ..config.estimation import observable_label
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..sampling.rewards import BUILT_IN, Reward, load_observable
 from ..store import Stages
 from .first_order import Predicted
+from .kl import kl_of
+from .like import STATS
 from .observed import rewards_of_E, values_on_E
 from .plan import Plan, configured_reward
-from .sweep import LEAVES, STATS, Point, Sweep, Tiny, noise_of, state_inputs
+from .sweep import Point, Sweep, Tiny, noise_of, state_inputs
 
 UNITS = {"reward": "reward", "correct": "share", "length": "tokens", "stop": "share"}
 
@@ -183,18 +185,7 @@ def _of_response(predicted: Predicted, name: str, f_N: Float64[Tensor, " N"], sw
 def _of_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator: Narrator) -> Observed:
     plan, prediction = predicted.plan, predicted.prediction
     E, v = predicted.batches.eval_batch, prediction.direction.total
-    params, base = plan.policy.params, base_params(plan.policy.model, plan.policy.params)
-    inputs = {**state_inputs(plan, predicted.batches), "direction": v, "etas": plan.etas, "base": base}
-    with narrator.phase("KL to the base policy", (2 + len(plan.etas)) * len(E.prompt_N)) as stage:
-        kl: KlAlong = stages.tensors(
-            "kl",
-            inputs,
-            KlAlong(LEAVES, LEAVES, (LEAVES,) * len(plan.etas)),
-            lambda: kl_along(
-                params, base, E, v, counted(plan.forward, stage, "E"), plan.etas, plan.max_tokens
-            ),
-            stage.found,
-        )
+    kl = kl_of(plan, predicted.batches, v, stages, narrator)
     entropy = plan.entropy._replace(baseline=baseline_of(plan.entropy))
     return _observed(
         "kl_base",
@@ -213,14 +204,13 @@ def _of_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator: Narrato
 def _of_sampled_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator: Narrator) -> Observed:
     plan, prediction, E = predicted.plan, predicted.prediction, predicted.batches.eval_batch
     base = base_params(plan.policy.model, plan.policy.params)
+    inputs = {**state_inputs(plan, predicted.batches), "base": base}
+
+    def compute(stage: Stage) -> TokenStats:
+        return funcprobe.token_stats(base, E, counted(plan.forward, stage, "E"), plan.max_tokens)
+
     with narrator.phase("base policy on E", len(E.prompt_N)) as stage:
-        found: TokenStats = stages.tensors(
-            "base",
-            {**state_inputs(plan, predicted.batches), "base": base},
-            STATS,
-            lambda: funcprobe.token_stats(base, E, counted(plan.forward, stage, "E"), plan.max_tokens),
-            stage.found,
-        )
+        found = computed(stages, "base", inputs, STATS, compute, stage)
 
     def divergence(stats: TokenStats) -> TokenStats:
         return TokenStats(stats.logp_NR, stats.logp_NR - found.logp_NR)

@@ -23,15 +23,17 @@ from funcprobe.step.adam import UpdateDirection
 from funcprobe.types import InputError, Params, TokenStats, UpdateBatch
 
 from ..console import Narrator
-from ..machine.cost import counted
+from ..machine.cost import Stage, counted
 from ..machine.precision import of_machine
+from ..resume import computed
 from ..store import Stages
 from .first_order import Predicted
 from .fit import CURVED
 from .gradient import gradients_on_U
+from .like import LEAVES, STATS
 from .observables import baseline_of
 from .plan import Plan
-from .sweep import LEAVES, STATS, by_difference, moved_inputs, state_inputs, statistics_at
+from .sweep import by_difference, moved_inputs, state_inputs, statistics_at
 from .weight_diagnostics import WeightDiagnostics, verdict
 
 
@@ -100,21 +102,16 @@ def rewarded(
     )
     p_nR, q_nR = evaluation.gradient_coefficients(at)
     inputs = {**state_inputs(plan, batches), "p": p_nR, "rows": row_n}
+    zeros = torch.zeros_like(q_nR)  # a reward is no function of the parameters
+
+    def compute(stage: Stage) -> Params:
+        forward = counted(plan.forward, stage, "E")
+        given = (part, p_nR, zeros, forward, plan.max_tokens)
+        return funcprobe.weighted_grad(plan.policy.params, *given)
+
     with narrator.phase("gradient of the reward", len(row_n)) as stage:
-        X: Params = stages.tensors(
-            "reward-gradient",
-            inputs,
-            dict.fromkeys(plan.policy.params, LEAVES),
-            lambda: funcprobe.weighted_grad(
-                plan.policy.params,
-                part,
-                p_nR,
-                torch.zeros_like(q_nR),  # a reward is no function of the parameters
-                counted(plan.forward, stage, "E"),
-                plan.max_tokens,
-            ),
-            stage.found,
-        )
+        like = dict.fromkeys(plan.policy.params, LEAVES)
+        X = computed(stages, "reward-gradient", inputs, like, compute, stage)
     return Rewarded(at, row_n, unit_n, X)
 
 

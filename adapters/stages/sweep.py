@@ -17,15 +17,15 @@ from funcprobe.types import Params, TokenStats
 from .. import store
 from ..console import Narrator
 from ..machine.cost import Stage, counted
+from ..resume import computed
 from ..sampling.drawing import derived_seed
 from ..store import Stages
 from .batches import Batches
 from .fresh import Fresh, sample_again
+from .like import STATS
 from .plan import Plan
 from .weight_diagnostics import WeightDiagnostics, verdict
 
-LEAVES = torch.zeros(0)  # placeholder for a tensor where only the structure of a tree matters
-STATS = TokenStats(LEAVES, LEAVES)
 FEW = 64  # sequences of E that the rounding noise is measured on
 
 
@@ -98,7 +98,7 @@ def measure_sweep(
         store.require_finite({"eta": eta, "measured": found[eta].delta}, "sweep")
         judged, fresh = verdict(found[eta].weight_N, found[eta].clipped), None
         if judged.verdict == "resample" and plan.config.measure.resample:
-            fresh = sample_again(plan, batches, at, v, eta, unit_N, narrator)
+            fresh = sample_again(plan, batches, at, v, eta, unit_N, stages, narrator)
         points.append(Point(eta, found[eta], judged, fresh, moved[eta]))
     return Sweep(tuple(points), noise, curvature, tiny)
 
@@ -114,14 +114,12 @@ def statistics_at(
 ) -> TokenStats:
     """E's statistics at theta + eta v: one forward, or stored."""
 
-    def compute() -> TokenStats:
+    def compute(stage: Stage) -> TokenStats:
         moved, forward = tree.axpy(eta, v, plan.policy.params), counted(plan.forward, stage, "E")
         return funcprobe.token_stats(moved, batches.eval_batch, forward, plan.max_tokens)
 
-    found: TokenStats = stages.tensors(
-        "moved", moved_inputs(plan, batches, v, eta), STATS, compute, stage.found
-    )
-    return found
+    inputs = moved_inputs(plan, batches, v, eta)
+    return computed(stages, "moved", inputs, STATS, compute, stage)
 
 
 def moved_inputs(plan: Plan, batches: Batches, v: Params, eta: float) -> dict[str, Any]:
@@ -156,13 +154,13 @@ def _at_tiny_etas(
     part = select(batches.eval_batch, few_n)
     etas = [sign * size for sign in (1, -1) for size in (eta / 2, eta)]
 
-    def compute() -> tuple[TokenStats, ...]:
+    def compute(stage: Stage) -> tuple[TokenStats, ...]:
         forward = counted(plan.forward, stage, "E")
         there = (tree.axpy(eta, v, plan.policy.params) for eta in etas)
         return tuple(funcprobe.token_stats(at, part, forward, plan.max_tokens) for at in there)
 
     inputs = {**state_inputs(plan, batches), "direction": v, "etas": etas, "few": few_n}
-    found = stages.tensors("rounding", inputs, (STATS,) * len(etas), compute, stage.found)
+    found = computed(stages, "rounding", inputs, (STATS,) * len(etas), compute, stage)
     return Tiny(few_n, tuple(_with_rows(prediction.stats, few_n, stats) for stats in found))
 
 
@@ -212,19 +210,15 @@ def _exact(
     stages: Stages,
     narrator: Narrator,
 ) -> Curvature:
-    with narrator.phase("second order", len(batches.eval_batch.prompt_N)) as stage:
-        _, tangent, second = stages.tensors(
-            "second-order",
-            {**state_inputs(plan, batches), "direction": direction},
-            (STATS, STATS, STATS),
-            lambda: funcprobe.second_tangents(
-                plan.policy.params,
-                batches.eval_batch,
-                direction,
-                counted(plan.forward, stage, "E"),
-                plan.max_tokens,
-            ),
-            stage.found,
-        )
+    params, E = plan.policy.params, batches.eval_batch
+    inputs = {**state_inputs(plan, batches), "direction": direction}
+
+    def compute(stage: Stage) -> tuple[TokenStats, TokenStats, TokenStats]:
+        forward = counted(plan.forward, stage, "E")
+        return funcprobe.second_tangents(params, E, direction, forward, plan.max_tokens)
+
+    with narrator.phase("second order", len(E.prompt_N)) as stage:
+        like = (STATS, STATS, STATS)
+        _, tangent, second = computed(stages, "second-order", inputs, like, compute, stage)
     found = funcprobe.second_derivative(at, tangent, second, unit_N)
     return Curvature(found.derivative, delta_error(found.influence_N, unit_N), None)

@@ -14,7 +14,8 @@ DAY = 86_400.0  # seconds
 GIB = 2**30
 # A whole stage, its progress so far, or one of a version that had no checksums.
 _STORED = re.compile(
-    r"(?P<whole>(?P<stage>[\w.-]+)-[0-9a-f]{20})(?P<progress>\.progress)?\.(safetensors|parquet|json)"
+    r"(?P<whole>(?P<stage>[\w.-]+)-[0-9a-f]{20})(?P<progress>(\.\w+)*\.progress)?"
+    r"\.(safetensors|parquet|json)"
 )
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 _LEFT = re.compile(r"\.(?P<whole>[\w.-]+-[0-9a-f]{20})\.[\w.]*\.\d+")  # by a process that was killed

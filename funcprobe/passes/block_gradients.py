@@ -1,6 +1,6 @@
 """A gradient as a sum over blocks of sequences, with the products of each block's along directions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import tree
 from ..policy.forward import Forward
 from ..policy.layout import MAX_TOKENS, select
+from ..progress import Kept, SoFar
 from ..types import Batch, Params
 from .gradients import accumulate, weighted_grad, zero_gradient
 
@@ -38,18 +39,41 @@ def block_gradients(
     Raises ValueError for a block without sequences, as for a direction with other names or shapes than
     `params`, and InputError where `weighted_grad` does.
     """
-    blocks = int(block_N.max()) + 1
-    if len(block_N.unique()) != blocks or int(block_N.min()) < 0:
-        raise ValueError(
-            f"block_N has {len(block_N.unique())} different entries, not 0 to {blocks - 1}"
-        )
-    total, dots = tree.zeros(zero_gradient(params)), []
-    for b in range(blocks):
+    K, names = int(block_N.max()) + 1, sorted(params)
+    if len(block_N.unique()) != K or int(block_N.min()) < 0:
+        raise ValueError(f"block_N has {len(block_N.unique())} different entries, not 0 to {K - 1}")
+    kept = forward.progress.begin((max_tokens, int(forward.recompute), *block_N.tolist()))
+    total = zero_gradient(params)
+    dot_KdT = torch.zeros(K, len(directions), len(names), dtype=torch.float64)
+    first, of_first = 0, None
+    if kept.so_far is not None:
+        (first, *counts), (dot_KdT, *both) = kept.so_far
+        sums, inner = both[: len(names)], both[len(names) :]
+        total = {n: x.to(total[n].device) for n, x in zip(names, sums, strict=True)}
+        of_first = SoFar(tuple(counts), inner)
+    for b in range(first, K):
         index_n = (block_N == b).nonzero().flatten()
         part = (select(batch, index_n), p_NR[index_n], q_NR[index_n])
-        X_b = weighted_grad(params, *part, forward, max_tokens)
-        dots.append([list(tree.dot_by_name(X_b, v).values()) for v in directions])
+        before = [dot_KdT, *(total[n] for n in names)]
+        within = _OfBlock(kept, b, before, of_first if b == first else None)
+        X_b = weighted_grad(params, *part, forward._replace(progress=within), max_tokens)
+        dots = [list(tree.dot_by_name(X_b, v).values()) for v in directions]
+        dot_dT = torch.tensor(dots, dtype=torch.float64).reshape(dot_KdT.shape[1:])
+        dot_KdT = dot_KdT.index_copy(0, torch.tensor([b]), dot_dT[None])
         total = accumulate(total, X_b)
-    shape = (blocks, len(directions), len(params))
-    dot_KdT = torch.tensor(dots, dtype=torch.float64).reshape(shape)
     return total, Blocks(block_N, dot_KdT.transpose(1, 2).contiguous())
+
+
+class _OfBlock(NamedTuple):
+    """What is kept of a block's gradient, together with what the blocks before it gave."""
+
+    kept: Kept
+    block: int
+    before: list[Tensor]
+    so_far: SoFar | None
+
+    def begin(self, plan: Sequence[int]) -> Kept:  # noqa: ARG002
+        return self
+
+    def keep(self, counts: Sequence[int], tensors: Callable[[], Sequence[Tensor]]) -> None:
+        self.kept.keep((self.block, *counts), lambda: [*self.before, *tensors()])

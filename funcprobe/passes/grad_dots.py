@@ -19,7 +19,7 @@ from ..ranks import added
 from ..types import Batch, Params
 from .gradients import accumulate, on_cpu, unlayered, weighted_grad, zero_gradient
 from .head import head_gradient
-from .microbatches import in_microbatches
+from .microbatches import over_microbatches
 from .pullback import by_layer
 from .tangents import aligned, tangents
 
@@ -85,7 +85,17 @@ def _in_one_pass(
         _require_sum(s_n, grads, mu)
         return grads, s_n
 
-    s_N, total = torch.zeros(len(p_NR), dtype=torch.float64), zero_gradient(params)
+    start = zero_gradient(params)
+    names = sorted(start)
+
+    def add(so_far: list[Tensor], rows: Rows, found: tuple[Params, Tensor]) -> list[Tensor]:
+        grads, s_n = found
+        s_N, *total = so_far
+        s_N = s_N.index_copy(0, rows.sequence_T.unique(), s_n)
+        both = accumulate(dict(zip(names, total, strict=True)), grads)
+        return [s_N, *both.values()]
+
+    so_far = [torch.zeros(len(p_NR), dtype=torch.float64), *(start[n] for n in names)]
     layout: Layout = "plain" if forward.layout == "plain" else "packed"
 
     def smaller() -> Callable[[Rows], tuple[Params, Tensor]] | None:
@@ -93,14 +103,14 @@ def _in_one_pass(
 
     other_use = torch.zeros(1)
     try:
-        for rows, (grads, s_n) in in_microbatches(one, batch, max_tokens, forward, layout, smaller):
-            s_N[rows.sequence_T.unique()] = s_n
-            total = accumulate(total, grads)
+        so_far, _ = over_microbatches(one, add, so_far, batch, max_tokens, forward, layout, smaller)
     except _OtherUseError:  # raised by the first microbatch
         other_use += 1
     if bool(forward.ranks.add([other_use])[0]):  # all ranks go the same way
         return None
-    return forward.ranks.add([s_N])[0], on_cpu(added(total, forward.ranks))
+    s_N, *total = so_far
+    grads = dict(zip(names, total, strict=True))
+    return forward.ranks.add([s_N])[0], on_cpu(added(grads, forward.ranks))
 
 
 class _OtherUseError(Exception):

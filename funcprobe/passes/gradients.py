@@ -19,7 +19,7 @@ from ..statistics.evaluation import evaluate, gradient_coefficients
 from ..types import Batch, Entropy, Params, UpdateBatch
 from .head import head_gradient
 from .logprobs import token_stats
-from .microbatches import in_microbatches
+from .microbatches import over_microbatches
 from .pullback import pullback
 
 
@@ -47,11 +47,17 @@ def weighted_grad(
     def smaller() -> Callable[[Rows], list[Params]] | None:
         return None if unlayered(params, forward) else partial(one, recompute=True)
 
-    total = zero_gradient(params)
-    for _, grads in in_microbatches(one, batch, max_tokens, forward, smaller=smaller):
+    names = sorted(params)
+
+    def add(total: list[Tensor], _: Rows, grads: list[Params]) -> list[Tensor]:
         for part in grads:
-            total = accumulate(total, part)
-    return on_cpu(added(total, forward.ranks))
+            total = _plus(total, [part[n] for n in names])
+        return total
+
+    start = zero_gradient(params)
+    zeros = [start[n] for n in names]
+    total, _ = over_microbatches(one, add, zeros, batch, max_tokens, forward, smaller=smaller)
+    return on_cpu(added(dict(zip(names, total, strict=True)), forward.ranks))
 
 
 def grad_X(
@@ -150,7 +156,13 @@ def zero_gradient(params: Params) -> Params:
 
 def accumulate(total: Params, part: Params) -> Params:
     """total + part, on the device and in the dtype of `total`."""
-    return {n: t + part[n].to(device=t.device, dtype=t.dtype) for n, t in total.items()}
+    found = _plus(list(total.values()), [part[n] for n in total])
+    return dict(zip(total, found, strict=True))
+
+
+def _plus(total: list[Tensor], part: list[Tensor]) -> list[Tensor]:
+    pairs = zip(total, part, strict=True)
+    return [t + x.to(device=t.device, dtype=t.dtype) for t, x in pairs]
 
 
 def on_cpu(total: Params) -> Params:

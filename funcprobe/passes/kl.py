@@ -46,17 +46,30 @@ def token_kl(
     p and p_ref are the policy at `params` and at `reference`, at the temperature of `forward`. Two
     forwards. Raises ValueError if `reference` has other names or shapes than `params`.
     """
-    params, reference = aligned(params, reference, "reference")
+    return kl_at([params], reference, batch, forward, max_tokens)[0]
 
-    def chunk(hidden_nD: Tensor, of_ref_nD: Tensor) -> tuple[Tensor, ...]:
+
+def kl_at(
+    points: Sequence[Params],
+    reference: Params,
+    batch: Batch,
+    forward: Forward,
+    max_tokens: int = MAX_TOKENS,
+) -> list[Float[Tensor, "N R"]]:
+    """`token_kl` at each of several parameters, by a forward at each and one at the reference."""
+    pairs = [aligned(params, reference, "reference") for params in points]
+    there, reference = [params for params, _ in pairs], pairs[0][1]
+
+    def chunk(of_ref_nD: Tensor, *moved: Tensor) -> tuple[Tensor, ...]:
         log_q_nV = _log_softmax(forward.logits(reference, of_ref_nD))
-        return (_kl(_log_softmax(forward.logits(params, hidden_nD)), log_q_nV),)
+        logits = [forward.logits(x, x_nD) for x, x_nD in zip(there, moved, strict=True)]
+        return tuple(_kl(_log_softmax(scores_nV), log_q_nV) for scores_nV in logits)
 
     def one(rows: Rows) -> tuple[Tensor, ...]:
-        hidden = [forward.hidden(given, rows) for given in (params, reference)]
+        hidden = [forward.hidden(given, rows) for given in (reference, *there)]
         return _by_chunk(chunk, hidden, forward)
 
-    return _of_batch(one, batch, forward, max_tokens)[0]
+    return _of_batch(one, batch, forward, max_tokens)
 
 
 def kl_along(

@@ -5,7 +5,8 @@ added once a pass.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -33,32 +34,56 @@ SMALL = 256  # tokens below which microbatches are not cut finer for the sake of
 CUTS = 4  # ways to cut them that are compared
 
 
-def in_microbatches(
+def over_microbatches(
     compute: Callable[[Rows], T],
+    add: Callable[[list[Tensor], Rows, T], list[Tensor]],
+    start: list[Tensor],
     batch: Batch,
     max_tokens: int,
     forward: Forward,
     layout: Layout | None = None,
     smaller: Callable[[], Callable[[Rows], T] | None] | None = None,
-) -> Iterator[tuple[Rows, T]]:
-    """(rows, compute(rows)) of every microbatch, one after another; `layout`: by default the forward's.
+) -> tuple[list[Tensor], list[Rows]]:
+    """add(... add(add(start, rows, compute(rows)), ...)) over the microbatches, and these, in order.
 
-    Of several processes each has its own ones, some possibly none: what the caller makes of them is to
-    be added over `forward.ranks`. If memory runs out, the microbatch is halved, `forward.halved` is
-    called with the new bound, and no later microbatch is larger. If it runs out on a single sequence,
-    `smaller()`, the same with less memory, is computed for it and for all after it, and
-    `forward.recomputing` is called; if that is None, or runs out as well, the error is raised.
+    `add` writes into none of its arguments. `layout`: by default the forward's. Of several processes
+    each has its own microbatches, some possibly none: what the caller makes of them is to be added over
+    `forward.ranks`. If memory runs out, the microbatch is halved, `forward.halved` is called with the
+    new bound, and no later microbatch is larger. If it runs out on a single sequence, `smaller()`, the
+    same with less memory, is computed for it and for all after it, and `forward.recomputing` is called;
+    if that is None, or runs out as well, the error is raised.
+
+    What `forward.progress` has of this pass is taken for the first microbatches, which are cut as they
+    were then: memory counts as out where it was, so that the sum is the uninterrupted one to the bit.
     """
     # `compute` may already be what smaller() would be.
     smallest = forward.recompute or smaller is None
     layout = forward.layout if layout is None else layout
     waiting = _own(batch, max_tokens, layout, forward.ranks)
+    plan = (max_tokens, int(smallest), forward.ranks.rank, forward.ranks.size)
+    kept = forward.progress.begin((*plan, *(rows.tokens for rows in waiting)))
+    state, done, (known, *ran_out) = start, list[Rows](), (0,)
+    if kept.so_far is not None:
+        known, *ran_out = kept.so_far.counts
+        state = _like(start, kept.so_far.tensors)
+    before = tuple(ran_out)  # the microbatches before which memory ran out, as often as it did
     while waiting:
         rows, *waiting = waiting
         alone = len(rows.sequence_T.unique()) == 1
-        out = _unless_out_of_memory(compute, rows, last=alone and smallest)
+        out = None
+        if ran_out and ran_out[0] == len(done):
+            del ran_out[0]
+        elif len(done) < known:
+            done.append(rows)
+            continue
+        else:
+            out = _unless_out_of_memory(compute, rows, last=alone and smallest)
+            if out is None:
+                before = (*before, len(done))
         if out is not None:
-            yield rows, out[0]
+            state = add(state, rows, out[0])
+            done.append(rows)
+            kept.keep((len(done), *before), partial(list, state))
             continue
         if alone and smaller is not None:
             waiting, smallest, other = [rows, *waiting], True, smaller()
@@ -77,6 +102,7 @@ def in_microbatches(
             again += _of_sequences(batch, left_N, bound, layout)
         waiting = again
         forward.halved(bound)
+    return state, done
 
 
 def per_token(
@@ -87,25 +113,38 @@ def per_token(
     Of several processes each fills in its own entries, which are added once. InputError if there are
     several and a surrounding transform, or autograd, differentiates the results.
     """
-    found = list(in_microbatches(compute, batch, max_tokens, forward))
+    flat_KT, parts = over_microbatches(compute, _appended, [], batch, max_tokens, forward)
     if forward.ranks.size == 1:
-        parts, outs = zip(*found, strict=True)
-        return [scatter(values, parts, batch) for values in zip(*outs, strict=True)]
+        return [scatter([values_T], parts, batch) for values_T in flat_KT]
     # A rank without microbatches computes the smallest one, to know how many results there are.
-    idle = not found
+    idle = not parts
     if idle:
         rows = min(microbatches(batch, max_tokens, forward.layout), key=lambda rows: rows.tokens)
-        found = [(rows, compute(rows))]
-    parts, outs = zip(*found, strict=True)
-    if any(in_transform(x) or x.requires_grad for x in outs[0]):
+        parts, flat_KT = [rows], list(compute(rows))
+    if any(in_transform(x) or x.requires_grad for x in flat_KT):
         refuse_several(forward.ranks)
     mask_NR = response_mask(batch)
-    own_KNR = torch.stack([scatter(values, parts, batch) for values in zip(*outs, strict=True)])
+    own_KNR = torch.stack([scatter([values_T], parts, batch) for values_T in flat_KT])
     own_KT = own_KNR[:, mask_NR]
-    (flat_KT,) = forward.ranks.add([torch.zeros_like(own_KT) if idle else own_KT])
+    (flat,) = forward.ranks.add([torch.zeros_like(own_KT) if idle else own_KT])
     whole_KNR = torch.zeros_like(own_KNR)
-    whole_KNR[:, mask_NR] = flat_KT
+    whole_KNR[:, mask_NR] = flat
     return list(whole_KNR)
+
+
+def _appended(flat_KT: list[Tensor], _: Rows, found: tuple[Tensor, ...]) -> list[Tensor]:
+    """The results of the tokens so far, on the device of the latest."""
+    if not flat_KT:
+        return list(found)
+    pairs = zip(flat_KT, found, strict=True)
+    return [torch.cat([values_T.to(latest.device), latest]) for values_T, latest in pairs]
+
+
+def _like(start: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """What was kept, on the devices on which it is added to."""
+    if not start:
+        return found
+    return [x.to(first.device) for first, x in zip(start, found, strict=True)]
 
 
 def _own(batch: Batch, max_tokens: int, layout: Layout, ranks: Ranks) -> list[Rows]:

@@ -19,7 +19,7 @@ from ..policy.rows import Rows
 from ..policy.trials import attempt
 from ..types import Batch, InputError, Params, TokenStats
 from .head import head_gradient, head_tangents, token_head
-from .microbatches import in_microbatches, per_token
+from .microbatches import over_microbatches, per_token
 
 
 def tangents(
@@ -94,11 +94,14 @@ def alpha_vjp(
         terms_T = gather(p_NR, rows) * tree.f64(dlogp_T) + gather(q_NR, rows) * tree.f64(dentropy_T)
         return terms_T.new_zeros(len(sequence_n)).index_add(0, index_T, terms_T)
 
-    s_N = torch.zeros(len(p_NR), dtype=torch.float64)
+    def add(s: list[Tensor], rows: Rows, s_n: Tensor) -> list[Tensor]:
+        return [s[0].index_copy(0, rows.sequence_T.unique(), s_n)]
+
+    start = [torch.zeros(len(p_NR), dtype=torch.float64)]
     compute = by_tangents if forward.recompute else one
-    parts = in_microbatches(compute, batch, max_tokens, forward, smaller=lambda: by_tangents)
-    for rows, s_n in parts:
-        s_N[rows.sequence_T.unique()] = s_n
+    (s_N,), _ = over_microbatches(
+        compute, add, start, batch, max_tokens, forward, smaller=lambda: by_tangents
+    )
     return forward.ranks.add([s_N])[0]
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..progress import NOTHING_KEPT, Progress
 from ..ranks import ALONE, Ranks
 from ..tree import require_same
 from ..types import InputError, Params
@@ -45,7 +46,8 @@ class Forward(NamedTuple):
     new bound on a microbatch's tokens after memory ran out. `ranks` are processes that share a pass.
     With `recompute`, gradients keep the inputs of layers alone and compute these again (`unlayered`
     says whether they can); `recomputing` is called when they begin to because memory ran out on a
-    single sequence.
+    single sequence. `progress` gets what a pass has after each microbatch, and gives what an
+    interrupted one had.
     """
 
     hidden: Callable[..., Tensor]
@@ -58,6 +60,7 @@ class Forward(NamedTuple):
     ranks: Ranks = ALONE
     recompute: bool = False
     recomputing: Callable[[], None] = lambda: None
+    progress: Progress = NOTHING_KEPT
 
 
 def trainable_params(model: nn.Module) -> Params:

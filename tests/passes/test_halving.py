@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import funcprobe
 from funcprobe import collate
-from funcprobe.passes.microbatches import in_microbatches
+from funcprobe.passes.microbatches import over_microbatches
 from funcprobe.policy.forward import Forward, frozen_forward
 from funcprobe.policy.layout import microbatches
 from support.architectures import make_policy
@@ -68,9 +68,14 @@ def halving(batch, compute, max_tokens=200, layout="plain"):
     """(rows that were computed, bounds)."""
     bounds = []
     forward = Forward(None, None, torch.float64, None, layout, halved=bounds.append)
-    done = list(in_microbatches(compute, batch, max_tokens, forward))
-    assert all(out is rows for rows, out in done)
-    return [rows for rows, _ in done], bounds
+
+    def pairs(found, rows, out):
+        return [*found, (rows, out)]
+
+    done, parts = over_microbatches(compute, pairs, [], batch, max_tokens, forward)
+    assert len(done) == len(parts)
+    assert all(rows is part and out is rows for (rows, out), part in zip(done, parts, strict=True))
+    return parts, bounds
 
 
 @settings(max_examples=60)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import funcprobe
 from funcprobe import InputError, collate
 from funcprobe.passes.block_gradients import block_gradients
-from funcprobe.passes.microbatches import in_microbatches
+from funcprobe.passes.microbatches import over_microbatches
 from funcprobe.policy.dropout import masked_forwards
 from funcprobe.policy.forward import Forward, frozen_forward
 from funcprobe.ranks import ALONE, Ranks, most_loaded, shares
@@ -113,6 +113,10 @@ def test_masks_of_dropout_are_of_sequences():
     require_same(3, program)
 
 
+def own_microbatches(batch, max_tokens, forward):
+    return over_microbatches(lambda _: (), lambda *_: [], [], batch, max_tokens, forward)[1]
+
+
 @settings(max_examples=60)
 @given(groups(), st.integers(1, 6), st.integers(0, 60), st.sampled_from(LAYOUTS))
 def test_any_batch_is_shared_out_whole_and_in_balance(sequences, size, room, layout):
@@ -122,8 +126,7 @@ def test_any_batch_is_shared_out_whole_and_in_balance(sequences, size, room, lay
     by_rank = []
     for rank in range(size):
         forward = Forward(None, None, torch.float64, None, layout, ranks=Ranks(rank, size, list))
-        found = in_microbatches(lambda rows: rows, batch, longest + room, forward)
-        by_rank.append([rows for rows, _ in found])
+        by_rank.append(own_microbatches(batch, longest + room, forward))
     require_right(batch, [rows for own in by_rank for rows in own])
     loads = [sum(rows.tokens for rows in own) for own in by_rank]
     assert all(rows.tokens <= longest + room for own in by_rank for rows in own)
@@ -140,8 +143,8 @@ def test_batches_that_are_no_multiple_of_the_size_are_balanced():
         counts = []
         for rank in range(size):
             forward = Forward(None, None, torch.float64, None, "plain", ranks=Ranks(rank, size, list))
-            own = list(in_microbatches(lambda rows: rows, batch, 2048, forward))
-            counts.append(sum(len(rows.sequence_T.unique()) for rows, _ in own))
+            own = own_microbatches(batch, 2048, forward)
+            counts.append(sum(len(rows.sequence_T.unique()) for rows in own))
         assert sum(counts) == 10
         assert max(counts) == most
 
