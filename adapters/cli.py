@@ -16,6 +16,7 @@ from .commands.caching import cache
 from .commands.comparing import compare, sweep
 from .commands.looking import report
 from .commands.probing import check, run, whatif
+from .console import one_line
 from .machine.allocator import keep_freed_memory
 from .machine.ending import UNBROKEN, ended_by_signals, status, words
 from .machine.launcher import launched
@@ -73,4 +74,4 @@ def _ended() -> tuple[str, int]:
 
 
 def _line(message: str) -> str:
-    return "funcprobe: " + " ".join(message.split())
+    return "funcprobe: " + one_line(message)

@@ -1,7 +1,6 @@
 """`funcprobe compare`: run folders side by side, as a table, JSON and a page."""
 
 import re
-import tomllib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from funcprobe.types import InputError
 from . import store
 from .checkpoint.trainer_state import trained_steps
 from .checkpoint.training_log import TrainingLog, training_log
+from .config import toml
 from .optimizer import find_sidecar
 from .report.comparison import write_comparison
 from .results.comparison import Given, compare
@@ -62,8 +62,8 @@ def _given(run: SavedRun) -> Given:
 
 def _checkpoint(run: SavedRun) -> Path | None:
     try:
-        found = tomllib.loads(run.config).get("policy", {}).get("checkpoint")
-    except (tomllib.TOMLDecodeError, AttributeError):
+        found = toml.parse(run.config).get("policy", {}).get("checkpoint")
+    except (ValueError, AttributeError):
         return None
     return Path(found).expanduser() if isinstance(found, str) and "\0" not in found else None
 

@@ -3,14 +3,17 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .machine.cost import Cost, Stage
 from .machine.memory import device_peak, process_peak, reset_peaks
 
 EVERY = 30.0  # seconds between the lines of a stage where no progress bar is seen
+LONGEST_LINE = 2000  # characters of a message; the longest of this package itself has about 600
 LONG = 10.0  # seconds from which a stage without a number of sequences has a line there
 
 
@@ -25,6 +28,29 @@ def excerpt(text: str, *, beginning: int = 240, end: int = 120) -> str:
     if few == text and len(shown) <= beginning + end:
         return shown
     return f"{shown[:beginning]} ... {shown[-end:]}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters, and what is invisible or changes the direction, as escapes.
+
+    So that a terminal, or a reader of a log, obeys nothing that a file's names contain. Line ends and
+    tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(message: str) -> str:
+    """A message that quotes what a file contains: one line of bounded length, as `printable`."""
+    shown = printable(" ".join(message.split()))
+    most = LONGEST_LINE // 2
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:most]} ... {shown[-most:]}"
+
+
+class Terminal(Console):
+    """A console on which every text is `printable`, cells of tables included."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 def duration(seconds: float) -> str:
@@ -42,7 +68,7 @@ class Narrator:
     def __init__(self, console: Console | None = None, processes: int = 1) -> None:
         self.processes = processes  # that share the work; each counts its own
         # In Jupyter rich would make an output of its own of every line.
-        self.console = console or Console(stderr=True, highlight=False, force_jupyter=False)
+        self.console = console or Terminal(stderr=True, highlight=False, force_jupyter=False)
         self.lines: list[str] = []
         self.costs: dict[str, Cost] = {}
         self._end: float | None = None  # of the run as it was foretold, by time.perf_counter()
@@ -53,6 +79,7 @@ class Narrator:
 
     def say(self, line: str) -> None:
         """Print a line and add it to the log."""
+        line = printable(line)
         self.lines.append(line)
         self._print(line)
 

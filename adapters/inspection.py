@@ -15,6 +15,7 @@ from funcprobe.types import AdamState, InputError, Params
 from .checkpoint.trainer_state import FILE, trained_steps
 from .optimizer import OptimizerReport, Saved, Sidecar, find_sidecar, open_state
 from .optimizer.attach import attach
+from .optimizer.bounded import is_plain
 from .optimizer.hyper import AdamOverrides, require_lr_ratio
 from .optimizer.names import Names, name_keys
 from .optimizer.saved import located, number, require_adam, shaped
@@ -213,6 +214,8 @@ def _group(group: dict[str, Any], saved: Saved) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """As a JSON value: numbers, lists, text; infinity and other types as their text."""
+    if isinstance(value, torch.Tensor) and not is_plain(value):
+        return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, torch.Tensor | np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):

@@ -1,6 +1,5 @@
 """`funcprobe init --from`: a configuration for a checkpoint and its prompts, every choice explained."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from funcprobe.step.objective import PRESETS
 from funcprobe.types import InputError
 
+from . import strict_json
 from .checkpoint.trainer_state import FILE as TRAINER_STATE
 from .config.choices import Choice, as_toml, configuration
 from .config.schema import Config
@@ -182,8 +182,8 @@ def _prompts_of_a_step(checkpoint: Path, recorded: Mapping[str, Any], group: int
     if size := recorded.get("sampling.B_U"):
         return size, f"the run's step had {size * group} sequences (sidecar)"
     try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = strict_json.parse((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"), nan=True)
+    except (OSError, ValueError):
         state = None
     batch = state.get("train_batch_size") if isinstance(state, dict) else None
     aim = "B_U x G should be the sequences of one optimizer step"

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+DEEPEST = 100  # lists and objects within each other
+
 
 def parse(text: str, *, nan: bool = False) -> Any:
     """The value of a JSON text. `nan`: NaN and infinities, which Python writes, are numbers.
@@ -14,9 +16,31 @@ def parse(text: str, *, nan: bool = False) -> Any:
     """
     number: Callable[[str], float] = float if nan else _no_number
     try:
-        return json.loads(text, parse_constant=number, object_pairs_hook=_distinct)
+        found = json.loads(text, parse_constant=number, object_pairs_hook=_distinct)
     except RecursionError as error:
         raise ValueError(str(error)) from error
+    if text.count("[") + text.count("{") > DEEPEST:
+        require_shallow(found)
+    return found
+
+
+def require_shallow(value: Any) -> None:
+    """ValueError for lists and objects of more than `DEEPEST` levels.
+
+    Parsers stop near a thousand; what walks through their result later, or writes it, would stop at
+    fewer, with another exception.
+    """
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        level = [
+            part
+            for one in level
+            for part in (one.values() if isinstance(one, dict) else one)
+            if isinstance(part, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested more than {DEEPEST} deep")
 
 
 def is_text(value: Any) -> bool:

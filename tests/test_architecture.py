@@ -68,6 +68,7 @@ TRACKED = {
 BROAD = {
     "adapters/sampling/functions.py": [("users_code", True)],
     "adapters/checkpoint/base.py": [("load_tokenizer", True)],
+    "adapters/sampling/dataset_folders.py": [("require_own_files", True)],
     # A trial of modelling code, whose failure is a fallback that is stated, or a refusal.
     "funcprobe/policy/trials.py": [("attempt", False)],
     "funcprobe/losses/custom.py": [("_called", True)],

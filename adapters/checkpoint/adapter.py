@@ -1,7 +1,6 @@
 """A LoRA adapter on disk: its location in a trainer's checkpoint, and its configuration."""
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +11,12 @@ from transformers.utils.hub import resolve_revision
 
 from funcprobe.types import InputError
 
+from .. import strict_json
 from ..config.schema import PolicyConfig
 from ..machine.pointers import pointer
 from .adapter_fields import NESTED, check_fields
 from .base import UNLOADABLE, is_local, short
+from .patterns import require_quick
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # verl's locations, in the folder of a step and in that of the actor.
@@ -123,6 +124,7 @@ def read_adapter_config(checkpoint: str, subfolder: str | None) -> LoraConfig:
             "give a checkpoint with a LoRA adapter"
         )
     check_fields(found, source)
+    require_quick(found, source)
     fields = {field.name for field in dataclasses.fields(LoraConfig)} - NESTED
     try:
         with warnings.catch_warnings():
@@ -218,7 +220,7 @@ def _read_fields(source: str, subfolder: str | None) -> dict[str, Any]:
         file = Path(source) / (subfolder or "") / "adapter_config.json"
     else:
         file = Path(hf_hub_download(source, "adapter_config.json", subfolder=subfolder))
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = strict_json.parse(file.read_text(encoding="utf-8"), nan=True)
     if not isinstance(found, dict):
         raise TypeError(f"a JSON object is expected, {type(found).__name__} was found")
     return found

@@ -27,6 +27,7 @@ from ..config.paths import looks_local
 from ..config.schema import PolicyConfig
 from ..machine.pointers import pointer
 from .device_map import placement, require_in_place
+from .plausible import require_as_many_numbers, require_plausible
 from .quantised import quantisation
 
 # Raised by transformers 5.23, huggingface_hub and safetensors for files that are missing, damaged, or
@@ -64,6 +65,7 @@ def load_base(
     place, at = Path(base_id), f"{base_id} at revision {version}" if version else base_id
     if is_local(base_id) and not place.is_dir():
         raise InputError(f"base model {base_id}: no such folder; {remedy}")
+    require_plausible(place)
     try:
         # transformers 5.23 would load such an adapter's base, and put both adapters on it.
         adapter = find_adapter_config_file(base_id, revision=version)
@@ -88,6 +90,7 @@ def load_base(
         # Mixtures of experts: transformers 5.23's default, torch's grouped product, has no float64.
         remote |= {"experts_implementation": "eager"}
     remote |= placement(config, device)
+    require_as_many_numbers(place, base_config, remedy)
     loaded: Any
     try:
         with _quiet():
@@ -142,9 +145,10 @@ def load_tokenizer(places: Sequence[str], *, version: str | None, trust_remote_c
     remedy = "put the base's tokenizer files there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **remote)
-    except Exception as error:
-        # tokenizers 0.22 raises a bare Exception for a damaged file.
-        if type(error) is not Exception and not isinstance(error, UNLOADABLE):
+    except BaseException as error:
+        # tokenizers raises a bare Exception for a damaged file, or what its Rust panics with.
+        kinds = ("Exception", "PanicException")
+        if type(error).__name__ not in kinds and not isinstance(error, (*UNLOADABLE, RecursionError)):
             raise
         raise pointer(Path(source), "*token*", "*vocab*", "merges.txt") or InputError(
             f"the tokenizer cannot be loaded from {source} ({short(error)}): {remedy}"
@@ -168,7 +172,7 @@ def is_local(name: str) -> bool:
     return Path(name).expanduser().exists() or looks_local(name)
 
 
-def short(error: Exception) -> str:
+def short(error: BaseException) -> str:
     """An exception on one line of bounded length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 

@@ -16,8 +16,10 @@ from peft.utils import load_peft_weights
 
 from funcprobe.types import InputError
 
+from ..machine.archives import why_not_plain
 from ..machine.devices import random_state_kept
 from ..machine.pointers import pointer
+from ..optimizer.bounded import require_bounded
 from .adapter import ADAPTER_FILES
 from .base import UNLOADABLE, UNPICKLED, is_local, short
 from .embeddings import SavedEmbeddings
@@ -37,12 +39,22 @@ def read_weights(source: str, subfolder: str | None) -> dict[str, torch.Tensor]:
     files = [Path(source) / (subfolder or "") / file for file in ADAPTER_FILES]
     if is_local(source) and not any(file.is_file() for file in files):
         raise InputError(f"{source} has neither {' nor '.join(ADAPTER_FILES)}: copy it again")
+    used = next((file for file in files if file.is_file()), None)
+    if used is not None and (why := why_not_plain(used)):
+        raise InputError(f"{used} {why}: copy it again")
     try:
         found: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", subfolder=subfolder)
     except (*UNLOADABLE, *UNPICKLED) as error:
         raise pointer(Path(source), *ADAPTER_FILES) or InputError(
             f"the adapter's weights cannot be loaded from {source} ({short(error)}): copy it again"
         ) from error
+    if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+        raise InputError(f"the adapter's weights in {source} are not tensors by name: copy them again")
+    if used is not None:
+        try:
+            require_bounded(found, used.stat().st_size)
+        except InputError as error:
+            raise InputError(f"{used} {error}: copy it again") from error
     return found
 
 
@@ -60,6 +72,7 @@ def attach_adapter(
     InputError unless the file has exactly the tensors that the base and the configuration imply, apart
     from `embeddings`, which it may have.
     """
+    _require_rank(adapter_config, weights, source)
     with warnings.catch_warnings():
         # peft 0.21 advises on merging and saving, which are not done here, and uses a deprecated
         # attribute of transformers 5.23.
@@ -85,6 +98,18 @@ def attach_adapter(
         parameter.data.copy_(copied[key])
     set_peft_model_state_dict(model, weights, adapter_name=name)
     return model, copied
+
+
+def _require_rank(adapter_config: LoraConfig, weights: dict[str, torch.Tensor], source: str) -> None:
+    """InputError for a rank that no tensor has, before peft makes factors of that size."""
+    ranks = [adapter_config.r, *(adapter_config.rank_pattern or {}).values()]
+    largest = max((side for tensor in weights.values() for side in tensor.shape), default=0)
+    for rank in ranks:
+        if type(rank) is int and rank > max(largest, 1024):
+            raise InputError(
+                f"adapter {source}: adapter_config.json has rank {rank}, but no tensor of its file has "
+                f"a side over {largest}: copy both files again"
+            )
 
 
 def _replicate_types(base: Any, adapter_config: LoraConfig) -> None:

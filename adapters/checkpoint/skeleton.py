@@ -17,6 +17,7 @@ from ..config.schema import PolicyConfig
 from .adapter import base_name, find_adapter, full_model, read_adapter_config
 from .base import UNLOADABLE, auto_class, short
 from .embeddings import fit_vocabulary
+from .plausible import require_plausible
 from .text_part import train_text
 
 # Also raised by transformers and peft, for configurations with numbers, patterns or packages that they
@@ -45,13 +46,16 @@ def skeleton(checkpoint: Path, base: str | None, adapter: str) -> Skeleton:
         lora = read_adapter_config(str(checkpoint), None if adapter == "default" else adapter)
         lora.init_lora_weights = False  # a decomposition of the base would need its weights
         base_id, _, version, _ = base_name(lora, given)
-    remote = {"revision": version} if version else {}
+    # None would ask at the terminal, and run a stranger's code at a yes.
+    remote: dict[str, Any] = {"trust_remote_code": False}
+    remote |= {"revision": version} if version else {}
     model: Any
+    require_plausible(Path(base_id))
     try:
         base_config = AutoConfig.from_pretrained(base_id, **remote)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about initial values, which a skeleton does not have
-            model = auto_class(base_config).from_config(base_config)
+            model = auto_class(base_config).from_config(base_config, trust_remote_code=False)
             if lora is not None:
                 fit_vocabulary(model, _shapes(checkpoint, adapter), lora, str(checkpoint))
                 model = get_peft_model(model, lora, adapter_name=adapter)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from funcprobe.types import InputError
 
+from ..console import Terminal
 from ..machine.launcher import launched
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ Verbose = Annotated[
 
 def stdout() -> Console:
     """As wide as the terminal; in a file or a pipe, as wide as the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    return Terminal(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def open_page(path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..config.file import read_config
-from ..console import Narrator
+from ..console import Narrator, one_line
 from .app import ConfigPath, Overrides, open_page, stdout, world
 
 
@@ -63,7 +63,7 @@ def sweep(
             narrator.say(f"wrote {written.html} and {written.json.name}")
     finally:
         for one in failed:
-            typer.echo(f"funcprobe: {one.checkpoint} failed: {one.failed}", err=True)
+            typer.echo(f"funcprobe: {one_line(f'{one.checkpoint} failed: {one.failed}')}", err=True)
     if failed:
         raise typer.Exit(2)
 

@@ -1,7 +1,6 @@
 """The configuration as a file: TOML, `--set` overrides, and the commented file written by `init`."""
 
 import difflib
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 
 from funcprobe.types import InputError
 
+from . import toml
 from .paths import resolve
 from .schema import Config, Section
 
@@ -30,8 +30,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             f"{path} cannot be read ({reason}): give the path of a TOML file; funcprobe init writes one"
         ) from error
     try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tables = toml.parse(text)
+    except ValueError as error:
         raise InputError(f"{path} is not TOML: {error}") from error
     tables = resolve(tables, path.parent, written_in=str(path))
     for override in overrides:
@@ -84,8 +84,8 @@ def _set(tables: dict[str, Any], override: str) -> None:
             '"objective.settings.beta=0.04"'
         )
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = toml.parse(f"value = {text}")
+    except ValueError:
         parsed = {}
     # An unquoted word is a string, so that shells need no nested quotes; so is text of several lines.
     value = parsed["value"] if len(parsed) == 1 else text.strip()

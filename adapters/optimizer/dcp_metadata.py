@@ -8,6 +8,7 @@ import io
 import pickle
 import pickletools
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,6 +16,7 @@ import torch
 
 from funcprobe.types import InputError
 
+from .bounded import require_bounded
 from .saved import some
 
 METADATA = ".metadata"
@@ -68,10 +70,11 @@ def read_index(folder: Path) -> dict[Place, Item]:
             for at, info in metadata.storage_data.items()
         }
         places = metadata.planner_data or {}
-        return {
+        found = {
             tuple(places.get(key, (key,))): _item(key, saved, slices)
             for key, saved in metadata.state_dict_metadata.items()
         }
+        _require_apart(found.values(), folder)
     except InputError:
         raise
     except OSError as error:
@@ -81,6 +84,7 @@ def read_index(folder: Path) -> dict[Place, Item]:
         raise InputError(f"{METADATA} is damaged or truncated: {COPY}") from error
     except (AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise InputError(f"{METADATA} is damaged or of another version: {COPY}") from error
+    return found
 
 
 def _slice(info: Any) -> Slice:
@@ -104,13 +108,22 @@ def _item(key: str, saved: Any, slices: dict[tuple[str, tuple[int, ...]], Slice]
     return Item(key, tuple(saved.size), tuple(chunks))
 
 
+def _require_apart(items: Iterable[Item], folder: Path) -> None:
+    """InputError for slices that lie on one another, and are larger together than the files."""
+    length = sum(chunk.slice.length for item in items for chunk in item.chunks)
+    if length > sum(file.stat().st_size for file in folder.iterdir() if file.is_file()):
+        raise InputError(f"{METADATA} claims {length} bytes, more than the files have: {COPY}")
+
+
 def _records(data: bytes) -> Any:
     """The pickle's content; only operations that cannot claim more memory than its size are allowed."""
     for operation, argument, _ in pickletools.genops(data):
         claims = operation.name in ("BINPUT", "LONG_BINPUT") and (argument or 0) > len(data)
         if operation.name not in _OPERATIONS or claims:
             raise ValueError(operation.name)
-    return _Records(io.BytesIO(data)).load()
+    found = _Records(io.BytesIO(data)).load()
+    require_bounded(found, len(data), _Record)
+    return found
 
 
 class _Record:

@@ -105,13 +105,11 @@ def _text(path: Path) -> str:
 
 
 def _parquet(path: Path) -> "pa.Table":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from ..machine import parquet  # imports pyarrow
 
+    if not path.exists():
+        raise InputError(f"{path} is missing: copy the whole run folder, or repeat the run")
     try:
-        return pq.read_table(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: copy the whole run folder, or repeat the run") from error
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read ({reason}): repeat the run") from error
+        return parquet.read(path)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}): repeat the run") from error

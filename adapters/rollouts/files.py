@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from funcprobe.types import InputError
 
 from .. import strict_json
+from ..machine import parquet
 from ..machine.pointers import pointer
 from .columns import SCHEMA
 from .growing import Growing
@@ -150,13 +151,14 @@ def _array(values: Sequence[Any], of: pa.DataType) -> pa.Array:
 def _read_parquet(path: Path, part: Part) -> Columns:
     count = 0
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with parquet.opened(path) as file:
             names = _distinct(file.schema_arrow.names)
             read = [name for name in names if _is_read(name, names, part)]
             columns = {name: Growing(name) for name in read}
             # Else all: by a name with a dot part of another column would be found.
             chosen = read if part == "schema" else None
             for batch in file.iter_batches(BATCH, columns=chosen):
+                parquet.checked(batch)
                 count += len(batch)
                 for name, values in zip(batch.schema.names, batch.columns, strict=True):
                     if name in columns:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from funcprobe.types import InputError
 
+from ..checkpoint.template import UNRENDERABLE, rendered
 from ..strict_json import is_text
 from .files import Columns
 from .provenance import TITLES, Layout, TrainingRun, require_next_step
@@ -199,7 +200,13 @@ def _prompt_text(file: Columns, i: int, prompt: Any, guesses: Guesses) -> str:
     for message in prompt:
         _content(file, i, message)
     given = {"add_generation_prompt": True, **guesses.chat_template_kwargs}
-    return str(guesses.tokenizer.apply_chat_template(prompt, tokenize=False, **given))
+    try:
+        return str(rendered(guesses.tokenizer, prompt, tokenize=False, **given))
+    except UNRENDERABLE as error:
+        raise InputError(
+            f"{file.path}: the chat template rejects the prompt of {file.place[i]}, or "
+            f"prompts.chat_template_kwargs: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _prompt_ids(prompt: Any, guesses: Guesses) -> list[int]:
@@ -207,8 +214,8 @@ def _prompt_ids(prompt: Any, guesses: Guesses) -> list[int]:
     if isinstance(prompt, str):
         return list(guesses.tokenizer(prompt)["input_ids"])
     given = {"add_generation_prompt": True, **guesses.chat_template_kwargs}
-    rendered = guesses.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **given)
-    return list(rendered["input_ids"])
+    found = rendered(guesses.tokenizer, prompt, tokenize=True, return_dict=True, **given)
+    return list(found["input_ids"])
 
 
 def _completion(file: Columns, i: int, completion: Any) -> str:

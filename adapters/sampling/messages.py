@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jinja2.exceptions import TemplateError
-
 from funcprobe.types import InputError
+
+from .. import strict_json
+from ..checkpoint.template import UNRENDERABLE, rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +53,10 @@ def render(
     tools = _column(row, "tools", list, where) or None  # []: some templates render a list of no tools
     given = {"add_generation_prompt": True, "tools": tools} | dict(arguments) | of_row
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))
+        return str(rendered(tokenizer, messages, tokenize=False, **given))
     # TemplateError: some templates reject a system role; the others: a type the template does not
     # expect, an argument of the tokenizer's own, two arguments that exclude each other.
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except UNRENDERABLE as error:
         raise InputError(
             f"the chat template rejects the messages of {where}, or prompts.chat_template_kwargs: "
             f"{' '.join(str(error).split())}"
@@ -91,6 +92,7 @@ def _decoded(text: str) -> object:
         return text
     try:
         found = json.loads(text)
+        strict_json.require_shallow(found)
     except (ValueError, RecursionError):  # a prompt that begins with a bracket
         return text
     messages = isinstance(found, list) and all(isinstance(m, dict) and "role" in m for m in found)
@@ -126,7 +128,7 @@ def _column(row: Mapping[str, object], name: str, kind: type, where: str) -> Any
     value = row.get(name)
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
+            value = strict_json.parse(value, nan=True) if value.strip() else None
         except ValueError as error:
             raise InputError(f"{where}: column {name!r} is not JSON ({error}): correct it") from error
     if value is not None and not isinstance(value, kind):

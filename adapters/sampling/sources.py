@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
 from funcprobe.types import InputError
 
 from ..config.paths import FILE_TYPES
+from ..machine import parquet
 from ..machine.pointers import pointer
+from ..strict_json import require_shallow
+from .dataset_folders import require_own_files
 
 Row = dict[str, object]
 
@@ -48,6 +50,7 @@ def opened_dataset(source: str, split: str) -> Any:
     path = Path(source).expanduser()
     if path.is_dir():
         saved = (path / _SPLITS).is_file() or all((path / name).is_file() for name in _SAVED)
+        require_own_files(path)
         return _saved(path, split) if saved else _dataset(str(path), split)
     if path.suffix in FILE_TYPES or source.startswith((".", "/", "~")):
         raise InputError(f"file not found: {source} (from {Path.cwd()}): correct the path")
@@ -72,10 +75,12 @@ def json_line(path: Path, line: bytes, number: Callable[[], int]) -> Row:
     """The object of a line; InputError, with its `number`, if it has none."""
     try:
         row = json.loads(line.decode("utf-8"))
+        require_shallow(row)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {number()}: expected UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:  # the first: too deep, a number of too many digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        why = error.msg if isinstance(error, json.JSONDecodeError) else why
         raise InputError(
             f"{path}, line {number()}: {why}; expected one JSON object per line: correct or drop it"
         ) from error
@@ -99,15 +104,15 @@ def _json(path: Path) -> list[Row]:
             continue
         try:
             found = json.loads(chunk)
+            require_shallow(found)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path}, line {number + error.lineno - 1}: {error.msg}; expected one JSON object "
                 "per line, or one array of objects: correct or drop the line"
             ) from error
-        except RecursionError as error:
-            raise InputError(
-                f"{path}, line {number}: nested too deeply: correct or drop the line"
-            ) from error
+        except (ValueError, RecursionError) as error:  # too deep, a number of too many digits
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise InputError(f"{path}, line {number}: {why}: correct or drop the line") from error
         rows += found if whole else [found]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -117,8 +122,8 @@ def _json(path: Path) -> list[Row]:
 
 def _parquet(path: Path) -> list[Row]:
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+        rows: list[Row] = parquet.read(path).to_pylist()
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # the others: of dates
         raise InputError(f"{path} cannot be read as Parquet: {_line(error)}") from error
     return rows
 
@@ -163,8 +168,8 @@ def _dataset(source: str, split: str) -> Any:
     try:
         found = datasets.load_dataset(name, configuration or None, split=split)
     # Not found or no network: OSError; unknown configuration or split: ValueError; a dataset that
-    # needs a script: RuntimeError (datasets 4 and later).
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    # needs a script: RuntimeError (datasets 4 and later); a package of its format: ImportError.
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
         raise InputError(
             f"dataset {name!r} (configuration {configuration or None!r}, split {split!r}) cannot be "
             f"loaded: {_line(error)}; expected a name on the Hub (openai/gsm8k:main) or a local file"

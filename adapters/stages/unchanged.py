@@ -13,6 +13,7 @@ from ..config.schema import Config
 from ..console import Narrator
 from ..rollouts.files import files_of
 from ..store import Stages
+from .foreign_code import code_lines
 from .plan import Plan, load
 
 Facts: TypeAlias = tuple[int, int, int, int]  # inode, bytes, times of content and of state in ns
@@ -44,6 +45,8 @@ def loaded(
         if changed := _changed(before, _facts(_files(config))):
             raise InputError(f"{changed} changed while it was read ({error}): {WAIT}") from error
         raise
+    for line in code_lines(config):
+        narrator.say(line)
     hashes = {path: found for path in before if (found := _hash(path))}
     after = _facts(_files(config))
     if changed := _changed(before, after):

@@ -14,7 +14,8 @@ from funcprobe.types import InputError, Params
 def require_finite(value: Any, where: str) -> None:
     """InputError for a number in `value` that is not finite, with its place and the keys to check."""
     if isinstance(value, dict):
-        place = f" at eta = {value['eta']:g}" if value.get("eta") is not None else ""
+        eta = value.get("eta")
+        place = f" at eta = {eta:g}" if type(eta) in (int, float) else ""
         for key, item in value.items():
             require_finite(item, f"{where}{place}, {key}")
     elif isinstance(value, list):

@@ -1,0 +1,99 @@
+"""A tokenizer's chat template, rendered: a stranger's program, in jinja's sandbox and in bounds.
+
+transformers compiles it in jinja's immutable sandbox, which gives it no attributes of Python's own and
+no files. It bounds neither time nor memory, which is done here.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import jinja2
+from jinja2.exceptions import TemplateError
+
+LONGEST = 10.0  # seconds
+MOST_STEPS = 1_000_000  # lines of a template, and calls; a long conversation takes some thousands
+MEMORY = 512 << 20  # bytes
+_TEMPLATE = "<template>"  # jinja's name of the code of a template
+
+# What a template raises: by its own choice, for a type that it does not expect, an argument of
+# the tokenizer's own, two arguments that exclude each other, a bound.
+UNRENDERABLE = (
+    *(TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
+
+
+def rendered(tokenizer: Any, messages: Any, **arguments: Any) -> Any:
+    """tokenizer.apply_chat_template; raises one of UNRENDERABLE, also for a template beyond a bound."""
+    _require_no_powers(tokenizer.chat_template)
+    with _in_bounds():
+        return tokenizer.apply_chat_template(messages, **arguments)
+
+
+def _require_no_powers(template: Any) -> None:
+    """A power of whole numbers is one operation, which nothing can interrupt."""
+    texts = template.values() if isinstance(template, dict) else [template]
+    for text in texts:
+        if not isinstance(text, str) or "**" not in text:
+            continue
+        tokens = jinja2.Environment().lex(text)
+        if any(kind == "operator" and value == "**" for _, kind, value in tokens):
+            raise TemplateError("it has the operator **, which chat templates have no use for")
+
+
+@contextmanager
+def _in_bounds() -> Iterator[None]:
+    """Counts the lines of the template that are run in this thread; limits the process's memory."""
+    end, steps = time.monotonic() + LONGEST, 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+        if steps > MOST_STEPS or time.monotonic() > end:
+            raise TemplateError(f"it takes more than {MOST_STEPS:,} steps or {LONGEST:g} s")
+
+    def line(_frame: FrameType, event: str, _argument: Any) -> Any:
+        if event == "line":
+            count()
+        return line
+
+    def call(frame: FrameType, _event: str, _argument: Any) -> Any:
+        count()
+        return line if frame.f_code.co_filename == _TEMPLATE else None
+
+    before = sys.gettrace()
+    with _limited_memory():
+        sys.settrace(call)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """At most MEMORY more of address space, where the system has limits and no GPU shares it."""
+    try:
+        import resource
+        from pathlib import Path
+
+        found = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"))
+    except (ImportError, OSError):
+        found = None
+    torch = sys.modules.get("torch")
+    if found is None or (torch is not None and torch.cuda.is_initialized()):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = int(found[1]) * 1024 + MEMORY
+    lower = wanted if soft == resource.RLIM_INFINITY else min(wanted, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
