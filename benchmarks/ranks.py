@@ -6,7 +6,8 @@
 Without a GPU: gloo, one thread a process. First the primitives in float64, at each number of processes
 twice, against one process. Then, with two processes, a gradient and a pass of tangents by one of them
 and by both, in turn. `--kills`: runs of the toy policy, of which one process is killed at a random
-moment (SIGKILL), without torchrun, which would end the others itself.
+moment (SIGKILL) between its first line, when all have met, and its end, without torchrun, which would
+end the others itself. (Before they have met no process knows another; a launcher does.)
 """
 
 import argparse
@@ -165,9 +166,10 @@ def kills(count: int, size: int, folder: Path) -> None:
     draw, table = random.Random(0), []
     whole = _whole(size, folder)
     for i in range(count):
-        victim, moment = draw.randrange(size), draw.uniform(1.0, 0.95 * whole)
+        victim, moment = draw.randrange(size), draw.uniform(0, 0.9 * whole)
         runs, log = folder / f"runs-{i}", folder / f"log-{i}"
         processes = _processes(size, _run(runs), log)
+        _first_line(log)
         time.sleep(moment)
         processes[victim].send_signal(signal.SIGKILL)
         start = time.monotonic()
@@ -183,7 +185,7 @@ def kills(count: int, size: int, folder: Path) -> None:
         good = took < WITHIN and all(statuses) and not left
         table.append(
             (
-                f"{victim} at {moment:.1f} s",
+                f"{victim} at {moment:.1f} of {whole:.1f} s",
                 f"{took:.1f} s",
                 str(statuses),
                 str(len(lines)),
@@ -196,13 +198,19 @@ def kills(count: int, size: int, folder: Path) -> None:
 
 
 def _whole(size: int, folder: Path) -> float:
-    """Seconds of a run that nobody kills."""
-    start = time.monotonic()
+    """Seconds of a run that nobody kills, from its first line on."""
     log = folder / "log"
     processes = _processes(size, _run(folder / "runs"), log)
+    _first_line(log)
+    start = time.monotonic()
     if any(p.wait() for p in processes):
         raise SystemExit(log.read_text())
     return time.monotonic() - start
+
+
+def _first_line(log: Path) -> None:
+    while not log.stat().st_size:
+        time.sleep(0.05)
 
 
 def _run(folder: Path) -> list[str]:
