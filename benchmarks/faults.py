@@ -90,7 +90,11 @@ def ended(child: int, folder: Path, name: str = "one") -> Ended:
     said = path.read_text(errors="replace") if path.exists() else ""  # killed before it began
     if "Traceback" in said:
         raise SystemExit(f"a traceback:\n{said}")
-    lines = [line for line in said.splitlines() if line.startswith(("funcprobe: ", "warning: "))]
+    lines = [
+        line
+        for line in said.splitlines()
+        if line.startswith("funcprobe: ") or "computed again" in line or "was deleted" in line
+    ]
     return Ended(status, lines[-1].removeprefix("funcprobe: ") if lines else "nothing")
 
 
@@ -334,7 +338,10 @@ def pairs(count: int, settings: dict[str, Any], truth: dict[str, Any], names: tu
             (folder / "c.toml").touch()
             both = [started(folder, settings | {"run.name": name}) for name in names]
             for child, name in zip(both, names, strict=True):
-                statuses[ended(child, folder, name).status] += 1
+                how = ended(child, folder, name)
+                statuses[how.status] += 1
+                if how.status and "is in use by process" not in how.said:
+                    raise SystemExit(f"a run of a pair ends with {how}")
             bad += bool(incomplete(folder / "runs"))
             for name in set(names):
                 other += results(folder, name) != truth
