@@ -28,6 +28,8 @@ def load_plain(path: Path | BytesIO, *, mmap: bool = False) -> Any:
     """
     if why := why_not_plain(path):
         raise InputError(f"{why}; {EXPECTED}")
+    if isinstance(path, BytesIO):
+        path.seek(0)
     content = _loaded(path, mmap=mmap)
     require_bounded(content, path.stat().st_size if isinstance(path, Path) else len(path.getbuffer()))
     return content

@@ -215,7 +215,7 @@ for name, deed in deeds.items():
     assert done.stdout.split() == ["code", "process", "network", "file", "memory"], done.stderr
 
 
-QUICK = ("config", "sidecar", "answer", "rollouts.jsonl", "trainer_state", "optimizer")
+QUICK = ("config", "dcp", "sidecar", "answer", "rollouts.jsonl", "trainer_state", "optimizer")
 
 
 @pytest.mark.parametrize("name", QUICK)
