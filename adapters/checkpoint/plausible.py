@@ -14,6 +14,7 @@ from funcprobe.types import InputError
 
 from .. import strict_json
 from ..machine.archives import why_not_plain
+from ..machine.pointers import pointer
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # layers; layers x experts
 NUMBERS, ALLOWANCE = 4, 1 << 24  # parameters for a byte of the files, of which 4-bit weights have two
@@ -76,7 +77,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = strict_json.parse(path.read_text(encoding="utf-8"), nan=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): copy it again") from error
+        raise pointer(path) or InputError(
+            f"{path} cannot be read as JSON ({error}): copy it again"
+        ) from error
     if not isinstance(found, dict):
         raise InputError(
             f"{path} is a {type(found).__name__}, a JSON object is expected: copy it again"

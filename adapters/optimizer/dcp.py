@@ -6,6 +6,7 @@ torch_file, and `.metadata` as in dcp_metadata.
 
 import io
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .dcp_metadata import COPY, METADATA, Chunk, Item, Place, Slice, read_index
 from .saved import Saved, located, some
 from .torch_file import load_plain, well_formed
 
+LARGEST = 1 << 50  # bytes of a value, beyond any file
 FORMAT = "torch.distributed.checkpoint"
 
 
@@ -121,7 +123,10 @@ def _load(folder: Path, key: str, place: Slice) -> Any:
     try:
         with (folder / place.file).open("rb") as file:
             file.seek(place.offset)
-            data = file.read(place.length)
+            if place.length > LARGEST:
+                raise OverflowError
+            # Not more than there is: any length would be given memory first.
+            data = file.read(min(place.length, os.fstat(file.fileno()).st_size))
     except OSError as error:
         why = error.strerror or error
         raise InputError(f"{place.file}, with {key}, cannot be read ({why}): {COPY}") from error

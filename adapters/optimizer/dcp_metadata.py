@@ -9,6 +9,7 @@ import pickle
 import pickletools
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeAlias
 
@@ -74,7 +75,7 @@ def read_index(folder: Path) -> dict[Place, Item]:
             tuple(places.get(key, (key,))): _item(key, saved, slices)
             for key, saved in metadata.state_dict_metadata.items()
         }
-        _require_apart(found.values(), folder)
+        _require_apart(found.values())
     except InputError:
         raise
     except OSError as error:
@@ -108,11 +109,12 @@ def _item(key: str, saved: Any, slices: dict[tuple[str, tuple[int, ...]], Slice]
     return Item(key, tuple(saved.size), tuple(chunks))
 
 
-def _require_apart(items: Iterable[Item], folder: Path) -> None:
-    """InputError for slices that lie on one another, and are larger together than the files."""
-    length = sum(chunk.slice.length for item in items for chunk in item.chunks)
-    if length > sum(file.stat().st_size for file in folder.iterdir() if file.is_file()):
-        raise InputError(f"{METADATA} claims {length} bytes, more than the files have: {COPY}")
+def _require_apart(items: Iterable[Item]) -> None:
+    """InputError for slices that lie on one another: together they could exceed the files by far."""
+    slices = sorted(chunk.slice for item in items for chunk in item.chunks)
+    for one, other in pairwise(slices):
+        if one.file == other.file and one.offset + one.length > other.offset:
+            raise InputError(f"{METADATA} has values that lie on one another in {one.file}: {COPY}")
 
 
 def _records(data: bytes) -> Any:

@@ -505,7 +505,10 @@ def test_chunks_that_do_not_make_the_tensor(change: str, template: Path, tmp_pat
                 place(metadata, first, 1)
 
     edit(folder, damage)
-    with pytest.raises(InputError, match=r"the chunks of state\.w\.exp_avg do not form its size"):
+    said = r"the chunks of state\.w\.exp_avg do not form its size"
+    if change == "twice":
+        said = r"\.metadata has values that lie on one another in __0_0\.distcp"
+    with pytest.raises(InputError, match=said):
         open_state(folder)
 
 
