@@ -123,10 +123,9 @@ def _load(folder: Path, key: str, place: Slice) -> Any:
     try:
         with (folder / place.file).open("rb") as file:
             file.seek(place.offset)
-            if place.length > LARGEST:
-                raise OverflowError
             # Not more than there is: any length would be given memory first.
-            data = file.read(min(place.length, os.fstat(file.fileno()).st_size))
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(place.length, size) if place.length < LARGEST else place.length)
     except OSError as error:
         why = error.strerror or error
         raise InputError(f"{place.file}, with {key}, cannot be read ({why}): {COPY}") from error
