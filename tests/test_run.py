@@ -17,6 +17,7 @@ import funcprobe
 from funcprobe.adapters import run as run_module
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts, to_batch
+from funcprobe.adapters.rollouts.ragged import Ragged
 from funcprobe.adapters.stages import batches, plan
 from support.checkpoints import edit_json, sets
 
@@ -423,11 +424,11 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
     save_rollouts(drawn._replace(reward=None), Path("unscored.parquet"))
     firsts = slice(0, None, 3)
     single = update._replace(
-        **{k: v[firsts] for k, v in update._asdict().items() if isinstance(v, list)}
+        **{k: v[firsts] for k, v in update._asdict().items() if isinstance(v, list | Ragged)}
     )
     save_rollouts(single, Path("single.parquet"))
     one_prompt = update._replace(
-        **{k: v[:3] for k, v in update._asdict().items() if isinstance(v, list)}
+        **{k: v[:3] for k, v in update._asdict().items() if isinstance(v, list | Ragged)}
     )
     save_rollouts(one_prompt, Path("one_prompt.parquet"))
     padded = [update.response_ids[0], [5, 1, 0], *update.response_ids[2:]]

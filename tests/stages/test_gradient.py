@@ -140,7 +140,7 @@ def test_what_is_stored_says_how_many_processes_cut_it() -> None:
         def tensors(stage: str, inputs: Any, *_: Any) -> None:
             asked.append((stage, inputs))
 
-        stages: Any = SimpleNamespace(tensors=tensors)
+        stages: Any = SimpleNamespace(tensors=tensors, folder=None)
         narrator: Any = Narrator()
         gradients_on_U(plan, batches, stages, narrator)
         update_statistics(plan, update.batch, {}, "statistics of U", stages, narrator)

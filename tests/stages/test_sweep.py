@@ -14,6 +14,7 @@ from funcprobe.adapters.checkpoint import model
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
+from funcprobe.adapters.rollouts.ragged import Ragged
 from funcprobe.adapters.sampling.generate import sample_responses
 from funcprobe.adapters.stages import fresh, plan, sweep
 from funcprobe.adapters.stages.batches import derived_seed, sample
@@ -181,7 +182,9 @@ def test_the_first_sequences_of_e_may_be_of_one_prompt(ran) -> None:
     drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
     prompts = sorted(set(drawn.prompt_index))[:3]
     index = [drawn.prompt_index.index(p) for p in prompts for _ in range(35)]
-    kept = {k: [v[i] for i in index] for k, v in drawn._asdict().items() if isinstance(v, list)}
+    kept = {
+        k: [v[i] for i in index] for k, v in drawn._asdict().items() if isinstance(v, list | Ragged)
+    }
     save_rollouts(drawn._replace(**kept), Path("three.parquet"))
     document, _ = ran(rollouts__eval="three.parquet", entropy__baseline="ridge")
     assert document["conventions"]["entropy"]["baseline"] == "ridge"
@@ -288,7 +291,7 @@ def test_fresh_responses_are_of_the_moved_policy(checkpoint, command, brought) -
     stats = funcprobe.token_stats(params, batches.eval_batch, planned.forward)
     at = funcprobe.evaluate(batches.eval_batch, stats, sampler_logp_NR=batches.sampler_logp_NR)
     before = {n: (p.data_ptr(), p.clone()) for n, p in planned.policy.model.named_parameters()}
-    found = fresh.sample_again(planned, batches, at, v, eta, torch.arange(12), Narrator())
+    found = fresh.sample_again(planned, batches, at, v, eta, torch.arange(12), Stages(None), Narrator())
     for name, p in planned.policy.model.named_parameters():
         assert p.data_ptr() == before[name][0]
         assert torch.equal(p, before[name][1])
@@ -337,7 +340,7 @@ def test_a_brought_e_that_cannot_be_sampled_again_is_refused_before(command, che
     path = Path("runs/one/rollouts/eval.parquet")
     E = load_rollouts(path, 14, rewards=False)
     ended = [i for i, reason in enumerate(E.finish_reason) if reason == "stop"]
-    kept = {k: [x[i] for i in ended] for k, x in E._asdict().items() if isinstance(x, list)}
+    kept = {k: [x[i] for i in ended] for k, x in E._asdict().items() if isinstance(x, list | Ragged)}
     save_rollouts(E._replace(**kept), path)
     given |= {
         "rollouts.eval": str(path),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
+from funcprobe.adapters.rollouts.ragged import Ragged
 from support.checkpoints import sets
 from support.commands import refused
 
@@ -47,7 +48,7 @@ def test_supplied_rollouts_without_advantage(probe, command, checkpoint, mode) -
     probe("one")
     update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)
     ones = slice(0, None, 3) if mode == "rollouts" else slice(None)  # one response per prompt
-    kept = {k: v[ones] for k, v in update._asdict().items() if isinstance(v, list)}
+    kept = {k: v[ones] for k, v in update._asdict().items() if isinstance(v, list | Ragged)}
     count = len(kept["response"])
     save_rollouts(
         update._replace(**kept)._replace(reward=[0.3] * count, advantage=[0.0] * count),
