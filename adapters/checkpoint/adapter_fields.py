@@ -94,7 +94,7 @@ def check_fields(found: dict[str, Any], source: str | Path) -> None:
             "one: delete the key if it has no effect on the model"
         )
     task = found.get("task_type")
-    if task not in {None, "CAUSAL_LM"}:
+    if task not in (None, "CAUSAL_LM"):
         raise InputError(
             f"{source}: adapter_config.json has task_type = {_shown(task)}, a model with another head: "
             "the adapter of a causal language model (CAUSAL_LM) is expected"

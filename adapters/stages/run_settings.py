@@ -119,7 +119,7 @@ def _objective(config: Config, sidecar: Sidecar) -> dict[str, Any]:
     longest = sidecar.sampling.get("max_completion_length")
     divisor = config.objective.normalisation or PRESETS[preset].normalisation
     if PRESETS[kind].normalisation == divisor == "constant":
-        found["constant"] = float(longest) if type(longest) is int else longest
+        found["constant"] = float(longest) if type(longest) is int and abs(longest) < 2**53 else longest
     return found
 
 
@@ -143,4 +143,4 @@ def _shown(value: Any) -> str:
         return f'"{value}"'
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, int | float) else repr(value)
+    return f"{value:g}" if isinstance(value, float) else repr(value)

@@ -84,8 +84,8 @@ def not_known(sidecar: Sidecar, update: Rollouts | None) -> list[str]:
         )
     if ran["use_adaptive_entropy"] and (update is None or update.entropy_coef is None):
         lines.append(
-            f"entropy_coef adapted from {ran['entropy_coef']:g} on, and the one at this step is not "
-            "known: give rollouts with the column entropy_coef"
+            f"entropy_coef adapted from {ran['entropy_coef']!r:.40} on, and the one at this step is "
+            "not known: give rollouts with the column entropy_coef"
         )
     if sampled and ran["use_vllm"] and ran["vllm_importance_sampling_correction"]:
         lines.append(

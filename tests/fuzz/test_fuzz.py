@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,18 @@ def shard_twice() -> bytes:
     return metadata + b"<shard>" + shard[: len(shard) // 9]
 
 
+def of_400_digits() -> bytes:
+    from fuzz.of_optimizers import _sidecars
+
+    loss = {"loss_type": "dr_grpo", "scale_rewards": "none"}
+    return json_text(_sidecars()[0] | {"loss": loss, "sampling": {"max_completion_length": 10**400}})
+
+
+def kept(name: str) -> bytes:
+    """A file that the fuzzer made, of tests/fuzz/kept."""
+    return (Path(__file__).parent / "kept" / name).read_bytes()
+
+
 DEEP = b"[" * 400 + b"]" * 400
 LOOP = b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWS = b"{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
@@ -78,6 +91,11 @@ REGRESSIONS: dict[str, tuple[str, Any, str]] = {
     "adapter weights that are a list": ("adapter_model.bin", torch_file([1]), "not tensors by name"),
     "chunks that share their bytes": ("dcp:bytes", shard_twice, "lie on one another"),
     # Texts.
+    "a length of 400 digits": (
+        "sidecar",
+        of_400_digits,
+        "for objective.constant",
+    ),
     "TOML nested too deeply": ("config:bytes", b"a = " + DEEP, "is not TOML"),
     "TOML of 100 tables": ("config:bytes", b"a." * 150 + b"b = 1", "nested more than 100 deep"),
     "TOML with a long number": ("config:bytes", b"a = " + b"9" * 5000, "is not TOML"),
@@ -102,6 +120,12 @@ REGRESSIONS: dict[str, tuple[str, Any, str]] = {
     ),
     # Parquet.
     "text that is not UTF-8": ("prompts.parquet:bytes", None, "cannot be read as Parquet"),
+    "a histogram of another size": (
+        "prompts.parquet:bytes",
+        kept("histogram.parquet"),
+        "cannot be read",
+    ),
+    "the same in rollouts": ("rollouts.parquet:bytes", kept("histogram.parquet"), "cannot be read"),
     "one value, 3 million times": ("rollouts.parquet:bytes", repeated, "claim 3,000,000 values"),
     # Checkpoints.
     "a pattern without end": (
@@ -113,6 +137,11 @@ REGRESSIONS: dict[str, tuple[str, Any, str]] = {
         "adapter_config",
         json_text(ADAPTER | {"rank_pattern": {".*" * 9 + "x": 2}}),
         "repetitions in a row",
+    ),
+    "a task that is a list": (
+        "adapter_config",
+        json_text(ADAPTER | {"task_type": [1]}),
+        "task_type = [1]",
     ),
     "layers without end": (
         "adapter_config",
