@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 VALUES, MOST_VALUES = 100, 1_000_000  # for each byte of the file; beside them
+PARTS = 100_000  # columns, or groups of rows; a file that claims more is given no memory for them
 EXPANSION, MOST_BYTES = 200, 1 << 28  # of compressed pages, likewise
 
 
@@ -26,7 +27,7 @@ def opened(path: Path) -> pq.ParquetFile:
     A column of one value, repeated a billion times, takes a few bytes.
     """
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True, thrift_container_size_limit=PARTS)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error
     found, size = file.metadata, path.stat().st_size

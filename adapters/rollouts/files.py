@@ -163,13 +163,17 @@ def _read_parquet(path: Path, part: Part) -> Columns:
                 for name, values in zip(batch.schema.names, batch.columns, strict=True):
                     if name in columns:
                         columns[name].add_arrow(values)
-            count = file.metadata.num_rows
+            rows = file.metadata.num_rows
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise InputError(
             f"{path} cannot be read as Parquet ({' '.join(str(error).split())[:200]}): write it again"
         ) from error
+    if read and count != rows:
+        raise InputError(
+            f"{path} has {count} rows, {rows} by its metadata: it is damaged; write it again"
+        )
     found = {name: columns[name].found() if name in columns else () for name in names}
-    return Columns(path, [f"row {i}" for i in range(count)], found)
+    return Columns(path, [f"row {i}" for i in range(rows)], found)
 
 
 def _distinct(names: list[str]) -> list[str]:

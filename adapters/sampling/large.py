@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from funcprobe.types import InputError
 
+from ..machine.parquet import PARTS
 from .sources import Row, csv_dataset, json_line, opened_dataset, plain, read_rows, require_file
 
 LARGE = 50_000  # rows; of fewer every one is read and checked
@@ -104,6 +105,10 @@ class _Parquet(_File):
             raise InputError(
                 f"{self.path} cannot be read as Parquet: {' '.join(str(error).split())}"
             ) from error
+        if lost := [i for i in wanted if i not in found]:
+            raise InputError(
+                f"{self.path} has no row {lost[0]}, of {self._count} by its metadata: it is damaged"
+            )
         return [found[i] for i in indices]
 
 
@@ -153,7 +158,7 @@ class _JsonLines(_File):
 
 
 def _parquet(path: Path) -> LargeRows | None:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, thrift_container_size_limit=PARTS) as file:
         count = file.metadata.num_rows
     return _Parquet(path, count) if count > LARGE else None
 

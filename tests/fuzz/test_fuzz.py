@@ -126,6 +126,8 @@ REGRESSIONS: dict[str, tuple[str, Any, str]] = {
         "cannot be read",
     ),
     "the same in rollouts": ("rollouts.parquet:bytes", kept("histogram.parquet"), "cannot be read"),
+    "fewer rows than it says": ("rollouts.parquet:bytes", kept("rows.parquet"), "by its metadata"),
+    "lists of any length": ("rollouts.parquet:bytes", kept("lists.parquet"), "cannot be read"),
     "one value, 3 million times": ("rollouts.parquet:bytes", repeated, "claim 3,000,000 values"),
     # Checkpoints.
     "a pattern without end": (
