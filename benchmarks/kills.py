@@ -3,8 +3,9 @@
     python benchmarks/kills.py [--kills 50] [--seed 0] [--every 1.0] [--folder /tmp/kills]
 
 `funcprobe run` on the built-in toy policy, in small microbatches, in a process of its own that gets
-SIGKILL after a delay drawn over the time of the undisturbed run; then again on the same folder until
-one ends by itself, and again on a new folder until there were so many kills. Compared are results.json
+SIGKILL after a delay drawn over the work of the undisturbed run, counted from the first microbatch or
+batch that it finishes; then again on the same folder until one ends by itself, and again on a new
+folder until there were so many kills. Compared are results.json
 without `cost`, and every Parquet and safetensors file of the run. Work lost: microbatches, or batches
 of responses, that were done and are done again, and the seconds since the last that is not.
 `--every`: seconds between two writes of progress (`adapters/resume.py`).
@@ -77,13 +78,14 @@ def main() -> int:
     size = f"{whole.seconds:.1f} s, {len(whole.done)} microbatches and batches"
     print(f"undisturbed: {size}; seed {asked.seed}", flush=True)
     expected = contents(asked.folder / "whole/killed")
+    work = whole.seconds - whole.done[0][1]
     rng, losses, delays = random.Random(asked.seed), list[Loss](), list[float]()
     bad, chains = list[str](), 0
     while len(losses) < asked.kills:
         chains += 1
         name, attempts = f"chain-{chains}", list[Attempt]()
         while not attempts or attempts[-1].killed:
-            delay = rng.uniform(0, whole.seconds) if len(losses) + len(attempts) < asked.kills else None
+            delay = rng.uniform(0, work) if len(losses) + len(attempts) < asked.kills else None
             attempts.append(attempt(asked, name, delay))
             delays += [delay] if delay is not None and attempts[-1].killed else []
         losses += lost(attempts)
@@ -103,7 +105,7 @@ def arguments() -> Any:
 
 
 def attempt(asked: Any, name: str, delay: float | None) -> Attempt:
-    """A run in a forked process, killed after `delay` seconds; None: never."""
+    """A run in a forked process, killed `delay` seconds after its first note; None: never."""
     folder = asked.folder / name
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "done.log"
@@ -112,10 +114,17 @@ def attempt(asked: Any, name: str, delay: float | None) -> Attempt:
     child = os.fork()
     if child == 0:
         probed(folder, log, start, asked.every)
+    ended = 0
     if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        while not (ended or (log.is_file() and log.stat().st_size)):
+            time.sleep(0.01)
+            ended, result = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+    if not ended:
+        result = os.waitpid(child, 0)[1]
+    status = os.waitstatus_to_exitcode(result)
     seconds = time.monotonic() - start
     lines = log.read_text().splitlines() if log.is_file() else []
     pairs = [line.split() for line in lines if line.count(" ") == 1]

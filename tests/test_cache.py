@@ -82,6 +82,19 @@ def test_the_least_recently_used_go_first(tmp_path, size, days, left) -> None:
     assert not freed.kept
 
 
+def test_what_is_in_use_makes_no_room(tmp_path) -> None:
+    """Of 4 MiB at most 2.5: the oldest is kept, so that two others go."""
+    folder = tmp_path / ".stages"
+    paths = filled(folder)
+    used = paths[0].stat()
+    with store.lease(tmp_path / "mine", silent) as own:
+        own.use(paths[0])
+        os.utime(paths[0], (used.st_atime, used.st_mtime))
+        freed = store.bound(folder, 2.5 / 1024, 30.0, silent)
+    assert [one.path for one in freed.deleted] == paths[1:3]
+    assert [one.path for one in freed.kept] == paths[:1]
+
+
 def test_what_a_run_in_progress_uses_is_kept(tmp_path) -> None:
     """Its own, read or written, and what it computes at the moment; of a killed run nothing is."""
     folder = tmp_path / ".stages"

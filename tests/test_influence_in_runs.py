@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import funcprobe
@@ -16,6 +17,7 @@ from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.results import load
 from funcprobe.adapters.results.influence_words import influence_lines
 from funcprobe.adapters.results.tables import print_results
+from funcprobe.adapters.stages.influence import influences as stage_influences
 from support.checkpoints import sets
 
 ETAS = {"measure.etas": [1e-6], "measure.second_order": "none"}
@@ -62,6 +64,43 @@ def test_shares_are_those_of_the_attribution_with_an_error_of_their_own(two):
     sizes = [abs(pair["influence"]) for pair in pairs]
     assert sizes == sorted(sizes, reverse=True)
     assert {pair["U_prompt"] for pair in pairs} <= {p["prompt_index"] for p in section["prompts"]}
+
+
+def test_prompts_one_by_one_are_those_of_one_call(made, monkeypatch):
+    seen = []
+
+    def kept(found, *given):
+        seen.append((found, stage_influences(found, *given)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(run, "influences", kept)
+    made("one-by-one", attribution__influence=3)
+    ((found, apart),) = seen
+    plan, batches = found.plan, found.batches
+    at_once = funcprobe.influence(
+        plan.policy.params,
+        found.passes,
+        batches.eval_batch,
+        batches.update,
+        plan.adam_state,
+        plan.forward,
+        columns=apart.column_M.tolist(),
+        route="columns",
+        entropy=plan.entropy,
+        step=plan.step,
+        max_tokens=plan.max_tokens,
+        unit_N=found.unit_N,
+    )
+    assert at_once.pair_NM.shape[1] == 3
+    # A prompt's gradient is cut into the same microbatches: float64, some additions in another order.
+    torch.testing.assert_close(apart.pair_NM, at_once.pair_NM, rtol=1e-12, atol=1e-15)
+    assert torch.equal(apart.row_N, at_once.row_N)
+    for one, other in zip(apart.share_M, at_once.share_M, strict=True):
+        assert one.derivative == pytest.approx(other.derivative, rel=1e-12)
+        assert one.se == pytest.approx(other.se, rel=1e-12)
+        torch.testing.assert_close(one.influence_N, other.influence_N, rtol=1e-12, atol=1e-15)
+    for one, other in zip(apart.tensor_M, at_once.tensor_M, strict=True):
+        assert one == pytest.approx(other, rel=1e-10, abs=1e-15)
 
 
 def test_each_prompt_costs_a_pass_over_E_and_over_its_own_responses(two, made):

@@ -109,6 +109,12 @@ def test_other_etas_and_prompts_compute_what_is_new(command, checkpoint, monkeyp
     # KL at one more eta: as many microbatches, with two forwards each.
     assert computed(measure__etas=[1e-5, 30.0, 1e-4]) == forward
     assert computed(measure__etas=[1e-4]) == 0
+    # Two at once are those of a run that begins with them.
+    two = {"measure__etas": [1e-5, 2e-4, 3e-3]}
+    assert computed(**two) > 0
+    apart = contents(Path("runs/probe"))
+    computed(run__folder="other", **two)
+    assert contents(Path("other/probe")) == apart
     # Another prompt: its own gradient, and tangents over E.
     assert forward < computed(attribution__influence=3) < 3 * forward
     assert computed(attribution__influence=1) == 0

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from funcprobe.types import InputError
 
-from ..machine.parquet import PARTS
+from ..machine import parquet
 from .sources import Row, csv_dataset, json_line, opened_dataset, plain, read_rows, require_file
 
 LARGE = 50_000  # rows; of fewer every one is read and checked
@@ -96,7 +96,7 @@ class _Parquet(_File):
         self.require_unchanged()
         wanted, found = sorted(set(indices)), dict[int, Row]()
         try:
-            with pq.ParquetFile(self.path, buffer_size=2**20) as file:
+            with parquet.opened(self.path) as file:
                 for start, batch in _batches(file, wanted):
                     end = start + len(batch)
                     for i in wanted[bisect_left(wanted, start) : bisect_left(wanted, end)]:
@@ -121,7 +121,7 @@ def _batches(file: pq.ParquetFile, wanted: Sequence[int]) -> Iterator[tuple[int,
         if own:
             at = start
             for batch in file.iter_batches(BATCH, row_groups=[group]):
-                yield at, batch
+                yield at, parquet.checked(batch)
                 at += len(batch)
                 if at > own[-1]:
                     break
@@ -158,7 +158,7 @@ class _JsonLines(_File):
 
 
 def _parquet(path: Path) -> LargeRows | None:
-    with pq.ParquetFile(path, thrift_container_size_limit=PARTS) as file:
+    with pq.ParquetFile(path, thrift_container_size_limit=parquet.PARTS) as file:
         count = file.metadata.num_rows
     return _Parquet(path, count) if count > LARGE else None
 

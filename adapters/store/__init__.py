@@ -2,17 +2,15 @@
 
 from .cache import Stored, bound, clear, stored
 from .fingerprints import fingerprint, fingerprint_core, fingerprint_path
-from .leases import FOLDER, Lease, lease
+from .leases import FOLDER, lease
 from .places import require_place, require_writable
-from .sealed import Damaged, read_sealed, seal, unseal, write_sealed
+from .sealed import seal, write_sealed
 from .stages import Stages
 from .values import require_finite, save_params, write_json
 from .whole import run_folder, whole_folder, write_whole
 
 __all__ = [
     "FOLDER",
-    "Damaged",
-    "Lease",
     "Stages",
     "Stored",
     "bound",
@@ -21,7 +19,6 @@ __all__ = [
     "fingerprint_core",
     "fingerprint_path",
     "lease",
-    "read_sealed",
     "require_finite",
     "require_place",
     "require_writable",
@@ -29,7 +26,6 @@ __all__ = [
     "save_params",
     "seal",
     "stored",
-    "unseal",
     "whole_folder",
     "write_json",
     "write_sealed",
