@@ -9,6 +9,7 @@ machine. Printed are what was free before the run, the size that it chose, its p
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -36,8 +37,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     made = args.folder / args.shape
-    if not (made / "checkpoint-1").is_dir():
-        _make(made, args.shape)
+    if not (made / "checkpoint-1").is_dir():  # in a process of its own, whose memory is free again
+        maker = multiprocessing.get_context("spawn").Process(target=_make, args=(made, args.shape))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise SystemExit(f"{made} was not made: exit status {maker.exitcode}")
     (made / "c.toml").touch()
     given = {
         "policy.checkpoint": str(made / "checkpoint-1"),
