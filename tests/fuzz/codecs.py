@@ -51,15 +51,13 @@ def torch_file(value: Any) -> bytes:
     return file.getvalue()
 
 
-def torch_archive(pickled: bytes) -> bytes:
-    """An archive of torch.save whose data.pkl are these bytes, with 60 storages of 512 bytes."""
+def torch_archive(pickled: bytes, like: bytes) -> bytes:
+    """The archive of torch.save `like`, with another pickle for its structure."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/byteorder", "little")
-        for number in range(60):
-            archive.writestr(f"archive/data/{number}", bytes(512))
-        archive.writestr("archive/version", "3\n")
+    with zipfile.ZipFile(io.BytesIO(like)) as source, zipfile.ZipFile(file, "w") as archive:
+        for part in source.infolist():
+            is_structure = part.filename.endswith("/data.pkl")
+            archive.writestr(part.filename, pickled if is_structure else source.read(part))
     return file.getvalue()
 
 

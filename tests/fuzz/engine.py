@@ -17,6 +17,7 @@ from .target import Target
 
 SLOW = 10  # seconds after which libFuzzer ends the process
 MEMORY = 6000  # MiB, likewise
+MOST_ACCEPTED = 1000  # inputs that were read, from which others are made
 
 
 def fuzz(names: Sequence[str], seconds: int, keep: Path) -> int:
@@ -57,10 +58,12 @@ def _fuzz_one(target: Target, seconds: int, keep: Path) -> NoReturn:
     def read(data: bytes) -> object:
         return target.read(data, place)
 
+    accepted: list[bytes] = []
     for i, seed in enumerate(target.seeds()):
         (corpus / f"{i}").write_bytes(seed)
         said = guard.run(read, target.file(seed))  # what libraries load of themselves, once
         counts["seeds rejected"] += said is not None
+        accepted += [seed] if said is None else []
     guard.watch()
     start = time.perf_counter()
 
@@ -70,7 +73,10 @@ def _fuzz_one(target: Target, seconds: int, keep: Path) -> NoReturn:
         counts["executions"] += 1
         file = target.file(data)
         try:
-            counts["rejected"] += guard.run(read, file) is not None
+            rejected = guard.run(read, file) is not None
+            counts["rejected"] += rejected
+            if not rejected and len(accepted) < MOST_ACCEPTED:
+                accepted.append(data)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 a panic of Rust is no Exception
@@ -83,6 +89,9 @@ def _fuzz_one(target: Target, seconds: int, keep: Path) -> NoReturn:
                 print(f"{name}: FINDING {where} in {path}", flush=True)
 
     def structures(data: bytes, most: int, seed: int) -> bytes:
+        # Half of the time from one that was read: libFuzzer keeps more and more of those that are not.
+        if accepted and seed % 2:
+            data = accepted[seed // 2 % len(accepted)]
         found = mutated(data, seed)
         return found if len(found) <= most else data[:most]
 

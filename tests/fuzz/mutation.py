@@ -1,4 +1,7 @@
-"""Structures that go wrong: a JSON value, of which a part is replaced, removed, repeated or nested."""
+"""Structures that go wrong: a JSON value, of which a part is replaced, removed, repeated or nested.
+
+Half of them keep the types, so that they pass a check of structure and reach what comes after it.
+"""
 
 import json
 import random
@@ -23,8 +26,9 @@ def mutated(data: bytes, seed: int, hostile: tuple[Any, ...] = HOSTILE) -> bytes
         value = json.loads(data)
     except (ValueError, RecursionError):
         value = chance.choice(hostile)
+    alike = chance.random() < 0.5
     for _ in range(chance.randint(1, 3)):
-        value = _changed(value, chance, hostile)
+        value = _alike(value, chance) if alike else _changed(value, chance, hostile)
     try:
         return json.dumps(value).encode()
     except (ValueError, RecursionError):  # an integer of too many digits
@@ -47,6 +51,33 @@ def _changed(value: Any, chance: random.Random, hostile: tuple[Any, ...]) -> Any
         name = chance.choice((*NAMES, key, "x"))
         copy[name] = chance.choice((value[key], chance.choice(hostile)))
     return copy
+
+
+def _alike(value: Any, chance: random.Random) -> Any:
+    """With one part replaced by another of its type or by null, or in a list left out or repeated."""
+    if not isinstance(value, dict | list) or not value:
+        return _of_its_type(value, chance)
+    if isinstance(value, list) and chance.random() < 0.3:
+        at = chance.randrange(len(value))
+        return chance.choice(
+            ([], value[:at], value[at:], [*value[:at], *value[at:][:1] * 2, *value[at:]])
+        )
+    key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    copy: Any = dict(value) if isinstance(value, dict) else list(value)
+    copy[key] = None if chance.random() < 0.05 else _alike(value[key], chance)
+    return copy
+
+
+def _of_its_type(value: Any, chance: random.Random) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return chance.choice((0, 1, -1, value + 1, -value, value * 1000, 2**31, 2**53, 2**63))
+    if isinstance(value, float):
+        return chance.choice((0.0, -value, value * 1e3, value * 1e-3, 1.0, 1e308, -1e308, 5e-324))
+    if isinstance(value, str):
+        return chance.choice((*NAMES, "x" * 5000, value + chance.choice(NAMES), "<script>", "x"))
+    return chance.choice((0.5, 1, "x", [], {})) if value is None else value
 
 
 def _instead(value: Any, chance: random.Random, hostile: tuple[Any, ...]) -> Any:

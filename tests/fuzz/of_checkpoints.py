@@ -119,7 +119,7 @@ def targets() -> list[Target]:
     patterns = {"rank_pattern": {".*q_proj": 2}, "target_modules": r".*\.(q|v)_proj"}
     templates = (
         b"{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}",
-        b"{% set n = namespace(x='a') %}{% for i in range(3) %}{% set n.x = n.x ~ 'b' %}{% endfor %}",
+        b"{% set n = namespace(x='3') %}{% for i in '4' %}{% set n.x = n.x ~ i %}{% endfor %}{{ n.x }}",
         b"{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{{ 2 * 3 }}",
     )
     return [

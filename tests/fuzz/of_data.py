@@ -11,6 +11,7 @@ from funcprobe.adapters.rollouts.provenance import TrainingRun
 from funcprobe.adapters.rollouts.schema import to_batch
 from funcprobe.adapters.sampling.encoding import encode_prompts
 from funcprobe.adapters.sampling.prompts import load_prompts, render_prompts
+from funcprobe.types import InputError
 from support.checkpoints import character_tokenizer
 
 from .codecs import json_lines, json_text, parquet
@@ -34,9 +35,14 @@ def _rollouts(name: str) -> Any:
             run = TrainingRun(folder, 5, {}, {})
             guesses = Guesses(tokenizer(), [1], 1.0, 12, None, run)
             file, _ = import_columns(file, layout, guesses, advantages=False)
+        said = []
         for options in ({"rewards": True}, {"rewards": False, "advantages": True}):
-            found = parse_rollouts(file, 14, eos_ids=[1], **options)
-            to_batch(found)
+            try:
+                to_batch(parse_rollouts(file, 14, eos_ids=[1], **options))
+            except InputError as error:
+                said.append(error)
+        if len(said) == 2:
+            raise said[0]
 
     return read
 

@@ -64,16 +64,22 @@ def _named() -> dict[str, Any]:
 
 
 def _eight_bit() -> dict[str, Any]:
-    entry = {
-        f"{part}{i}": tensor(shape, dtype=dtype)
+    """Codes for every parameter, as bitsandbytes has them of larger ones."""
+    shapes = _shapes()
+    state = {f"#{i}": {BIT8: _codes(shape), "step": 3} for i, shape in enumerate(shapes)}
+    return {"state": state, "param_groups": [_group(list(range(len(shapes))), alpha=0.0), _group([])]}
+
+
+def _codes(shape: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        f"{part}{i}": tensor(of, dtype=dtype)
         for i in (1, 2)
-        for part, shape, dtype in (
-            ("state", (2, 16), "uint8"),
+        for part, of, dtype in (
+            ("state", shape, "uint8"),
             ("qmap", (256,), "float32"),
             ("absmax", (1,), "float32"),
         )
     }
-    return {"state": {"#0": {BIT8: entry, "step": 3}}, "param_groups": [_group([0], alpha=0.0)]}
 
 
 def read_state(path: Path) -> None:
@@ -213,15 +219,28 @@ def _sidecars() -> list[Any]:
     return [ours, ours | {"loss": ours["loss"] | counts}, names, {"param_names": names}]
 
 
+@cache
+def _archives() -> tuple[bytes, ...]:
+    return tuple(torch_file(value) for value in (_positions(), _named(), _eight_bit()))
+
+
+def _archive(data: bytes) -> bytes:
+    """The first byte is the number of the archive, the others are its pickle."""
+    like = _archives()[data[0] % len(_archives()) if data else 0]
+    return torch_archive(data[1:], like)
+
+
 def _archived(data: bytes, folder: Path) -> None:
-    read_state(written(folder, "optimizer.pt", torch_archive(data)))
+    read_state(written(folder, "optimizer.pt", _archive(data)))
 
 
 def _pickles() -> list[bytes]:
     import zipfile
 
-    files = (torch_file(value) for value in (_positions(), _named(), _eight_bit()))
-    return [zipfile.ZipFile(io.BytesIO(file)).read("archive/data.pkl") for file in files]
+    return [
+        bytes([i]) + zipfile.ZipFile(io.BytesIO(file)).read("archive/data.pkl")
+        for i, file in enumerate(_archives())
+    ]
 
 
 def targets() -> list[Target]:

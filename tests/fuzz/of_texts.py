@@ -1,8 +1,6 @@
-"""Configurations, expressions, logs, answers of servers and documents of runs: texts."""
+"""Configurations, expressions, logs and answers of servers: texts."""
 
-import json
 import tomllib
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,49 +121,6 @@ def _answer(data: bytes, folder: Path) -> None:
         raise InputError(str(error)) from error
 
 
-@cache
-def _run() -> Path:
-    """The folder of a run, made once: results.json, manifest.json and what lies beside them."""
-    import tempfile
-
-    from support.checkpoints import make_checkpoint
-    from support.saved_runs import run_of
-
-    place = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
-    return run_of(make_checkpoint(place / "checkpoint"), place)
-
-
-def _saved(name: str) -> Any:
-    def read(data: bytes, folder: Path) -> None:
-        import shutil
-
-        from funcprobe.adapters.report.charts import figures
-        from funcprobe.adapters.results.saved import load_run
-
-        target = folder / "one"
-        if not target.is_dir():
-            shutil.copytree(_run(), target)
-            shutil.copy(_run().with_name("one.whatif.json"), folder)
-        path = folder / name
-        before = path.read_bytes()
-        path.write_bytes(data)
-        try:
-            figures(load_run(target))
-        finally:
-            path.write_bytes(before)
-
-    return read
-
-
-def _document(name: str) -> list[Target]:
-    read = _saved(name)
-
-    def seeds() -> list[bytes]:
-        return [json.dumps(json.loads((_run().parent / name).read_text())).encode()]
-
-    return [Target(name, read, seeds, json_text), Target(f"{name}:bytes", read, seeds)]
-
-
 def targets() -> list[Target]:
     return [
         *pair("config", _config, _configs(), toml_text),
@@ -174,7 +129,4 @@ def targets() -> list[Target]:
         Target("expression", _expression, lambda: EXPRESSIONS),
         *pair("trainer_state", _state, STATES, json_text),
         *pair("answer", _answer, [ANSWER], json_text),
-        *_document("one/results.json"),
-        *_document("one/manifest.json"),
-        *_document("one.whatif.json"),
     ]
