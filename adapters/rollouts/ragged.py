@@ -1,7 +1,7 @@
 """Lists of numbers one after another in an array: a fifth of the memory of Python's."""
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -78,10 +78,10 @@ def of_rows(rows: Sequence[Any], kind: str) -> Ragged | None:
     """
     if not all(type(row) is list for row in rows):
         return None
-    values = [x for row in rows for x in row]
+    values = list(chain.from_iterable(rows))
     types = set(map(type, values))
     if kind == "float":
-        exact = all(abs(x) <= 2**53 for x in values if type(x) is int)
+        exact = int not in types or all(abs(x) <= 2**53 for x in values if type(x) is int)
         if not types <= {int, float} or not exact:
             return None
         flat = np.array(values, np.float64)
