@@ -11,6 +11,7 @@ from .. import tree
 from ..policy.forward import Forward
 from ..policy.layout import MAX_TOKENS, select
 from ..progress import Kept, SoFar
+from ..ranks import Ranks
 from ..types import Batch, Params
 from .gradients import accumulate, weighted_grad, zero_gradient
 
@@ -51,6 +52,11 @@ def block_gradients(
         sums, inner = both[: len(names)], both[len(names) :]
         total = {n: x.to(total[n].device) for n, x in zip(names, sums, strict=True)}
         of_first = SoFar(tuple(counts), inner)
+    furthest, (dot_KdT, *sums) = _of_furthest(
+        first, [dot_KdT, *(total[n] for n in names)], forward.ranks
+    )
+    of_first = of_first if furthest == first else None
+    first, total = furthest, dict(zip(names, sums, strict=True))
     for b in range(first, K):
         index_n = (block_N == b).nonzero().flatten()
         part = (select(batch, index_n), p_NR[index_n], q_NR[index_n])
@@ -62,6 +68,23 @@ def block_gradients(
         dot_KdT = dot_KdT.index_copy(0, torch.tensor([b]), dot_dT[None])
         total = accumulate(total, X_b)
     return total, Blocks(block_N, dot_KdT.transpose(1, 2).contiguous())
+
+
+def _of_furthest(block: int, before: list[Tensor], ranks: Ranks) -> tuple[int, list[Tensor]]:
+    """The latest block that a rank had begun, and what the blocks before it gave.
+
+    Each rank keeps in its own time, so that they may have ended in different blocks; the sum of whole
+    blocks is the same on all of them, and the furthest one gives it.
+    """
+    if ranks.size == 1:
+        return block, before
+    own_R = torch.arange(ranks.size) == ranks.rank
+    (block_R,) = ranks.add([own_R * block])
+    furthest = int(block_R.max())
+    if furthest == int(block_R.min()):
+        return block, before
+    gives = int(block_R.argmax()) == ranks.rank
+    return furthest, ranks.add([x if gives else torch.zeros_like(x) for x in before])
 
 
 class _OfBlock(NamedTuple):

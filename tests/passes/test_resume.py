@@ -1,5 +1,6 @@
 """Passes that end after any microbatch and go on from what was kept: undisturbed ones, to the bit."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from funcprobe.passes.block_gradients import block_gradients
 from funcprobe.policy.forward import frozen_forward
 from funcprobe.policy.reference import base_params
 from support.architectures import BATCH, P_NR, Q_NR, make_policy
+from support.in_turn import in_turn
 from support.kept import InMemory, KilledError
 from support.policies import random_like
 
@@ -84,6 +86,27 @@ def test_every_pass(name):
 def test_packed_rows(name, layout):
     forward, programs = passes(make_policy(), layout)
     require_resumable(programs[name], forward)
+
+
+@pytest.mark.parametrize("name", ["blocks", "weighted_grad", "grad_dots", "token_stats"])
+def test_ranks_that_kept_differently_much(name):
+    """Each writes in its own time: one may have begun another block when all are killed, or none."""
+    forward, programs = passes(make_policy())
+    history: list[list[InMemory]] = [[], []]
+
+    def program(ranks, before=(None, None)):
+        own = InMemory(None, before[ranks.rank])
+        history[ranks.rank] = own.history
+        return leaves(
+            programs[name](forward._replace(ranks=ranks, progress=own), 8)
+        )  # the longest sequence
+
+    expected, _ = in_turn(2, program)
+    kept = [[None, *one] for one in history]
+    assert min(map(len, kept)) > 2
+    for before in itertools.product(*kept):
+        for found in in_turn(2, lambda ranks, before=before: program(ranks, before)):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_contractions_that_take_two_passes():

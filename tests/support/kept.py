@@ -16,7 +16,8 @@ class InMemory:
 
     def __init__(self, ends_after: int | None = None, before: "InMemory | None" = None) -> None:
         self.left = ends_after
-        self.stored: dict[int, tuple[list[int], SoFar]] = {} if before is None else before.stored
+        self.stored: dict[int, tuple[list[int], SoFar]] = {} if before is None else dict(before.stored)
+        self.history: list[InMemory] = []  # as it was after every microbatch
         self.begun = self.kept = 0
 
     def begin(self, plan: Sequence[int]) -> Kept:
@@ -34,5 +35,6 @@ class OfPass:
         kept = SoFar(tuple(counts), [x.detach().clone() for x in tensors()])
         self.own.stored[self.number] = (self.plan, kept)
         self.own.kept += 1
+        self.own.history.append(InMemory(None, self.own))
         if self.own.left is not None and self.own.kept == self.own.left:
             raise KilledError
