@@ -61,10 +61,11 @@ def computed(
     compute: Callable[[Stage], T],
     stage: Stage,
     parts: str = "microbatches",
+    fits: Callable[[T], bool] = lambda _: True,
 ) -> T:
     """compute(stage), or its stored result, as `Stages.tensors`; the stage given to it is resumable."""
     with resumable(stages, name, inputs, stage, parts) as own:
-        found: T = stages.tensors(name, inputs, like, lambda: compute(own), stage.found)
+        found: T = stages.tensors(name, inputs, like, lambda: compute(own), stage.found, fits)
     return found
 
 

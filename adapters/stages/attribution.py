@@ -9,7 +9,7 @@ from ..machine.cost import Stage, counted
 from ..resume import computed
 from ..store import Stages
 from .first_order import Predicted, step_inputs
-from .like import STATS
+from .like import like_stats
 
 
 def attributed(found: Predicted, stages: Stages, narrator: Narrator) -> funcprobe.Attribution | None:
@@ -50,4 +50,4 @@ def marginals(found: Predicted, stages: Stages, stage: Stage) -> TokenStats:
         )
 
     inputs = {**step_inputs(plan, batches), "X": passes.X}
-    return computed(stages, "marginals", inputs, STATS, compute, stage)
+    return computed(stages, "marginals", inputs, like_stats(batches.update.batch), compute, stage)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcprobe.losses.loss import LossInputs, LossReport
 from funcprobe.step.objective import update_batch
-from funcprobe.types import Batch, UpdateBatch
+from funcprobe.types import Batch, InputError, UpdateBatch
 
 from .. import rollouts
 from ..checkpoint.model import Policy
@@ -178,6 +178,19 @@ def _sampled(
         )
         rollouts.save_rollouts(drawn, path)
 
+    def read(path: Path) -> Rollouts:
+        found = rollouts.load_rollouts(path, vocabulary(policy), rewards=False)
+        sampling = plan.config.sampling
+        if (
+            list(found.prompt_index) != index
+            or [list(ids) for ids in found.prompt_ids] != [list(plan.prompt_ids[i]) for i in index]
+            or found.temperature != sampling.temperature
+            or (found.sampler_logp is None) != (sampling.engine != "server")
+            or max(map(len, found.response_ids)) > sampling.max_new_tokens
+        ):
+            raise InputError("it has other prompts, or responses that were sampled otherwise")
+        return found
+
     inputs = {
         "policy": plan.inputs["policy"],
         "prompt_ids": [plan.prompt_ids[i] for i in index],
@@ -196,7 +209,7 @@ def _sampled(
             inputs,
             "parquet",
             generate,
-            lambda path: rollouts.load_rollouts(path, vocabulary(policy), rewards=False),
+            read,
             stage.found,
         )
     # The text of a stored stage, which rewards read, may be by an earlier tokenizer of the same ids.

@@ -20,7 +20,7 @@ from ..resume import computed, resumable
 from ..store import Stages
 from .batches import Batches
 from .first_order import Predicted
-from .like import STATS
+from .like import like_stats
 from .plan import Plan
 from .sweep import state_inputs
 
@@ -59,9 +59,18 @@ def stored_checks(path: Path) -> list[list[Check]]:
     """The checks in a file of the stage; InputError if it has none."""
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))
-        return [[Check(**one) for one in group] for group in groups]
-    except (OSError, ValueError, TypeError) as error:
+        found = [[Check(**one) for one in group] for group in groups]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"no checks ({error})") from error
+    typed = all(
+        type(value) is (bool if field in {"passed", "advisory"} else str)
+        for group in found
+        for one in group
+        for field, value in one._asdict().items()
+    )
+    if not typed or [len(group) for group in found[1:]] != [1, 1]:
+        raise InputError("other checks")
+    return found
 
 
 def versions_of(model: torch.nn.Module) -> dict[str, int]:
@@ -184,7 +193,7 @@ def _at_temperature_1(
         return funcprobe.token_stats(params, part, counted(at_1, stage, "E"), plan.max_tokens)
 
     inputs = {**state_inputs(plan, batches), "few": FEW}
-    return computed(stages, "at-temperature-1", inputs, STATS, compute, stage)
+    return computed(stages, "at-temperature-1", inputs, like_stats(part), compute, stage)
 
 
 def _is_own_sample(plan: Plan, batches: Batches) -> bool:

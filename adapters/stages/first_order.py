@@ -9,6 +9,7 @@ from funcprobe import tree
 from funcprobe.passes.block_gradients import Blocks
 from funcprobe.statistics import baselines
 from funcprobe.statistics.blocks import random_blocks
+from funcprobe.step.masked import StepParts
 from funcprobe.types import Params
 
 from ..checkpoint.padding import as_trained
@@ -19,7 +20,7 @@ from ..sampling.drawing import derived_seed
 from ..store import Stages
 from .batches import Batches, sample
 from .gradient import gradients_on_U, verify_state
-from .like import LEAVES, STATS
+from .like import like, like_gradient, like_stats, like_tokens
 from .loss import with_loss
 from .plan import Plan
 from .sweep import state_inputs
@@ -97,12 +98,18 @@ def _passes(
     stage: Stage,
 ) -> funcprobe.Passes:
     params = plan.policy.params
-    leaves = dict.fromkeys(params, LEAVES)
     block_N = _blocks(plan, unit_N)
-    blocks = None if block_N is None else Blocks(LEAVES, LEAVES)
-    baseline = None if plan.entropy.baseline == "none" else LEAVES
-    masks = (leaves,) * len(Y)
-    like = funcprobe.Passes(masks, STATS, STATS, leaves, baseline, STATS, STATS, STATS, blocks)
+    blocks = None
+    if block_N is not None:
+        dots = like(int(block_N.max()) + 1, len(params), len(StepParts._fields))
+        blocks = Blocks(like(len(block_N), dtype=torch.int64), dots)
+    X, of_E, of_U = (
+        like_gradient(params),
+        like_stats(batches.eval_batch),
+        like_stats(batches.update.batch),
+    )
+    baseline = None if plan.entropy.baseline == "none" else like_tokens(batches.eval_batch)
+    shapes = funcprobe.Passes((X,) * len(Y), of_E, of_E, X, baseline, of_U, of_U, of_U, blocks)
     inputs = {**step_inputs(plan, batches), "passes": funcprobe.Passes._fields, "blocks": block_N}
 
     def compute(stage: Stage) -> funcprobe.Passes:
@@ -121,7 +128,10 @@ def _passes(
             block_N=block_N,
         )
 
-    return computed(stages, "first-order", inputs, like, compute, stage)
+    found = computed(stages, "first-order", inputs, shapes, compute, stage)
+    if block_N is None or found.blocks is None:
+        return found
+    return found._replace(blocks=found.blocks._replace(block_N=block_N))
 
 
 def step_inputs(plan: Plan, batches: Batches) -> dict[str, Any]:

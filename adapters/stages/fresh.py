@@ -26,8 +26,8 @@ from ..sampling.shared_out import shared_out
 from ..sampling.supplied import fresh_length
 from ..store import Stages
 from .batches import Batches, parts_of
-from .like import LEAVES, STATS
-from .plan import Plan
+from .like import like, like_stats
+from .plan import Plan, vocabulary
 
 
 class Fresh(NamedTuple):
@@ -81,6 +81,16 @@ def sample_again(
         lines.extend(drawn.lines)
         return [torch.tensor(drawn.finished), *packed(dict(enumerate(drawn.ids)))]
 
+    def fits(found: list[torch.Tensor]) -> bool:
+        _, row_N, length_N, token_T = found
+        return (
+            (token_T.dtype, token_T.dim()) == (torch.int64, 1)
+            and row_N.tolist() == list(range(len(prompt_ids)))
+            and bool(((length_N > 0) & (length_N <= config.max_new_tokens)).all())
+            and int(length_N.sum()) == len(token_T)
+            and bool(((token_T >= 0) & (token_T < vocabulary(plan.policy))).all())
+        )
+
     def measure(stage: Stage) -> TokenStats:
         forward = counted(plan.forward, stage, "fresh")
         return funcprobe.token_stats(moved, batch, forward, plan.max_tokens)
@@ -90,14 +100,18 @@ def sample_again(
     asked = {**there, "prompt_ids": prompt_ids, "sampling": how, "seed": seed}
     # Every sequence twice: sampling, then a forward.
     with narrator.phase(f"sample E at eta {eta:g}", 2 * len(prompt_ids)) as stage:
-        like, parts = [LEAVES] * 4, parts_of(config)
-        finished_N, *tokens = computed(stages, "rollouts-fresh", asked, like, sample, stage, parts)
+        count = len(prompt_ids)
+        shapes = [like(count, dtype=torch.bool), *(like(count, dtype=torch.int64) for _ in range(2))]
+        shapes.append(like(0))  # as many tokens as there are
+        finished_N, *tokens = computed(
+            stages, "rollouts-fresh", asked, shapes, sample, stage, parts_of(config), fits
+        )
         for line in lines:
             narrator.say(line)
         ids = list(unpacked(tokens)[0].values())
         batch = collate(prompt_ids, ids, batches.eval_rollouts.prompt_index)
         inputs = {**there, **plan.cut, "temperature": plan.temperature, "batch": batch}
-        stats = computed(stages, "fresh", inputs, STATS, measure, stage)
+        stats = computed(stages, "fresh", inputs, like_stats(batch), measure, stage)
     here = (at.stats, at.mask_NR, at.entropy, at.log_ratio_NR)
     moved_to = (stats, funcprobe.response_mask(batch), at.entropy)
     influence_N = estimators.entropy_influence(*moved_to) - estimators.entropy_influence(*here)

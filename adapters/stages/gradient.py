@@ -11,7 +11,7 @@ from ..optimizer import OptimizerReport
 from ..resume import computed
 from ..store import Stages
 from .batches import Batches
-from .like import LEAVES
+from .like import like_gradient
 from .plan import Plan
 
 
@@ -37,7 +37,7 @@ def gradients_on_U(
             forward, *masks = (counted(f, stage, "U") for f in trained)
             return update_gradients(params, update, forward, plan.max_tokens, masks)
 
-        like = (dict.fromkeys(params, LEAVES),) * count
+        like = (like_gradient(params),) * count
         return computed(stages, "gradient", inputs, like, compute, stage)
 
 

@@ -14,8 +14,7 @@ from ..machine.cost import Stage, counted
 from ..resume import computed
 from ..store import Stages
 from .first_order import Predicted, step_inputs
-
-PACKED = dict.fromkeys(("pair", "tensor", "scalar", "influence", "per_sequence"), torch.empty(0))
+from .like import like
 
 
 def influences(
@@ -57,11 +56,19 @@ def influences(
         )
 
     with narrator.phase("influence", rows + len(columns) * len(E.prompt_N)) as stage:
+        count = len(E.prompt_N)
+        shapes = {
+            "pair": like(len(E.prompt_N.unique()), 1),
+            "tensor": like(1, len(params)),
+            "scalar": like(1, 3),
+            "influence": like(1, count),
+            "per_sequence": like(1, count),
+        }
         each = [
-            computed(stages, "influence", {**inputs, "column": m}, PACKED, partial(column, m), stage)
+            computed(stages, "influence", {**inputs, "column": m}, shapes, partial(column, m), stage)
             for m in columns
         ]
-    packed = {key: torch.cat([of_m[key] for of_m in each], int(key == "pair")) for key in PACKED}
+    packed = {key: torch.cat([of_m[key] for of_m in each], int(key == "pair")) for key in shapes}
     return _unpacked(packed, E.prompt_N.unique(), columns, sorted(params))
 
 

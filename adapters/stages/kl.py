@@ -1,6 +1,8 @@
 """KL to the base policy at theta, along v, and at theta + eta v; new etas by a pass of their own."""
 
+import math
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from ..machine.cost import Stage, counted
 from ..resume import computed
 from ..store import Stages
 from .batches import Batches
-from .like import LEAVES
+from .like import like_tokens
 from .plan import Plan
 from .sweep import state_inputs
 
@@ -26,7 +28,7 @@ def kl_of(
     params, E = plan.policy.params, batches.eval_batch
     base = base_params(plan.policy.model, params)
     inputs = {**state_inputs(plan, batches), "direction": direction, "base": base}
-    groups = [tuple(group) for group in stages.recall("kl-etas", inputs) or []]
+    groups = _groups(stages.recall("kl-etas", inputs))
     known = {eta for group in groups for eta in group}
     new = tuple(eta for eta in plan.etas if eta not in known)
     groups += [new] if new or not groups else []
@@ -43,7 +45,8 @@ def kl_of(
     wanted = [group for group in others if not set(group).isdisjoint(plan.etas)]
     passes = 2 + len(first) + sum(1 + len(group) for group in wanted)
     with narrator.phase("KL to the base policy", passes * len(E.prompt_N)) as stage:
-        like = KlAlong(LEAVES, LEAVES, (LEAVES,) * len(first))
+        one = like_tokens(E)
+        like = KlAlong(one, one, (one,) * len(first))
         found = computed(stages, "kl", {**inputs, "etas": first}, like, along, stage)
         at = dict(zip(first, found.moved, strict=True))
         for group in wanted:
@@ -51,10 +54,19 @@ def kl_of(
                 stages,
                 "kl-moved",
                 {**inputs, "etas": group},
-                [LEAVES] * len(group),
+                [one] * len(group),
                 partial(moved, group),
                 stage,
             )
             at |= dict(zip(group, of_group, strict=True))
     stages.remember("kl-etas", inputs, groups)
     return found._replace(moved=tuple(at[eta] for eta in plan.etas))
+
+
+def _groups(stored: Any) -> list[tuple[float, ...]]:
+    """The etas of each stage; none for what is no such list."""
+    groups = stored if isinstance(stored, list) else []
+    if not all(isinstance(group, list) and group for group in groups):
+        return []
+    known = all(type(eta) is float and math.isfinite(eta) for group in groups for eta in group)
+    return [tuple(group) for group in groups] if known else []

@@ -17,7 +17,7 @@ from ..rollouts.loss_inputs import loss_inputs
 from ..store import Stages
 from .batches import Batches
 from .chosen_loss import ChosenLoss
-from .like import STATS
+from .like import like_stats
 from .plan import Plan
 
 LARGE_RESIDUAL = 0.01  # a hundredth of a standard error, if a prompt is typical
@@ -100,7 +100,7 @@ def update_statistics(
             forward = counted(as_trained(plan.forward, plan.policy.padding), stage, "U")
             return funcprobe.token_stats(params, batch, forward, plan.max_tokens)
 
-        return computed(stages, "update-stats", inputs, STATS, compute, stage)
+        return computed(stages, "update-stats", inputs, like_stats(batch), compute, stage)
 
 
 def _as_called(inputs: LossInputs, rollouts: Rollouts, chosen: ChosenLoss, seed: int) -> LossInputs:

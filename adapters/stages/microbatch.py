@@ -93,7 +93,7 @@ def resolve(
         "sequence": [passes.prompt_tokens, passes.response_tokens],
         "layout": passes.forward.layout,
     }
-    before = _size(stages.recall(STAGE, inputs))
+    before = _size(stages.recall(STAGE, inputs), passes.prompt_tokens + passes.response_tokens)
     own = _own(before, passes, narrator)
     size = smallest(stages.world.gathered(own))
     if size[:2] != own[:2]:
@@ -133,12 +133,14 @@ def with_size(config: Config, size: Size) -> Config:
     )
 
 
-def _size(stored: Any) -> Size | None:
+def _size(stored: Any, least: int) -> Size | None:
+    """None for what is no size of sequences of `least` tokens."""
     try:
         size, recompute, (fixed, a_token, a_pair, most) = stored
         of = Curve(float(fixed), float(a_token), float(a_pair), int(most))
-        return Size(int(size), bool(recompute), of)
-    except (TypeError, ValueError):  # none, or of another version
+        usable = int(size) >= least and all(math.isfinite(x) and x >= 0 for x in of)
+        return Size(int(size), bool(recompute), of) if usable else None
+    except (TypeError, ValueError, OverflowError):  # none, or of another version
         return None
 
 

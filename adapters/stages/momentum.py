@@ -19,7 +19,7 @@ from ..rollouts.gradients import RecordedGradient, load_gradient
 from ..store import Stages
 from .chosen_loss import choose_loss
 from .first_order import Predicted, step_inputs
-from .like import LEAVES
+from .like import like, like_tokens
 from .loss import with_loss
 from .plan import Plan
 from .recorded_steps import RecordedSteps
@@ -99,7 +99,8 @@ def _recomputed(
             numbers = (made.recorded, made.gradient_residual, made.clip_coefficient)
             return made.shares.token_NR, torch.tensor(numbers, dtype=torch.float64)
 
-        kept = computed(stages, f"momentum-{step}", inputs, (LEAVES, LEAVES), compute, stage)
+        shapes = (like_tokens(update.batch), like(3))
+        kept = computed(stages, f"momentum-{step}", inputs, shapes, compute, stage)
     token_NR, numbers = kept
     of_step, residual, clip = numbers.tolist()
     return funcprobe.RecomputedStep(of_step, token_shares(token_NR, update.batch), residual, clip)

@@ -27,7 +27,7 @@ from ..sampling.rewards import BUILT_IN, Reward, load_observable
 from ..store import Stages
 from .first_order import Predicted
 from .kl import kl_of
-from .like import STATS
+from .like import like_stats
 from .observed import rewards_of_E, values_on_E
 from .plan import Plan, configured_reward
 from .sweep import Point, Sweep, Tiny, noise_of, state_inputs
@@ -210,7 +210,7 @@ def _of_sampled_kl(predicted: Predicted, sweep: Sweep, stages: Stages, narrator:
         return funcprobe.token_stats(base, E, counted(plan.forward, stage, "E"), plan.max_tokens)
 
     with narrator.phase("base policy on E", len(E.prompt_N)) as stage:
-        found = computed(stages, "base", inputs, STATS, compute, stage)
+        found = computed(stages, "base", inputs, like_stats(E), compute, stage)
 
     def divergence(stats: TokenStats) -> TokenStats:
         return TokenStats(stats.logp_NR, stats.logp_NR - found.logp_NR)

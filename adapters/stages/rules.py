@@ -30,7 +30,7 @@ from ..store import Stages
 from .first_order import Predicted
 from .fit import CURVED
 from .gradient import gradients_on_U
-from .like import LEAVES, STATS
+from .like import like_gradient, like_stats
 from .observables import baseline_of
 from .plan import Plan
 from .sweep import by_difference, moved_inputs, state_inputs, statistics_at
@@ -110,7 +110,7 @@ def rewarded(
         return funcprobe.weighted_grad(plan.policy.params, *given)
 
     with narrator.phase("gradient of the reward", len(row_n)) as stage:
-        like = dict.fromkeys(plan.policy.params, LEAVES)
+        like = like_gradient(plan.policy.params)
         X = computed(stages, "reward-gradient", inputs, like, compute, stage)
     return Rewarded(at, row_n, unit_n, X)
 
@@ -202,7 +202,8 @@ def linear_until(found: Predicted, stages: Stages) -> float | None:
     changes = []
     for eta in (wide, -wide):
         inputs = moved_inputs(plan, batches, v, eta)
-        stored: TokenStats | None = stages.stored("moved", inputs, STATS)
+        like = like_stats(batches.eval_batch)
+        stored: TokenStats | None = stages.stored("moved", inputs, like)
         if stored is None:
             return None
         changes.append(funcprobe.change(prediction.at, stored))

@@ -22,7 +22,7 @@ from ..sampling.drawing import derived_seed
 from ..store import Stages
 from .batches import Batches
 from .fresh import Fresh, sample_again
-from .like import STATS
+from .like import like_stats
 from .plan import Plan
 from .weight_diagnostics import WeightDiagnostics, verdict
 
@@ -119,7 +119,7 @@ def statistics_at(
         return funcprobe.token_stats(moved, batches.eval_batch, forward, plan.max_tokens)
 
     inputs = moved_inputs(plan, batches, v, eta)
-    return computed(stages, "moved", inputs, STATS, compute, stage)
+    return computed(stages, "moved", inputs, like_stats(batches.eval_batch), compute, stage)
 
 
 def moved_inputs(plan: Plan, batches: Batches, v: Params, eta: float) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _at_tiny_etas(
         return tuple(funcprobe.token_stats(at, part, forward, plan.max_tokens) for at in there)
 
     inputs = {**state_inputs(plan, batches), "direction": v, "etas": etas, "few": few_n}
-    found = computed(stages, "rounding", inputs, (STATS,) * len(etas), compute, stage)
+    found = computed(stages, "rounding", inputs, (like_stats(part),) * len(etas), compute, stage)
     return Tiny(few_n, tuple(_with_rows(prediction.stats, few_n, stats) for stats in found))
 
 
@@ -218,7 +218,7 @@ def _exact(
         return funcprobe.second_tangents(params, E, direction, forward, plan.max_tokens)
 
     with narrator.phase("second order", len(E.prompt_N)) as stage:
-        like = (STATS, STATS, STATS)
+        like = (like_stats(E),) * 3
         _, tangent, second = computed(stages, "second-order", inputs, like, compute, stage)
     found = funcprobe.second_derivative(at, tangent, second, unit_N)
     return Curvature(found.derivative, delta_error(found.influence_N, unit_N), None)

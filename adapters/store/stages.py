@@ -30,6 +30,10 @@ FILE = "file"  # the name of the tensor that holds the bytes of a stage that is 
 def _ignore(_: object) -> None: ...
 
 
+def _anything(_: object) -> bool:
+    return True
+
+
 class Place(NamedTuple):
     """Where a result is stored, and what is under its checksum."""
 
@@ -60,20 +64,29 @@ class Stages(NamedTuple):
     lease: Lease | None = None  # the run's, which says what it uses
 
     def tensors(
-        self, stage: str, inputs: Any, like: Any, compute: Callable[[], Any], report: Report = _ignore
+        self,
+        stage: str,
+        inputs: Any,
+        like: Any,
+        compute: Callable[[], Any],
+        report: Report = _ignore,
+        fits: Callable[[Any], bool] = _anything,
     ) -> Any:
         """compute(), a tree of tensors with the structure of `like`, or its stored result.
 
-        A stored tensor has the shape and dtype of its leaf in `like`, unless that has no entries.
+        A stored tensor is finite, with the shape and dtype of its leaf in `like`, unless that has no
+        entries; a tree of which `fits` is false is computed again as well. A result that is not finite
+        is not stored.
         """
         where = self._where(stage, inputs)
         with self._alone(where):
-            stored = self._stored(where, like)
+            stored = self._stored(where, like, fits)
             report(stored is not None)
             if stored is not None:
                 return stored
             value = compute()
-            self._write(where, _named(optree.tree_leaves(value)))
+            if all(bool(leaf.isfinite().all()) for leaf in optree.tree_leaves(value)):
+                self._write(where, _named(optree.tree_leaves(value)))
             return value
 
     def stored(self, stage: str, inputs: Any, like: Any) -> Any:
@@ -153,14 +166,18 @@ class Stages(NamedTuple):
             self.world.on_first(hold)
             yield
 
-    def _stored(self, where: Place | None, like: Any) -> Any:
-        def find() -> dict[str, Tensor] | None:
-            return self._read(where, lambda found: _require_like(found, like))
+    def _stored(self, where: Place | None, like: Any, fits: Callable[[Any], bool] = _anything) -> Any:
+        def tree(found: dict[str, Tensor]) -> Any:
+            leaves = [found[key] for key in sorted(found)]
+            return optree.tree_unflatten(optree.tree_structure(like), leaves)
 
-        found = None if self.folder is None else self.world.on_first(find)
-        if found is None:
-            return None
-        return optree.tree_unflatten(optree.tree_structure(like), [found[key] for key in sorted(found)])
+        def require(found: dict[str, Tensor]) -> None:
+            _require_like(found, like)
+            if not fits(tree(found)):
+                raise Damaged("does not hold what is expected")
+
+        found = None if self.folder is None else self.world.on_first(lambda: self._read(where, require))
+        return None if found is None else tree(found)
 
     def _content(self, where: Place | None) -> bytes | None:
         def find() -> bytes | None:
@@ -217,6 +234,8 @@ def _require_like(found: dict[str, Tensor], like: Any) -> None:
                 f"has a tensor of {one.dtype} {tuple(one.shape)}, {leaf.dtype} {tuple(leaf.shape)} is "
                 "expected"
             )
+        if not bool(one.isfinite().all()):
+            raise Damaged("has numbers that are not finite")
 
 
 def _of_bytes(content: bytes) -> dict[str, Tensor]:
