@@ -11,7 +11,6 @@ from funcprobe.types import InputError
 from . import store
 from .checkpoint.trainer_state import trained_steps
 from .checkpoint.training_log import TrainingLog, training_log
-from .config import toml
 from .optimizer import find_sidecar
 from .report.comparison import write_comparison
 from .results.comparison import Given, compare
@@ -61,10 +60,7 @@ def _given(run: SavedRun) -> Given:
 
 
 def _checkpoint(run: SavedRun) -> Path | None:
-    try:
-        found = toml.parse(run.config).get("policy", {}).get("checkpoint")
-    except (ValueError, AttributeError):
-        return None
+    found = run.settings().get("policy", {}).get("checkpoint")
     return Path(found).expanduser() if isinstance(found, str) and "\0" not in found else None
 
 

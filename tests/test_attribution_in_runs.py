@@ -15,8 +15,8 @@ from funcprobe.adapters import run
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.console import Narrator
 from funcprobe.adapters.results import load
-from funcprobe.adapters.results.attribution_tables import FILES
 from funcprobe.adapters.results.attribution_words import causes
+from funcprobe.adapters.results.table_columns import FILES
 from funcprobe.adapters.results.tables import print_results
 from support.checkpoints import sets
 from support.paths import ROOT

@@ -4,6 +4,7 @@ import math
 
 from markupsafe import Markup
 
+from ..results.digits import power_of
 from ..results.quantity import Interval
 
 MINUS = "\N{MINUS SIGN}"
@@ -73,7 +74,9 @@ def _with_half(value: float, interval: Interval | None, *, signed: bool) -> Mark
 
 def _power(value: float) -> int:
     size = abs(value)
-    return 0 if not size or SMALLEST <= size < LARGEST else math.floor(math.log10(size))
+    if not size or SMALLEST <= size < LARGEST:
+        return 0
+    return power_of(size)
 
 
 def _fixed(value: float, decimals: int, signed: bool) -> Markup:

@@ -1,9 +1,8 @@
 """report.html: a run as one page."""
 
 import re
-import tomllib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -90,10 +89,7 @@ def drawn(figure: Figure) -> Drawn:
 
 def _about(run: SavedRun) -> list[tuple[str, str]]:
     """Which policy, which prompts; as config.toml has them."""
-    try:
-        config: dict[str, Any] = tomllib.loads(run.config)
-    except tomllib.TOMLDecodeError:
-        return []
+    config = run.settings()
     found = (
         ("Checkpoint", config.get("policy", {}).get("checkpoint")),
         ("Prompts", config.get("prompts", {}).get("source")),

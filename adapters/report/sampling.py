@@ -1,7 +1,5 @@
 """The batches in the section of trust: sizes, lengths, rewards, norms, what the numbers rest on."""
 
-import tomllib
-
 from markupsafe import Markup
 
 from funcprobe.types import InputError
@@ -30,7 +28,7 @@ def sampling(run: SavedRun) -> tuple[Table, str]:
     try:
         found = sampling_facts(run)
         facts_E, facts_U = found.E, found.U
-    except (InputError, tomllib.TOMLDecodeError) as error:
+    except InputError as error:
         missing = f"Lengths and rewards are not known: {error}."
     rows: list[list[Cell]] = [
         ["E, evaluation", *map(numbers.count, E), *_responses(facts_E)],

@@ -17,77 +17,8 @@ from ..rollouts import Rollouts
 from ..rollouts.files import write_parquet
 from ..stages.first_order import Predicted
 from .attribution import share_of
+from .table_columns import FILES, MODULES, SEQUENCES, SHARES, TOKENS, Column
 from .token_texts import special_ids, token_texts
-
-
-class Column(NamedTuple):
-    """Type, unit and meaning of a column."""
-
-    type: pa.DataType
-    unit: str
-    about: str
-
-
-INT, FLOAT, TEXT, BOOL = pa.int64(), pa.float64(), pa.string(), pa.bool_()
-RATE = "entropy per unit of learning rate"
-OF_BATCH = {
-    "batch": Column(TEXT, "", "U or E"),
-    "sequence": Column(INT, "", "row in rollouts/update.parquet or rollouts/eval.parquet, from 0"),
-    "prompt_index": Column(INT, "", "of the prompt, in the same file"),
-}
-OF_U = "of U; null for E"
-OF_E = "of E; null for U"
-SHARES = {
-    "share": Column(FLOAT, RATE, "of the derivative along v; U: of the part of this batch"),
-    "marginal": Column(FLOAT, RATE, f"derivative of the prediction in its weight in J; {OF_U}"),
-    "direct": Column(FLOAT, RATE, f"by the entropy of the tokens' own distributions; {OF_E}"),
-    "score": Column(FLOAT, RATE, f"by the tokens' probability; {OF_E}"),
-    "control": Column(FLOAT, RATE, f"by the baseline's control variate of the score; {OF_E}"),
-}
-MODULES = {
-    "tensor": Column(TEXT, "", "trainable tensor, by its name"),
-    "module": Column(TEXT, "", "that holds it"),
-    "layer": Column(TEXT, "", "up to the first number of the name; else the module"),
-    "projection": Column(TEXT, "", "last part of the module's name"),
-    "factor": Column(TEXT, "", "A or B of LoRA; else the kind of tensor"),
-    "parameters": Column(INT, "", "entries of the tensor"),
-    "momentum": Column(FLOAT, RATE, "of Adam's first moment"),
-    "decay": Column(FLOAT, RATE, "of weight decay"),
-    "update": Column(FLOAT, RATE, "of this batch's gradient"),
-    "share": Column(FLOAT, RATE, "of the derivative along v: the sum of the three"),
-    "momentum_se": Column(FLOAT, RATE, "standard error over E, U given"),
-    "decay_se": Column(FLOAT, RATE, "standard error over E, U given"),
-    "update_se": Column(FLOAT, RATE, "standard error over E, U given"),
-    "share_se": Column(FLOAT, RATE, "standard error over E, U given"),
-    "share_low": Column(FLOAT, RATE, "lower bound of the 95 % interval of share"),
-    "share_high": Column(FLOAT, RATE, "upper bound of the 95 % interval of share"),
-}
-SEQUENCES = {
-    **OF_BATCH,
-    "prompt": Column(TEXT, "", "as given to the policy"),
-    "response": Column(TEXT, "", "without special tokens"),
-    "response_tokens": Column(INT, "tokens", "first end of sequence included"),
-    "entropy": Column(FLOAT, "nats", "sum over its tokens, at theta; null: U was not passed"),
-    "reward": Column(FLOAT, "reward", f"{OF_U}, and where it has none"),
-    "advantage": Column(FLOAT, "advantage", OF_U),
-    **SHARES,
-    "influence": Column(FLOAT, RATE, f"influence value on the derivative; {OF_E}"),
-}
-TOKENS = {
-    **OF_BATCH,
-    "position": Column(INT, "", "in the response, from 0"),
-    "token_id": Column(INT, "", "of the vocabulary"),
-    "token": Column(TEXT, "", "decoded alone; exact, so that it may hold anything"),
-    "text": Column(TEXT, "", "that the token completes: those of a response join to its whole text"),
-    "special": Column(BOOL, "", "whether it is a special token of the tokenizer"),
-    "logp": Column(FLOAT, "nats", "log-probability at theta; null: U was not passed"),
-    "entropy": Column(FLOAT, "nats", "of the next-token distribution at theta; null: U was not passed"),
-    "advantage": Column(FLOAT, "advantage", f"of the response; {OF_U}"),
-    "coef_logp": Column(FLOAT, "objective per nat", f"c, coefficient of logp in J; {OF_U}"),
-    "coef_entropy": Column(FLOAT, "objective per nat", f"d, coefficient of entropy in J; {OF_U}"),
-    **SHARES,
-}
-FILES = {"modules.parquet": MODULES, "sequences.parquet": SEQUENCES, "tokens.parquet": TOKENS}
 
 
 def write_tables(found: Predicted, attribution: funcprobe.Attribution, folder: Path) -> None:

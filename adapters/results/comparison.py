@@ -1,7 +1,6 @@
 """Runs side by side: in which order, what differs, where that is no comparison."""
 
 import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,10 +158,6 @@ def _labels(names: Sequence[str], differing: Sequence[Differing]) -> list[str]:
 
 def _flat(run: SavedRun) -> dict[str, str]:
     """section.key -> value as text; {} where config.toml is gone or damaged."""
-    try:
-        tables = tomllib.loads(run.config)
-    except tomllib.TOMLDecodeError:
-        return {}
     found: dict[str, str] = {}
 
     def add(prefix: str, value: Any) -> None:
@@ -172,7 +167,7 @@ def _flat(run: SavedRun) -> dict[str, str]:
         else:
             found[prefix] = value if isinstance(value, str) else json.dumps(value, default=str)
 
-    add("", tables)
+    add("", run.settings())
     return found
 
 

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from funcprobe.types import InputError
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
@@ -65,10 +67,17 @@ def _counted(run: "SavedRun", table: "pa.Table") -> "pa.Array":
     """Which of U's tokens are in the loss: all of them where the rollouts have no mask."""
     import pyarrow as pa
 
-    masks = run.rollouts("update")["loss_mask"]
-    if masks.null_count:
+    rollouts = run.rollouts("update")
+    if "loss_mask" not in rollouts.column_names or rollouts["loss_mask"].null_count:
         return pa.array([True] * len(table))
-    return pa.array([counted for mask in masks.to_pylist() for counted in mask])
+    masks = rollouts["loss_mask"].to_pylist()
+    found = pa.array([counted for mask in masks for counted in mask], type=pa.bool_())
+    if len(found) != len(table) or found.null_count:
+        raise InputError(
+            f"{run.folder}: tokens.parquet has {len(table)} tokens of U, loss_mask of rollouts/"
+            f"update.parquet is of {len(found)}: they are of different runs; repeat the run"
+        )
+    return found
 
 
 def _spearman(a_T: "Tensor", b_T: "Tensor") -> float | None:

@@ -1,8 +1,8 @@
 """Numbers as results.json holds them: with a unit, with an interval."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from funcprobe.statistics.intervals import student
 
@@ -34,6 +34,12 @@ class Interval(Section):
     """Lower bound."""
     high: float
     """Upper bound."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.high < self.low:
+            raise ValueError(f"the upper bound {self.high:g} is below the lower, {self.low:g}")
+        return self
 
     @property
     def half_width(self) -> float:

@@ -18,6 +18,7 @@ from .schema import Results
 from .whatif_sections import WhatIf
 
 Document = TypeVar("Document", bound=Section)
+LARGEST = 1e150  # of a number in any document
 
 
 def load(run_folder: Path | str) -> Results:
@@ -64,12 +65,22 @@ def _read(path: Path, model: type[Document], newest: int) -> Document:
             "funcprobe that wrote it (its version is in manifest.json), or repeat the run"
         )
     require_finite(document, str(path))
+    _require_ordinary(document, path)
     try:
         # From JSON text, where strict means that "1.0" and true are no numbers, and a list is a tuple.
         return model.model_validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
         reason = " ".join(_first(error).split())
         raise InputError(f"{path} differs from what a run writes: {reason}; repeat the run") from error
+
+
+def _require_ordinary(value: Any, path: Path) -> None:
+    """InputError for a number whose square, or difference to another, could not be computed."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            _require_ordinary(part, path)
+    elif isinstance(value, int | float) and abs(value) > LARGEST:
+        raise InputError(f"{path} has a number above {LARGEST:g}, which no run writes: repeat the run")
 
 
 def _first(error: ValidationError) -> str:

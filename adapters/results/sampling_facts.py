@@ -1,6 +1,5 @@
 """How the responses of a run came out: lengths, cut off or ended, rewards."""
 
-import tomllib
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def sampling_facts(run: "SavedRun") -> SamplingFacts:
 
     Raises InputError for a run folder without these files.
     """
-    settings = tomllib.loads(run.config) if run.config is not None else {}
+    settings = run.settings()
     supplied, sampling = settings.get("rollouts", {}), settings.get("sampling", {})
     sampled = not (supplied.get("update") and supplied.get("eval"))
     return SamplingFacts(

@@ -1,10 +1,11 @@
 """A run folder as it lies on disk: its documents, and its tables."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from funcprobe.types import InputError
 
+from ..config import toml
 from . import frames, notebook
 from .belonging import why_not_of
 from .manifest import Manifest
@@ -36,10 +37,16 @@ class SavedRun(NamedTuple):
     def table(self, name: str) -> "pa.Table | None":
         """modules, sequences or tokens, columns with units; None where the run has no such table.
 
-        Raises InputError for a file that is no Parquet.
+        Raises InputError for a file that is no Parquet, or lacks what a run writes.
         """
         path = self.folder / f"{name}.parquet"
-        return _parquet(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        from .table_columns import require_table  # imports pyarrow
+
+        table = _parquet(path)
+        require_table(table, name, path)
+        return table
 
     @property
     def sweep(self) -> "pd.DataFrame":
@@ -62,8 +69,24 @@ class SavedRun(NamedTuple):
         return notebook.run_html(self)
 
     def rollouts(self, batch: str) -> "pa.Table":
-        """E or U as it entered the run: "eval" or "update"; InputError where the file is gone."""
-        return _parquet(self.folder / "rollouts" / f"{batch}.parquet")
+        """E or U as it entered the run: "eval" or "update".
+
+        Raises InputError where the file is gone, is no Parquet, or lacks what a run writes.
+        """
+        from .table_columns import require_rollouts  # imports pyarrow
+
+        path = self.folder / "rollouts" / f"{batch}.parquet"
+        table = _parquet(path)
+        require_rollouts(table, path)
+        return table
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The sections of config.toml; {} where it is gone or damaged, without what is no section."""
+        try:
+            found = toml.parse(self.config)
+        except ValueError:
+            return {}
+        return {name: section for name, section in found.items() if isinstance(section, dict)}
 
 
 def load_run(folder: Path | str) -> SavedRun:

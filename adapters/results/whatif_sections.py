@@ -1,6 +1,8 @@
 """whatif.json as one typed object: every rule on the same E and U, the frontier, what was solved."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from .cost import CostSection
 from .quantity import Interval, Quantity, Section, StudentInterval
@@ -177,6 +179,12 @@ class WhatIf(Section):
     """In words: which rule keeps the entropy, at what price in reward."""
     cost: CostSection
     """What the command took."""
+
+    @model_validator(mode="after")
+    def _has_own(self) -> Self:
+        if not self.rules or self.learning_rate.value <= 0:
+            raise ValueError("rules, of a learning rate above 0, begin with the run's own")
+        return self
 
     def _repr_html_(self) -> str:
         from .notebook import whatif_html  # which imports what these sections are part of

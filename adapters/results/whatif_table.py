@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .cost import cost_line
+from .digits import power_of
 from .fitted import fitted
 from .quantity import Interval
 from .whatif_sections import ChangeSection, RuleRow, Solution, WhatIf
@@ -46,7 +47,7 @@ def scale_of(values: Sequence[float]) -> Scale:
     largest = max(map(abs, values), default=0.0)
     if largest == 0:
         return Scale(0, 3)
-    digits = math.floor(math.log10(largest))
+    digits = power_of(largest)
     power = 3 * math.floor(digits / 3)
     return Scale(power, 3 - (digits - power))
 

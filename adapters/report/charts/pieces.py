@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import altair as alt
 
 from ...console import excerpt
+from ...results.digits import SMALLEST_POWER, power_of
 from ...results.quantity import Interval
 from ...results.saved import SavedRun
 from ..theme import BY_NAME, TEXT
@@ -60,7 +61,7 @@ def number(value: float, digits: int = 3, *, signed: bool = False) -> str:
     if PLAIN[0] <= size < PLAIN[1]:
         text = f"{size:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
         return sign + (text.rstrip("0").rstrip(".") if "." in text else text)
-    exponent = math.floor(math.log10(size))
+    exponent = power_of(size)
     return (
         f"{sign}{size / 10**exponent:.{digits - 1}f}".rstrip("0").rstrip(".")
         + f"·10{str(exponent).translate(SUPERSCRIPT)}"
@@ -113,7 +114,7 @@ def scaled(values: Iterable[float | None]) -> Scaled:
     largest = max((abs(v) for v in values if v is not None and math.isfinite(v)), default=0.0)
     if largest == 0 or 0.1 <= largest < 1e4:
         return Scaled(0)
-    return Scaled(3 * math.floor(math.log10(largest) / 3 + 1e-9))
+    return Scaled(max(3 * math.floor(math.log10(largest) / 3 + 1e-9), SMALLEST_POWER))
 
 
 def padded(values: Iterable[float | None], *, zero: bool = True, part: float = 0.06) -> list[float]:
