@@ -8,7 +8,7 @@ import io
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeAlias
@@ -75,6 +75,7 @@ def read_index(folder: Path) -> dict[Place, Item]:
             tuple(places.get(key, (key,))): _item(key, saved, slices)
             for key, saved in metadata.state_dict_metadata.items()
         }
+        _require_paths(found, len(metadata.state_dict_metadata))
         _require_apart(found.values())
     except InputError:
         raise
@@ -107,6 +108,11 @@ def _item(key: str, saved: Any, slices: dict[tuple[str, tuple[int, ...]], Slice]
         Chunk(tuple(c.offsets), tuple(c.sizes), slices[key, tuple(c.offsets)]) for c in saved.chunks
     ]
     return Item(key, tuple(saved.size), tuple(chunks))
+
+
+def _require_paths(found: Mapping[Place, Item], count: int) -> None:
+    if () in found or len(found) < count:
+        raise InputError(f"{METADATA} is damaged, values have no path or the same one: {COPY}")
 
 
 def _require_apart(items: Iterable[Item]) -> None:

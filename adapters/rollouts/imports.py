@@ -266,4 +266,7 @@ def _are(kind: type | UnionType, values: Sequence[Any]) -> bool:
 
 def _sum(row: Sequence[float | None]) -> float | None:
     known = [x for x in row if x is not None and not math.isnan(x)]
-    return math.fsum(known) if known else None
+    try:
+        return math.fsum(known) if known else None
+    except (OverflowError, ValueError):  # beyond a double, or of both infinities
+        return math.inf  # which is refused where it is a reward

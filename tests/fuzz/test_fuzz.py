@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def of_400_digits() -> bytes:
     return json_text(_sidecars()[0] | {"loss": loss, "sampling": {"max_completion_length": 10**400}})
 
 
+def at_paths(path: list[Any]) -> bytes:
+    """A checkpoint of two values, of which the second lies at `path`."""
+    from fuzz.of_optimizers import _dcp_files
+
+    value = {"@": "float32", "shape": [2]}
+    items = {"state.0.a": {"path": ["state", 0, "a"], "value": value}}
+    return _dcp_files(items | {"state.0.b": {"path": path, "value": value}})
+
+
+def of_trl(**rewards: float) -> bytes:
+    """Four rows of a log of TRL."""
+    row = {"step": 6, "prompt": "1+1=", "completion": "2", "advantage": 0.5} | rewards
+    return (json_text(row) + b"\n") * 4
+
+
 def kept(name: str) -> bytes:
     """A file that the fuzzer made, of tests/fuzz/kept."""
     return (Path(__file__).parent / "kept" / name).read_bytes()
@@ -90,6 +106,12 @@ REGRESSIONS: dict[str, tuple[str, Any, str]] = {
     "adapter weights, compressed": ("adapter_model.bin", bomb(), "has a compressed part"),
     "adapter weights that are a list": ("adapter_model.bin", torch_file([1]), "not tensors by name"),
     "chunks that share their bytes": ("dcp:bytes", shard_twice, "lie on one another"),
+    "a value without a path": ("dcp:bytes", partial(at_paths, []), "no path or the same"),
+    "two values of one path": (
+        "dcp:bytes",
+        partial(at_paths, ["state", 0, "a"]),
+        "no path or the same",
+    ),
     # Texts.
     "a length of 400 digits": (
         "sidecar",
@@ -117,6 +139,18 @@ REGRESSIONS: dict[str, tuple[str, Any, str]] = {
         "rollouts.jsonl:bytes",
         json_text({"step": 6, "prompt": [], "completion": "7", "advantage": 0.5, "r": 1.0}) * 2,
         "line 1",
+    ),
+    "rewards whose sum is beyond a double": (
+        "rollouts.jsonl:bytes",
+        of_trl(r=1e308, s=1e308),
+        "reward inf",
+    ),
+    "rewards of both infinities": (
+        "rollouts.jsonl:bytes",
+        of_trl(r=1.0, s=1.0)
+        .replace(b'"s": 1.0', b'"s": -Infinity')
+        .replace(b'"r": 1.0', b'"r": Infinity'),
+        "reward inf",
     ),
     # Parquet.
     "text that is not UTF-8": ("prompts.parquet:bytes", None, "cannot be read as Parquet"),
