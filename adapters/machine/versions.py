@@ -3,6 +3,8 @@
 from functools import cache
 from importlib import metadata
 
+import torch
+
 PACKAGES = (
     "funcprobe",
     "torch",
@@ -20,10 +22,11 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of the packages the numbers depend on."""
-    return {name: _version(name) for name in PACKAGES}
+    return {name: version(name) for name in PACKAGES}
 
 
 @cache
-def _version(package: str) -> str:
-    """Parsed from its whole metadata, the README among them."""
-    return metadata.version(package)
+def version(package: str) -> str:
+    """Of an installed package; torch's with its build, as 2.13.0+cu130, which PyPI's metadata lacks."""
+    # Metadata is parsed as a whole, the README in it.
+    return str(torch.__version__) if package == "torch" else metadata.version(package)

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
 
 from funcprobe.types import InputError, Params
 
+from ..machine.versions import version
 from .groupings import Grouping, groupings
 from .saved import TORCH, TRAINER, Saved, joined, number, shaped, some
 from .sidecar import FORMAT, VERSION, Sidecar, named_by
@@ -155,7 +155,7 @@ def sidecar_content(
             {"names": of_group, "shapes": [list(p.shape) for p in group["params"]]}
             for group, of_group in zip(optimizer.param_groups, names, strict=True)
         ],
-        "versions": {package: metadata.version(package) for package in packages},
+        "versions": {package: version(package) for package in packages},
         **settings,
     }
 
