@@ -31,6 +31,7 @@ T = TypeVar("T")
 EVERY = 1.0  # seconds between two writes, at least
 SHARE = 0.05  # of the time, at most, that writes take: of large gradients, they are rarer
 SUFFIX = "progress.safetensors"
+NAME = "{:06d}"  # of a tensor in the file
 
 
 @contextmanager
@@ -118,7 +119,7 @@ class _Stored:
         self.cost = 0.0  # seconds of the last write
         self.last = time.monotonic()
 
-    def begin(self, plan: Sequence[int]) -> Kept:
+    def begin(self, plan: Sequence[int], fits: Callable[[SoFar], bool]) -> Kept:
         if not self.stem:
             self._place()
             if self.stages.fresh:
@@ -128,7 +129,7 @@ class _Stored:
         path = self.folder / f"{self.stem}{len(self.passes):03d}.{SUFFIX}"
         digest = hashlib.sha256(json.dumps(list(plan)).encode()).hexdigest()
         about = {**self.about, "plan": digest}
-        own = _Pass(path, about, self._found(path, about))
+        own = _Pass(path, about, self._found(path, about, fits))
         own.write = self._write_if_due
         self.passes.append(own)
         self.reused = (self.reused[0] + own.parts, self.reused[1] + own.sequences)
@@ -158,12 +159,12 @@ class _Stored:
         for path in self.folder.glob(f"{self.stem}*.{SUFFIX}"):
             path.unlink(missing_ok=True)
 
-    def _found(self, path: Path, about: dict[str, str]) -> _File | None:
+    def _found(self, path: Path, about: dict[str, str], fits: Callable[[SoFar], bool]) -> _File | None:
         if not path.is_file():
             return None
         try:
-            return _read(path, about)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            return _read(path, about, fits)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             why = " ".join(str(error).split())[:100]
             self.stage.say(f"{path}, of an interrupted run, is discarded: {why}")
             for later in self.folder.glob(f"{self.stem}*.{SUFFIX}"):  # which may depend on it
@@ -208,24 +209,34 @@ def _write(one: _Pass, counts: tuple[int, ...], tensors: list[Tensor]) -> None:
     numbers = [one.parts, one.sequences, *counts]
     whole = [torch.tensor(numbers), *tensors]
     about = {**one.about, "crc32": _checksum(whole)}
-    named = {f"{i:06d}": x for i, x in enumerate(whole)}
+    named = {NAME.format(i): x for i, x in enumerate(whole)}
     metadata = {ENTRY: json.dumps(about, sort_keys=True)}
     write_whole(one.path, lambda target: save_file(named, target, metadata))
 
 
-def _read(path: Path, about: dict[str, str]) -> _File:
+def _read(path: Path, about: dict[str, str], fits: Callable[[SoFar], bool]) -> _File:
     """ValueError, and others of its kind, for a file that is damaged or of another plan."""
     with safe_open(path, "pt") as file:
         found = json.loads(file.metadata()[ENTRY])
-        whole = [file.get_tensor(name).clone() for name in sorted(file.keys())]
+        names = [NAME.format(i) for i in range(len(file.keys()))]
+        if sorted(file.keys()) != names:
+            raise ValueError("its tensors have other names")
+        whole = [file.get_tensor(name).clone() for name in names]
     if found["crc32"] != _checksum(whole):
         raise ValueError("it is damaged")
     for name in ("stage", "key", "plan"):
         if found[name] != about[name]:
             raise ValueError(f"it is of another {name}")
     numbers, *tensors = whole
+    if numbers.dtype != torch.int64 or numbers.dim() != 1 or bool((numbers < 0).any()):
+        raise ValueError("its counts are none")
+    if not all(bool(x.isfinite().all()) for x in tensors):
+        raise ValueError("it has numbers that are not finite")
     parts, sequences, *counts = numbers.tolist()
-    return _File(SoFar(tuple(counts), tensors), parts, sequences)
+    so_far = SoFar(tuple(counts), tensors)
+    if not fits(so_far):
+        raise ValueError("it has other contents than this pass makes")
+    return _File(so_far, parts, sequences)
 
 
 def _checksum(tensors: Sequence[Tensor]) -> str:

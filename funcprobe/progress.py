@@ -17,6 +17,12 @@ class SoFar(NamedTuple):
     tensors: list[Tensor]  # its running results
 
 
+def alike(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether they are as many, of the same shapes and dtypes; devices may differ."""
+    own, other = ([(x.shape, x.dtype) for x in one] for one in (tensors, expected))
+    return own == other
+
+
 class Kept(Protocol):
     """What is kept of one pass."""
 
@@ -33,15 +39,18 @@ class Kept(Protocol):
 class Progress(Protocol):
     """What is kept of a computation: one pass after another, in the same order whenever it is made."""
 
-    def begin(self, plan: Sequence[int]) -> Kept:
-        """The next pass; `plan` are numbers without which what is kept of it is of no use."""
+    def begin(self, plan: Sequence[int], fits: Callable[[SoFar], bool]) -> Kept:
+        """The next pass; `plan` are numbers without which what is kept of it is of no use.
+
+        Nor is what does not fit: other counts, shapes or dtypes than a pass with this plan has.
+        """
         ...
 
 
 class _Nothing(NamedTuple):
     so_far: SoFar | None = None
 
-    def begin(self, plan: Sequence[int]) -> Kept:  # noqa: ARG002
+    def begin(self, plan: Sequence[int], fits: Callable[[SoFar], bool]) -> Kept:  # noqa: ARG002
         return self
 
     def keep(self, counts: Sequence[int], tensors: Callable[[], Sequence[Tensor]]) -> None: ...

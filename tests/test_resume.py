@@ -33,7 +33,7 @@ def summed(steps: int, stop: int | None, made: list[int], plan: int = 0, passes:
     def compute(stage: Stage) -> list[torch.Tensor]:
         totals = []
         for number in range(passes):
-            kept = stage.progress.begin((plan, steps))
+            kept = stage.progress.begin((plan, steps), lambda _: True)
             done, total = 0, torch.zeros((), dtype=torch.float64)
             if kept.so_far is not None:
                 (done,), (total,) = kept.so_far
@@ -163,7 +163,7 @@ def test_writes_are_rare_and_what_cannot_be_written_is_said_once(tmp_path, monke
 
     def slow(step: float) -> Any:
         def compute(stage: Stage) -> list[torch.Tensor]:
-            kept = stage.progress.begin((1,))
+            kept = stage.progress.begin((1,), lambda _: True)
             for i in range(100):
                 now[0] += step
                 kept.keep((i,), lambda: [torch.zeros(1)])

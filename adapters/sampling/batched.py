@@ -13,14 +13,14 @@ from funcprobe.policy.layout import out_of_memory
 from funcprobe.policy.precision import arithmetic_of
 from funcprobe.policy.suitability import causal_lm
 from funcprobe.policy.trials import attempt
-from funcprobe.progress import NOTHING_KEPT, Kept, Progress
+from funcprobe.progress import NOTHING_KEPT, Kept, Progress, SoFar
 from funcprobe.types import InputError
 
 from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig
 from ..machine.devices import random_state_kept
 from .batch_size import batch_size
-from .drawn import packed, unpacked
+from .drawn import are_packed, packed, unpacked
 from .draws import Draws, uniforms
 from .own_logits import TRIED, gap, refused
 from .responses import Responses, through_first_eos, tokens_of
@@ -55,7 +55,16 @@ def sample(
             raise
         most = batch_size(policy, config, max(map(len, prompt_ids)))
         asked = 0 if config.generation_batch == "auto" else config.generation_batch
-        kept = progress.begin((len(prompt_ids), config.max_new_tokens, asked, int(padded)))
+        plan = (len(prompt_ids), config.max_new_tokens)
+
+        def fits(so_far: SoFar) -> bool:
+            vocabulary = len(policy.model.get_input_embeddings().weight)
+            if not are_packed(so_far.tensors, *plan, vocabulary):
+                return False
+            rows = _replayed(so_far.counts, partial(_parts, prompt_ids, padded=padded))
+            return so_far.tensors[0].tolist() == rows
+
+        kept = progress.begin((*plan, asked, int(padded)), fits)
         if kept.so_far is not None:
             most = kept.so_far.counts[0]
         waiting = _parts(prompt_ids, most, padded=padded)
@@ -125,6 +134,26 @@ def _in_batches(
         done += 1
         kept.keep((most, done, tokens, *ran_out), partial(packed, dict(ids)))
     return ids, tokens, smallest
+
+
+def _replayed(counts: Sequence[int], parts: Callable[[int], list[list[int]]]) -> list[int] | None:
+    """The prompts that have a response when `kept` has these counts; None if it never has."""
+    if len(counts) < 3 or counts[0] < 1:
+        return None
+    smallest, known, _, *again = counts
+    waiting, done, rows = parts(smallest), 0, list[int]()
+    while done < known and waiting:
+        part, *waiting = waiting
+        if len(part) > smallest:
+            waiting = [part[:smallest], part[smallest:], *waiting]
+        elif again[:1] != [done]:
+            done, rows = done + 1, rows + part
+        elif len(part) == 1:
+            return None
+        else:
+            del again[0]
+            smallest, waiting = len(part) // 2, [part, *waiting]
+    return sorted(rows) if done == known and not again else None
 
 
 def seconds_of_a_step(

@@ -30,7 +30,7 @@ from ..config.schema import SamplingConfig
 from ..machine.devices import random_state_kept
 from .batch_size import batch_size
 from .batched import NOT_FINITE, too_long
-from .drawn import packed, unpacked
+from .drawn import are_packed, packed, unpacked
 from .draws import chosen, uniforms, warpers
 from .own_logits import TRIED, gap, refused
 from .responses import Responses, through_first_eos, tokens_of
@@ -59,7 +59,9 @@ def sample(
     u_NR = uniforms(seed, indices, config.max_new_tokens).to(policy.model.device)
     with random_state_kept(), torch.no_grad():
         require_own_logits(policy, prompt_ids)
-        kept = progress.begin((len(prompt_ids), config.max_new_tokens))
+        plan = (len(prompt_ids), config.max_new_tokens)
+        vocabulary = len(policy.model.get_input_embeddings().weight)
+        kept = progress.begin(plan, lambda found: are_packed(found.tensors, *plan, vocabulary))
         ids = {} if kept.so_far is None else unpacked(kept.so_far.tensors)[0]
         finite = True
         while left := [i for i in range(len(prompt_ids)) if i not in ids]:

@@ -19,6 +19,23 @@ def packed(
     return found
 
 
+def are_packed(
+    tensors: Sequence[Tensor], asked: int, most: int, vocabulary: int, *, logp: bool = False
+) -> bool:
+    """Whether they are `packed` responses of 1 to `most` tokens to some of these prompts."""
+    dtypes = [torch.int64] * 3 + [torch.float64] * logp
+    if [(x.dtype, x.dim()) for x in tensors] != [(dtype, 1) for dtype in dtypes]:
+        return False
+    row_n, length_n, token_T = tensors[:3]
+    return (
+        0 < len(row_n) == len(length_n)
+        and row_n.tolist() == row_n.unique().tolist()
+        and bool(((row_n >= 0) & (row_n < asked) & (length_n >= 1) & (length_n <= most)).all())
+        and all(len(x) == int(length_n.sum()) for x in tensors[2:])
+        and bool(((token_T >= 0) & (token_T < vocabulary)).all())
+    )
+
+
 def unpacked(tensors: Sequence[Tensor]) -> tuple[dict[int, list[int]], dict[int, list[float]]]:
     """Of `packed`: responses by row, and their log-probabilities; none if these were not given."""
     row_n, length_n, *columns = tensors

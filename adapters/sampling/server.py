@@ -20,7 +20,7 @@ from ..checkpoint.model import Policy
 from ..config.schema import SamplingConfig, ServerConfig
 from .client import Call, answers, require_model
 from .completions import Answer, Asked, body, most_bytes, read
-from .drawn import packed, unpacked
+from .drawn import are_packed, packed, unpacked
 from .responses import Responses
 
 TRIED = 8  # responses whose log-probabilities are compared before the others are asked for
@@ -60,7 +60,8 @@ def sample(
         request = body(asked, server.model, config, request_seed(seed, index))
         reading = partial(read, asked=asked, model=server.model)
         calls.append(Call(request, most_bytes(asked), reading))
-    kept = progress.begin((len(calls), config.max_new_tokens))
+    plan = (len(calls), config.max_new_tokens)
+    kept = progress.begin(plan, lambda x: are_packed(x.tensors, *plan, vocabulary, logp=True))
     here: dict[int, Answer] = {}
     if kept.so_far is not None:
         drawn, logp = unpacked(kept.so_far.tensors)

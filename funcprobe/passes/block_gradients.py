@@ -10,10 +10,11 @@ from torch import Tensor
 from .. import tree
 from ..policy.forward import Forward
 from ..policy.layout import MAX_TOKENS, select
-from ..progress import Kept, SoFar
+from ..progress import Kept, SoFar, alike
 from ..ranks import Ranks
 from ..types import Batch, Params
 from .gradients import accumulate, weighted_grad, zero_gradient
+from .microbatches import own_microbatches, replayed
 
 
 class Blocks(NamedTuple):
@@ -43,9 +44,20 @@ def block_gradients(
     K, names = int(block_N.max()) + 1, sorted(params)
     if len(block_N.unique()) != K or int(block_N.min()) < 0:
         raise ValueError(f"block_N has {len(block_N.unique())} different entries, not 0 to {K - 1}")
-    kept = forward.progress.begin((max_tokens, int(forward.recompute), *block_N.tolist()))
     total = zero_gradient(params)
     dot_KdT = torch.zeros(K, len(directions), len(names), dtype=torch.float64)
+
+    def fits(so_far: SoFar) -> bool:
+        block, *counts = so_far.counts or (K,)
+        zeros = [total[n] for n in names]
+        if not (0 <= block < K and alike(so_far.tensors, [dot_KdT, *zeros, *zeros])):
+            return False
+        part = select(batch, (block_N == block).nonzero().flatten())
+        waiting = own_microbatches(part, max_tokens, forward.layout, forward.ranks)
+        return replayed(counts, waiting, part, forward.layout, repeats=True) is not None
+
+    plan = (max_tokens, int(forward.recompute), *block_N.tolist())
+    kept = forward.progress.begin(plan, fits)
     first, of_first = 0, None
     if kept.so_far is not None:
         (first, *counts), (dot_KdT, *both) = kept.so_far
@@ -95,7 +107,7 @@ class _OfBlock(NamedTuple):
     before: list[Tensor]
     so_far: SoFar | None
 
-    def begin(self, plan: Sequence[int]) -> Kept:  # noqa: ARG002
+    def begin(self, plan: Sequence[int], fits: Callable[[SoFar], bool]) -> Kept:  # noqa: ARG002
         return self
 
     def keep(self, counts: Sequence[int], tensors: Callable[[], Sequence[Tensor]]) -> None:

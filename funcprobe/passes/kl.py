@@ -69,7 +69,7 @@ def kl_at(
         hidden = [forward.hidden(given, rows) for given in (reference, *there)]
         return _by_chunk(chunk, hidden, forward)
 
-    return _of_batch(one, batch, forward, max_tokens)
+    return _of_batch(one, len(points), batch, forward, max_tokens)
 
 
 def kl_along(
@@ -111,7 +111,7 @@ def kl_along(
         moved = [forward.hidden(given, rows) for given in there]
         return _by_chunk(chunk, [forward.hidden(reference, rows), *along, *moved], forward)
 
-    kl_NR, tangent_NR, *moved = _of_batch(one, batch, forward, max_tokens)
+    kl_NR, tangent_NR, *moved = _of_batch(one, 2 + len(etas), batch, forward, max_tokens)
     return KlAlong(kl_NR, tangent_NR, tuple(moved))
 
 
@@ -134,7 +134,11 @@ def _by_chunk(
 
 
 def _of_batch(
-    one: Callable[[Rows], tuple[Tensor, ...]], batch: Batch, forward: Forward, max_tokens: int
+    one: Callable[[Rows], tuple[Tensor, ...]],
+    columns: int,
+    batch: Batch,
+    forward: Forward,
+    max_tokens: int,
 ) -> list[Float[Tensor, "N R"]]:
     with torch.no_grad():
-        return per_token(one, batch, max_tokens, forward)
+        return per_token(one, columns, batch, max_tokens, forward)

@@ -23,7 +23,7 @@ def token_stats(
     def stats(rows: Rows) -> tuple[Tensor, Tensor]:
         return token_head(params, forward.hidden(params, rows), rows.target_T, forward)
 
-    return TokenStats(*per_token(stats, batch, max_tokens, forward))
+    return TokenStats(*per_token(stats, 2, batch, max_tokens, forward))
 
 
 def seq_logprobs(

@@ -5,7 +5,7 @@ added once a pass.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -25,12 +25,14 @@ from ..policy.layout import (
     select,
 )
 from ..policy.rows import Rows
+from ..progress import SoFar, alike
 from ..ranks import Ranks, most_loaded, refuse_several, shares
 from ..types import Batch
 
 T = TypeVar("T")
 
 SMALL = 256  # tokens below which microbatches are not cut finer for the sake of balance
+WIDE = (torch.float32, torch.float64)  # of what is computed of a token
 CUTS = 4  # ways to cut them that are compared
 
 
@@ -43,6 +45,7 @@ def over_microbatches(
     forward: Forward,
     layout: Layout | None = None,
     smaller: Callable[[], Callable[[Rows], T] | None] | None = None,
+    columns: int = 0,
 ) -> tuple[list[Tensor], list[Rows]]:
     """add(... add(add(start, rows, compute(rows)), ...)) over the microbatches, and these, in order.
 
@@ -51,7 +54,8 @@ def over_microbatches(
     `forward.ranks`. If memory runs out, the microbatch is halved, `forward.halved` is called with the
     new bound, and no later microbatch is larger. If it runs out on a single sequence, `smaller()`, the
     same with less memory, is computed for it and for all after it, and `forward.recomputing` is called;
-    if that is None, or runs out as well, the error is raised.
+    if that is None, or runs out as well, the error is raised. `columns`: without a start, `add` makes
+    as many, with an entry for every token of the microbatches, in float32 or float64.
 
     What `forward.progress` has of this pass is taken for the first microbatches, which are cut as they
     were then: memory counts as out where it was, so that the sum is the uninterrupted one to the bit.
@@ -59,9 +63,18 @@ def over_microbatches(
     # `compute` may already be what smaller() would be.
     smallest = forward.recompute or smaller is None
     layout = forward.layout if layout is None else layout
-    waiting = _own(batch, max_tokens, layout, forward.ranks)
+    planned = waiting = own_microbatches(batch, max_tokens, layout, forward.ranks)
     plan = (max_tokens, int(smallest), forward.ranks.rank, forward.ranks.size)
-    kept = forward.progress.begin((*plan, *(rows.tokens for rows in waiting)))
+
+    def fits(so_far: SoFar) -> bool:
+        known = replayed(so_far.counts, planned, batch, layout, repeats=smaller is not None)
+        if known is None or start:
+            return known is not None and alike(so_far.tensors, start)
+        shape = (sum(len(rows.k_T) for rows in known),)
+        wide = all(x.shape == shape and x.dtype in WIDE for x in so_far.tensors)
+        return len(so_far.tensors) == columns and wide
+
+    kept = forward.progress.begin((*plan, *(rows.tokens for rows in waiting)), fits)
     state, done, (known, *ran_out) = start, list[Rows](), (0,)
     if kept.so_far is not None:
         known, *ran_out = kept.so_far.counts
@@ -91,29 +104,64 @@ def over_microbatches(
                 compute = other
                 forward.recomputing()
             continue
-        length_N = batch.prompt_length_N + batch.response_length_N
-        # The failed microbatch separately, as a later sequence may be longer than half of it.
-        own_N = rows.sequence_T.unique()
-        bound = max(rows.tokens // 2, int(length_N[own_N].max()))
-        again = _of_sequences(batch, own_N, bound, layout)
-        if waiting:
-            left_N = torch.cat([r.sequence_T for r in waiting]).unique()
-            bound = max(bound, int(length_N[left_N].max()))
-            again += _of_sequences(batch, left_N, bound, layout)
-        waiting = again
+        waiting, bound = _halved(rows, waiting, batch, layout)
         forward.halved(bound)
     return state, done
 
 
+def replayed(
+    counts: Sequence[int], waiting: list[Rows], batch: Batch, layout: Layout, *, repeats: bool
+) -> list[Rows] | None:
+    """The microbatches after which a pass has these counts; None if it never has.
+
+    `repeats`: a single sequence that did not fit is computed again, as with `smaller`.
+    """
+    known, *ran_out = counts or (0,)
+    done = list[Rows]()
+    while len(done) < known and waiting:
+        rows, *waiting = waiting
+        if ran_out[:1] != [len(done)]:
+            done.append(rows)
+            continue
+        del ran_out[0]
+        if len(rows.sequence_T.unique()) > 1:
+            waiting, _ = _halved(rows, waiting, batch, layout)
+        elif repeats:
+            waiting = [rows, *waiting]
+        else:
+            return None
+    return done if 0 < len(done) == known and not ran_out else None
+
+
+def _halved(rows: Rows, waiting: list[Rows], batch: Batch, layout: Layout) -> tuple[list[Rows], int]:
+    """Microbatches, the first of which did not fit into memory, cut finer; the bound on tokens."""
+    length_N = batch.prompt_length_N + batch.response_length_N
+    # The failed microbatch separately, as a later sequence may be longer than half of it.
+    own_N = rows.sequence_T.unique()
+    bound = max(rows.tokens // 2, int(length_N[own_N].max()))
+    again = _of_sequences(batch, own_N, bound, layout)
+    if waiting:
+        left_N = torch.cat([r.sequence_T for r in waiting]).unique()
+        bound = max(bound, int(length_N[left_N].max()))
+        again += _of_sequences(batch, left_N, bound, layout)
+    return again, bound
+
+
 def per_token(
-    compute: Callable[[Rows], tuple[Tensor, ...]], batch: Batch, max_tokens: int, forward: Forward
+    compute: Callable[[Rows], tuple[Tensor, ...]],
+    columns: int,
+    batch: Batch,
+    max_tokens: int,
+    forward: Forward,
 ) -> list[Float[Tensor, "N R"]]:
-    """The per-token results of compute(rows) over all microbatches, each as [N, R] in float64.
+    """The `columns` per-token results of compute(rows) over all microbatches, as [N, R] in float64.
 
     Of several processes each fills in its own entries, which are added once. InputError if there are
     several and a surrounding transform, or autograd, differentiates the results.
     """
-    flat_KT, parts = over_microbatches(compute, _appended, [], batch, max_tokens, forward)
+    flat_KT, parts = over_microbatches(
+        compute, _appended, [], batch, max_tokens, forward, columns=columns
+    )
     if forward.ranks.size == 1:
         return [scatter([values_T], parts, batch) for values_T in flat_KT]
     # A rank without microbatches computes the smallest one, to know how many results there are.
@@ -147,7 +195,7 @@ def _like(start: list[Tensor], found: list[Tensor]) -> list[Tensor]:
     return [x.to(first.device) for first, x in zip(start, found, strict=True)]
 
 
-def _own(batch: Batch, max_tokens: int, layout: Layout, ranks: Ranks) -> list[Rows]:
+def own_microbatches(batch: Batch, max_tokens: int, layout: Layout, ranks: Ranks) -> list[Rows]:
     """The microbatches of this rank, in the order of the plan that all ranks make.
 
     Of several bounds on their tokens the one by which the most loaded rank has least: shares of all

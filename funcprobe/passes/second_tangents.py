@@ -46,7 +46,7 @@ def second_tangents(
         jet = second_jvp(hidden, (params,), (direction,))
         return head_second_tangents(params, jet, rows.target_T, direction, forward)
 
-    tensors = per_token(one, batch, max_tokens, forward)
+    tensors = per_token(one, 6, batch, max_tokens, forward)
     return TokenStats(*tensors[:2]), TokenStats(*tensors[2:4]), TokenStats(*tensors[4:])
 
 

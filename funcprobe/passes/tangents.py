@@ -38,7 +38,7 @@ def tangents(
         hidden_TD, dhidden_TD = hidden_along(params, rows, direction, forward)
         return head_tangents(params, hidden_TD, dhidden_TD, rows.target_T, direction, forward)
 
-    logp, entropy, dlogp, dentropy = per_token(one, batch, max_tokens, forward)
+    logp, entropy, dlogp, dentropy = per_token(one, 4, batch, max_tokens, forward)
     return TokenStats(logp, entropy), TokenStats(dlogp, dentropy)
 
 

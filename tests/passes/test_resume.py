@@ -10,6 +10,7 @@ import funcprobe
 from funcprobe.passes.block_gradients import block_gradients
 from funcprobe.policy.forward import frozen_forward
 from funcprobe.policy.reference import base_params
+from funcprobe.progress import SoFar
 from support.architectures import BATCH, P_NR, Q_NR, make_policy
 from support.in_turn import in_turn
 from support.kept import InMemory, KilledError
@@ -79,6 +80,25 @@ def require_resumable(program, forward, again=None, least=2):
 def test_every_pass(name):
     forward, programs = passes(make_policy())
     require_resumable(programs[name], forward)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_no_such_pass_makes_does_not_fit(name):
+    forward, programs = passes(make_policy())
+    whole = InMemory()
+    programs[name](forward._replace(progress=whole))
+    assert whole.stored
+    for number, (_, (counts, tensors)) in whole.stored.items():
+        others = [
+            *((x, tensors) for x in ((), (*counts[:-1], 99), (*counts, 98), (99, 1, 1))),
+            *((counts, x) for x in ([], tensors[:-1], [*tensors, tensors[-1]])),
+            (counts, [torch.cat([x, x]) for x in tensors]),
+            (counts, [x[None] for x in tensors]),
+            *((counts, [x.to(d) for x in tensors]) for d in (torch.float16, torch.int64)),
+        ]
+        fits = whole.fits[number]
+        assert fits(SoFar(counts, tensors))
+        assert [i for i, x in enumerate(others) if fits(SoFar(*x))] == []
 
 
 @pytest.mark.parametrize("name", ["tangents", "blocks"])

@@ -19,11 +19,14 @@ class InMemory:
         self.stored: dict[int, tuple[list[int], SoFar]] = {} if before is None else dict(before.stored)
         self.history: list[InMemory] = []  # as it was after every microbatch
         self.begun = self.kept = 0
+        self.fits: dict[int, Callable[[SoFar], bool]] = {}
 
-    def begin(self, plan: Sequence[int]) -> Kept:
+    def begin(self, plan: Sequence[int], fits: Callable[[SoFar], bool]) -> Kept:
         number, self.begun = self.begun, self.begun + 1
         found = self.stored.get(number)
         assert found is None or found[0] == list(plan)
+        self.fits[number] = fits
+        assert found is None or fits(found[1])
         return OfPass(self, number, list(plan), None if found is None else found[1])
 
 
