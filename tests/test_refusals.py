@@ -76,6 +76,27 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], None], tuple[str, ...]]] = {
         write("adapter", "adapter_config.json", "[]"),
         ("the adapter's configuration cannot be loaded",),
     ),
+    **{
+        f"adapter_config.json with a base that is {what}": (
+            adapter_config(base_model_name_or_path=name),
+            ("base_model_name_or_path", "printable characters", "policy.base"),
+        )
+        for what, name in {
+            "a list": ["a", "b"],
+            "a number": 7,
+            "of another type": True,
+            "no path": "a\0b",
+            "endless": "x" * 10**6,
+        }.items()
+    },
+    "adapter_config.json with a revision that is a number": (
+        adapter_config(revision=7),
+        ("revision = 7", "printable characters"),
+    ),
+    "base with a dtype that is another name of torch": (
+        lambda c: edit_json(c.base / "config.json", dtype="load"),
+        ("the base model", "IndexError", "set policy.base"),
+    ),
     "adapter_config.json damaged": (write("adapter", "adapter_config.json", "{"), ("JSONDecodeError",)),
     "rank that is no number": (adapter_config(r="two"), ("does not match base",)),
     "target modules that are no list": (adapter_config(target_modules=5), ("does not match base",)),
@@ -88,7 +109,10 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], None], tuple[str, ...]]] = {
         ("no LoRA parameters", "peft_type = PROMPT_TUNING", "give a checkpoint with a LoRA adapter"),
     ),
     "no base named": (adapter_config(base_model_name_or_path=None), ("set policy.base",)),
-    "base of a number": (adapter_config(base_model_name_or_path=7), ("from 7", "set policy.base")),
+    "base of a number": (
+        adapter_config(base_model_name_or_path=7),
+        ("base_model_name_or_path = 7", "name the base in policy.base"),
+    ),
     "base folder gone": (
         adapter_config(base_model_name_or_path="/nowhere/base"),
         ("base model /nowhere/base: no such folder", "set policy.base"),

@@ -79,8 +79,25 @@ REJECTED = {
 """Key -> why it is rejected where it is set, and what to do."""
 
 
+LONGEST_NAME = 4096
+"""Characters of a folder or hub id; Linux opens no longer path."""
+
+
 def check_fields(found: dict[str, Any], source: str | Path) -> None:
-    """InputError for a key that is set and rejected, or that neither peft nor these lists know."""
+    """InputError for a key that is set and rejected, or that neither peft nor these lists know.
+
+    Also for a base or revision that is no name: as a path it would fail far from here, and what is no
+    string would be asked of the hub as one.
+    """
+    for key in ("base_model_name_or_path", "revision"):
+        name = found.get(key)
+        named = isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable()
+        if not (name is None or named):
+            raise InputError(
+                f"{source}: adapter_config.json has {key} = {_shown(name)}, expected null or at most "
+                f"{LONGEST_NAME} printable characters: correct it, or set it to null and "
+                "name the base in policy.base"
+            )
     for key, value in sorted(found.items()):
         if _blank(value) or key in APPLIED or key in WITHOUT_EFFECT:
             continue

@@ -31,12 +31,12 @@ from .plausible import require_as_many_numbers, require_plausible
 from .quantised import quantisation
 
 # Raised by transformers 5.23, huggingface_hub and safetensors for files that are missing, damaged, or
-# of another kind; wrong values in JSON appear as TypeError or KeyError from inside them.
+# of another kind; wrong values in JSON appear as TypeError or IndexError from inside them.
 UNLOADABLE = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
     ZeroDivisionError,
     HFValidationError,

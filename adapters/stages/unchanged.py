@@ -90,7 +90,9 @@ def _base(config: Config, checkpoint: Path) -> list[Path]:
         return [Path(config.policy.base).expanduser()]
     try:
         found = strict_json.parse((checkpoint / "adapter_config.json").read_text("utf-8"), nan=True)
-        return [Path(found["base_model_name_or_path"])]
+        base = Path(found["base_model_name_or_path"])
+        # Any folder can be named there, as the root: one that is no model is not gone through.
+        return [base] if (base / "config.json").is_file() else []
     except (OSError, ValueError, KeyError, TypeError):  # which loading refuses, or needs none
         return []
 
