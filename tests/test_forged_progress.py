@@ -52,6 +52,7 @@ def forge(path: Path, change: Callable[[Tensors], Tensors], name: str = "{:06d}"
     save_file(named, path, {ENTRY: json.dumps(about, sort_keys=True)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("done", "ways"),
     [
