@@ -5,9 +5,11 @@ no files. It bounds neither time nor memory, which is done here.
 """
 
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -26,6 +28,10 @@ UNRENDERABLE = (
     *(TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError),
     *(ArithmeticError, RecursionError, MemoryError),
 )
+
+
+class _BeyondError(BaseException):
+    """No Exception: jinja computes constants when it compiles, and goes on after any of these."""
 
 
 def rendered(tokenizer: Any, messages: Any, **arguments: Any) -> Any:
@@ -48,14 +54,21 @@ def _require_no_powers(template: Any) -> None:
 
 @contextmanager
 def _in_bounds() -> Iterator[None]:
-    """Counts the lines of the template that are run in this thread; limits the process's memory."""
-    end, steps = time.monotonic() + LONGEST, 0
+    """Counts the lines of the template that are run in this thread; limits time and memory."""
+    end, steps, over = time.monotonic() + LONGEST, 0, False
+
+    def stop() -> None:
+        """Once: what ends after it, ends in peace."""
+        nonlocal over
+        if not over:
+            over = True
+            raise _BeyondError
 
     def count() -> None:
         nonlocal steps
         steps += 1
         if steps > MOST_STEPS or time.monotonic() > end:
-            raise TemplateError(f"it takes more than {MOST_STEPS:,} steps or {LONGEST:g} s")
+            stop()
 
     def line(_frame: FrameType, event: str, _argument: Any) -> Any:
         if event == "line":
@@ -67,12 +80,35 @@ def _in_bounds() -> Iterator[None]:
         return line if frame.f_code.co_filename == _TEMPLATE else None
 
     before = sys.gettrace()
-    with _limited_memory():
+    with _limited_memory(), _limited_time(stop):
         sys.settrace(call)
         try:
             yield
+        except _BeyondError as error:
+            raise TemplateError(f"it takes more than {MOST_STEPS:,} steps or {LONGEST:g} s") from error
         finally:
             sys.settrace(before)
+
+
+@contextmanager
+def _limited_time(stop: Callable[[], None]) -> Iterator[None]:
+    """Calls it after LONGEST: of jinja's filters, and what they call, no line is counted.
+
+    In the main thread, which alone receives signals. An alarm of the caller's own is set again.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    start, before = time.monotonic(), signal.signal(signal.SIGALRM, lambda *_: stop())
+    left, every = signal.setitimer(signal.ITIMER_REAL, LONGEST)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), every)
 
 
 @contextmanager
