@@ -28,7 +28,7 @@ class SavedRun(NamedTuple):
     config: str
     """config.toml, resolved; empty where it is gone."""
     log: str
-    """run.log; empty where it is gone."""
+    """run.log; empty where it is gone, or a link."""
     whatif: WhatIf | None
     """RUN.FOLDER/RUN.NAME.whatif.json; None: `funcprobe whatif` has not compared rules of this run."""
     whatif_left_out: str | None = None
@@ -124,7 +124,10 @@ def _rules(folder: Path, results: Results, manifest: Manifest) -> tuple[WhatIf |
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """Empty if it is missing, and of a link: a stranger's would show any file of the reader's."""
+    if path.is_symlink() or not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _parquet(path: Path) -> "pa.Table":

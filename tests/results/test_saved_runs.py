@@ -127,6 +127,16 @@ def test_without_log_config_and_rules_the_rest_is_read(run):
     assert write_report(run).is_file()
 
 
+@pytest.mark.parametrize("name", ["run.log", "config.toml"])
+def test_a_link_shows_no_file_of_the_readers(run, tmp_path, name):
+    secret = tmp_path / "secret"
+    secret.write_text("for my eyes", encoding="utf-8")
+    (run / name).unlink()
+    (run / name).symlink_to(secret)
+    found = load_run(run)
+    assert "my eyes" not in found.log + found.config
+
+
 def test_the_run_folder_is_found_from_itself(run, monkeypatch):
     """`funcprobe report .`: its name is that of the folder, not "."."""
     monkeypatch.chdir(run)
