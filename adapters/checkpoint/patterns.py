@@ -11,7 +11,7 @@ from typing import Any
 from funcprobe.types import InputError
 
 MOST_REPEATS = 5  # unbounded ones that a match can pass; names have about 60 characters
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000  # models have some hundreds; each takes some milliseconds to build
 LONGEST = 2_000  # characters
 
 _LISTS = ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save")

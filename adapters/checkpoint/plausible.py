@@ -15,8 +15,9 @@ from funcprobe.types import InputError
 from .. import strict_json
 from ..machine.archives import why_not_plain
 from ..machine.pointers import pointer
+from .patterns import MOST_LAYERS
 
-MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # layers; layers x experts
+MOST_EXPERTS = 100_000  # in all layers
 NUMBERS, ALLOWANCE = 4, 1 << 24  # parameters for a byte of the files, of which 4-bit weights have two
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 

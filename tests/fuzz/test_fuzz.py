@@ -191,6 +191,11 @@ REGRESSIONS: dict[str, tuple[str, Any, str]] = {
         "custom code",
     ),
     # Chat templates.
+    "layers that take long to build": (
+        "config.json",
+        json_text(BASE | {"num_hidden_layers": 2000}),
+        "asks for 2,000 layers",
+    ),
     "a template without end": ("chat_template", LOOP, "takes more than"),
     "a template of 2**40 characters": ("chat_template", GROWS, "rejects the messages"),
     "a template of powers": ("chat_template", b"{{ 9 ** 9 ** 9 }}", "operator **"),
