@@ -87,6 +87,7 @@ def loads(monkeypatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_each_run_is_bit_for_bit_that_of_the_checkpoint_alone(
     sweep, training, command, monkeypatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_run(sweep, training, m
     assert sorted(p.name for p in Path("runs").glob("t-*/")) == ["t-10", "t-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "said"),
     [

@@ -32,6 +32,7 @@ def quick(monkeypatch) -> None:
 # The disk fills up
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> None:
     """Every write of a whole run in turn: Parquet, safetensors, text, and a rename."""
     Path("c.toml").touch()
@@ -79,6 +80,7 @@ def test_a_disk_that_is_full_at_any_write(command, checkpoint, monkeypatch) -> N
     assert outcome.status == 0
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_one_line_stands_alone(tmp_path, checkpoint, damaged, other) -> None:
     """RLIMIT_FSIZE stops real writes in the middle: the Parquet of E, then the first-order file."""
     (tmp_path / "c.toml").touch()

@@ -329,6 +329,7 @@ def test_responses_of_a_stage_are_read_by_the_tokenizer_of_now(probe, calls, dam
     assert two["reward"] == [len(text) for text in two["response"]]
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_another_direction_are_not_taken_from_a_stage(probe) -> None:
     """Two rules in one folder of stages, both "exact", against the same computed anew."""
     given: dict[str, Any] = {"measure__second_order": "exact"}
@@ -386,6 +387,7 @@ def test_brought_rollouts_are_as_good_as_the_sampled_ones_they_are(probe, calls)
     assert without_errors(half) == without_errors(sampled)
 
 
+@pytest.mark.slow
 def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> None:
     # Without a baseline, as E with sampler_logp has none.
     off = {"attribution__level": "off"}  # see above

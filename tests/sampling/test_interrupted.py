@@ -47,6 +47,7 @@ def generated(monkeypatch, room: list[int]) -> list[list[list[int]]]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [(99,), (3,), (99, 99, 3), (1,)])
 def test_batches_are_those_of_the_undisturbed_run(policy, monkeypatch, room) -> None:
     """Also where memory runs out before or after, and where there would be another size by now."""

@@ -77,6 +77,7 @@ def numbers(run: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_forged_stages(command, checkpoint) -> None:
     Path("c.toml").touch()
     words = sets(checkpoint.settings() | GIVEN)

@@ -269,6 +269,7 @@ def test_low_coverage_is_refused_or_makes_the_raw_gradient_the_direction(
 # Whether E is a sample of the policy
 
 
+@pytest.mark.slow
 def test_e_at_another_temperature_is_suspect(probe) -> None:
     """Brought as if at 1; the check sees all of E, and its own log-probabilities take its place."""
     few: dict[str, Any] = {"measure__etas": [1e-5], "measure__next_lr": False}

@@ -27,6 +27,7 @@ def said(err: str) -> list[str]:
     return [line for line in err.splitlines() if "dropout in training" in line]
 
 
+@pytest.mark.slow
 def test_it_is_said_and_changes_nothing_else(probe, command, dropped, checkpoint) -> None:
     Path("c.toml").touch()
     outcome = command("run", "c.toml", "--dry-run", *sets(dropped.settings()))
@@ -40,6 +41,7 @@ def test_it_is_said_and_changes_nothing_else(probe, command, dropped, checkpoint
     assert said(plain.err) == []
 
 
+@pytest.mark.slow
 def test_masks_give_a_mean_and_a_spread(command, probe, dropped) -> None:
     Path("c.toml").touch()
     given = dropped.settings() | {"run.name": "one", "step.masks": 4}

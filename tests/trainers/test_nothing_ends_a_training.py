@@ -123,6 +123,7 @@ def said_by(work: Callable[[], Any]) -> tuple[Any, list[str]]:
     return found, [line for line in lines if "dropout in training" not in line]
 
 
+@pytest.mark.slow
 def test_each_stage_of_a_probe_may_fail(checkpoint, tmp_path, monkeypatch) -> None:
     steps = len(STAGES) + 1
     without = outcome(plain_trainer(checkpoint, tmp_path / "off", max_steps=steps, bf16=True))
