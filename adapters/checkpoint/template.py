@@ -58,7 +58,7 @@ def _in_bounds() -> Iterator[None]:
     end, steps, over = time.monotonic() + LONGEST, 0, False
 
     def stop() -> None:
-        """Once: what ends after it, ends in peace."""
+        """Raises once, so that nothing interrupts the ending."""
         nonlocal over
         if not over:
             over = True

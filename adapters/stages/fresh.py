@@ -19,7 +19,7 @@ from ..machine.cost import Stage, counted
 from ..resume import computed
 from ..rollouts import Rollouts
 from ..sampling.drawing import derived_seed
-from ..sampling.drawn import packed, unpacked
+from ..sampling.drawn import are_packed, packed, unpacked
 from ..sampling.generate import sample_responses
 from ..sampling.responses import Responses
 from ..sampling.shared_out import shared_out
@@ -82,14 +82,8 @@ def sample_again(
         return [torch.tensor(drawn.finished), *packed(dict(enumerate(drawn.ids)))]
 
     def fits(found: list[torch.Tensor]) -> bool:
-        _, row_N, length_N, token_T = found
-        return (
-            (token_T.dtype, token_T.dim()) == (torch.int64, 1)
-            and row_N.tolist() == list(range(len(prompt_ids)))
-            and bool(((length_N > 0) & (length_N <= config.max_new_tokens)).all())
-            and int(length_N.sum()) == len(token_T)
-            and bool(((token_T >= 0) & (token_T < vocabulary(plan.policy))).all())
-        )
+        count, most = len(prompt_ids), config.max_new_tokens
+        return len(found[1]) == count and are_packed(found[1:], count, most, vocabulary(plan.policy))
 
     def measure(stage: Stage) -> TokenStats:
         forward = counted(plan.forward, stage, "fresh")
