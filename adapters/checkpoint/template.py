@@ -35,33 +35,16 @@ class _BeyondError(BaseException):
 
 
 def rendered(tokenizer: Any, messages: Any, **arguments: Any) -> Any:
-    """tokenizer.apply_chat_template; raises one of UNRENDERABLE, also for a template beyond a bound."""
+    """tokenizer.apply_chat_template; raises one of UNRENDERABLE, also for a template beyond a bound.
+
+    Counted are calls in this thread, and lines of the template; limited are time and memory.
+    """
     _require_no_powers(tokenizer.chat_template)
-    with _in_bounds():
-        return tokenizer.apply_chat_template(messages, **arguments)
-
-
-def _require_no_powers(template: Any) -> None:
-    """A power of whole numbers is one operation, which nothing can interrupt."""
-    texts = template.values() if isinstance(template, dict) else [template]
-    for text in texts:
-        if not isinstance(text, str) or "**" not in text:
-            continue
-        tokens = jinja2.Environment().lex(text)
-        if any(kind == "operator" and value == "**" for _, kind, value in tokens):
-            raise TemplateError("it has the operator **, which chat templates have no use for")
-
-
-@contextmanager
-def _in_bounds() -> Iterator[None]:
-    """Counts the lines of the template that are run in this thread; limits time and memory."""
-    end, steps, over = time.monotonic() + LONGEST, 0, False
+    end, steps, running = time.monotonic() + LONGEST, 0, True
 
     def stop() -> None:
-        """Raises once, so that nothing interrupts the ending."""
-        nonlocal over
-        if not over:
-            over = True
+        # In a callback, as of the garbage collector, it would only end the tracing: the alarm goes on.
+        if running:
             raise _BeyondError
 
     def count() -> None:
@@ -80,19 +63,32 @@ def _in_bounds() -> Iterator[None]:
         return line if frame.f_code.co_filename == _TEMPLATE else None
 
     before = sys.gettrace()
-    with _limited_memory(), _limited_time(stop):
+    with _limited_memory(), _alarm(stop):
         sys.settrace(call)
         try:
-            yield
+            return tokenizer.apply_chat_template(messages, **arguments)
         except _BeyondError as error:
+            running = False
             raise TemplateError(f"it takes more than {MOST_STEPS:,} steps or {LONGEST:g} s") from error
         finally:
+            running = False
             sys.settrace(before)
 
 
+def _require_no_powers(template: Any) -> None:
+    """A power of whole numbers is one operation, which nothing can interrupt."""
+    texts = template.values() if isinstance(template, dict) else [template]
+    for text in texts:
+        if not isinstance(text, str) or "**" not in text:
+            continue
+        tokens = jinja2.Environment().lex(text)
+        if any(kind == "operator" and value == "**" for _, kind, value in tokens):
+            raise TemplateError("it has the operator **, which chat templates have no use for")
+
+
 @contextmanager
-def _limited_time(stop: Callable[[], None]) -> Iterator[None]:
-    """Calls it after LONGEST: of jinja's filters, and what they call, no line is counted.
+def _alarm(stop: Callable[[], None]) -> Iterator[None]:
+    """Calls it after LONGEST, and then ten times a second: a filter of jinja's has no counted lines.
 
     In the main thread, which alone receives signals. An alarm of the caller's own is set again.
     """
@@ -101,7 +97,7 @@ def _limited_time(stop: Callable[[], None]) -> Iterator[None]:
         return
 
     start, before = time.monotonic(), signal.signal(signal.SIGALRM, lambda *_: stop())
-    left, every = signal.setitimer(signal.ITIMER_REAL, LONGEST)
+    left, every = signal.setitimer(signal.ITIMER_REAL, LONGEST, 0.1)
     try:
         yield
     finally:

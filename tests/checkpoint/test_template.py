@@ -1,7 +1,10 @@
 """Chat templates in bounds: a stranger's program ends in time, and leaves the caller's alarm."""
 
+import gc
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +28,15 @@ def text_of(chat_template: str) -> Any:
     return template.rendered(Templated(chat_template), [{"role": "user", "content": "1+1="}])
 
 
+@pytest.fixture
+def unbothered() -> Iterator[None]:
+    """Without Hypothesis's callback of the garbage collector, in which an exception is reported."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("unbothered")
 @pytest.mark.parametrize(
     "constant",
     ["[1]|slice(2000000000)|list|length", "('ab ' * 30000000)|wordwrap(1)|length"],
@@ -37,6 +49,36 @@ def test_a_constant_is_computed_in_bounds_too(constant: str, monkeypatch) -> Non
     with pytest.raises(TemplateError, match="takes more than"):
         text_of("{{ " + constant + " }}")
     assert time.monotonic() - start < 10  # unbounded more than 20 s
+
+
+def test_an_exception_that_a_callback_swallows_is_raised_again(monkeypatch) -> None:
+    """One in a callback of the garbage collector is reported, has no effect, and ends the tracing."""
+    swallowed: list[str] = []
+    monkeypatch.setattr(template, "MOST_STEPS", 1000)
+    monkeypatch.setattr(template, "LONGEST", 0.3)
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: swallowed.append(found.exc_type.__name__))
+
+    def step() -> None: ...
+
+    def callback(_phase: str, _info: dict[str, int]) -> None:
+        for _ in range(2000):
+            step()
+
+    def apply(_messages: Any) -> None:
+        gc.collect()
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            step()
+
+    tokenizer = Templated("{{ messages[0].content }}")
+    monkeypatch.setattr(tokenizer, "apply_chat_template", apply, raising=False)
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(TemplateError, match="takes more than 1,000 steps"):
+            template.rendered(tokenizer, [])
+    finally:
+        gc.callbacks.remove(callback)
+    assert "_BeyondError" in swallowed
 
 
 def test_an_alarm_of_the_callers_own_rings() -> None:

@@ -113,7 +113,8 @@ def test_a_decoder_inside_a_base_model_behind_hooks():
     for module in base.modules():
         add_hook_to_module(module, ModelHook())
     found = funcprobe.bind(model).token_stats(trainable_params(model), BATCH)
-    assert torch.equal(found.logp_NR, expected.logp_NR)
+    # An embedding behind a hook has no readout in closed form, whose route rounds otherwise.
+    torch.testing.assert_close(found.logp_NR, expected.logp_NR, rtol=0, atol=1e-14)
 
 
 @torch.no_grad()

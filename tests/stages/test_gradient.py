@@ -133,7 +133,7 @@ def test_what_is_stored_says_how_many_processes_cut_it() -> None:
             world=world,
             cut=Plan.cut.fget(SimpleNamespace(max_tokens=64, world=world)),
         )
-        batch = SimpleNamespace(prompt_N=[])
+        batch = SimpleNamespace(prompt_N=[0], response_length_N=torch.ones(1))
         update = SimpleNamespace(coef_NR=None, entropy_coef_NR=None, batch=batch, moves=True)
         batches: Any = SimpleNamespace(update=update, eval_batch=None, sampler_logp_NR=None)
 
