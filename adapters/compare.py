@@ -1,5 +1,6 @@
 """`funcprobe compare`: run folders side by side, as a table, JSON and a page."""
 
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from funcprobe.types import InputError
 from . import store
 from .checkpoint.trainer_state import trained_steps
 from .checkpoint.training_log import TrainingLog, training_log
+from .machine.home import expanded
 from .optimizer import find_sidecar
 from .report.comparison import write_comparison
 from .results.comparison import Given, compare
@@ -61,13 +63,13 @@ def _given(run: SavedRun) -> Given:
 
 def _checkpoint(run: SavedRun) -> Path | None:
     found = run.settings().get("policy", {}).get("checkpoint")
-    return Path(found).expanduser() if isinstance(found, str) and "\0" not in found else None
+    return Path(os.path.expanduser(found)) if isinstance(found, str) and "\0" not in found else None
 
 
 def _log(given: Sequence[Given], asked: Path | None) -> TrainingLog | None:
     """Of the file that was asked for, else of the checkpoint with the most steps."""
     if asked is not None:
-        found = training_log(asked.expanduser())
+        found = training_log(expanded(asked))
         if found is None:
             raise InputError(f"{asked}: no such file; give a trainer_state.json, or its folder")
         return found

@@ -21,6 +21,7 @@ from .config.file import to_toml
 from .config.schema import Config
 from .console import Narrator
 from .machine.failures import free, reason_of
+from .machine.home import expanded
 from .machine.ranks import ONE_PROCESS, World
 from .progress import Progress
 from .results.manifest import Inputs
@@ -185,7 +186,7 @@ def found(patterns: Sequence[str]) -> list[Path]:
     """The folders that match, each once, checkpoint-2 before checkpoint-10. InputError if none does."""
     folders: dict[Path, Path] = {}
     for pattern in patterns:
-        matches = [Path(place) for place in glob.glob(str(Path(pattern).expanduser()))]
+        matches = [Path(place) for place in glob.glob(str(expanded(pattern)))]
         here = [place for place in matches if place.is_dir()]
         if not here:
             what = f"{len(matches)} files and no folder match" if matches else "nothing matches"

@@ -179,6 +179,12 @@ def test_no_exception_is_swallowed(path):
     assert broad_handlers(tree_of(path)) == allowed
 
 
+@shell_files
+def test_a_home_is_of_a_user_that_exists(path):
+    """Path's own expanduser raises RuntimeError."""
+    assert ".expanduser()" not in path.read_text(encoding="utf-8")
+
+
 @files
 def test_files_are_short(path):
     count = len(path.read_text(encoding="utf-8").splitlines())

@@ -13,6 +13,7 @@ from funcprobe.types import InputError
 
 from .. import strict_json
 from ..config.schema import PolicyConfig
+from ..machine.home import expanded
 from ..machine.pointers import pointer
 from .adapter_fields import NESTED, check_fields
 from .base import UNLOADABLE, is_local, short
@@ -46,7 +47,7 @@ def full_model(config: PolicyConfig) -> str | None:
 
     InputError for settings that an adapter alone has.
     """
-    place = Path(config.checkpoint).expanduser()
+    place = expanded(config.checkpoint)
     if not has_full_model(place):
         return None
     what = f"{place} has a whole model (config.json without adapter_config.json)"
@@ -79,7 +80,7 @@ def find_adapter(checkpoint: str, subfolder: str | None) -> tuple[str, str | Non
     """
     if not is_local(checkpoint):
         return checkpoint, subfolder
-    place = Path(checkpoint).expanduser() / (subfolder or "")
+    place = expanded(checkpoint) / (subfolder or "")
     if not place.is_dir():
         raise InputError(f"{place}: no such folder; set policy.checkpoint to a checkpoint folder")
     if _has_adapter(place):
@@ -171,7 +172,7 @@ def base_name(adapter_config: LoraConfig, config: PolicyConfig) -> BaseName:
     named = adapter_config.base_model_name_or_path
     if not (config.base or named):
         raise InputError(f"{config.checkpoint} does not record its base model: set policy.base")
-    base_id, own = str(Path(str(config.base or named)).expanduser()), adapter_config.revision
+    base_id, own = str(expanded(str(config.base or named))), adapter_config.revision
     lines = []
     if named and base_id != str(named):
         at = f" at revision {own}" if own else ""

@@ -25,6 +25,7 @@ from funcprobe.types import InputError
 
 from ..config.paths import looks_local
 from ..config.schema import PolicyConfig
+from ..machine.home import expanded
 from ..machine.pointers import pointer
 from .device_map import placement, require_in_place
 from .plausible import require_as_many_numbers, require_plausible
@@ -169,7 +170,7 @@ def auto_class(base_config: Any) -> Any:
 
 def is_local(name: str) -> bool:
     """A folder, or a name that is no hub id: those have at most one slash and no checkpoint-N."""
-    return Path(name).expanduser().exists() or looks_local(name)
+    return expanded(name).exists() or looks_local(name)
 
 
 def short(error: BaseException) -> str:

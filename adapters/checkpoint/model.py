@@ -17,6 +17,7 @@ from funcprobe.types import InputError, Params
 from .. import store
 from ..config.schema import PolicyConfig
 from ..machine.devices import where
+from ..machine.home import expanded
 from .adapter import BaseName, full_model, open_adapter
 from .base import is_local, load_base, load_tokenizer
 from .embeddings import fit_vocabulary
@@ -210,7 +211,7 @@ def tokenizer_places(checkpoint: str, source: str, base_id: str) -> tuple[str, .
     """Possible locations of its files, nearest first; verl's is huggingface/, beside the adapter."""
     if not is_local(checkpoint):
         return (base_id,)
-    folder, adapter = Path(checkpoint).expanduser(), Path(source)
+    folder, adapter = expanded(checkpoint), Path(source)
     return str(folder), source, str(adapter.parent / "huggingface"), base_id
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from funcprobe.types import InputError
 
+from ..machine.home import expanded
 from .app import stdout
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def cache(
     """
     from .. import store
 
-    folder = folder.expanduser()
+    folder = expanded(folder)
     place = folder if folder.name == store.FOLDER else folder / store.FOLDER
     if not place.is_dir():
         raise InputError(f"there is no {place}: give the folder of the runs, as run.folder has it")

@@ -7,6 +7,7 @@ import typer
 
 from ..config.file import read_config
 from ..console import Narrator, one_line
+from ..machine.home import expanded
 from .app import ConfigPath, Overrides, open_page, stdout, world
 
 
@@ -90,7 +91,7 @@ def compare(
     from ..compare import compare_runs
     from ..results.comparison_words import print_comparison
 
-    written = compare_runs(runs, out.expanduser(), name, log)
+    written = compare_runs(runs, expanded(out), name, log)
     print_comparison(written.comparison, stdout())
     typer.echo(f"wrote {written.html} and {written.json.name}")
     if show:

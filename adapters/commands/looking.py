@@ -8,6 +8,7 @@ import typer
 
 from funcprobe.types import InputError
 
+from ..machine.home import expanded
 from .app import open_page
 
 
@@ -21,7 +22,7 @@ def report(
 
     With the rules that `funcprobe whatif` has compared since. Nothing is computed by the model.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     if (folder / "results.json").is_file():  # else `write_report` says what was expected
         _require_writable(folder)
     from ..report.write import write_report

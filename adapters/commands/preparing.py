@@ -9,6 +9,7 @@ import typer
 from funcprobe.types import InputError
 
 from ..config.file import commented_config
+from ..machine.home import expanded
 from .app import stdout
 
 
@@ -50,7 +51,7 @@ def init(
         from ..proposal import propose
 
         text = propose(
-            checkpoint.expanduser(), prompts, split=split, prompt_column=prompt_column, reward=reward
+            expanded(checkpoint), prompts, split=split, prompt_column=prompt_column, reward=reward
         )
         then = "read its comments"
     path.write_text(text, encoding="utf-8")
@@ -75,7 +76,7 @@ def inspect(
     """
     from .. import inspection
 
-    document = inspection.inspect(path.expanduser(), base=base, adapter=adapter)
+    document = inspection.inspect(expanded(path), base=base, adapter=adapter)
     if as_json:
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
     else:

@@ -11,6 +11,8 @@ from typing import Any
 
 from funcprobe.types import InputError
 
+from ..machine.home import expanded
+
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # of prompts
 
 # os.path.exists is used for names that are too long for a file, of which Path.exists raises.
@@ -74,7 +76,7 @@ def _resolved(key: str, value: str, folder: Path, written_in: str) -> str:
 def _joined(key: str, value: str, folder: Path, written_in: str) -> str:
     if not value:
         return value  # rejected by the model, with the key
-    path = Path(os.path.expanduser(value))  # Path's own raises for an unknown user
+    path = expanded(value)
     there = folder / path
     read = key not in _OUTPUT and not path.is_absolute()
     if read and not os.path.exists(there) and os.path.exists(path):

@@ -46,12 +46,15 @@ def where(model: torch.nn.Module) -> str:
 
 
 def random_state_kept() -> AbstractContextManager[None]:
-    """On leaving, torch's random states are as they were: the CPU's, and every accelerator's.
+    """On leaving, torch's random states are as they were: the CPU's, and every accelerator's in use.
 
-    torch.manual_seed() sets all of them, wherever the model is.
+    torch.manual_seed() sets all of them, wherever the model is. An accelerator that this process has
+    not started has none, and to ask for it would start it.
     """
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return torch.random.fork_rng(devices=())
-    count = torch.get_device_module(accelerator).device_count()
-    return torch.random.fork_rng(devices=range(count), device_type=accelerator.type)
+    module = torch.get_device_module(accelerator)
+    started = getattr(module, "is_initialized", lambda: True)()
+    devices = range(module.device_count() if started else 0)
+    return torch.random.fork_rng(devices=devices, device_type=accelerator.type)

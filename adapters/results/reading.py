@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from funcprobe.types import InputError
 
 from .. import strict_json
+from ..machine.home import expanded
 from ..store import require_finite
 from . import comparison_sections, manifest, schema, whatif_sections
 from .comparison_sections import Comparison
@@ -46,7 +47,7 @@ def load_comparison(file: Path | str) -> Comparison:
 
 
 def _read(path: Path, model: type[Document], newest: int) -> Document:
-    path = path.expanduser()
+    path = expanded(path)
     try:
         document = strict_json.parse(path.read_text(encoding="utf-8"))
     except OSError as error:

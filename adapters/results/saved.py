@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from funcprobe.types import InputError
 
 from ..config import toml
+from ..machine.home import expanded
 from . import frames, notebook
 from .belonging import why_not_of
 from .manifest import Manifest
@@ -96,7 +97,7 @@ def load_run(folder: Path | str) -> SavedRun:
     structure. Without config.toml, run.log or rules the rest is read; a file of rules that is damaged
     or of another run is left out, with the reason.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     results, manifest = load(folder), load_manifest(folder)
     whatif, left_out = _rules(folder, results, manifest)
     config, log = _text(folder / "config.toml"), _text(folder / "run.log")

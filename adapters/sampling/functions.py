@@ -11,6 +11,8 @@ from typing import Any
 
 from funcprobe.types import InputError
 
+from ..machine.home import expanded
+
 
 def load_function(spec: str, what: str, expected: str) -> Callable[..., Any]:
     """The function that `spec` names. `what` it is, and what is `expected`, are for the messages.
@@ -48,7 +50,7 @@ def users_code(run: Callable[[], Any], what: str, hint: str = "") -> Any:
 
 
 def _module(name: str, what: str) -> ModuleType:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix != ".py":
         hint = f"; give a file by its path, such as ./{path.name}.py:function"
         imported: ModuleType = users_code(

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from funcprobe.types import InputError
 
 from ..machine import parquet
+from ..machine.home import expanded
 from .sources import Row, csv_dataset, json_line, opened_dataset, plain, read_rows, require_file
 
 LARGE = 50_000  # rows; of fewer every one is read and checked
@@ -40,7 +41,7 @@ def open_rows(source: str, split: str) -> list[Row] | LargeRows:
 
     The order is that of `sources.read_rows`. InputError as there.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file():
         found = opened_dataset(source, split)
         return OfDataset(found) if len(found) > LARGE else plain(found)

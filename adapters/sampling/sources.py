@@ -12,6 +12,7 @@ from funcprobe.types import InputError
 
 from ..config.paths import FILE_TYPES
 from ..machine import parquet
+from ..machine.home import expanded
 from ..machine.pointers import pointer
 from ..strict_json import require_shallow
 from .dataset_folders import require_own_files
@@ -29,7 +30,7 @@ def read_rows(source: str, split: str) -> list[Row]:
     takes ("openai/gsm8k:main": the configuration after a colon). A file has no splits, nor has a folder
     saved from one. InputError, one line, if it cannot be read.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         require_file(path, source)
         readers = {".parquet": _parquet, ".csv": _csv}
@@ -47,7 +48,7 @@ def require_file(path: Path, source: str) -> None:
 
 def opened_dataset(source: str, split: str) -> Any:
     """What `datasets` has of a source that is no file; InputError if it has nothing."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         saved = (path / _SPLITS).is_file() or all((path / name).is_file() for name in _SAVED)
         require_own_files(path)

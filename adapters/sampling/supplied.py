@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from funcprobe.types import InputError, Rule
 
 from ..checkpoint.model import Policy
 from ..config.schema import Config
+from ..machine.home import expanded
 from ..rollouts import Rollouts, parse_rollouts
 from ..rollouts.files import Columns, read_columns, require_all_ranks
 from ..rollouts.imports import Guesses, import_columns, layout_of, refused_as_e
@@ -27,7 +27,7 @@ def load_supplied_eval(config: Config, policy: Policy, vocabulary: int) -> Rollo
     """E, if rollouts.eval is set. InputError for a file without token ids, or with a single prompt."""
     if config.rollouts.eval is None:
         return None
-    file = read_columns(Path(config.rollouts.eval).expanduser(), "schema")
+    file = read_columns(expanded(config.rollouts.eval), "schema")
     if layout := layout_of(file):
         raise refused_as_e(file, layout)
     found = parse_rollouts(file, vocabulary, rewards=False, eos_ids=policy.eos_ids)
@@ -52,7 +52,7 @@ def open_update(config: Config) -> UpdateFile | None:
     """U's file, if rollouts.update is set."""
     if config.rollouts.update is None:
         return None
-    path = Path(config.rollouts.update).expanduser()
+    path = expanded(config.rollouts.update)
     require_all_ranks(path)
     columns = read_columns(path, "schema")
     return UpdateFile(columns, layout_of(columns))

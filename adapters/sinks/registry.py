@@ -13,6 +13,7 @@ from ..checkpoint.trainer_state import trained_steps
 from ..config.file import read_config
 from ..config.log import LogConfig, SinkName
 from ..console import Narrator
+from ..machine.home import expanded
 from ..results.saved import load_run
 from . import tensorboard, trackio, wandb
 from .logged import Logged, logged
@@ -70,7 +71,7 @@ def send(folder: Path, narrator: Narrator) -> None:
     with narrator.phase("log"):
         step = trained_steps(Path(config.policy.checkpoint))
         run, failed = logged(load_run(folder), config, step), []
-        events = Path(config.log.folder).expanduser() if config.log.folder else folder / "tensorboard"
+        events = expanded(config.log.folder) if config.log.folder else folder / "tensorboard"
         for name in names:
             try:
                 with _one_line(name):

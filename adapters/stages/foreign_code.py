@@ -1,9 +1,9 @@
 """Code that a run executes beside its own: what names it, and where it lies."""
 
 import importlib.util
-from pathlib import Path
 
 from ..config.schema import Config
+from ..machine.home import expanded
 
 
 def code_lines(config: Config) -> list[str]:
@@ -26,7 +26,7 @@ def code_lines(config: Config) -> list[str]:
 def _place(module: str) -> str:
     """The file; the module's name where that is not known before it is imported."""
     if module.endswith(".py"):
-        return str(Path(module).expanduser().absolute())
+        return str(expanded(module).absolute())
     if "." in module:  # its parents would be imported
         return f"the module {module}"
     try:

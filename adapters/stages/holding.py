@@ -7,13 +7,14 @@ from pathlib import Path
 from .. import store
 from ..config.schema import Config
 from ..console import Narrator
+from ..machine.home import expanded
 from ..machine.ranks import ONE_PROCESS, World
 from ..store import Stages
 
 
 def run_folder(config: Config) -> Path:
     """The folder to which a run of this configuration is written."""
-    return Path(config.run.folder).expanduser() / config.run.name
+    return expanded(config.run.folder) / config.run.name
 
 
 def stages_of(config: Config, narrator: Narrator, world: World = ONE_PROCESS) -> Stages:

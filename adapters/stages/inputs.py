@@ -10,6 +10,7 @@ from .. import store
 from ..checkpoint.model import Policy
 from ..config.schema import Config
 from ..machine.devices import where
+from ..machine.home import expanded
 from ..machine.versions import versions
 from ..optimizer import OptimizerReport
 from ..rollouts.files import files_of
@@ -25,7 +26,7 @@ def inputs_of(
     prompt_ids: Sequence[list[int]],
 ) -> dict[str, Any]:
     """Hashes of the files, and what else the numbers depend on."""
-    base, checkpoint = Path(policy.base), Path(config.policy.checkpoint).expanduser()
+    base, checkpoint = Path(policy.base), expanded(config.policy.checkpoint)
     return {
         # What determines the policy's distribution, except the temperature.
         "policy": {
@@ -51,7 +52,7 @@ def inputs_of(
         "rollouts": {
             key: {
                 name: found
-                for file in files_of(Path(path).expanduser())
+                for file in files_of(expanded(path))
                 for name, found in store.fingerprint_path(file).items()
             }
             for key, path in config.rollouts

@@ -1,7 +1,5 @@
 """Functions of E's responses that a run observes beside the entropy, rewards among them."""
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -9,6 +7,7 @@ from torch import Tensor
 from funcprobe.types import InputError
 
 from ..console import Narrator
+from ..machine.home import expanded
 from ..rollouts import SCHEMA, Rollouts
 from ..rollouts.files import read_columns
 from ..sampling.rewards import Reward
@@ -59,7 +58,7 @@ def values_on_E(
         return rewards_of_drawn(plan, function, found)
     if plan.config.reward.conversational:
         raise InputError(f"{what} needs messages (reward.conversational = true): {remedy}")
-    path = Path(str(plan.config.rollouts.eval)).expanduser()
+    path = expanded(str(plan.config.rollouts.eval))
     found_beside = read_columns(path, "others").values
     columns = {k: v for k, v in found_beside.items() if k not in SCHEMA.names}
     rows = [{k: v[i] for k, v in columns.items()} for i in range(len(found.response_ids))]

@@ -19,6 +19,7 @@ from ..checkpoint.toy import ensure_toy
 from ..config.schema import Config
 from ..console import Narrator
 from ..machine.devices import resolve_device
+from ..machine.home import expanded
 from ..machine.precision import of_machine
 from ..machine.ranks import ONE_PROCESS, World
 from ..optimizer import OptimizerReport
@@ -114,7 +115,7 @@ def load(
     needed = sampled or (lossy == "verl" and named)
     # The first process makes the toy, if it is not there; the others find it.
     config = stages.world.on_first(lambda: _with_toy(config, narrator, prompts=needed))
-    checkpoint = Path(config.policy.checkpoint).expanduser()
+    checkpoint = expanded(config.policy.checkpoint)
     config = with_run_settings(config, narrator.say)
     objective, loss = choose_objective(config), choose_loss(config)
     reward = configured_reward(config) if config.rollouts.update is None else None

@@ -11,6 +11,7 @@ from funcprobe.types import AdamState, InputError
 
 from ..config.schema import Config
 from ..console import Narrator
+from ..machine.home import expanded
 from ..optimizer import find_state, read_adam_state
 from ..rollouts import Rollouts, load_rollouts
 from ..rollouts.files import files_of
@@ -69,7 +70,7 @@ def recorded_steps(plan: Plan, narrator: Narrator) -> RecordedSteps | None:
     rollouts = {step: _rollouts(plan, step, files[step]) for step in of_prompts}
     earlier, hashes = None, [fingerprint_path(path) for path in files.values()]
     if chosen.earlier_checkpoint:
-        path = find_state(Path(chosen.earlier_checkpoint).expanduser())
+        path = find_state(expanded(chosen.earlier_checkpoint))
         earlier = _earlier(plan, path)
         hashes.append(fingerprint_path(path))
     if not hashes:
@@ -80,7 +81,7 @@ def recorded_steps(plan: Plan, narrator: Narrator) -> RecordedSteps | None:
 
 def _files(plan: Plan, taken: int, narrator: Narrator, *, required: bool) -> dict[int, Path]:
     chosen = plan.config.attribution.gradients
-    folders = [Path(chosen).expanduser()] if chosen else _folders(plan.config)
+    folders = [expanded(chosen)] if chosen else _folders(plan.config)
     held = {folder: steps for folder in folders if (steps := recorded_gradients(folder))}
     folder = next((folder for folder, steps in held.items() if taken in steps), None)
     if folder is None:
@@ -99,8 +100,8 @@ def _files(plan: Plan, taken: int, narrator: Narrator, *, required: bool) -> dic
 def _folders(config: Config) -> list[Path]:
     """Where gradients are without being asked for: beside the rollouts of U, and in the checkpoint."""
     update = config.rollouts.update
-    beside = [] if update is None else [Path(update).expanduser().parent]
-    return [*beside, Path(config.policy.checkpoint).expanduser() / FOLDER]
+    beside = [] if update is None else [expanded(update).parent]
+    return [*beside, expanded(config.policy.checkpoint) / FOLDER]
 
 
 def _no_gradients(folders: list[Path], held: dict[Path, dict[int, Path]], taken: int) -> InputError:
@@ -149,7 +150,7 @@ def _rollouts(plan: Plan, step: int, gradient: Path) -> Rollouts:
         gradient_path(gradient.parent, step).with_suffix(".parquet"),
         plan.config.rollouts.update,
     )
-    beside = [] if update is None else [Path(update).expanduser().with_name(name.name)]
+    beside = [] if update is None else [expanded(update).with_name(name.name)]
     places = [name, *beside]
     path = next((place for place in places if all(file.is_file() for file in files_of(place))), None)
     if path is None:

@@ -1,7 +1,6 @@
 """Keys that the user's file leaves unset take the training run's values, from its sidecar."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +9,7 @@ from funcprobe.step.objective import PRESETS
 from funcprobe.types import InputError
 
 from ..config.schema import Config, Section
+from ..machine.home import expanded
 from ..optimizer import Sidecar, find_sidecar
 from ..optimizer.sidecar import FILE
 from .differences import ADVANTAGES, has_trl_loss, loss_type, one_microbatch
@@ -45,7 +45,7 @@ def run_settings(config: Config) -> dict[str, dict[str, Any]]:
 
     Raises InputError, naming the key, for a value that the configuration cannot have.
     """
-    place = Path(config.optimizer.state or config.policy.checkpoint).expanduser()
+    place = expanded(config.optimizer.state or config.policy.checkpoint)
     sidecar = find_sidecar(place) if place.exists() else None
     if sidecar is None:
         return {}

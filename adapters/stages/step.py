@@ -9,6 +9,7 @@ from funcprobe.types import AdamGroup, AdamState, InputError, Step
 from ..checkpoint.model import Policy
 from ..checkpoint.trainer_state import FILE, trained_steps
 from ..config.schema import Config
+from ..machine.home import expanded
 from ..optimizer import AdamOverrides, OptimizerReport, Sidecar, find_state, read_adam_state
 from ..rollouts import Rollouts
 from .differences import differences
@@ -25,10 +26,10 @@ def load_step(config: Config, policy: Policy) -> tuple[AdamState, OptimizerRepor
     if chosen.rule == "sgd":
         group = AdamGroup(tuple(policy.params), chosen.lr or 0.0, 0.9, 0.999, 1e-8, 0.0)
         return AdamState({}, {}, {}, (group,)), None, _step(config, None)
-    checkpoint = Path(config.policy.checkpoint).expanduser()
+    checkpoint = expanded(config.policy.checkpoint)
     if chosen.state is None:
         require_own_state(checkpoint, config.policy.adapter)
-    path = Path(chosen.state).expanduser() if chosen.state else find_state(checkpoint)
+    path = expanded(chosen.state) if chosen.state else find_state(checkpoint)
     beta1, beta2 = chosen.betas or (None, None)
     adam_state, report = read_adam_state(
         path,
@@ -153,7 +154,7 @@ def _other_checkpoint(config: Config, adam_state: AdamState, sidecar: Sidecar | 
     if not adam_state.step:
         return []
     recorded: dict[str, int] = {}
-    checkpoint = Path(config.policy.checkpoint).expanduser()
+    checkpoint = expanded(config.policy.checkpoint)
     if (trained := trained_steps(checkpoint)) is not None:
         recorded[str(checkpoint / FILE)] = trained
     if sidecar is not None and sidecar.global_step is not None:

@@ -11,6 +11,7 @@ from .. import store, strict_json
 from ..checkpoint.model import Loader
 from ..config.schema import Config
 from ..console import Narrator
+from ..machine.home import expanded
 from ..rollouts.files import files_of
 from ..store import Stages
 from .foreign_code import code_lines
@@ -76,18 +77,18 @@ def require_unchanged(sources: Sources, narrator: Narrator) -> None:
 
 def _files(config: Config) -> list[Path]:
     """What a run of this configuration reads, as far as it is on this machine."""
-    checkpoint = Path(config.policy.checkpoint).expanduser()
+    checkpoint = expanded(config.policy.checkpoint)
     places = [checkpoint, *_base(config, checkpoint)]
-    places += [Path(x).expanduser() for x in (config.optimizer.state, config.prompts.source) if x]
+    places += [expanded(x) for x in (config.optimizer.state, config.prompts.source) if x]
     for _, path in config.rollouts:
-        if path is not None and Path(path).expanduser().exists():
-            places += files_of(Path(path).expanduser())
+        if path is not None and expanded(path).exists():
+            places += files_of(expanded(path))
     return [file for place in places for file in ([place] if place.is_file() else _within(place))]
 
 
 def _base(config: Config, checkpoint: Path) -> list[Path]:
     if config.policy.base is not None:
-        return [Path(config.policy.base).expanduser()]
+        return [expanded(config.policy.base)]
     try:
         found = strict_json.parse((checkpoint / "adapter_config.json").read_text("utf-8"), nan=True)
         base = Path(found["base_model_name_or_path"])

@@ -104,9 +104,21 @@ def test_loading_leaves_the_random_state_alone(checkpoint) -> None:
 def test_loading_starts_no_gpu_but_the_policys(checkpoint, monkeypatch) -> None:
     """Of the CPU's policy none: neither asked for their random states, nor warned of."""
     monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: pytest.fail("a GPU was started"))
     load(checkpoint)
+
+
+def test_loading_leaves_the_random_states_of_started_gpus_alone(checkpoint, monkeypatch) -> None:
+    kept: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *given: kept.append(given))
+    load(checkpoint)
+    assert kept == [("state 0", 0), ("state 1", 1)]
 
 
 def test_an_adapter_in_a_subfolder(damaged) -> None:
