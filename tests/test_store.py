@@ -2,6 +2,7 @@
 
 import math
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,27 @@ def test_a_fingerprint_of_files_follows_their_content(tmp_path) -> None:
     assert fingerprint_path(tmp_path / "a") == one
     (tmp_path / "a").write_text("2")
     assert fingerprint_path(tmp_path) != one
+
+
+def test_a_fingerprint_of_code_is_that_of_what_computes(tmp_path) -> None:
+    """In a checkout, where the shell stands beside the core, and installed, where it is in it."""
+    code = {"core.py": "1", "step/adamw.py": "2"}
+    shell = {"run.py": "3", "sampling/drawn.py": "4", "report/page.py": "5"}
+
+    def written(core: str, beside: str, **changes: str) -> str:
+        where = Path(tempfile.mkdtemp(dir=tmp_path))
+        texts = {f"{core}/{k}": v for k, v in code.items()}
+        texts |= {f"{beside}/{k}": v for k, v in shell.items()} | changes
+        for name, text in texts.items():
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            (where / name).write_text(text)
+        return store.fingerprint_code(where / core, where / beside, ["report"])
+
+    checkout = written("core", "adapters")
+    assert written("funcprobe", "funcprobe/adapters") == checkout
+    assert written("core", "adapters", **{"adapters/report/page.py": "6"}) == checkout
+    for changed in ("core/step/adamw.py", "adapters/run.py", "adapters/sampling/drawn.py"):
+        assert written("core", "adapters", **{changed: "6"}) != checkout
 
 
 @given(st.floats())

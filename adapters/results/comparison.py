@@ -272,8 +272,8 @@ def _warnings(given: Sequence[Given], kind: str, path: EntropyPath | None) -> li
         )
     if differ(run.manifest.seed for run in runs):
         said.append("run.seed differs: the runs share no draws of prompts")
-    core = [run.manifest.inputs.policy.get("core") for run in runs]
-    if differ(core) or differ(run.manifest.versions for run in runs):
+    code = [run.manifest.inputs.policy.get("code") for run in runs]
+    if differ(code) or differ(run.manifest.versions for run in runs):
         said.append("the runs were made by other versions of funcprobe, or of its libraries")
     if path is not None and not all(one.paired for one in path.between):
         said.append(

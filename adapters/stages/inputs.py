@@ -17,6 +17,9 @@ from ..rollouts.files import files_of
 from ..sampling.prompts import Prompt
 from .large_prompts import Drawn, known
 
+_CORE, _SHELL = Path(funcprobe.__file__).parent, Path(__file__).parents[1]
+_PRESENTING = ("commands", "report", "results", "sinks")
+
 
 def inputs_of(
     config: Config,
@@ -42,7 +45,7 @@ def inputs_of(
             "device": where(policy.model),
             "versions": versions(),
             # In an editable install the code changes while the version does not.
-            "core": store.fingerprint_core(Path(funcprobe.__file__).parent),
+            "code": store.fingerprint_code(_CORE, _SHELL, _PRESENTING),
         },
         "checkpoint": store.fingerprint_path(checkpoint) if checkpoint.is_dir() else str(checkpoint),
         "optimizer": store.fingerprint_path(report.path) if report else {},

@@ -1,7 +1,7 @@
 """Files that appear only when whole, stored results of stages, fingerprints of what both depend on."""
 
 from .cache import Stored, bound, clear, stored
-from .fingerprints import fingerprint, fingerprint_core, fingerprint_path
+from .fingerprints import fingerprint, fingerprint_code, fingerprint_path
 from .leases import FOLDER, lease
 from .places import require_place, require_writable
 from .sealed import seal, write_sealed
@@ -16,7 +16,7 @@ __all__ = [
     "bound",
     "clear",
     "fingerprint",
-    "fingerprint_core",
+    "fingerprint_code",
     "fingerprint_path",
     "lease",
     "require_finite",

@@ -1,7 +1,8 @@
-"""SHA-256 of values, of files, of the core's own code."""
+"""SHA-256 of values, of files, of the code that computes."""
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,16 @@ def fingerprint_path(path: Path) -> dict[str, str]:
     return {file.name: _file_hash(file) for file in files}
 
 
-def fingerprint_core(folder: Path) -> dict[str, str]:
-    """Path below `folder` -> SHA-256, for every Python source of the core, subfolders included.
+def fingerprint_code(core: Path, shell: Path, presenting: Collection[str]) -> str:
+    """SHA-256 of every Python source of core and shell, with their paths, subfolders included.
 
-    An installed package has the shell in a folder of the core's, a checkout elsewhere: it is left out.
+    Left out are the folders of the shell that only present what was computed. An installed package has
+    the shell in a folder of the core's, a checkout beside it; the hash is the same.
     """
-    sources = {file.relative_to(folder): file for file in sorted(folder.rglob("*.py"))}
-    return {
-        str(place): _file_hash(file) for place, file in sources.items() if place.parts[0] != "adapters"
-    }
+    found = {file.relative_to(core).as_posix(): file for file in core.rglob("*.py")}
+    found |= {f"adapters/{file.relative_to(shell).as_posix()}": file for file in shell.rglob("*.py")}
+    left_out = tuple(f"adapters/{name}/" for name in presenting)
+    return fingerprint({k: _file_hash(file) for k, file in found.items() if not k.startswith(left_out)})
 
 
 def _file_hash(file: Path) -> str:
