@@ -26,7 +26,7 @@ _TEMPLATE = "<template>"  # jinja's name of the code of a template
 # the tokenizer's own, two arguments that exclude each other, a bound.
 UNRENDERABLE = (
     *(TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError),
-    *(ArithmeticError, RecursionError, MemoryError),
+    *(ArithmeticError, RecursionError),
 )
 
 
@@ -70,6 +70,8 @@ def rendered(tokenizer: Any, messages: Any, **arguments: Any) -> Any:
         except _BeyondError as error:
             running = False
             raise TemplateError(f"it takes more than {MOST_STEPS:,} steps or {LONGEST:g} s") from error
+        except MemoryError as error:
+            raise TemplateError(f"it takes more than {MEMORY >> 20} MiB") from error
         finally:
             running = False
             sys.settrace(before)

@@ -104,7 +104,7 @@ def _trl(file: Columns, guesses: Guesses, advantages: bool) -> tuple[dict[str, A
     found: dict[str, Any] = {
         "prompt_index": _even_groups(file, prompts),
         "prompt": [_prompt_text(file, i, x, guesses) for i, x in enumerate(prompts)],
-        "prompt_ids": [_prompt_ids(x, guesses) for x in prompts],
+        "prompt_ids": [_prompt_ids(file, i, x, guesses) for i, x in enumerate(prompts)],
         "response": [_completion(file, i, x) for i, x in enumerate(file.values["completion"])],
         "advantage": file.values["advantage"],
     }
@@ -199,23 +199,25 @@ def _prompt_text(file: Columns, i: int, prompt: Any, guesses: Guesses) -> str:
         )
     for message in prompt:
         _content(file, i, message)
+    return str(_applied(file, i, prompt, guesses, tokenize=False))
+
+
+def _prompt_ids(file: Columns, i: int, prompt: Any, guesses: Guesses) -> list[int]:
+    """As TRL 1.16 does (`_tokenize_prompts`)."""
+    if isinstance(prompt, str):
+        return list(guesses.tokenizer(prompt)["input_ids"])
+    return list(_applied(file, i, prompt, guesses, tokenize=True, return_dict=True)["input_ids"])
+
+
+def _applied(file: Columns, i: int, prompt: Any, guesses: Guesses, **how: bool) -> Any:
     given = {"add_generation_prompt": True, **guesses.chat_template_kwargs}
     try:
-        return str(rendered(guesses.tokenizer, prompt, tokenize=False, **given))
+        return rendered(guesses.tokenizer, prompt, **how, **given)
     except UNRENDERABLE as error:
         raise InputError(
             f"{file.path}: the chat template rejects the prompt of {file.place[i]}, or "
             f"prompts.chat_template_kwargs: {' '.join(str(error).split())}"
         ) from error
-
-
-def _prompt_ids(prompt: Any, guesses: Guesses) -> list[int]:
-    """As TRL 1.16 does (`_tokenize_prompts`)."""
-    if isinstance(prompt, str):
-        return list(guesses.tokenizer(prompt)["input_ids"])
-    given = {"add_generation_prompt": True, **guesses.chat_template_kwargs}
-    found = rendered(guesses.tokenizer, prompt, tokenize=True, return_dict=True, **given)
-    return list(found["input_ids"])
 
 
 def _completion(file: Columns, i: int, completion: Any) -> str:

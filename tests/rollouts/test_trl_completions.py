@@ -130,6 +130,16 @@ def test_trl_chats(chatted) -> None:
     )
 
 
+def test_arguments_that_exclude_each_other(chatted) -> None:
+    """return_dict is set where prompts are tokenised, and not where they are rendered."""
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    given = {"tokenizer": tokenizer, "chat_template_kwargs": {"return_dict": False}}
+    assert "rejects the prompt of row 0, or prompts.chat_template_kwargs: " in refusal(
+        read_columns(chatted.file), **given
+    )
+
+
 def test_trl_groups(trained) -> None:
     columns = read_columns(trained.file)
     text = columns.values["prompt"]
