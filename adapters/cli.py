@@ -46,6 +46,10 @@ def main() -> None:
     with suppress(OSError):  # of a terminal that was closed
         if said is not None:
             typer.echo(said, err=True)
+    if UNBROKEN.received is not None:
+        # Where the interrupt met a text that was executed, as that of a data class, `python -m` of
+        # Python 3.11 ends by SIGINT whatever the status, unless another text is executed after it.
+        exec("")
     sys.exit(code)
 
 

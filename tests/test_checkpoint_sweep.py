@@ -21,6 +21,7 @@ from funcprobe.adapters.config.policy import PolicyConfig
 from funcprobe.adapters.results import load_comparison
 from funcprobe.types import InputError
 from support.checkpoints import Checkpoint, edit_json, sets
+from support.slow import first
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -111,6 +112,7 @@ def test_each_run_is_bit_for_bit_that_of_the_checkpoint_alone(
     assert len({one["entropy"]["value"] for one in found.values()}) == 2  # other weights, other numbers
 
 
+@pytest.mark.slow
 def test_progress_is_a_line_a_checkpoint_in_the_order_of_steps(sweep) -> None:
     outcome = sweep()
     lines = [line for line in outcome.err.splitlines() if line.startswith("checkpoint-")]
@@ -129,6 +131,7 @@ def test_progress_is_a_line_a_checkpoint_in_the_order_of_steps(sweep) -> None:
     assert not [line for line in outcome.err.splitlines() if line.startswith("sample E")]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_until_something_differs(sweep, training) -> None:
     assert sweep().status == 0
 
@@ -152,6 +155,7 @@ def test_finished_runs_are_kept_until_something_differs(sweep, training) -> None
     assert all(stamps()[name] != third[name] for name in first)
 
 
+@pytest.mark.slow
 def test_an_interruption_leaves_finished_runs(sweep, monkeypatch) -> None:
     whole = run_module.probe
     count = 0
@@ -227,13 +231,17 @@ def test_whatever_fails_at_one_checkpoint_the_others_are_run(
     assert numbers(Path("runs/t-3")) == third
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "why"),
-    [
-        ("rank", "adapter_config.json differs"),
-        ("tokenizer", "the tokenizer differs"),
-        ("base", "the base differs"),
-    ],
+    first(
+        1,
+        [
+            ("rank", "adapter_config.json differs"),
+            ("tokenizer", "the tokenizer differs"),
+            ("base", "the base differs"),
+        ],
+    ),
 )
 def test_what_does_not_fit_the_base_is_loaded_anew_and_said(
     sweep, training, checkpoint, other, monkeypatch, tmp_path, change, why

@@ -380,6 +380,7 @@ def main() -> None:
         print(name, "passed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices of Python's own",

@@ -350,6 +350,7 @@ def test_every_public_name_is_in_the_reference():
     assert not list(wrong_names(DOCS / "api.md", "\n".join(f"`{name}`" for name in listed)))
 
 
+@pytest.mark.slow
 def test_the_output_that_is_explained_is_a_runs(command, checkpoint, tmp_path):
     """The end of a run and its details: the lines begin as a run's do, and each is explained."""
     text = (DOCS / "index.md").read_text(encoding="utf-8")
@@ -415,6 +416,7 @@ def test_the_inspection_that_is_shown_has_the_lines_of_one(command, checkpoint):
     assert set(labels[1]) <= set(labels[0])  # it has no sidecar, of which the others are
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(checkpoint, capsys):
     code = "\n".join(blocks((DOCS / "notebook.md").read_text(encoding="utf-8"), "python"))
     assert "checkpoint-500" in code

@@ -18,6 +18,7 @@ def digits(completions, answer, **_):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TRAIN.is_file(), reason="GSM8K lies in ../shared, which a clone may lack")
 def test_gsm8k_questions_are_probed(tmp_path, command):
     pieces = ("<pad>", "<eos>", "<unk>", *sorted(ByteLevel.alphabet()))

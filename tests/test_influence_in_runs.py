@@ -132,6 +132,7 @@ def test_it_prints_every_prompt_and_every_pair(two):
     assert "per unit of learning rate" in influence_lines(per_unit)[0]
 
 
+@pytest.mark.slow
 def test_none_is_the_default_and_more_than_there_are_is_all(made):
     assert document(made("none"))["influence"] is None
     every = document(made("every", attribution__influence=1000))

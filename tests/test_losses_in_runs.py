@@ -10,6 +10,7 @@ from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
 from funcprobe.types import InputError
 from support.checkpoints import Checkpoint, sets
 from support.sidecars import with_sidecar
+from support.slow import first
 
 TRL = {"objective__loss": "trl"}
 
@@ -25,14 +26,17 @@ def numbers(document: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("preset", "loss"),
-    [
-        ({}, {}),
-        ({"objective__preset": "grpo"}, {"loss_type": "grpo"}),
-        (
-            {"objective__preset": "dr_grpo", "objective__constant": 7.0},
-            {"loss_type": "dr_grpo", "max_completion_length": 7},
-        ),
-    ],
+    first(
+        1,
+        [
+            ({}, {}),
+            ({"objective__preset": "grpo"}, {"loss_type": "grpo"}),
+            (
+                {"objective__preset": "dr_grpo", "objective__constant": 7.0},
+                {"loss_type": "dr_grpo", "max_completion_length": 7},
+            ),
+        ],
+    ),
 )
 def test_a_loss_without_terms_is_the_preset(probe, preset, loss) -> None:
     """At the policy that sampled; to rounding, as coefficients by autograd are rounded otherwise."""
@@ -61,6 +65,7 @@ def test_a_bonus_and_a_KL_term_change_the_step(probe) -> None:
     assert bonus["loss"]["settings"]["entropy_coef"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_bonus_moves_where_every_advantage_is_0(probe, tmp_path) -> None:
     (tmp_path / "equal.py").write_text(
         "def f(prompts, completions, **_):\n    return [1.0] * len(prompts)\n"
@@ -85,6 +90,7 @@ def test_a_loss_without_gradient_is_not_said_to_lack_advantages(command, checkpo
     assert "order: the loss has no gradient on U, so that Y is 0" in outcome.err
 
 
+@pytest.mark.slow
 def test_ones_own_loss_is_a_function_with_keywords(probe, tmp_path) -> None:
     (tmp_path / "mine.py").write_text(
         "def reinforce(logp, entropy, batch, bonus=0.0):\n"
@@ -144,6 +150,7 @@ def recorded(probe, of: Checkpoint, **columns: Any) -> Path:
 LOSS = {"loss_type": "dapo", "scale_rewards": "group", "gradient_accumulation_steps": 1}
 
 
+@pytest.mark.slow
 def test_the_sidecar_names_the_loss(probe, damaged) -> None:
     """A run without [objective] has its training run's loss; one with a preset says that it has not."""
     with_sidecar(damaged, loss=LOSS | {"beta": 0.3, "entropy_coef": 0.2}, sampling={})
@@ -160,6 +167,7 @@ def test_the_sidecar_names_the_loss(probe, damaged) -> None:
     assert [line for line in other["unlike_the_run"] if "beta was 0.3" in line]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_honoured_is_in_the_headline(probe, ran, damaged) -> None:
     with_sidecar(damaged, loss=LOSS | {"router_aux_loss_coef": 0.01}, sampling={})
     document = probe("moe", of=damaged)
@@ -167,6 +175,7 @@ def test_what_cannot_be_honoured_is_in_the_headline(probe, ran, damaged) -> None
     assert "router_aux_loss_coef was 0.01" in line
 
 
+@pytest.mark.slow
 def test_old_log_probabilities_clip(probe, checkpoint) -> None:
     """A second iteration: ratios of 1.5, beyond the bound, leave tokens of advantage < 0 alone."""
     probe("source")
@@ -182,6 +191,7 @@ def test_old_log_probabilities_clip(probe, checkpoint) -> None:
     assert metrics["clip_ratio/high_mean"] == pytest.approx(positive / tokens)
 
 
+@pytest.mark.slow
 def test_the_entropy_coefficient_is_that_of_the_step(probe, checkpoint) -> None:
     """An adaptive coefficient moves from step to step; rollouts have the one in effect."""
     path = str(recorded(probe, checkpoint, entropy_coef=0.3))
@@ -193,6 +203,7 @@ def test_the_entropy_coefficient_is_that_of_the_step(probe, checkpoint) -> None:
     )
 
 
+@pytest.mark.slow
 def test_rollouts_without_micro_batches_are_one_unless_the_loss_has_sums_over_each(
     probe, checkpoint, ran_refused
 ) -> None:
@@ -209,6 +220,7 @@ def test_rollouts_without_micro_batches_are_one_unless_the_loss_has_sums_over_ea
         ran_refused(given | {"rollouts.update": path}, said)
 
 
+@pytest.mark.slow
 def test_a_mean_over_nothing_is_null(probe, checkpoint) -> None:
     """Where no sequence has a token in the loss, and a KL term has none either: Y = 0."""
     found = load_rollouts(recorded(probe, checkpoint), 14, rewards=True)
@@ -219,6 +231,7 @@ def test_a_mean_over_nothing_is_null(probe, checkpoint) -> None:
     assert document["counts"]["U_groups_without_gradient"] == document["counts"]["U_prompts"]
 
 
+@pytest.mark.slow
 def test_a_truncated_response_is_masked(probe) -> None:
     plain, masked = (
         probe("plain", **settings()),
@@ -232,6 +245,7 @@ def test_a_truncated_response_is_masked(probe) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_sampled_step_of_a_run_that_cannot_be_sampled_alike(probe, damaged) -> None:
     """Half a generation, or one by vLLM: U is a generation of its own, by the policy itself."""
     plain = probe("plain", **settings())
@@ -241,6 +255,7 @@ def test_a_sampled_step_of_a_run_that_cannot_be_sampled_alike(probe, damaged) ->
         assert numbers(probe("vllm", **settings(use_vllm=True, **own))) == numbers(plain)
 
 
+@pytest.mark.slow
 def test_rollouts_of_part_of_a_step_are_refused(probe, checkpoint, ran_refused) -> None:
     """Of one rank of two; without processes or micro-batches, where the loss has sums over them."""
     found = load_rollouts(recorded(probe, checkpoint), 14, rewards=True)
@@ -260,6 +275,7 @@ def test_rollouts_of_part_of_a_step_are_refused(probe, checkpoint, ran_refused) 
         ran_refused(given | {"rollouts.update": path}, said)
 
 
+@pytest.mark.slow
 def test_a_bound_that_is_none(probe, damaged) -> None:
     """A sidecar has null for TRL's None, which is not TRL's default here, and inf as text."""
     sampling = {"vllm_importance_sampling_clip_max": None}

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -136,6 +137,39 @@ def test_a_killed_process_ends_all(tmp_path, victim):
     assert "Traceback" not in said
     assert not (tmp_path / "runs" / "quickstart").exists()
     assert all(x.name == ".stages" or x.suffix for x in (tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_are_killed_goes_on_to_the_same_numbers(tmp_path):
+    """A rank is killed at a quarter, a half, three quarters of the time; then none."""
+    given = ("sampling.B_E=1024", "run.max_tokens=512")
+
+    def started(name: str) -> tuple[list[subprocess.Popen], float]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        found = start_ranks(2, arguments(tmp_path / name / "runs", *given), tmp_path / name)
+        return found, time.monotonic()
+
+    processes, start = started("whole")
+    assert [p.wait(300) for p in processes] == [0, 0]
+    took = time.monotonic() - start
+    for victim, share in enumerate((0.25, 0.5, 0.75)):
+        processes, _ = started("killed")
+        time.sleep(share * took)
+        processes[victim % 2].send_signal(signal.SIGKILL)
+        statuses = [p.wait(4 * GONE) for p in processes]
+        assert statuses[victim % 2] == -signal.SIGKILL, "it had ended"
+    processes, _ = started("killed")
+    assert [p.wait(300) for p in processes] == [0, 0]
+    said = (tmp_path / "killed" / "rank-0.err").read_text()
+    assert "from an interrupted run" in said or "reused" in said
+    whole, killed = (tmp_path / name / "runs" / "quickstart" for name in ("whole", "killed"))
+    a, b = (load_file(x / "direction.safetensors") for x in (whole, killed))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (json.loads((x / "results.json").read_text()) | {"cost": None} for x in (whole, killed))
+    assert a == b
+    for table in sorted(whole.rglob("*.parquet")):
+        assert pd.read_parquet(table).equals(pd.read_parquet(killed / table.relative_to(whole))), table
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def test_every_observable_is_predicted_and_measured(ran):
         assert (frame[f"{name}_predicted_low"] < frame[f"{name}_predicted_high"]).all()
 
 
+@pytest.mark.slow
 def test_by_default_reward_and_length_at_no_further_pass(ran):
     document, outcome = ran("-v", measure__next_lr=True)
     assert [one["name"] for one in document["observables"]] == ["reward", "length"]
@@ -105,6 +106,7 @@ def test_a_function_applies_to_some(ran):
     assert f"some ({len(lengths)} responses)" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_constant_has_no_change(ran, checkpoint):
     given = {"reward__function": f"{checkpoint.rewards}:equal", "optimizer__rule": "adamw"}
     document, outcome = ran(**given)
@@ -115,6 +117,7 @@ def test_a_constant_has_no_change(ran, checkpoint):
     assert "  reward  +0.000 from 0.5, equal in all of E\n" in outcome.out
 
 
+@pytest.mark.slow
 def test_the_default_fails_no_run(ran, run_one):
     """A reward that E's responses break, and one that is known to be none of U's, are left out."""
     Path("own.py").write_text(
@@ -130,6 +133,7 @@ def test_the_default_fails_no_run(ran, run_one):
     assert [one["name"] for one in document["observables"]] == ["length"]
 
 
+@pytest.mark.slow
 def test_a_supplied_E_has_its_rewards(ran, run_one):
     table = pq.read_table(run_one / "rollouts/eval.parquet").drop_columns(["reward"])
     pq.write_table(table, "without.parquet")

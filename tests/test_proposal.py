@@ -15,6 +15,7 @@ from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.config.schema import Config
 from funcprobe.adapters.stages.run_settings import with_run_settings
 from funcprobe.adapters.trainers import ParamNamesCallback
+from support.slow import first
 from support.trainers import grpo_trainer
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -154,16 +155,19 @@ def test_without_a_sidecar_it_says_what_is_not_recorded(command, trained, tmp_pa
 
 @pytest.mark.parametrize(
     ("rows", "chosen"),
-    [
-        ([{"prompt": "1+2=", "solution": "so #### 1,000"}], ("numeric", "solution", "prompt")),
-        ([{"question": "1+2=", "ground_truth": 3.5}], ("numeric", "ground_truth", "question")),
-        ([{"problem": "1+2=", "answer": "\\frac{1}{2}"}], ("math", "answer", "problem")),
-        ([{"problem": "1", "solution": "It is \\boxed{x^2}."}], ("math", "solution", "problem")),
-        (
-            [{"prompt": "1+2=", "reward_model": {"style": "rule", "ground_truth": "3"}}],
-            ("numeric", "answer", "prompt"),
-        ),
-    ],
+    first(
+        2,
+        [
+            ([{"prompt": "1+2=", "solution": "so #### 1,000"}], ("numeric", "solution", "prompt")),
+            ([{"question": "1+2=", "ground_truth": 3.5}], ("numeric", "ground_truth", "question")),
+            ([{"problem": "1+2=", "answer": "\\frac{1}{2}"}], ("math", "answer", "problem")),
+            ([{"problem": "1", "solution": "It is \\boxed{x^2}."}], ("math", "solution", "problem")),
+            (
+                [{"prompt": "1+2=", "reward_model": {"style": "rule", "ground_truth": "3"}}],
+                ("numeric", "answer", "prompt"),
+            ),
+        ],
+    ),
 )
 def test_reward_and_columns_follow_the_answers(command, checkpoint, rows, chosen) -> None:
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))

@@ -95,6 +95,7 @@ def ended(
     return dict(zip(names, found, strict=True))
 
 
+@pytest.mark.slow
 def test_commands_say_nothing_but_what_is_ours(checkpoint, tmp_path) -> None:
     """A run in 4 bits is a run, too, and has bitsandbytes at work."""
     found = ended(["init", "inspect", "check", "qlora"], checkpoint, tmp_path)

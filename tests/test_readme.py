@@ -42,6 +42,7 @@ def test_the_first_page_is_short():
     assert len(code.splitlines()) <= 20
 
 
+@pytest.mark.slow
 def test_the_notebook_block_gives_the_quickstarts_numbers(command, tmp_path, monkeypatch, capsys):
     """The block as printed, after a quickstart of a smaller toy and of fewer sequences."""
     toy = toy_module.ensure_toy(tmp_path / "toy", recipe=TINY)

@@ -91,6 +91,7 @@ def test_a_run_that_is_interrupted_again_and_again(command, checkpoint, monkeypa
         assert found[name] == content, name
 
 
+@pytest.mark.slow
 def test_other_etas_and_prompts_compute_what_is_new(command, checkpoint, monkeypatch) -> None:
     Path("c.toml").touch()
     work = Work(monkeypatch)

@@ -82,6 +82,7 @@ def every_number(value: Any, path: str = "") -> dict[str, float]:
     return {path: float(value)} if is_number else {}
 
 
+@pytest.mark.slow
 def test_every_quantity_has_its_unit_and_normalisation(probe) -> None:
     document = probe("one")
 
@@ -194,6 +195,7 @@ def test_the_same_seed_gives_the_same_results(probe) -> None:
     assert rollout_bytes("three") != rollout_bytes("one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "entropy",
     [
@@ -222,6 +224,7 @@ def test_the_size_of_a_microbatch_does_not_matter(probe, entropy) -> None:
         assert two["measured"]["value"] == pytest.approx(expected, rel=1e-9, abs=50 * noise)
 
 
+@pytest.mark.slow
 def test_the_size_of_a_generation_batch_changes_nothing(probe) -> None:
     probe("one")
     probe("two", fresh=True, sampling__generation_batch=5)
@@ -262,6 +265,7 @@ def calls(monkeypatch) -> Counter:
     return seen
 
 
+@pytest.mark.slow
 def test_stages_whose_inputs_are_the_same_are_not_computed_again(
     probe, calls, damaged, monkeypatch
 ) -> None:
@@ -310,6 +314,7 @@ def test_stages_whose_inputs_are_the_same_are_not_computed_again(
     assert done("two", **first) == (2, 1, 8)
 
 
+@pytest.mark.slow
 def test_responses_of_a_stage_are_read_by_the_tokenizer_of_now(probe, calls, damaged) -> None:
     """The text, and so the rewards, of the same tokens: one of them is written otherwise."""
     probe("one", of=damaged)
@@ -341,6 +346,7 @@ def test_second_derivatives_of_another_direction_are_not_taken_from_a_stage(prob
     assert [without_cost(x) for x in after] == [without_cost(x) for x in anew]
 
 
+@pytest.mark.slow
 def test_another_temperature_of_the_same_rollouts_is_another_state(probe) -> None:
     """E and U, brought, differ in nothing but the temperature they say they are of."""
     probe("one")
@@ -419,6 +425,7 @@ def test_the_samplers_own_probabilities_make_the_ratios(probe, checkpoint) -> No
     assert all(check["passed"] or check["advisory"] for check in other["checks"])
 
 
+@pytest.mark.slow
 def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
     probe("one", sampling__temperature=0.5)
     update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)
@@ -479,6 +486,7 @@ def test_brought_rollouts_that_do_not_fit(probe, command, checkpoint) -> None:
         assert said in outcome.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_temperature_of_float32_is_what_it_was_rounded_from(probe) -> None:
     sampled = probe("one", sampling__temperature=0.7)
     update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)
@@ -489,6 +497,7 @@ def test_a_temperature_of_float32_is_what_it_was_rounded_from(probe) -> None:
     assert derivative(again) == derivative(sampled)  # E's temperature is the policy's
 
 
+@pytest.mark.slow
 def test_brought_rollouts_are_not_longer_than_a_microbatch(probe, command, checkpoint) -> None:
     probe("one")
     given = {f"rollouts.{x}": f"runs/one/rollouts/{x}.parquet" for x in ("eval", "update")}
@@ -523,6 +532,7 @@ class ReducedProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_named_precisions(probe) -> None:
     """Products of bfloat16 leave three digits; what the process was set to comes back."""
     before = torch.backends.mkldnn.matmul.fp32_precision

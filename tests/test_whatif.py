@@ -222,6 +222,7 @@ def test_one_rule_more_costs_one_rule(ran) -> None:
     assert load_whatif(ran.folder / "probe.whatif.json") == more
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_rules_alone_to_do(probe, checkpoint, tmp_path) -> None:
     """At the next step's learning rate the run has measured its own rule, and the second derivative."""
     probe("one")
@@ -359,6 +360,7 @@ def test_with_masks_v_is_the_mean_over_them(damaged, tmp_path) -> None:
 # Losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("dapo", marks=pytest.mark.slow), "grpo"])
 def test_the_unit_of_a_loss_is_its_divisor(checkpoint, tmp_path, kind) -> None:
     """What advantage 1 counts: 1 / tokens, or 1 / (N T_i); a KL term in the loss leaves it alone."""
@@ -392,6 +394,7 @@ def test_a_loss_without_advantages_has_no_unit(checkpoint, tmp_path) -> None:
             ask(tmp_path, settings, rule, eta=1e-3)
 
 
+@pytest.mark.slow
 def test_columns_of_a_supplied_U_are_what_rules_read(ran, checkpoint, tmp_path) -> None:
     """Ratios to old_logp, and the reference's log-probabilities, without a forward for them."""
     rollouts, logp_NR = ran.found.batches.update_rollouts, ran.found.prediction.update_stats.logp_NR
@@ -433,6 +436,7 @@ def test_a_U_without_gradient_has_rules_that_move(checkpoint, tmp_path) -> None:
 # The default list
 
 
+@pytest.mark.slow
 def test_the_default_leaves_out_what_a_run_cannot_have(ran) -> None:
     document = ask(ran.folder, ran.settings, eta=1e-3)
     assert [one.rule.partition(":")[0] for one in document.left_out] == ["clip", "kl_cov"]
@@ -536,6 +540,7 @@ def test_refusals(command, ran, options, said) -> None:
     assert [path.name for path in Path.cwd().iterdir() if path.is_file()] == ["c.toml"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_the_file_before_and_whole_stages(command, ran, monkeypatch) -> None:
     given = [part for one in ran.settings for part in ("--set", one)]
     Path("c.toml").touch()

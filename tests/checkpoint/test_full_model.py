@@ -90,6 +90,7 @@ def test_all_parameters_are_the_registry(tmp_path, checkpoint, tied) -> None:
     assert policy.base == str(folder)
 
 
+@pytest.mark.slow
 def test_a_run(full, probe, tmp_path, capsys) -> None:
     found = probe("one", of=full)
     assert [c for c in found["checks"] if not c["passed"]] == []

@@ -43,14 +43,14 @@ CASES = [
     ("qwen2", "all-linear"),  # with biases
     ("llama", "all-linear"),
     slow("gemma", "all-linear"),
-    ("gemma2", "all-linear"),
+    slow("gemma2", "all-linear"),
     slow("gemma3", "all-linear"),
     slow("mistral-window", "all-linear"),
     ("gpt2", "all-linear"),  # Conv1D, whose weights are transposed
-    ("llama", "lora-head"),
+    slow("llama", "lora-head"),
     ("llama", "lora-embedding"),
-    ("llama", "trained-head"),
-    ("llama", "trained-norms"),
+    slow("llama", "trained-head"),
+    slow("llama", "trained-norms"),
     slow("llama", "trained-tokens"),
     ("llama", "lora-bias"),
     ("qwen2", "trained-biases"),  # those of the 4-bit layers themselves
@@ -284,6 +284,7 @@ def test_a_4_bit_model_at_hand(bases):
         freeze_quantised(packed)
 
 
+@pytest.mark.slow
 def test_in_a_trainer(bases, checkpoint, tmp_path):
     """Probed once its layers are replaced; refused before the first step where they are not."""
     for frozen in (False, True):
@@ -329,6 +330,7 @@ def test_without_bitsandbytes(trained, monkeypatch):
     load(trained, mode="lora")
 
 
+@pytest.mark.slow
 def test_a_run(command, checkpoint, tmp_path):
     """The whole probe on a 4-bit base; what was sampled from the plain base is not taken for it."""
     (tmp_path / "c.toml").touch()

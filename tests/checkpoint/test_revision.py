@@ -109,6 +109,7 @@ def test_a_revision_that_does_not_exist_is_named(hub) -> None:
         load(hub, revision="nowhere")
 
 
+@pytest.mark.slow
 def test_the_manifest_records_it(hub, probe, tmp_path) -> None:
     probe("one", of=hub)
     found = json.loads((tmp_path / "runs" / "one" / "manifest.json").read_text())["inputs"]["policy"]

@@ -300,6 +300,7 @@ def test_structures_near_good_ones(name, seeds, tmp_path):
     Guard(tmp_path, target.memory).run(lambda d: target.read(d, tmp_path), target.file(data))
 
 
+@pytest.mark.slow
 def test_seeds_are_read(tmp_path):
     """Of every target, or the fuzzer would begin with what is rejected, and get no further."""
     for name, target in targets().items():

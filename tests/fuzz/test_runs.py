@@ -15,6 +15,7 @@ from fuzz.guard import Guard
 from fuzz.mutation import mutated
 from fuzz.table import targets
 from support.saved_runs import copied, edited
+from support.slow import first
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def folder(tmp_path):
     return copied(of_runs._run(), tmp_path / "one")
 
 
-@pytest.mark.parametrize("name", ["one/results.json", "one/manifest.json", "one.whatif.json"])
+@pytest.mark.parametrize("name", first(1, ["one/results.json", "one/manifest.json", "one.whatif.json"]))
 def test_changes_that_keep_the_types_are_read(name, tmp_path):
     """So that the fuzzer reaches what comes after the check of a document's structure."""
     target = targets()[name]
@@ -66,7 +67,7 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "said"), TABLES)
+@pytest.mark.parametrize(("name", "change", "said"), first(6, TABLES))
 def test_a_table_that_no_run_writes(name, change, said, folder):
     path = folder / f"{name}.parquet"
     pq.write_table(change(pq.read_table(path)), path)
@@ -77,7 +78,7 @@ def test_a_table_that_no_run_writes(name, change, said, folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["policy = 3", "sampling = [1]\nrollouts = ''", "a=" + "[" * 9999, "\0"]
+    "text", first(1, ["policy = 3", "sampling = [1]\nrollouts = ''", "a=" + "[" * 9999, "\0"])
 )
 def test_any_text_for_the_configuration(text, folder):
     """What a report shows of it, and no number, comes from there."""
@@ -98,12 +99,14 @@ def test_a_number_that_no_run_writes(number, folder):
         load_run(folder)
 
 
+@pytest.mark.slow
 def test_a_number_with_few_digits_is_drawn(folder):
     edited(folder, next_lr__value=5e-324, entropy__value=5e-324)
     assert write_report(folder).is_file()
 
 
-@pytest.mark.parametrize("change", [{"rules": []}, {"learning_rate": 0.0}])
+@pytest.mark.slow
+@pytest.mark.parametrize("change", first(1, [{"rules": []}, {"learning_rate": 0.0}]))
 def test_rules_without_the_run_s_own(change, folder):
     path = folder.with_name("one.whatif.json")
     document = json.loads(path.read_text())

@@ -41,6 +41,7 @@ def read_tokens(model: torch.nn.Module) -> Counter:
 # Passes and tokens
 
 
+@pytest.mark.slow
 def test_every_primitive_is_one_pass_and_its_tokens_are_those_the_embedding_reads() -> None:
     model = tiny_policy()
     probe = funcprobe.bind(model)
@@ -124,6 +125,7 @@ def test_a_run_says_what_each_stage_took(ran) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_an_earlier_run_made_costs_no_pass(ran, monkeypatch) -> None:
     """Nor a fit of the baseline, which one run makes once."""
     fitted_to: list[int] = []
@@ -173,6 +175,7 @@ def test_a_file_without_checks_is_rejected(tmp_path) -> None:
             checks.stored_checks(path)
 
 
+@pytest.mark.slow
 def test_responses_sampled_anew_and_the_exact_second_order_are_stages(ran) -> None:
     given = {"measure__resample": True, "measure__second_order": "exact"}
     document, outcome = ran("-v", measure__etas=[30.0], **given)
@@ -217,6 +220,7 @@ def test_halved_microbatches_are_said_once_each(checkpoint) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_halves_where_memory_runs_out(ran, monkeypatch) -> None:
     """A device that holds 100 tokens: the same numbers, and the lines that say why it took longer."""
     whole, _ = ran()

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from funcprobe.adapters.machine.ending import UNBROKEN, ended_by_signals
 from funcprobe.adapters.store import whole, whole_folder, write_whole
 from support.checkpoints import sets
 from support.commands import left_in
+from support.slow import first
 
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 each_signal = pytest.mark.parametrize("name", STATUS)
@@ -97,7 +100,7 @@ def test_signals_that_were_ignored_stay_so() -> None:
     assert kept == [signal.SIG_DFL]
 
 
-@each_signal
+@pytest.mark.parametrize("name", first(1, STATUS))
 def test_a_run_that_a_signal_ends(command, checkpoint, monkeypatch, name) -> None:
     """One line and the status of the signal; nothing half written; the same command goes on."""
     Path("c.toml").touch()
@@ -116,6 +119,21 @@ def test_a_run_that_a_signal_ends(command, checkpoint, monkeypatch, name) -> Non
     with monkeypatch.context() as patch:
         patch.setattr("funcprobe.adapters.stages.batches.sample_responses", pytest.fail)
         assert command("run", "c.toml", *sets(given)).status == 0
+
+
+def test_the_status_is_the_signals_wherever_it_comes(tmp_path) -> None:
+    """Also in a text that is executed, as that of a data class while a library is loaded."""
+    (tmp_path / "program.py").write_text(
+        "import signal\n"
+        "from funcprobe.adapters import cli\n"
+        "cli.app = lambda **_: exec('signal.raise_signal(signal.SIGTERM)')\n"
+        "cli.main()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "program"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 143
+    assert ended.stderr == f"funcprobe: {ending.words(signal.SIGTERM)}\n"
 
 
 def test_a_closed_terminal_takes_no_line(command, monkeypatch) -> None:

@@ -279,6 +279,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_shards_of_two_processes(two_processes: Path) -> None:
     saved = open_state(two_processes / "optimizer_0")
     full = torch.load(two_processes / "full.pt", weights_only=True)  # gathered by torch

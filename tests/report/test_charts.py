@@ -34,6 +34,7 @@ def of_batch(run, table, batch):
     return [row for row in run.table(table).to_pylist() if row["batch"] == batch]
 
 
+@pytest.mark.slow
 def test_the_figures_stand_in_the_order_of_the_report(drawn_figures):
     assert list(drawn_figures) == [
         *("sweep", "parts", "modules", "prompts", "concentration", "proxies", "frontier"),

@@ -41,6 +41,7 @@ RESAMPLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("falls", [True, False])
 def test_one_learning_rate_that_is_all_rounding(saved_run, falls):
     run = changed(saved_run, sweep=changed_rows(saved_run, RESAMPLE | {"rounding": True}))
@@ -212,6 +213,7 @@ def test_the_map_of_modules_has_a_cell_for_each(run_folder, tmp_path, model):
     assert written == sorted(written)
 
 
+@pytest.mark.slow
 def test_shares_that_are_all_0_are_drawn(run_folder, tmp_path):
     """No prompt of U with a gradient, without momentum."""
     folder = copied(run_folder, tmp_path / "still")

@@ -258,6 +258,7 @@ def test_a_failed_check_comes_first(run_folder, tmp_path, open_page):
     assert "FAILED" in first.inner_text()
 
 
+@pytest.mark.slow
 def test_a_page_of_a_large_run_is_made_in_time(large_run):
     import time
 

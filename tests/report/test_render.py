@@ -40,6 +40,7 @@ def everything(svg):
     return ET.fromstring(svg).iter()
 
 
+@pytest.mark.slow
 def test_every_figure_is_in_the_grammar(found):
     """The schema of Vega-Lite, as Altair has it; charts are made without that check."""
     assert len(found) == len(CHARTS) - 1  # momentum is not recorded
@@ -165,12 +166,14 @@ def test_files_are_whole_and_alike_on_any_machine(found, tmp_path):
         assert caption == f"{figure.title}\n\n{figure.caption}\n"
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(run_folder, svgs):
     render._svg.cache_clear()
     again = figures(load_run(run_folder))
     assert {name: inline_svg(figure) for name, figure in again.items()} == svgs
 
 
+@pytest.mark.slow
 def test_a_large_run_is_drawn_in_time_and_small(large_run, tmp_path):
     """Under 3 s on a quiet machine, of the processor's time, as others may run beside."""
     start = time.process_time()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from support.saved_runs import copied
+from support.slow import first
 
 
 @pytest.fixture
@@ -71,7 +72,8 @@ def test_a_folder_that_cannot_be_written_is_rejected_first(command, folder, monk
     assert "copy the run folder" in outcome.err
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", first(1, [False, True]))
 def test_it_is_opened_by_its_address(command, folder, monkeypatch, fails):
     opened = []
     monkeypatch.setenv("DISPLAY", ":0")
@@ -83,6 +85,7 @@ def test_it_is_opened_by_its_address(command, folder, monkeypatch, fails):
     assert (opened[0] in outcome.out) == fails
 
 
+@pytest.mark.slow
 def test_without_a_display_the_address_is_said(command, folder, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)

@@ -313,6 +313,7 @@ def test_beyond_the_bound_the_largest_are_shown_and_the_rest_counted(odd, monkey
     assert sum(name.startswith("U-") for name in Articles(html).found) == kept
 
 
+@pytest.mark.slow
 def test_a_large_run_is_small_enough(large_run):
     html = report_html(large_run)
     assert len(html.encode()) < 8e6

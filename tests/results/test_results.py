@@ -95,6 +95,7 @@ def test_the_mean_reward_is_of_the_responses_that_have_one():
     assert results._mean_reward([nan, nan]) is results._mean_reward(None) is None
 
 
+@pytest.mark.slow
 def test_the_bound_of_an_update_is_of_the_rule_precondition(checkpoint, command):
     Path("c.toml").touch()
     bound = 1e-3
@@ -132,6 +133,7 @@ def test_first_order_is_the_limit_over_four_decades(checkpoint, command):
         assert fit["rounding_eta"]["value"] < 1e-12
 
 
+@pytest.mark.slow
 def test_rounding_takes_over_in_float32_far_earlier(checkpoint, command):
     Path("c.toml").touch()
     floor = {}

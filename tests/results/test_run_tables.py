@@ -48,6 +48,7 @@ def changed(saved: SavedRun, folder: Path, name: str, **columns: Any) -> SavedRu
     return saved._replace(folder=folder)
 
 
+@pytest.mark.slow
 def test_facts_are_counted_from_the_rollouts(saved):
     found = sampling_facts(saved)
     assert found.temperature == 1.0

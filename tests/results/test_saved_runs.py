@@ -17,6 +17,7 @@ from funcprobe.adapters.whatif import Question
 from funcprobe.types import InputError
 from support.checkpoints import sets
 from support.saved_runs import copied
+from support.slow import first
 
 
 @pytest.fixture
@@ -105,9 +106,17 @@ def test_rules_of_another_run_are_left_out_with_the_reason(run, name):
     assert "\n" not in found.whatif_left_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "is not JSON"), ('{"schema_version": 9}', "schema_version 9"), ("{}", "differs from what")],
+    first(
+        1,
+        [
+            ("{", "is not JSON"),
+            ('{"schema_version": 9}', "schema_version 9"),
+            ("{}", "differs from"),
+        ],
+    ),
 )
 def test_damaged_rules_cost_no_report(run, text, reason):
     rules_of(run).write_text(text)
@@ -119,6 +128,7 @@ def test_damaged_rules_cost_no_report(run, text, reason):
     assert escape(found.whatif_left_out) in page
 
 
+@pytest.mark.slow
 def test_without_log_config_and_rules_the_rest_is_read(run):
     for path in (run / "run.log", run / "config.toml", rules_of(run)):
         path.unlink()
@@ -190,6 +200,7 @@ def test_the_report_of_another_run_stays_as_it_was(checkpoint, run, written):
     assert load_run(run).whatif is None
 
 
+@pytest.mark.slow
 def test_without_a_run_or_its_report_nothing_is_written(checkpoint, run, written, tmp_path):
     ask(checkpoint, run, "negative_only", run__report=False)
     ask(checkpoint, tmp_path / "new", "negative_only")

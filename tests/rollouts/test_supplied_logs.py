@@ -125,6 +125,7 @@ def test_what_a_run_refuses(command, checkpoint, trained, tmp_path, changes, sai
     assert said in outcome.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_log_of_verls_finds_its_prompts_also_where_nothing_is_sampled(
     command, checkpoint, trained, tmp_path
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_log_of_verls_finds_its_prompts_also_where_nothing_is_sampled(
     assert outcome.status == 0, outcome.err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_step_and_of_other_lengths(command, trained, damaged) -> None:
     Path("c.toml").touch()
     given = damaged.settings() | {"rollouts.update": str(trained.file)}

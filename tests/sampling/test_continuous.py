@@ -19,6 +19,7 @@ from funcprobe.adapters.sampling.generate import sample_responses
 from funcprobe.policy.forward import with_params
 from support.checkpoints import make_checkpoint
 from support.policies import of_shifted_positions
+from support.slow import first
 
 PROMPTS = [[2, 3, 3], [3, 2, 3, 3, 2, 2, 3, 2, 2], [3, 3], [2, 2, 3, 3, 2]] * 8
 
@@ -39,6 +40,7 @@ def settings(**changes) -> SamplingConfig:
     return SamplingConfig.model_validate(given)
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_a_step_are_read_in_parts(policy, monkeypatch) -> None:
     """The rows of logits then include some that no token is drawn from."""
     expected = sample_responses(policy, PROMPTS, settings(engine="batched"), seed=3).ids
@@ -47,7 +49,8 @@ def test_prompts_longer_than_a_step_are_read_in_parts(policy, monkeypatch) -> No
         assert sample_responses(policy, PROMPTS, settings(), 3).ids == expected
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.6, "top_k": 5, "top_p": 0.9}])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", first(1, [{}, {"temperature": 0.6, "top_k": 5, "top_p": 0.9}]))
 def test_the_responses_are_those_of_plain_batches(policy, changes) -> None:
     expected = sample_responses(policy, PROMPTS, settings(engine="batched", **changes), seed=3)
     done: list[int] = []
@@ -111,6 +114,7 @@ def test_log_probability_plus_entropy_has_mean_zero(checkpoint) -> None:
     assert [c.passed for c in checks] == [True, False], checks
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_what_is_at_once(policy, monkeypatch) -> None:
     expected = sample_responses(policy, PROMPTS, settings(), seed=3)
     generated, sizes, room = continuous._generated, [], [3]

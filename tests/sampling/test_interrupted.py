@@ -84,6 +84,7 @@ def test_the_size_that_memory_allowed_is_kept(policy, monkeypatch) -> None:
     assert left == done[2:] == [3] * 4 + [2]
 
 
+@pytest.mark.slow
 def test_continuous_batching_draws_the_missing_responses(policy, monkeypatch) -> None:
     expected, _ = sampled(policy, InMemory(), engine="continuous")
     asked: list[int] = []
@@ -105,6 +106,7 @@ def test_continuous_batching_draws_the_missing_responses(policy, monkeypatch) ->
         assert found.ids == expected.ids  # in float64, where rounding decides no draw
 
 
+@pytest.mark.slow
 def test_a_server_is_asked_for_the_missing_responses(policy, monkeypatch) -> None:
     monkeypatch.setattr(client, "PAUSE", 0.01)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):

@@ -156,6 +156,7 @@ def test_a_prompt_of_another_kind_is_refused_when_it_is_drawn(checkpoint, tmp_pa
         large_prompts.taken(load_eval(config, policy).prompt_ids, [1, 40])
 
 
+@pytest.mark.slow
 def test_a_probe_draws_what_it_draws_of_the_whole(checkpoint, tmp_path, monkeypatch) -> None:
     """From a file, and from the trainer's own data set; no row is read that is not drawn."""
     rows = [{"prompt": row["prompt"], "tools": None} for row in ROWS]
@@ -190,6 +191,7 @@ def test_a_probe_draws_what_it_draws_of_the_whole(checkpoint, tmp_path, monkeypa
             assert few == probed(100, source)
 
 
+@pytest.mark.slow
 def test_a_run_is_that_on_the_whole_file(checkpoint, command, tmp_path, monkeypatch) -> None:
     from support.checkpoints import sets
 

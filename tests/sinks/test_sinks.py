@@ -131,6 +131,7 @@ def rows(written: dict[str, Any]) -> list[list[float]]:
     ]
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_the_runs_numbers(folder, home, expected, written):
     from tensorboard.backend.event_processing.event_accumulator import IMAGES, TENSORS, EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray

@@ -16,6 +16,7 @@ from funcprobe.adapters.stages.forecast import Forecast, Part, forecast, forecas
 from funcprobe.adapters.stages.peaks import Curve
 from funcprobe.adapters.stages.plan import load as load_plan
 from support.checkpoints import sets
+from support.slow import first
 
 OTHERS = {
     "exact": {"measure.second_order": "exact"},
@@ -36,7 +37,7 @@ def supplied(run_one: Path, folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("given", [{}, *OTHERS.values()], ids=["default", *OTHERS])
+@pytest.mark.parametrize("given", first(1, [{}, *OTHERS.values()]), ids=["default", *OTHERS])
 def test_tokens_and_passes_are_those_that_the_run_counts(checkpoint, run_one, tmp_path, given):
     (tmp_path / "c.toml").touch()
     settings = checkpoint.settings() | supplied(run_one, tmp_path) | given

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.rollouts import load_rollouts
 from support.checkpoints import PIECES, edit_json, sets
+from support.slow import first
 
 PLUS = PIECES.index("+")
 SEEN = """
@@ -19,6 +20,7 @@ def seen(prompts, completions, **_):
 """
 
 
+@pytest.mark.slow
 def test_a_prompt_and_a_response_stand_in_the_log(ran, command, checkpoint):
     _, outcome = ran()
     drawn = load_rollouts(Path("runs/one/rollouts/eval.parquet"), 14, rewards=False)
@@ -37,6 +39,7 @@ def test_a_prompt_and_a_response_stand_in_the_log(ran, command, checkpoint):
     assert "prompt 1 of 6, 4 tokens: '3+4='" in outcome.err
 
 
+@pytest.mark.slow
 def test_responses_end_with_the_tokens_that_are_set(ran, command, checkpoint):
     _, outcome = ran(sampling__eos_ids=[PLUS], sampling__B_E=160)
     assert f"responses end with {PLUS} '+' (sampling.eos_ids)" in outcome.err
@@ -53,17 +56,21 @@ def test_responses_end_with_the_tokens_that_are_set(ran, command, checkpoint):
     assert "sampling.eos_ids has 14, but the model has 14 rows" in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "prompt"),
-    [
-        ({}, [{"role": "user", "content": "3+4"}]),  # messages in the data set: as TRL
-        ({"reward.conversational": False}, "3+4="),  # rendered
-        ({"prompts.source": "text.jsonl"}, "3+4"),  # of the data set, whatever the policy is given
-        (
-            {"prompts.source": "text.jsonl", "reward.conversational": True},
-            [{"role": "user", "content": "3+4"}],
-        ),
-    ],
+    first(
+        1,
+        [
+            ({}, [{"role": "user", "content": "3+4"}]),  # messages in the data set: as TRL
+            ({"reward.conversational": False}, "3+4="),  # rendered
+            ({"prompts.source": "text.jsonl"}, "3+4"),  # of the data set, whatever the policy is given
+            (
+                {"prompts.source": "text.jsonl", "reward.conversational": True},
+                [{"role": "user", "content": "3+4"}],
+            ),
+        ],
+    ),
 )
 def test_a_reward_is_given_what_trl_gives_it(command, damaged, settings, prompt):
     tokenizer = AutoTokenizer.from_pretrained(damaged.adapter)
@@ -90,6 +97,7 @@ def test_a_reward_is_given_what_trl_gives_it(command, damaged, settings, prompt)
     assert kinds == ({type(prompt)}, {type(prompt)})
 
 
+@pytest.mark.slow
 def test_the_written_configuration_names_a_base_that_was_found_from_here(command, damaged, tmp_path):
     base = damaged.base.relative_to(tmp_path)
     edit_json(damaged.adapter / "adapter_config.json", base_model_name_or_path=str(base))

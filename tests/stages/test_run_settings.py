@@ -199,6 +199,7 @@ def test_a_value_that_cannot_be_is_refused_unless_the_key_is_set(resolved, sampl
     assert resolved({"sampling": sampling}, sampling=mine)[1] == []
 
 
+@pytest.mark.slow
 def test_a_run_uses_and_writes_them(damaged, command) -> None:
     """Its own config.toml gives the same plan; what is set and differs is a warning as before."""
     with_sidecar(

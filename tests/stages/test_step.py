@@ -218,6 +218,7 @@ def derivative(document: dict[str, Any]) -> float:
     return document["first_order"]["derivative"]["value"]
 
 
+@pytest.mark.slow
 def test_the_constant_of_the_objective_divides(probe) -> None:
     norms = [
         probe("one", objective__preset="dr_grpo", **constant)["norms"]["Y"]["value"]
@@ -226,12 +227,14 @@ def test_the_constant_of_the_objective_divides(probe) -> None:
     assert norms[0] / norms[1] == pytest.approx(24 / 6, rel=1e-12)  # max_new_tokens is 6
 
 
+@pytest.mark.slow
 def test_the_next_lr_is_the_configurations_where_it_has_one(probe) -> None:
     document = probe("one", optimizer__lr=3e-4)
     assert document["next_lr"]["value"] == 3e-4
     assert [row["eta"] for row in document["sweep"] if row["is_next_lr"]] == [3e-4]
 
 
+@pytest.mark.slow
 def test_the_next_lr_is_of_the_first_group_that_has_parameters(probe, damaged) -> None:
     file = damaged.adapter / "optimizer.pt"
     state = torch.load(file, weights_only=True)
@@ -246,6 +249,7 @@ def test_the_next_lr_is_of_the_first_group_that_has_parameters(probe, damaged) -
     assert probe("one", of=damaged)["next_lr"]["value"] == 1e-3
 
 
+@pytest.mark.slow
 def test_low_coverage_is_refused_or_makes_the_raw_gradient_the_direction(
     probe, command, damaged
 ) -> None:
@@ -292,6 +296,7 @@ def test_e_at_another_temperature_is_suspect(probe) -> None:
     assert "of 80 at eta = 0" in found["saw"]
 
 
+@pytest.mark.slow
 def test_without_optimizer_state_the_gradient_is_the_direction(probe, damaged) -> None:
     (damaged.adapter / "optimizer.pt").unlink()
     document = probe("one", of=damaged, optimizer__rule="sgd", optimizer__max_grad_norm=0.0)

@@ -83,6 +83,7 @@ def test_masks_give_a_mean_and_a_spread(command, probe, dropped) -> None:
     assert len(values) == 3
 
 
+@pytest.mark.slow
 def test_all_of_it_in_check(command, dropped) -> None:
     Path("c.toml").touch()
     outcome = command("check", "c.toml", *sets(dropped.settings() | {"step.masks": 2}))
@@ -99,6 +100,7 @@ def test_a_run_that_disabled_dropout_has_none(command, dropped) -> None:
     )
 
 
+@pytest.mark.slow
 def test_dropout_of_the_base_is_said_without_promising_masks(command, dropped) -> None:
     edit_json(dropped.base / "config.json", attention_dropout=0.1)
     Path("c.toml").touch()

@@ -24,11 +24,12 @@ from funcprobe.statistics import baselines, estimators, evaluation
 from support.checkpoints import sets
 from support.estimators import ESTIMATORS, each_estimator, random_statistics, rows
 from support.policies import random_batch, random_like, tiny_policy
+from support.slow import first
 
 # Second order
 
 
-@pytest.mark.parametrize("per", ["token", "sequence"])
+@pytest.mark.parametrize("per", first(1, ["token", "sequence"]))
 def test_both_second_derivatives_of_a_run_agree(ran, per) -> None:
     """To 1e-5, the bound of test_second_tangents; their errors too."""
     found = {}
@@ -43,6 +44,7 @@ def test_both_second_derivatives_of_a_run_agree(ran, per) -> None:
     assert 0 < rounding < 1e-5 * abs(found["exact"]["second_derivative"]["value"])
 
 
+@pytest.mark.slow
 def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
     document, outcome = ran("-v", measure__etas=[1e-5, 1e-4])
     left = []
@@ -58,6 +60,7 @@ def test_the_quadratic_term_is_what_first_order_lacks(ran) -> None:
     assert f"the quadratic term is 10 % of the linear one at eta = {star / 10:.2g} (" in outcome.flat
 
 
+@pytest.mark.slow
 def test_rounding_noise_of_few_sequences_is_that_of_all() -> None:
     """And both are the scatter of 60 measured changes about a parabola: each to a factor of 1.5.
 
@@ -94,6 +97,7 @@ def test_rounding_noise_of_few_sequences_is_that_of_all() -> None:
     assert 1 / 1.5 < every / scatter < 1.5
 
 
+@pytest.mark.slow
 def test_no_second_order_where_it_is_rounding_or_not_asked_for(ran) -> None:
     document, outcome = ran("-v", policy__dtype="bfloat16")
     assert document["second_order"] is None
@@ -138,6 +142,7 @@ def test_measured_meets_predicted_where_first_order_holds(probe64, entropy) -> N
 # Baselines
 
 
+@pytest.mark.slow
 def test_a_run_takes_ridge_where_it_has_a_place(ran) -> None:
     found = {}
     for name, changes in {
@@ -176,6 +181,7 @@ def test_two_prompts_leave_no_room_for_ridge() -> None:
     assert baselines.resolve(chosen, batch, own_samples=False) == chosen
 
 
+@pytest.mark.slow
 def test_the_first_sequences_of_e_may_be_of_one_prompt(ran) -> None:
     """The check of eta = 0 takes 32 of them, where ridge, asked for, would have no room."""
     ran()
@@ -205,6 +211,7 @@ def test_a_baseline_without_a_place_is_refused(command, checkpoint, other) -> No
 # Intervals
 
 
+@pytest.mark.slow
 def test_intervals_are_students(ran) -> None:
     document, _ = ran()
     first, row = document["first_order"], document["sweep"][0]
@@ -255,6 +262,7 @@ def test_the_paired_difference_is_judged_by_its_own_influence(ran, checkpoint) -
 # Verdicts and fresh responses
 
 
+@pytest.mark.slow
 def test_weights_that_say_too_little_are_said_to(ran) -> None:
     document, outcome = ran("-v", measure__etas=[1e-6, 30.0])
     small, large = document["sweep"]
@@ -264,7 +272,7 @@ def test_weights_that_say_too_little_are_said_to(ran) -> None:
     assert "to sample responses there: --set measure.resample=true" in outcome.out
 
 
-@pytest.mark.parametrize("brought", [False, True])
+@pytest.mark.parametrize("brought", first(1, [False, True]))
 def test_fresh_responses_are_of_the_moved_policy(checkpoint, command, brought) -> None:
     """By a second model whose weights are theta + eta v, and loops over its responses.
 
@@ -333,6 +341,7 @@ def test_fresh_responses_are_of_the_moved_policy(checkpoint, command, brought) -
     assert 0 < found.error.se < math.inf
 
 
+@pytest.mark.slow
 def test_a_brought_e_that_cannot_be_sampled_again_is_refused_before(command, checkpoint) -> None:
     given = checkpoint.settings() | {"run.name": "one", "sampling.max_new_tokens": 20}
     Path("c.toml").touch()
@@ -355,6 +364,7 @@ def test_a_brought_e_that_cannot_be_sampled_again_is_refused_before(command, che
     assert "lower sampling.max_new_tokens" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_run_samples_again_where_it_may(ran) -> None:
     document, outcome = ran("-v", measure__etas=[1e-6, 30.0], measure__resample=True)
     small, large = document["sweep"]

@@ -11,6 +11,7 @@ import pytest
 from funcprobe.adapters.stages import unchanged
 from support.checkpoints import edit_json, sets
 from support.commands import left_in
+from support.slow import first
 
 QUICK = {"measure.next_lr": False, "measure.etas": [1e-4], "sampling.max_new_tokens": 2}
 
@@ -80,7 +81,7 @@ def test_what_is_incomplete_because_it_is_being_written_is_said_so(
     assert "changed while" in again.err or "optimizer.pt" in again.err
 
 
-@pytest.mark.parametrize("verb", ["run", "whatif"])
+@pytest.mark.parametrize("verb", first(1, ["run", "whatif"]))
 def test_a_change_until_the_results_are_written(command, damaged, monkeypatch, verb) -> None:
     """Refused; but what was only touched or linked, logs beside it, and what is gone are not."""
     Path("c.toml").touch()

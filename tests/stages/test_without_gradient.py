@@ -9,6 +9,7 @@ from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
 from funcprobe.adapters.rollouts.ragged import Ragged
 from support.checkpoints import sets
 from support.commands import refused
+from support.slow import first
 
 STILL = "Y = 0, and AdamW's step is by momentum and weight decay alone"
 
@@ -17,6 +18,7 @@ def equal(checkpoint) -> dict[str, object]:
     return {"reward.function": f"{checkpoint.rewards}:equal"}
 
 
+@pytest.mark.slow
 def test_the_step_is_momentum_and_decay(ran, checkpoint) -> None:
     results, outcome = ran("-v", **{k.replace(".", "__"): v for k, v in equal(checkpoint).items()})
     found = "all 4 groups of U have equal rewards, so that every advantage is 0"
@@ -43,7 +45,8 @@ def test_rules_without_momentum_have_no_step(command, checkpoint, rule) -> None:
     refused(command, given, f'every advantage is 0, and so is v by rule "{rule}": use other prompts')
 
 
-@pytest.mark.parametrize("mode", ["mean_std", "rollouts"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", first(1, ["mean_std", "rollouts"]))
 def test_supplied_rollouts_without_advantage(probe, command, checkpoint, mode) -> None:
     probe("one")
     update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)
@@ -67,6 +70,7 @@ def test_supplied_rollouts_without_advantage(probe, command, checkpoint, mode) -
     assert found["clip_coefficient"] == 1
 
 
+@pytest.mark.slow
 def test_some_groups_of_equal_rewards_are_as_ever(ran, checkpoint) -> None:
     checkpoint_rewards = Path("own.py")
     checkpoint_rewards.write_text(
@@ -79,6 +83,7 @@ def test_some_groups_of_equal_rewards_are_as_ever(ran, checkpoint) -> None:
     assert "gradient Y is nonzero" in {one["name"] for one in results["checks"]}
 
 
+@pytest.mark.slow
 def test_a_positional_state_is_not_confirmed_by_a_gradient_of_zero(command, checkpoint) -> None:
     given = checkpoint.settings() | equal(checkpoint)
     Path("c.toml").touch()

@@ -61,6 +61,7 @@ def step(request, checkpoint, tmp_path_factory) -> Taken:
     return train(checkpoint, tmp_path_factory.mktemp("out"), gradients=6, **request.param)
 
 
+@pytest.mark.slow
 def test_momentum_by_step_and_by_prompt(step, checkpoint, command):
     settings = given(step, checkpoint, attribution__momentum_prompts=2)
     settings |= {"attribution.earlier_checkpoint": str(step.before.parent / "checkpoint-2")}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from funcprobe import tree
 from support.checkpoints import sets
+from support.slow import first
 from support.trl_cases import GENERAL, LAYOUTS
 from support.trl_training import train
 
@@ -17,16 +18,20 @@ SECOND = LAYOUTS[GENERAL] | {"epsilon": 0.001}
 
 @pytest.mark.parametrize(
     ("settings", "logged"),
-    [
-        (
-            SECOND | {"loss_type": "dapo", "beta": 0.04, "entropy_coef": 0.01},
-            ("loss", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "policy_loss"),
-        ),
-        (
-            SECOND | {"loss_type": "cispo", "epsilon_high": 1.0, "mask_truncated_completions": True},
-            ("loss", "entropy", "cispo_clip_ratio"),
-        ),
-    ],
+    first(
+        1,
+        [
+            (
+                SECOND | {"loss_type": "dapo", "beta": 0.04, "entropy_coef": 0.01},
+                ("loss", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "policy_loss"),
+            ),
+            (
+                SECOND
+                | {"loss_type": "cispo", "epsilon_high": 1.0, "mask_truncated_completions": True},
+                ("loss", "entropy", "cispo_clip_ratio"),
+            ),
+        ],
+    ),
     ids=["dapo with KL and bonus", "cispo"],
 )
 def test_the_step_its_loss_and_its_logs(settings, logged, checkpoint, command, tmp_path) -> None:

@@ -14,6 +14,7 @@ from funcprobe.adapters.config.schema import PolicyConfig
 from funcprobe.adapters.optimizer import read_adam_state
 from funcprobe.adapters.trainers import ProbeCallback, record_rollouts
 from funcprobe.statistics.intervals import Error, student
+from support.slow import first
 from support.trainers import LR, STEPS, grpo_trainer, probe_config
 
 
@@ -49,7 +50,7 @@ def test_the_recorder_says_that_masks_are_not_recorded(
 
 
 @pytest.mark.filterwarnings("ignore:funcprobe. dropout in training:UserWarning")
-@pytest.mark.parametrize("dropout", [0.05, 0.3])
+@pytest.mark.parametrize("dropout", first(1, [0.05, 0.3]))
 def test_trls_step_lies_within_the_interval_of_the_masks(dropout, checkpoint, tmp_path) -> None:
     trainer = grpo_trainer(checkpoint, tmp_path, dropout=dropout)
     record_rollouts(trainer, tmp_path / "rollouts")

@@ -29,6 +29,7 @@ from funcprobe.adapters.trainers import (
 )
 from funcprobe.adapters.trainers.unharmed import unharmed
 from support.checkpoints import Checkpoint
+from support.slow import first
 from support.trainers import grpo_trainer, outcome, plain_trainer, probe_config, require_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:funcprobe. dropout in training:UserWarning")
@@ -146,7 +147,7 @@ def test_each_stage_of_a_probe_may_fail(checkpoint, tmp_path, monkeypatch) -> No
     assert found.probed[-1]["funcprobe/predicted"] != 0  # the next one tries again
 
 
-@pytest.mark.parametrize(("name", "at"), [("eval_passes", 4), ("measure", 2)])
+@pytest.mark.parametrize(("name", "at"), first(1, [("eval_passes", 4), ("measure", 2)]))
 def test_a_pass_may_fail_inside_of_the_model(name, at, checkpoint, tmp_path, monkeypatch) -> None:
     """Within torch.func's transforms, at the n-th call of a layer in the passes of the first probe."""
     without = outcome(plain_trainer(checkpoint, tmp_path / "off", max_steps=2))
@@ -273,6 +274,7 @@ RECORDING: list[tuple[Any, str, Exception]] = [
 ]
 
 
+@pytest.mark.slow
 def test_each_part_of_a_recording_may_fail(checkpoint, tmp_path, monkeypatch) -> None:
     """One warning a step, no file of it, those of the other steps, and the same training."""
     settings = {"max_steps": len(RECORDING) + 2, "per_device_train_batch_size": 8, "save_steps": 100}

@@ -17,6 +17,7 @@ import funcprobe
 from funcprobe import InputError, tree
 from funcprobe.adapters import rollouts
 from funcprobe.adapters.trainers import ProbeCallback, live, probe
+from support.slow import first
 from support.trainers import (
     dropped_out_grpo,
     outcome,
@@ -126,7 +127,7 @@ def probed_steps(trainer, checkpoint, monkeypatch):
     return seen, probed, of_the_probe(said)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("make", first(2, OPTIMIZERS))
 def test_direction_is_the_step_that_is_taken(make, checkpoint, tmp_path, monkeypatch):
     """v of each step against the parameters before and after it, the first step among them."""
     trainer = make(checkpoint, tmp_path)
@@ -157,6 +158,7 @@ def two_groups_in_warm_up(checkpoint, folder, **settings):
     return with_adamw(trainer, groups)
 
 
+@pytest.mark.slow
 def test_warm_up_of_groups_is_probed_from_the_beginning(checkpoint, tmp_path, monkeypatch):
     """All learning rates are 0 in step 1: nothing moves, and the groups keep the ratio they will have.
 
@@ -241,7 +243,8 @@ def test_predictions_are_in_the_unit_of_the_step(checkpoint, tmp_path, monkeypat
     assert all(twice[k] == once[k] for k in once.keys() - per_step - {"ratio"})
 
 
-@pytest.mark.parametrize("what", ["base", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", first(1, ["base", "all"]))
 def test_half_precision_is_told_once_and_nothing_measured_is_logged(what, checkpoint, tmp_path):
     trainer = plain_trainer(checkpoint, tmp_path, max_steps=2)
     for p in trainer.model.parameters():
@@ -275,6 +278,7 @@ def test_gradients_are_widened_before_anything_is_summed():
         assert torch.equal(found["weight"], -model.weight.grad.to(wide))
 
 
+@pytest.mark.slow
 def test_a_step_of_momentum_alone_is_probed(checkpoint, tmp_path):
     """Equal rewards from step 2 on: no gradient, and AdamW moves all the same."""
     calls = []

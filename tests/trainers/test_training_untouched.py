@@ -14,13 +14,14 @@ from transformers import (
 import funcprobe
 from funcprobe.adapters.trainers import ParamNamesCallback, ProbeCallback, live
 from support.policies import tiny_policy
+from support.slow import first
 from support.trainers import TRAINERS, outcome, plain_trainer, probe_config, require_same
 
 # Most of these trainers have dropout; test_dropout_in_training.py has the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:funcprobe. dropout in training:UserWarning")
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", first(1, [False, True]))
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_training_is_the_same_bit_by_bit(kind, bf16, checkpoint, tmp_path):
     off = outcome(TRAINERS[kind](checkpoint, tmp_path / "off", bf16=bf16))
@@ -46,7 +47,8 @@ class _DrawsOneNumber(TrainerCallback):
         torch.rand(1)
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", first(1, TRAINERS))
 def test_every_second_step_with_the_same_numbers(kind, checkpoint, tmp_path):
     found = []
     for every in (1, 2):
