@@ -416,7 +416,6 @@ def test_the_inspection_that_is_shown_has_the_lines_of_one(command, checkpoint):
     assert set(labels[1]) <= set(labels[0])  # it has no sidecar, of which the others are
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(checkpoint, capsys):
     code = "\n".join(blocks((DOCS / "notebook.md").read_text(encoding="utf-8"), "python"))
     assert "checkpoint-500" in code

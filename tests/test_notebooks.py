@@ -17,11 +17,7 @@ from support.real import real_policy
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REAL = ROOT / "notebooks" / "04_your_own_run.ipynb"
-FAST = [
-    path if path.stem.startswith("01") else pytest.param(path, marks=pytest.mark.slow)
-    for path in NOTEBOOKS
-    if path != REAL
-]
+OTHERS = [path for path in NOTEBOOKS if path != REAL]
 MOST_CELLS = 40
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,7 +45,8 @@ def desk(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("desk")
 
 
-@pytest.mark.parametrize("path", FAST, ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, desk):
     """Its assertions are its claims."""
     runs(path, desk)

@@ -103,6 +103,7 @@ def test_it_has_the_settings_of_the_run(command, trained) -> None:
     assert len(lines) == 1  # with the comments as keys, nothing is left to take
 
 
+@pytest.mark.slow
 def test_it_runs_as_it_is_from_any_folder(command, trained, tmp_path, monkeypatch) -> None:
     path = proposed(command, trained).absolute()
     (tmp_path / "elsewhere").mkdir()

@@ -54,6 +54,7 @@ def run(settings: dict[str, Any], **changes: Any) -> list[str]:
     return ["run", "c.toml", *sets(settings | {k.replace("__", "."): v for k, v in changes.items()})]
 
 
+@pytest.mark.slow
 def test_import_says_nothing() -> None:
     script = "import funcprobe, funcprobe.adapters.trainers"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

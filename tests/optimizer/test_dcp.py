@@ -293,6 +293,7 @@ def test_shards_of_two_processes(two_processes: Path) -> None:
     assert saved.groups == full["param_groups"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_processes_file_is_refused(rank: int, two_processes: Path) -> None:
     with pytest.raises(InputError, match=r"state\.0\.weight\.exp_avg is one process's shard"):
