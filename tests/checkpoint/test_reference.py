@@ -40,6 +40,8 @@ NAMES = [f"{adapter}{'-tied' * tied}" for adapter, tied in KINDS]
 # TRL 1.16 rejects LoRA on the output embedding, peft 0.21 a second adapter where biases are trained.
 COPIED = [k for k in KINDS if k[0] not in {"lora-head", "trained-biases", "biases-of-lora"}]
 
+COPIED_NAMES = [NAMES[KINDS.index(kind)] for kind in COPIED]
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
