@@ -63,6 +63,7 @@ def _given(run: SavedRun) -> Given:
 
 def _checkpoint(run: SavedRun) -> Path | None:
     found = run.settings().get("policy", {}).get("checkpoint")
+    # Of the machine of the run, whose users need not be here: then there is no such folder.
     return Path(os.path.expanduser(found)) if isinstance(found, str) and "\0" not in found else None
 
 

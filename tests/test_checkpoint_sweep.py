@@ -21,7 +21,6 @@ from funcprobe.adapters.config.policy import PolicyConfig
 from funcprobe.adapters.results import load_comparison
 from funcprobe.types import InputError
 from support.checkpoints import Checkpoint, edit_json, sets
-from support.slow import first
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -234,14 +233,11 @@ def test_whatever_fails_at_one_checkpoint_the_others_are_run(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "why"),
-    first(
-        1,
-        [
-            ("rank", "adapter_config.json differs"),
-            ("tokenizer", "the tokenizer differs"),
-            ("base", "the base differs"),
-        ],
-    ),
+    [
+        ("rank", "adapter_config.json differs"),
+        ("tokenizer", "the tokenizer differs"),
+        ("base", "the base differs"),
+    ],
 )
 def test_what_does_not_fit_the_base_is_loaded_anew_and_said(
     sweep, training, checkpoint, other, monkeypatch, tmp_path, change, why

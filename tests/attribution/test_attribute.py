@@ -28,7 +28,6 @@ from support.attribution import (
     update_on,
 )
 from support.policies import random_batch, tiny_policy
-from support.slow import first
 
 
 def require_sums(found: funcprobe.Attribution, masks: bool = False, wide: bool = True) -> None:
@@ -169,7 +168,7 @@ def test_shares_of_tokens_are_those_of_their_gradients(probe64, token_gradients,
 
 
 @each_step
-@pytest.mark.parametrize("steps", first(2, [0, 8, 999]))
+@pytest.mark.parametrize("steps", [0, 8, 999])
 def test_marginals_are_differences_of_the_prediction(probe64, token_gradients, step, steps):
     """<X, v(Y + e Y_mk)> of every token: the weight of one is 1 + e."""
     state = adam_state(probe64.params, steps)

@@ -39,7 +39,6 @@ KINDS = [
 NAMES = [f"{adapter}{'-tied' * tied}" for adapter, tied in KINDS]
 # TRL 1.16 rejects LoRA on the output embedding, peft 0.21 a second adapter where biases are trained.
 COPIED = [k for k in KINDS if k[0] not in {"lora-head", "trained-biases", "biases-of-lora"}]
-
 COPIED_NAMES = [NAMES[KINDS.index(kind)] for kind in COPIED]
 
 
@@ -199,9 +198,7 @@ def of_file(folder: Path, base: Path, **options) -> Theirs:
 
 
 @pytest.mark.parametrize("dtype", [SLOW("float32"), "float64"])
-@pytest.mark.parametrize(
-    ("adapter", "tied"), first(6, COPIED), ids=[NAMES[KINDS.index(k)] for k in COPIED]
-)
+@pytest.mark.parametrize(("adapter", "tied"), first(6, COPIED), ids=COPIED_NAMES)
 def test_an_adapter_that_is_trained_on_has_its_copy_as_its_reference(
     bases, tmp_path, adapter, tied, dtype
 ):

@@ -13,7 +13,6 @@ from trl import GRPOConfig
 from funcprobe import InputError, LossInputs, TokenStats, coefficients, loss_update
 from funcprobe.losses.trl import TrlLoss, trl_loss
 from funcprobe.policy.layout import collate, response_mask
-from support.slow import first
 from support.trl_step import trl_step
 
 TYPES = ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"]
@@ -99,7 +98,7 @@ def close(found, expected, tolerance):
     return float((found - expected).abs().max()) <= tolerance * scale
 
 
-@pytest.mark.parametrize("loss_type", first(4, TYPES))
+@pytest.mark.parametrize("loss_type", TYPES)
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_coefficients_value_and_metrics_are_trls(loss_type, data):

@@ -17,7 +17,6 @@ from support.builders import gpt2
 from support.in_turn import in_turn
 from support.policies import random_batch, random_like, tiny_policy
 from support.rows import BATCH, LAYOUTS, P_NR, Q_NR, groups, require_right
-from support.slow import first
 
 LONGEST = 12  # of the sequences in BATCH
 
@@ -62,7 +61,7 @@ def primitives(params, forward, v, max_tokens):
 
 @pytest.mark.parametrize(
     ("size", "layout", "max_tokens"),
-    first(1, [(2, "plain", LONGEST), (3, "packed", 30), (4, "shared", 2048)]),
+    [(2, "plain", LONGEST), (3, "packed", 30), (4, "shared", 2048)],
 )
 def test_every_primitive(size, layout, max_tokens):
     model = make_policy()

@@ -15,7 +15,6 @@ from support.architectures import BATCH, P_NR, Q_NR, make_policy
 from support.in_turn import in_turn
 from support.kept import InMemory, KilledError
 from support.policies import random_like
-from support.slow import first
 
 MOST = 14  # tokens of a microbatch: four of BATCH's, or fewer
 
@@ -109,7 +108,7 @@ def test_packed_rows(name, layout):
     require_resumable(programs[name], forward)
 
 
-@pytest.mark.parametrize("name", first(2, ["blocks", "weighted_grad", "grad_dots", "token_stats"]))
+@pytest.mark.parametrize("name", ["blocks", "weighted_grad", "grad_dots", "token_stats"])
 def test_ranks_that_kept_differently_much(name):
     """Each writes in its own time: one may have begun another block when all are killed, or none."""
     forward, programs = passes(make_policy())
@@ -201,7 +200,6 @@ def test_a_single_sequence_that_did_not_fit(name, monkeypatch):
     assert said
 
 
-@pytest.mark.slow
 def test_first_order_as_a_whole():
     model = make_policy()
     params = funcprobe.trainable_params(model)

@@ -29,7 +29,6 @@ from funcprobe.policy.reach import shortened
 from funcprobe.policy.reference import base_params
 from support.builders import BATCH, SHAPE, built, llama, with_lora
 from support.policies import random_like
-from support.slow import first
 
 OPT = OPTConfig(
     vocab_size=11,
@@ -89,7 +88,7 @@ def passes(model):
     }
 
 
-@pytest.mark.parametrize("case", first(1, POLICIES))
+@pytest.mark.parametrize("case", POLICIES)
 def test_behind_hooks_every_primitive_is_the_same_to_the_bit(case):
     kind, config, lora = POLICIES[case]
     (plain, expected), (hooked, found) = (passes(model) for model in twice(kind, config, **lora))

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from support.saved_runs import copied
-from support.slow import first
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_a_folder_that_cannot_be_written_is_rejected_first(command, folder, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", first(1, [False, True]))
+@pytest.mark.parametrize("fails", [False, True])
 def test_it_is_opened_by_its_address(command, folder, monkeypatch, fails):
     opened = []
     monkeypatch.setenv("DISPLAY", ":0")

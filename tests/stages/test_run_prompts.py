@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 from funcprobe.adapters.config.file import read_config
 from funcprobe.adapters.rollouts import load_rollouts
 from support.checkpoints import PIECES, edit_json, sets
-from support.slow import first
 
 PLUS = PIECES.index("+")
 SEEN = """
@@ -59,18 +58,15 @@ def test_responses_end_with_the_tokens_that_are_set(ran, command, checkpoint):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "prompt"),
-    first(
-        1,
-        [
-            ({}, [{"role": "user", "content": "3+4"}]),  # messages in the data set: as TRL
-            ({"reward.conversational": False}, "3+4="),  # rendered
-            ({"prompts.source": "text.jsonl"}, "3+4"),  # of the data set, whatever the policy is given
-            (
-                {"prompts.source": "text.jsonl", "reward.conversational": True},
-                [{"role": "user", "content": "3+4"}],
-            ),
-        ],
-    ),
+    [
+        ({}, [{"role": "user", "content": "3+4"}]),  # messages in the data set: as TRL
+        ({"reward.conversational": False}, "3+4="),  # rendered
+        ({"prompts.source": "text.jsonl"}, "3+4"),  # of the data set, whatever the policy is given
+        (
+            {"prompts.source": "text.jsonl", "reward.conversational": True},
+            [{"role": "user", "content": "3+4"}],
+        ),
+    ],
 )
 def test_a_reward_is_given_what_trl_gives_it(command, damaged, settings, prompt):
     tokenizer = AutoTokenizer.from_pretrained(damaged.adapter)

@@ -9,7 +9,6 @@ from funcprobe.adapters.rollouts import load_rollouts, save_rollouts
 from funcprobe.adapters.rollouts.ragged import Ragged
 from support.checkpoints import sets
 from support.commands import refused
-from support.slow import first
 
 STILL = "Y = 0, and AdamW's step is by momentum and weight decay alone"
 
@@ -46,7 +45,7 @@ def test_rules_without_momentum_have_no_step(command, checkpoint, rule) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", first(1, ["mean_std", "rollouts"]))
+@pytest.mark.parametrize("mode", ["mean_std", "rollouts"])
 def test_supplied_rollouts_without_advantage(probe, command, checkpoint, mode) -> None:
     probe("one")
     update = load_rollouts(Path("runs/one/rollouts/update.parquet"), 14, rewards=True)

@@ -165,7 +165,6 @@ def trained(policy, probe) -> funcprobe.Params:
     )
 
 
-@pytest.mark.slow
 def test_steps_in_training_mode_lie_in_the_interval(probe, policy, state) -> None:
     """Mean, spread and interval of <X, v_k> against gradients of PyTorch with dropout of its own."""
     count = 80

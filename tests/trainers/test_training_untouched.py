@@ -48,7 +48,7 @@ class _DrawsOneNumber(TrainerCallback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", first(1, TRAINERS))
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_every_second_step_with_the_same_numbers(kind, checkpoint, tmp_path):
     found = []
     for every in (1, 2):
