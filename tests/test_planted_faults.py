@@ -216,8 +216,8 @@ FAULTS = {
     ),
     "a halved microbatch loses the others": Fault(
         "passes/microbatches.py",
-        "        if waiting:\n",
-        "        if not waiting:\n",
+        "    if waiting:\n",
+        "    if not waiting:\n",
         ("passes/test_halving.py", "policy/test_layout.py"),
     ),
 }
