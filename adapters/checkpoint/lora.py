@@ -89,7 +89,7 @@ def attach_adapter(
                 f"the adapter in {source} does not match base {base_id} ({short(error)}): "
                 "set policy.base to the model it was trained on"
             ) from error
-        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        expected = file_tensors(model, name)
     frozen = embeddings.frozen
     weights = {key: t for key, t in weights.items() if key not in embeddings.copies.keys() - expected}
     require_same_tensors(expected | frozen, weights, source, base_id)
@@ -98,6 +98,15 @@ def attach_adapter(
         parameter.data.copy_(copied[key])
     set_peft_model_state_dict(model, weights, adapter_name=name)
     return model, copied
+
+
+def file_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names that they have in its file, sharing the model's memory."""
+    with warnings.catch_warnings():
+        # Of a bias of LoRA, which has one dimension, peft 0.21.2 says that a shard was saved.
+        warnings.filterwarnings("ignore", ".* LoRA tensor.* have invalid shape", UserWarning)
+        found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return dict(found)
 
 
 def _require_rank(adapter_config: LoraConfig, weights: dict[str, torch.Tensor], source: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 
 from funcprobe.policy.reference import adapter_params, base_params
 from funcprobe.types import InputError, Params
@@ -14,7 +14,7 @@ from funcprobe.types import InputError, Params
 from .adapter import ADAPTER_FILES, REPEATABLE_INITS, read_adapter_config
 from .adapter_fields import APPLIED
 from .base import is_local
-from .lora import read_weights
+from .lora import file_tensors, read_weights
 from .model import Policy
 
 # TRL's names: it trains the adapter "default", and keeps a frozen copy of it where that was given
@@ -111,7 +111,7 @@ def _read(policy: Policy, place: str, subfolder: str | None) -> Params:
         )
     # peft's names in a file, of tensors that share the registry's memory.
     adapter = model.active_adapter
-    named = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    named = file_tensors(model, str(adapter))
     registry = {tensor.data_ptr(): name for name, tensor in policy.params.items()}
     values: dict[str, torch.Tensor] = {}
     for key, tensor in weights.items():

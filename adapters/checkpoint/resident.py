@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from torch import Tensor
 
 from .. import store
 from ..config.schema import PolicyConfig
 from .adapter import full_model, open_adapter
 from .base import is_local, load_tokenizer
-from .lora import read_weights, require_same_tensors
+from .lora import file_tensors, read_weights, require_same_tensors
 from .model import Policy, adapter_line, load_policy, require_finite, stable, tokenizer_places
 
 
@@ -110,11 +110,11 @@ def _other(held: _Held, found: _Adapter | None) -> str | None:
 
 def _refilled(policy: Policy, config: PolicyConfig, found: _Adapter) -> Policy:
     """The policy with the tensors of another file in the place of its own."""
-    expected = _expected(policy, config)
+    expected = file_tensors(policy.model, config.adapter)
     own = {key: tensor for key, tensor in found.weights.items() if key in expected}
     require_same_tensors(expected, own, found.source, policy.base)
     set_peft_model_state_dict(policy.model, own, adapter_name=config.adapter)
-    for key, tensor in _expected(policy, config).items():
+    for key, tensor in file_tensors(policy.model, config.adapter).items():
         if not torch.equal(tensor, own[key].to(tensor)):
             raise RuntimeError(f"{key} of {found.source} did not reach the model")
     require_finite(policy.model, policy.base, config.dtype)
@@ -123,17 +123,8 @@ def _refilled(policy: Policy, config: PolicyConfig, found: _Adapter) -> Policy:
     return policy._replace(tokenizer=found.tokenizer, source=found.source, lines=lines)
 
 
-def _expected(policy: Policy, config: PolicyConfig) -> dict[str, Tensor]:
-    """The adapter's tensors by the names of its file, sharing the model's memory."""
-    return dict(
-        get_peft_model_state_dict(
-            policy.model, adapter_name=config.adapter, save_embedding_layers=False
-        )
-    )
-
-
 def _frozen(policy: Policy, config: PolicyConfig, found: _Adapter) -> dict[str, Tensor]:
-    expected = _expected(policy, config)
+    expected = file_tensors(policy.model, config.adapter)
     return {key: tensor for key, tensor in found.weights.items() if key not in expected}
 
 
